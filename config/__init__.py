@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Settings: a typed dataclass, files of plain assignments, and --key=value, read from left to right.
+
+    python train.py config/train_small.py --batch_size=32
+    python train.py --help
+
+Every script keeps its settings in one dataclass: a field is a name, a type, a default and, behind it, a comment with
+the meaning. That is the whole description of a setting. `load` fills the dataclass from the command line, `--help`
+prints the source of the dataclass as it stands, and a wrong name or a wrong type is one clear error. A config file
+is Python whose top-level names are settings, so it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and
+carry comments that explain its numbers.
+
+The rest of this file is how a script ends: `UserError` for what the user can mend, `main` to print it.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+import types
+import typing
+
+FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class UserError(Exception):
+    """Something that the user can mend: `fact` with its numbers, `fix` with what to type. Exit code 2 unless told."""
+
+    def __init__(self, fact, fix, code=2):
+        super().__init__(fact)
+        self.fact, self.fix, self.code = fact, fix, code
+
+
+def say(text=""):
+    """Print progress on standard error, once per job: only the first of several processes speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def note(text):
+    say(f"note: {text}")  # something was chosen for you
+
+
+def warn(text):
+    say(f"warning: {text}")  # it works, but you may regret it
+
+
+def command_line(main):
+    """Run a script's main(argv) and turn what went wrong into the two lines and the exit code of a UserError."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        say(f"error: {error.fact}\nfix: {error.fix}")
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head` closes our standard output: no more to say, and no traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def load(cls, argv, presets=None, positional="config"):
+    """Fill the dataclass `cls` from the arguments `argv`; later ones win.
+
+    presets: {name: {setting: value}}, chosen by the setting `preset`; a preset changes the defaults only, so
+        whatever files and flags give wins over it, wherever it stands.
+    positional: "config", a bare argument is a config file; "none", there are none; else it is collected.
+    Returns (settings, the set of names that were given, the bare arguments that are not config files).
+    Prints the settings and exits on --help. Raises UserError for an unknown name or a value of the wrong type.
+    """
+    kinds = typing.get_type_hints(cls)
+    given, bare, argv = {}, [], list(argv)
+    while argv:
+        argument = argv.pop(0)
+        if argument in ("--help", "-h"):
+            print(help_text(cls))
+            sys.exit(0)
+        if not argument.startswith("--"):
+            if positional == "config":
+                given.update(read_config(argument, kinds))
+            elif positional == "none":
+                raise UserError(f"{argument!r} is not a setting", "write --name=value; --help lists the names")
+            else:
+                bare.append(argument)
+            continue
+        name, has_value, text = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        kind = known(name, kinds, f"--{name}")
+        if not has_value:  # `--key value`, or `--key` alone for true
+            flag = bool in alternatives(kind)
+            follows = argv and not argv[0].startswith("--")
+            text = argv.pop(0) if follows and not (flag and argv[0].lower() not in FLAG_WORDS) else "true" if flag else None
+            if text is None:
+                raise UserError(f"--{name} has no value", f"--{name}=VALUE, {describe(kind)}")
+        value = parse(text, kind, f"--{name}")
+        given[name] = given.get(name, []) + value if kind == list[str] and name in given else value
+    if presets and given.get("preset"):
+        name = given["preset"]
+        if name not in presets:
+            raise UserError(f"there is no preset {name!r}", f"one of {', '.join(presets)}")
+        given = {**presets[name], **given}
+    return cls(**given), set(given), bare
+
+
+def read_config(path, kinds):
+    """The settings that a config file assigns, as {name: value}. The file is Python, run in a namespace of its own."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except OSError as error:
+        near = difflib.get_close_matches(path, config_files(), 1)
+        raise UserError(f"cannot read the config file {path}: {error.strerror}",
+                        near[0] if near else "one of " + ", ".join(config_files())) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file", "a config file holds lines like batch_size = 16") from None
+    namespace = {"__name__": "config", "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except Exception as error:
+        line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
+                        "a config file holds lines like batch_size = 16") from None
+    lines = {node.id: node.lineno for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    found = {}
+    for name, value in namespace.items():
+        if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            where = f"{path}, line {lines.get(name, 1)}"
+            kind = known(name, kinds, where)
+            found[name] = parse(value, kind, f"{where}: {name}")
+    return found
+
+
+def config_files():
+    return sorted(f"config/{name}" for name in os.listdir(os.path.dirname(__file__))
+                  if name.endswith(".py") and not name.startswith("_"))
+
+
+def known(name, kinds, where):
+    """The type of the setting `name`, or the error that names its nearest neighbour."""
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        raise UserError(f"{where}: there is no setting {name!r}",
+                        f"--{near[0]}" if near else "--help lists every setting with its meaning")
+    return kinds[name]
+
+
+def parse(value, kind, where):
+    """`value`, a text from the command line or a value from a file, as the type that the annotation asks for."""
+    for option in alternatives(kind):
+        try:
+            return convert(value, option)
+        except (ValueError, TypeError, OverflowError):
+            continue
+    raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
+
+
+def alternatives(kind):
+    """The types of a union such as `int | None`; a type that is none stands alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def convert(value, kind):
+    """One type of the few that settings have. Raises ValueError where the value does not fit."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)[typing.get_args(kind).index(value)]
+    if kind == list[str]:
+        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if kind is str:
+        return str(value)
+    if kind is type(None):
+        if value is not None and str(value).lower() != "none":
+            raise ValueError(value)
+        return None
+    if kind is bool:
+        if not isinstance(value, bool) and str(value).lower() not in FLAG_WORDS:
+            raise ValueError(value)
+        return value if isinstance(value, bool) else FLAG_WORDS[value.lower()]
+    if isinstance(value, bool):
+        raise ValueError(value)
+    number = float(value)
+    if kind is int:  # 10000, 10_000 and 1e4 are the same whole number, 0.5 is none
+        if number != int(number):
+            raise ValueError(value)
+        return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
+    if number != number:
+        raise ValueError(value)
+    return number
+
+
+def describe(kind):
+    """A type in a user's words: 'a whole number', "'learned' or 'rope'"."""
+    if len(alternatives(kind)) > 1:
+        return " or ".join(describe(option) for option in alternatives(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
+            type(None): "none"}[kind]
+
+
+def help_text(cls):
+    """The fields of a settings class as its source has them: name, type, default, meaning."""
+    parts = [(inspect.getmodule(cls).__doc__ or "").strip()]
+    for owner in cls.__mro__:
+        if dataclasses.is_dataclass(owner):
+            lines = inspect.getsource(owner).split("\n")
+            fields = [line for line in lines if line.strip().startswith("#") or line.partition(":")[0].strip() in
+                      owner.__annotations__]
+            parts.append("\n".join("--" + line.strip() if not line.strip().startswith("#") else "\n" + line.strip()
+                                   for line in fields))
+    return "\n\n".join(parts)

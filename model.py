@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+The model: a GPT in one file, from the attention to the loss.
+
+    model = GPT(GPTConfig(n_layer=6, n_head=8, n_embd=512, vocab_size=32000))
+    loss = model(idx, targets)                      # training: the mean cross-entropy, in nats per token
+    logits = model(idx)                             # (B, T, vocab_size)
+    for token in model.generate(idx, n=100): ...    # (B, 1) at a time, with a cache of keys and values
+
+A GPT reads token ids and predicts, at every position, the token that comes next. Each of its layers does two things:
+attention lets a position read from the positions before it, the MLP thinks about what was read. Both add their result
+to a stream of vectors that runs through the network from bottom to top, the residual stream.
+
+Two families share this code, and GPTConfig says in one place where they differ: GPT-2 (learned positions, LayerNorm,
+GELU) and the layout of Llama and Qwen3 (rotary positions, RMSNorm, SwiGLU). Read from the bottom up: the parts come
+first, GPT last.
+
+B, T, C in the comments: batch, time (positions) and channels (n_embd).
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    # the shape of the model; parameters grow with n_layer * n_embd^2
+    block_size: int = 1024  # context: the most tokens that the model can look back on
+    vocab_size: int = 50257  # number of distinct tokens
+    n_layer: int = 12  # blocks, one above the other
+    n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head (no sharing)
+    n_embd: int = 768  # channels of the residual stream
+    head_dim: int = 0  # channels of one head; 0: n_embd / n_head
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    # the family
+    pos: Literal["learned", "rope"] = "learned"  # positions: a learned vector each, or a rotation of queries and keys
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm leaves out the mean: cheaper, as good
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu is GPT-2's tanh form; swiglu multiplies by a gate
+    qk_norm: bool = False  # RMSNorm on queries and keys: attention cannot saturate, so the learning rate can be higher
+    bias: bool = False  # biases in the linear and norm layers: true in GPT-2; false is a bit better and faster
+    tie_weights: bool = True  # one matrix for reading tokens and for predicting them
+    dropout: float = 0.0  # share of activations set to 0 in training: 0 for one pass over the data, 0.1+ for many
+    rope_theta: float = 10000.0  # rope: the slowest rotation takes about 2 pi rope_theta positions for a turn
+    norm_eps: float = 1e-5  # added to the variance before the root
+
+
+GPT2 = dict(block_size=1024, vocab_size=50257, bias=True)  # OpenAI, 2019
+OPENLLM = dict(vocab_size=32000, bias=True)
+PRESETS = {  # the number behind each is n_params()
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, **GPT2),  # 124,439,808
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),  # 354,823,168
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),  # 774,030,080
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),  # 1,557,611,200
+    "openllm-small": dict(n_layer=6, n_head=8, n_embd=512, block_size=1024, **OPENLLM),  # 35,823,616
+    "openllm-medium": dict(n_layer=12, n_head=12, n_embd=768, block_size=2048, **OPENLLM),  # 111,204,864
+    "openllm-large": dict(n_layer=24, n_head=16, n_embd=1024, block_size=2048, **OPENLLM),  # 337,176,576
+    "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False),  # Qwen3's layout, any size
+}
+
+
+class RMSNorm(nn.Module):
+    """x divided by its root mean square, times a learned weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # float32: squares of bf16 are coarse
+        return (x.float() * scale * self.weight).type_as(x)
+
+
+def make_norm(config, dim):
+    if config.norm == "rmsnorm":
+        return RMSNorm(dim, config.norm_eps)
+    return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_table(config):
+    """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
+    half = config.head_dim // 2
+    speed = config.rope_theta ** (-torch.arange(half) / half)  # turns ever more slowly: 1 down to ~1 / rope_theta
+    angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel i with channel i + head_dim / 2 by the angle of the position (Su 2021, arXiv 2104.09864).
+
+    The product of a rotated query and a rotated key depends on the distance of their positions alone, which is how
+    the model knows order without a vector per position. x: (B, heads, T, head_dim); cos, sin: (T, head_dim / 2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that a new token computes its own row of attention and no more.
+
+    Sized once for `capacity` positions, so that nothing is allocated or copied as the text grows. `length` counts the
+    positions that hold something; every layer writes behind it, and GPT.forward moves it once, at the end.
+    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers.
+    """
+
+    def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, capacity or config.block_size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Write k, v (B, n_kv_head, T, head_dim) behind the past; return past and new together, (B, n_kv_head, :, :)."""
+        end = self.length + k.size(2)
+        assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani 2017, arXiv 1706.03762), with grouped queries (Ainslie 2023, arXiv 2305.13245).
+
+    Every position asks with a query, every position before it (and itself) answers with a key, and the values of the
+    best matches are averaged: softmax(q k^T / sqrt(head_dim)) v, in n_head independent subspaces.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.bias)  # q, k, v in one product
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, config.norm_eps), RMSNorm(self.head_dim, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, rotation=None, cache=None):
+        B, T, C = x.shape
+        width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        q, k, v = self.c_attn(x).split((width, kv_width, kv_width), dim=2)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+
+        # Without a past, query i sees keys 0..i: is_causal. One new token sees everything: no mask. Several new tokens
+        # behind a past need the causal mask spelled out, because is_causal would count from the first key.
+        past, mask = 0, None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.extend(self.layer, k, v)  # (B, n_kv_head, past + T, head_dim)
+        if past > 0 and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, past + T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=past == 0, dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
+        y = y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again: (B, T, n_head * head_dim)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a bend between them, at every position alone.
+
+    gelu is GPT-2's; swiglu multiplies by silu(gate) instead (Shazeer 2020, arXiv 2002.05202): c_fc then holds the gate
+    and the value side by side.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.dropout = config.mlp, config.dropout
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, n_inner), for swiglu (B, T, 2 n_inner)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)  # (B, T, n_inner) each
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer. The norms stand before attention and MLP, so that the residual stream itself is never rescaled."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config, config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotation=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rotation, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+def argmax(logits):
+    """The likeliest token of each row: (B, vocab_size) -> (B,)."""
+    return logits.argmax(dim=-1)
+
+
+class GPT(nn.Module):
+    """The whole model. Parameter names are GPT-2's, so that its weights and nanoGPT's fit without a list of names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = resolve(config)
+        padded = -(-config.vocab_size // 64) * 64  # matrix kernels like round sizes; `logits` cuts the padding off again
+        parts = dict(wte=nn.Embedding(padded, config.n_embd))
+        if config.pos == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts["ln_f"] = make_norm(config, config.n_embd)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        if config.pos == "rope":  # computed, not learned: not part of a checkpoint
+            for name, table in zip(("rope_cos", "rope_sin"), rotary_table(config)):
+                self.register_buffer(name, table, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every initial value, with its reason; nothing is drawn anywhere else.
+
+        Linear and embedding weights: normal with standard deviation 0.02, small enough that the first prediction is
+        nearly uniform (loss ~ ln vocab_size), whatever the width between 256 and 2048. Biases: 0. Norm weights: 1.
+        The two layers of a block that write into the residual stream: 0. The network begins as if it had no blocks,
+        and each comes in as far as it helps. (GPT-2 draws them with 0.02 / sqrt(2 n_layer), so that the sum of all
+        2 n_layer terms has the size of one; zero is simpler and learns a bit faster, see docs/lab-notes.md.)
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                p.normal_(std=0.02)
+
+    def trunk(self, idx, cache=None):
+        """Token ids (B, T) -> the residual stream above the last block (B, T, C). A cache puts idx behind its past."""
+        T, past = idx.size(1), cache.length if cache is not None else 0
+        assert past + T <= self.config.block_size, \
+            f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotation = None
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[past:past + T]  # (T, C) added to every row
+        else:
+            rotation = self.rope_cos[past:past + T], self.rope_sin[past:past + T]  # (T, head_dim / 2) each
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, rotation, cache)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def logits(self, x):
+        """The residual stream (..., C) -> a score for each token of the true vocabulary (..., vocab_size)."""
+        return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
+
+    def loss(self, x, targets):
+        """The residual stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets that are not -1."""
+        logits = self.logits(x).float()  # the sum of exp over the vocabulary needs float32
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
+
+        With targets, the mean cross-entropy in nats per target; without, the logits (B, T, vocab_size).
+        """
+        x = self.trunk(idx, cache)  # (B, T, C)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    @torch.inference_mode()
+    def generate(self, idx, n, pick=argmax):
+        """Continue idx (B, T) by n tokens; yields a (B, 1) column of ids at a time, for whoever prints as it comes.
+
+        pick: (B, vocab_size) float32 logits -> (B,) ids; argmax is greedy, sample.py has the rest.
+        When the context is full, the model forgets the older half of it and reads the younger half again: a fixed
+        amount of work for block_size / 2 tokens, and the text can go on for ever.
+        """
+        size, device = self.config.block_size, idx.device
+        cache = KVCache(self.config, idx.size(0), min(size, idx.size(1) + n), device, self.dtype())
+        new = idx = idx[:, -size:]
+        for _ in range(n):
+            if cache.length + new.size(1) > size:
+                new, cache.length = idx[:, -(size // 2):], 0
+            x = self.trunk(new, cache)[:, -1]  # (B, C): only the last position predicts something new
+            new = pick(self.logits(x).float())[:, None]  # (B, 1)
+            idx = torch.cat((idx, new), dim=1)[:, -size:]
+            yield new
+
+    def dtype(self):
+        """The type in which attention computes: autocast's where it is on, else that of the weights."""
+        device = self.lm_head.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+
+    def n_params(self):
+        """Number of parameters: tied weights once, padding of the vocabulary left out."""
+        padding = self.lm_head.weight.size(0) - self.config.vocab_size
+        matrices = 1 if self.config.tie_weights else 2
+        return sum(p.numel() for p in self.parameters()) - matrices * padding * self.config.n_embd
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations that training spends on a token of a context of T (PaLM, arXiv 2204.02311, B).
+
+        Each weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6.
+        Attention adds, per layer, q k^T and the average of v over T positions: 12 n_head head_dim T (counted full, as
+        is the custom, although the causal half would do). Reading an embedding costs nothing.
+        """
+        c = self.config
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "transformer.w" not in name)
+        head = c.vocab_size * c.n_embd if c.tie_weights else (c.vocab_size - self.lm_head.weight.size(0)) * c.n_embd
+        return 6 * (matrices + head) + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+
+
+def resolve(config):
+    """A copy of the config with every 0 = "derive it" filled in. Asserts that the shape can exist at all."""
+    c = GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__dataclass_fields__})
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        assert getattr(c, name) >= 1, f"{name}={getattr(c, name)} is less than 1; --{name}=1 or more"
+    assert c.head_dim or c.n_embd % c.n_head == 0, (
+        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={-(-c.n_embd // c.n_head) * c.n_head}")
+    c.n_kv_head = c.n_kv_head or c.n_head
+    assert c.n_head % c.n_kv_head == 0, (
+        f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
+    c.head_dim = c.head_dim or c.n_embd // c.n_head
+    assert c.pos != "rope" or c.head_dim % 2 == 0, f"rope turns pairs, and head_dim={c.head_dim} is odd; --head_dim=" \
+        f"{c.head_dim + 1}"
+    c.n_inner = c.n_inner or (4 * c.n_embd if c.mlp != "swiglu" else -(-8 * c.n_embd // (3 * 64)) * 64)
+    assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
+    return c

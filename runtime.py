@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+The machine and the disk: which device and number type to use, and how a checkpoint is written and read.
+
+    device = choose_device("auto"); dtype = choose_dtype("auto", device)
+    save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
+    model, tokenizer, checkpoint = load_run("out/small", device=device)
+
+Two rules make a checkpoint something to rely on. A file bears its final name only when it is whole and on the disk, so
+that whatever happens, the newest checkpoint is a good one. And it holds tensors and plain values only and is read with
+weights_only=True, so that opening a stranger's file cannot run a stranger's code.
+"""
+import contextlib
+import ctypes
+import glob
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy
+import torch
+
+import tokenizer as tokenizers
+from config import UserError, note, say
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(wish="auto"):
+    """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best there is. Raises UserError for what this machine lacks."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wish == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    if wish.startswith("cuda") and not cuda:
+        raise UserError(f"--device={wish}, but PyTorch {torch.__version__} sees no CUDA here",
+                        "--device=auto, or install a CUDA build of PyTorch (pytorch.org/get-started)")
+    if wish == "mps" and not mps:
+        raise UserError(f"--device=mps, but PyTorch {torch.__version__} sees no Apple GPU here", "--device=auto")
+    try:
+        return str(torch.device(wish))
+    except RuntimeError:
+        raise UserError(f"there is no device {wish!r}", "--device=auto, cpu, cuda, cuda:1 or mps") from None
+
+
+def has_bf16(device):
+    """Does the processor itself multiply in bfloat16? Emulated, it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device == "cpu" and "AVX2" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper():
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def choose_dtype(wish, device):
+    """(dtype, reason): bfloat16 where the hardware has it, float16 on older NVIDIA GPUs, else float32."""
+    if wish != "auto":
+        return getattr(torch, wish), "as asked"
+    if has_bf16(device):
+        return torch.bfloat16, "this processor multiplies in bfloat16"
+    if device.startswith("cuda"):
+        return torch.float16, "this GPU has no bfloat16"
+    return torch.float32, "this processor has no bfloat16"
+
+
+def autocast(device, dtype):
+    """The context in which matrix products run in `dtype`, while weights and sums stay in float32."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def set_up(device):
+    """Once per process, before any work: settings of PyTorch and of the memory allocator."""
+    if device == "cpu":
+        # Compiled code adds the gradients of an embedding in whatever order the threads arrive, unless told not to;
+        # with this, every run gives the same bits. The second line leaves out a debugging aid that fills new tensors.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+            # glibc hands large blocks back to the system when they are freed, and gets them anew, zeroed page by page,
+            # at every training step. Keeping them makes a step about a tenth faster.
+            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32 on NVIDIA GPUs
+
+
+def measure_peak(device, dtype):
+    """The most that one large matrix product gets out of this machine, in floating-point operations per second."""
+    n = 4096 if device.startswith("cuda") else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronize(device):
+    """Wait for the GPU, which works behind the program's back, so that a clock reads the truth."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in bytes: of the GPU, or of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions(device):
+    """What the numbers of a run depend on beside its settings."""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    return dict(commit=commit or "unknown", python=platform.python_version(), torch=str(torch.__version__),
+                numpy=numpy.__version__, system=platform.system(), device=device, processor=name,
+                cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, state):
+    """Write `state`: when this returns, the file is on the disk under its name; when it raises, nothing has changed."""
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk ...
+        os.replace(part, path)  # ... before they get their name, which is one indivisible step ...
+        with contextlib.suppress(PermissionError):  # (Windows cannot open a folder)
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)  # ... and the name is on the disk before anything older is deleted
+            finally:
+                os.close(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # a checkpoint is a zip file, and torch.load does not look at its checksums
+            bad = archive.testzip()
+        if bad:
+            raise zipfile.BadZipFile(f"{bad} has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file that train.py wrote") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors and plain values; opening it could run code, so it is refused",
+                        "use a checkpoint that was saved with plain values only") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
+
+
+def checkpoints(run):
+    """The numbered checkpoints of a run folder, oldest first: by the number in the name, not by the clock."""
+    return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
+
+
+def prune_checkpoints(run, keep=2):
+    """Delete all numbered checkpoints but the last `keep`; two, since the last may have been cut by a dying disk."""
+    for path in checkpoints(run)[:-keep]:
+        os.unlink(path)
+
+
+def find_run(where="out"):
+    """The run below `where` that was written last."""
+    runs = {path: os.path.getmtime(path) for path in glob.glob(os.path.join(where, "**", "*.pt"), recursive=True)
+            if os.path.basename(path).startswith(("best", "ckpt_"))}
+    if not runs:
+        raise UserError(f"there is no trained run below {where}/", "python train.py config/train_small.py")
+    return os.path.dirname(max(runs, key=runs.get))
+
+
+def checkpoint_path(run, which="best"):
+    """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which='last' the newest."""
+    if os.path.isfile(run):
+        return run
+    best, numbered = os.path.join(run, "best.pt"), checkpoints(run)
+    if which == "best" and os.path.exists(best):
+        return best
+    if numbered:
+        return numbered[-1]
+    raise UserError(f"there is no trained run in {run} (no best.pt, no ckpt_*.pt)",
+                    "python train.py config/train_small.py trains one")
+
+
+def load_run(run, which="best", device="cpu"):
+    """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN."""
+    path = checkpoint_path(run, which)
+    checkpoint = load_checkpoint(path)
+    model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
+    load_weights(model, checkpoint.pop("model"), path)
+    tokenizer = tokenizers.load_from(os.path.dirname(path) or ".")
+    return model.to(device).eval(), tokenizer, checkpoint | {"path": path}
+
+
+def load_weights(model, weights, path):
+    """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen."""
+    for name, due in model.state_dict().items():
+        if name not in weights or weights[name].shape != due.shape:
+            has = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
+            raise UserError(f"{path} has {has}, but the model has {tuple(due.shape)} there",
+                            "use the settings that the checkpoint was trained with")
+    model.load_state_dict(weights, strict=False)
