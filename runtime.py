@@ -196,6 +196,16 @@ def find_run(where="out"):
     return os.path.dirname(max(runs, key=runs.get))
 
 
+def choose_run(bare, settings):
+    """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
+    if len(bare) > 1:
+        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one, such as {bare[0]}")
+    named = bare[0] if bare else settings.init_from.replace("resume", "") or settings.out_dir
+    if named and not os.path.exists(named):
+        raise UserError(f"there is no run {named}", "python train.py config/train_small.py trains one into out/small")
+    return named or find_run()
+
+
 def checkpoint_path(run, which="best"):
     """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which='last' the newest."""
     if os.path.isfile(run):

@@ -134,7 +134,8 @@ def train_sentencepiece(texts, vocab_size, kind):
             end = text.rfind("\n", 0, 2000) + 1 or 2000
             lines.append(text[:end])
             text = text[end:]
-    smallest = len(characters - {"\0"} | {BLOCK}) + 256 + len(SPECIAL) + 1
+    alphabet = {BLOCK if character == " " else character for character in characters} - {"\0"}
+    smallest = len(alphabet) + 256 + len(SPECIAL) + 1
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small: this text has {len(characters):,} distinct characters, "
                         f"and they, 256 bytes and {len(SPECIAL) + 1} special tokens need {smallest:,}",

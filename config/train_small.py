@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-only
 # draft
 dataset = "stdlib"
 out_dir = "out/small"

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Sampling: let a trained model write, in the terminal.
+
+    python sample.py                                        # the newest run under out/; asks for prompts in a terminal
+    python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
+    python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
+
+The text goes to standard output as it is written, everything else to standard error. A model gives a score to every
+token of its vocabulary, and there are two steps from there to text, which make up this file:
+
+1. from scores to a token. filter_logits takes away what is too unlikely, and one of the rest is drawn by its probability.
+2. from tokens to text. A token is bytes, and maybe only a part of a character; TextStream gives out whole characters,
+   and nothing that may yet turn out to be the beginning of a stop string.
+"""
+import codecs
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import runtime
+import tokenizer as tokenizers
+from config import UserError, command_line, load, note, say
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = ""  # the text to continue, as it stands; FILE:path reads it from a file
+    start: str = ""  # the same, by nanoGPT's name
+    num_samples: int = 1  # how many texts to write, one after the other
+    max_new_tokens: int = 128  # longest text, in tokens
+    temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
+    top_k: int = 50  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability
+    min_p: float = 0.0  # only tokens at least so likely as this share of the likeliest one
+    repetition_penalty: float = 1.0  # above 1: tokens that were used get less likely
+    stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
+    ignore_eos: bool = False  # go on behind the end-of-text token
+    seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
+    # the model: a RUN (run folder or checkpoint file), given bare or by one of nanoGPT's names
+    out_dir: str = ""  # the RUN; by default the newest below out/
+    init_from: str = ""  # the RUN as well
+    checkpoint: str = "best"  # of a run folder: best, the lowest validation loss; or last, the newest
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: str = "float32"  # of matrix products: float32, bfloat16, float16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. From scores to a token
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Scores (..., V) -> scores whose softmax is the distribution to draw from; -inf for what is left out.
+
+    In this order: temperature divides the scores; top_k keeps the k highest (and what equals the last of them); min_p
+    keeps what has at least min_p times the highest probability (arXiv 2407.01082); top_p keeps the smallest set that
+    has at least this probability together (nucleus sampling, arXiv 1904.09751). The likeliest token always stays;
+    temperature 0 keeps it alone.
+    """
+    if temperature == 0:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if min_p > 0:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+    if top_p < 1:
+        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier
+        drop = (above >= top_p).scatter(-1, order, above >= top_p)  # back to the order of the vocabulary
+        drop = drop.scatter(-1, order[..., :1], False)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits
+
+
+def penalize(logits, used, penalty):
+    """Make the ids in `used` less likely: scores above 0 are divided by the penalty, others multiplied (CTRL, 1909.05858)."""
+    if penalty == 1.0 or not used:
+        return logits
+    ids = torch.tensor(sorted(set(used)), device=logits.device)
+    scores = logits[..., ids]
+    return logits.index_copy(-1, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def make_pick(settings, prompt, seed):
+    """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written."""
+    generator, used = torch.Generator().manual_seed(seed), list(prompt)
+
+    def pick(logits):
+        logits = penalize(logits.cpu(), used, settings.repetition_penalty)
+        if not torch.isfinite(logits).all():
+            raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
+        logits = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+        token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]  # (1,)
+        used.append(token.item())
+        return token
+    return pick
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. From tokens to text
+
+
+class TextStream:
+    """Puts text together from tokens as they come. What push and finish return, joined, is the text of the whole."""
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
+        self.held = ""  # text that may be the beginning of a stop string
+        self.stopped = False  # a stop string has come: what follows is not part of the text
+
+    def push(self, token):
+        """The text that is certain now that `token` has come; often the token's own, sometimes none."""
+        return self.give(self.decoder.decode(self.tokenizer.token_bytes(token)))
+
+    def finish(self):
+        """The rest, when no more tokens come; half a character becomes U+FFFD."""
+        text = self.give(self.decoder.decode(b"", final=True)) + self.held
+        self.held = ""
+        return text
+
+    def give(self, new):
+        if self.stopped:
+            return ""
+        text = self.held + new
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[:min(found)]
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - keep:]
+        return text[:len(text) - keep]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def write(model, tokenizer, prompt, settings, seed):
+    """Print the prompt and its continuation as it comes. Returns the number of tokens."""
+    end = tokenizer.special[tokenizers.END_OF_TEXT]
+    ids, size = tokenizer.encode(prompt) or [end], model.config.block_size
+    if len(ids) >= size:
+        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size + 1:,} are ignored")
+        ids = ids[-(size - 1):] if size > 1 else ids[-1:]
+    stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
+    print(prompt, end="", flush=True)
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    for token in model.generate(idx, settings.max_new_tokens, make_pick(settings, ids, seed)):
+        n += 1
+        if token.item() == end and not settings.ignore_eos:
+            break
+        print(stream.push(token.item()), end="", flush=True)
+        if stream.stopped:
+            break
+    print(stream.finish(), flush=True)
+    return n
+
+
+def check_settings(s):
+    for name, good, rule in (("num_samples", s.num_samples >= 1, "1 or more"), ("top_k", s.top_k >= 0, "0 or more"),
+                             ("max_new_tokens", s.max_new_tokens >= 1, "1 or more"),
+                             ("temperature", 0 <= s.temperature < float("inf"), "0 or more"),
+                             ("top_p", 0 < s.top_p <= 1, "above 0, at most 1"), ("min_p", 0 <= s.min_p <= 1, "0 to 1"),
+                             ("repetition_penalty", 0 < s.repetition_penalty < float("inf"), "above 0; 1 is off")):
+        if not good:
+            raise UserError(f"{name}={getattr(s, name)} is out of range", f"--{name} must be {rule}")
+
+
+def read_prompt(prompt):
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        with open(prompt[5:], encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt from {prompt[5:]}: {getattr(error, 'strerror', None) or error}",
+                        "--prompt='some text', or --prompt=FILE:path of a UTF-8 text") from None
+
+
+def main(argv):
+    settings, _, runs = load(SampleConfig, argv, positional="collect")
+    check_settings(settings)
+    prompt = read_prompt(settings.prompt or settings.start)
+    device = runtime.choose_device(settings.device)
+    model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
+    say(f"{run['path']}: {model.n_params():,} parameters, {run['step']} updates on {', '.join(run['source'])}")
+    seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
+    dtype, _ = runtime.choose_dtype(settings.dtype, device)
+
+    ask = not prompt and sys.stdin.isatty() and sys.stdout.isatty()
+    if ask:
+        say("type a prompt, Ctrl-D ends; or give one with --prompt")
+    with runtime.autocast(device, dtype):
+        while True:
+            if ask:
+                try:
+                    prompt = input("> ")
+                except EOFError:
+                    say()
+                    return
+            for i in range(settings.num_samples):
+                started = time.perf_counter()
+                n = write(model, tokenizer, prompt, settings, seed + i)
+                say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
+            if not ask:
+                return
+            seed += settings.num_samples
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What several test files share: a place to work in, a small text, a trained tiny run, and how an error is provoked."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+import model as model_file  # noqa: E402
+import prepare  # noqa: E402
+import torch  # noqa: E402
+import train  # noqa: E402
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--learning_rate=1e-2",
+        "--eval_interval=10", "--log_interval=1", "--compile=false", "--dtype=float32", "--device=cpu"]
+
+
+def script(name, *args, cwd=None, env=None, timeout=300):
+    """Run a script of the project as a user would; returns the finished process with its text output."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout, text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+
+
+def error(main, *argv):
+    """What main(argv) complains about: (fact, fix) of the UserError that it must raise."""
+    with pytest.raises(config.UserError) as caught:
+        main(list(map(str, argv)))
+    assert caught.value.fact and caught.value.fix
+    return caught.value.fact, caught.value.fix
+
+
+def random_model(seed=0, **shape):
+    """A small model in which every weight is random: a fresh one has blocks that do nothing yet."""
+    small = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=100)
+    torch.manual_seed(seed)
+    model = model_file.GPT(model_file.GPTConfig(**{**small, **shape})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+FAMILIES = {
+    "gpt2": dict(bias=True),
+    "nanogpt": dict(mlp="gelu_exact"),
+    "untied": dict(tie_weights=False, n_inner=48, norm="rmsnorm"),
+    "modern": model_file.PRESETS["modern"],
+    "grouped": dict(**model_file.PRESETS["modern"], n_kv_head=2, head_dim=16),
+    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=1, rope_theta=500.0),
+}
+
+
+def words(n, seed=0):
+    """n characters of text with something to learn in it: short sentences over a few words."""
+    rng, out = torch.Generator().manual_seed(seed), []
+    subjects, verbs = ["the cat", "a dog", "my friend", "the old man"], ["sees", "likes", "hears", "finds"]
+    while sum(map(len, out)) < n:
+        a, b, c = torch.randint(4, (3,), generator=rng).tolist()
+        out.append(f"{subjects[a]} {verbs[b]} {subjects[c]}.\n")
+    return "".join(out)[:n]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A folder with data/words and a finished run in out/words: 40 updates of a tiny model."""
+    folder, before = tmp_path_factory.mktemp("tiny"), os.getcwd()
+    os.chdir(folder)
+    try:
+        (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
+        prepare.main(["words.txt", "--tokenizer=char"])
+        assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
+    finally:
+        os.chdir(before)
+    return folder

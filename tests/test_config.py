@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Settings: types, order, nearest names, config files, help, and how an error leaves the program."""
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from conftest import ROOT, error, script
+
+import config
+import train
+from model import PRESETS
+
+
+@dataclass
+class Some:
+    """What the tests below fill."""
+
+    batch_size: int = 8  # how many
+    learning_rate: float = 1e-3  # how fast
+    out_dir: str = "out"  # where
+    bias: bool = False  # with or without
+    compile: Literal["auto"] | bool = "auto"  # choose
+    seed: int | None = None  # any
+    stop: list[str] = field(default_factory=list)  # many
+    preset: str = ""
+
+
+def settings(*argv, **kw):
+    return config.load(Some, list(argv), **kw)[0]
+
+
+@pytest.mark.parametrize("argument, name, value", [
+    ("--learning_rate=1", "learning_rate", 1.0), ("--batch_size=1e4", "batch_size", 10_000),
+    ("--batch_size=1_000", "batch_size", 1000), ("--batch-size=3", "batch_size", 3), ("--bias=True", "bias", True),
+    ("--bias=false", "bias", False), ("--bias", "bias", True), ("--compile=auto", "compile", "auto"),
+    ("--compile=False", "compile", False), ("--seed=none", "seed", None), ("--seed=7", "seed", 7),
+    ("--out_dir=a=b", "out_dir", "a=b"), ("--out_dir=1984", "out_dir", "1984"), ("--out_dir=", "out_dir", ""),
+    ("--stop=x", "stop", ["x"]), ("--batch_size=9007199254740993", "batch_size", 9007199254740993)])
+def test_types_come_from_the_annotations(argument, name, value):
+    found = getattr(settings(argument), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_value_may_follow_its_name():
+    s = settings("--batch_size", "3", "--bias", "--learning_rate", "-1", "--stop", "a", "--stop", "b")
+    assert (s.batch_size, s.bias, s.learning_rate, s.stop) == (3, True, -1.0, ["a", "b"])
+    assert settings("--bias", "false").bias is False
+    fact, _ = error(lambda argv: settings(*argv), "--batch_size")
+    assert "--batch_size has no value" in fact
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--batch_size=0.5", "'0.5' is not a whole number"), ("--learning_rate=fast", "'fast' is not a number"),
+    ("--learning_rate=nan", "not a number"), ("--bias=2", "'2' is not true or false"),
+    ("--compile=maybe", "'maybe' is not auto or true or false"), ("--seed=x", "whole number or none"),
+    ("--batch_size=true", "'true' is not a whole number")])
+def test_ill_typed(argument, words):
+    fact, fix = error(lambda argv: settings(*argv), argument)
+    assert words in fact and argument.split("=")[0] in fact
+
+
+def test_unknown_names_the_nearest():
+    assert error(train.main, "--learnin_rate=1") == ("--learnin_rate: there is no setting 'learnin_rate'", "--learning_rate")
+    assert "--help" in error(train.main, "--xyzzy=1")[1]
+
+
+def test_files_and_flags_are_read_from_left_to_right(here):
+    (here / "a.py").write_text("import time\nbatch_size = 4 * 5  # arithmetic\nlearning_rate = 1\n_private = 3\n")
+    (here / "b.py").write_text("batch_size = 6\n")
+    assert settings("a.py").batch_size == 20 and settings("a.py").learning_rate == 1.0
+    assert settings("a.py", "b.py").batch_size == 6
+    assert settings("--batch_size=1", "a.py").batch_size == 20
+    assert settings("a.py", "--batch_size=1").batch_size == 1
+
+
+@pytest.mark.parametrize("source, words", [
+    ("batch_size = 1\nlearnin_rate = 2\n", ["line 2", "learnin_rate"]), ("batch_size = 'x'\n", ["line 1", "'x'", "whole"]),
+    ("batch_size = \n", ["line 1", "SyntaxError"]), ("batch_size = 1\nout_dir = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+    ("bias = 2\n", ["line 1", "true or false"])])
+def test_errors_in_files_name_the_line(here, source, words):
+    (here / "bad.py").write_text(source)
+    fact, _ = error(lambda argv: settings(*argv), "bad.py")
+    assert "bad.py" in fact and all(word in fact for word in words), fact
+
+
+def test_missing_and_unreadable_files(here):
+    fact, fix = error(train.main, "config/train_smal.py")
+    assert "config/train_smal.py" in fact and fix == "config/train_small.py"
+    (here / "image.py").write_bytes(b"\x89PNG\xff\xfe")
+    assert "not a text file" in error(train.main, "image.py")[0]
+    (here / "folder.py").mkdir()
+    assert "folder.py" in error(train.main, "folder.py")[0]
+
+
+def test_presets_change_defaults_only():
+    presets = {"wide": dict(batch_size=99, bias=True)}
+    assert settings("--preset=wide", presets=presets).batch_size == 99
+    assert settings("--batch_size=1", "--preset=wide", presets=presets).batch_size == 1
+    fact, fix = error(train.main, "--preset=gpt3")
+    assert "'gpt3'" in fact and "openllm-small" in fix
+    for shape in PRESETS.values():  # every preset names real settings
+        assert set(shape) <= set(train.TrainConfig.__dataclass_fields__)
+
+
+def test_help_prints_every_setting_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name in train.TrainConfig.__dataclass_fields__:
+        assert f"--{name}: " in shown, name
+    for line in shown.split("\n"):
+        assert not line.startswith("--") or "  # " in line or line.startswith("--wandb"), f"no meaning: {line}"
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py"])
+def test_an_error_is_two_lines_and_exit_code_2(name, here):
+    done = script(name, "--nonsense=1", cwd=here)
+    assert done.returncode == 2 and done.stdout == ""
+    first, second = done.stderr.strip().split("\n")
+    assert first.startswith("error: ") and "nonsense" in first and second.startswith("fix: ")
+
+
+def test_every_config_file_holds_known_settings():
+    for path in sorted((ROOT / "config").glob("[a-z]*.py")):
+        config.load(train.TrainConfig, [str(path)], presets=PRESETS)
+
+
+def test_every_source_file_names_its_licence():
+    files = [p for pattern in ("*.py", "config/*.py", "tests/*.py") for p in ROOT.glob(pattern)]
+    assert len(files) > 10
+    for path in files:
+        assert "SPDX-License-Identifier: GPL-3.0-only" in path.read_text(encoding="utf-8").split("\n")[0], path

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The model against plain arithmetic: attention, cache, causality, counts."""
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, random_model
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, KVCache, PRESETS, argmax
+
+
+def reference_logits(model, idx):
+    """The same network in float64, written out: the softmax form of attention, one position table, no shortcuts."""
+    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    get = lambda name: weights.get("transformer." + name)
+
+    def linear(x, name):
+        bias = get(name + ".bias")
+        return x @ get(name + ".weight").T + (0 if bias is None else bias)
+
+    def norm(x, name, kind=c.norm):
+        if kind == "rmsnorm":
+            return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * get(name + ".weight")
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + c.norm_eps).sqrt()
+        return x * get(name + ".weight") + (0 if get(name + ".bias") is None else get(name + ".bias"))
+
+    def turn(x):  # (B, heads, T, head_dim): complex rotation of the pairs (i, i + half)
+        half = c.head_dim // 2
+        speed = c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(x.size(2), dtype=torch.float64)[:, None] * speed
+        z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    B, T = idx.shape
+    x = get("wte.weight")[idx]
+    if c.pos == "learned":
+        x = x + get("wpe.weight")[:T]
+    for i in range(c.n_layer):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(
+            (c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim), dim=2)
+        q, k, v = (t.view(B, T, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))
+        if c.qk_norm:
+            q, k = norm(q, f"h.{i}.attn.q_norm", "rmsnorm"), norm(k, f"h.{i}.attn.k_norm", "rmsnorm")
+        if c.pos == "rope":
+            q, k = turn(q), turn(k)
+        k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
+        att = q @ k.transpose(-2, -1) / math.sqrt(c.head_dim)
+        att = att.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        y = (att.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, -1)
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        if c.mlp == "swiglu":
+            y = F.silu(y[..., :c.n_inner]) * y[..., c.n_inner:]
+        else:
+            y = F.gelu(y, approximate="tanh" if c.mlp == "gelu" else "none")
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    head = weights.get("lm_head.weight", get("wte.weight"))
+    return (norm(x, "ln_f") @ head.T)[..., :c.vocab_size]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_loss_equal_plain_arithmetic(family):
+    model = random_model(**FAMILIES[family])
+    idx, targets = torch.randint(100, (2, 3, 24))
+    due = reference_logits(model, idx)
+    assert due.std() > 0.5  # a comparison of zeros would prove nothing
+    assert torch.allclose(model(idx).double(), due, atol=1e-4)
+    targets[0, :5] = -1
+    loss = -due.log_softmax(dim=-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets >= 0].mean()
+    assert model(idx, targets).item() == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_cached_decoding_equals_full_forward(family):
+    model = random_model(**FAMILIES[family])
+    idx = torch.randint(100, (3, 24))
+    full = model(idx)
+    cache = KVCache(model.config, batch_size=3)
+    for t in range(24):  # token by token, up to the full context
+        assert torch.allclose(model(idx[:, t:t + 1], cache=cache)[:, 0], full[:, t], atol=1e-4), t
+    assert cache.length == 24
+    cache = KVCache(model.config, batch_size=3)
+    pieces = [model(part, cache=cache) for part in idx.split((7, 1, 10, 6), dim=1)]  # and in chunks
+    assert torch.allclose(torch.cat(pieces, dim=1), full, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_later_token_never_changes_an_earlier_logit(family):
+    model = random_model(**FAMILIES[family])
+    idx = torch.randint(100, (2, 24))
+    before = model(idx)
+    for t in (1, 12, 23):
+        changed = idx.clone()
+        changed[:, t:] = torch.randint(100, (2, 24 - t))
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+@torch.no_grad()
+def test_generate_equals_recomputing_everything_and_goes_on_when_the_context_is_full():
+    model = random_model(**FAMILIES["grouped"])
+    idx = torch.randint(100, (3, 5))
+    text = torch.cat((idx, *model.generate(idx, 60)), dim=1)
+    assert text.shape == (3, 65)
+    # What the model has seen at each step: everything up to 24 tokens, then the last 12 and what follows them.
+    seen = 5
+    for t in range(5, 65):
+        if seen > 24:
+            seen = 12
+        assert torch.equal(text[:, t], argmax(model(text[:, t - seen:t])[:, -1])), t
+        seen += 1
+    long = torch.randint(100, (1, 40))  # a prompt longer than the context: its end counts
+    assert torch.equal(next(model.generate(long, 1))[:, 0], argmax(model(long[:, -24:])[:, -1]))
+
+
+def test_parameter_counts_are_exact():
+    due = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+           "openllm-small": 35_823_616, "openllm-medium": 111_204_864, "openllm-large": 337_176_576}
+    with torch.device("meta"):
+        assert {name: GPT(GPTConfig(**PRESETS[name])).n_params() for name in due} == due
+    model = random_model(vocab_size=100, tie_weights=False)  # both matrices are padded to 128 rows, and not counted
+    assert model.lm_head.weight.size(0) == 128
+    assert model.n_params() == sum(p.numel() for p in model.parameters()) - 2 * 28 * 32
+
+
+def test_flops_per_token_is_what_the_products_cost():
+    from torch.utils.flop_counter import FlopCounterMode
+    for family in FAMILIES.values():
+        model = random_model(**{**family, "vocab_size": 128})  # no padding, which would be counted here
+        c, T = model.config, 24
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(torch.randint(100, (1, T)))
+        assert model.flops_per_token(T) * T == 3 * counter.get_total_flops()  # backward is twice forward
+
+
+def test_a_fresh_model_knows_nothing():
+    for family in FAMILIES.values():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64, vocab_size=1000,
+                              **{k: v for k, v in family.items() if k not in ("head_dim", "n_inner")}))
+        loss = model(*torch.randint(1000, (2, 4, 64))).item()
+        assert loss == pytest.approx(math.log(1000), abs=0.15)
+
+
+def test_dropout_only_in_training():
+    model = random_model(dropout=0.5)
+    idx = torch.randint(100, (2, 24))
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+
+
+def test_padding_of_the_vocabulary_is_never_seen():
+    model = random_model(vocab_size=65)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 65)
+    with torch.no_grad():
+        model.lm_head.weight[65:] = 1e3  # were they looked at, they would always win
+    tokens = torch.cat(list(model.generate(torch.zeros(4, 1, dtype=torch.long), 20)), dim=1)
+    assert tokens.max() < 65
+
+
+@pytest.mark.parametrize("shape, number", [
+    (dict(n_embd=100, n_head=3), "n_embd=100"), (dict(n_kv_head=3), "n_kv_head=3"), (dict(n_layer=0), "n_layer=0"),
+    (dict(pos="rope", head_dim=7), "head_dim=7"), (dict(dropout=1.5), "dropout=1.5")])
+def test_impossible_shapes_say_why(shape, number):
+    with pytest.raises(AssertionError, match=number):
+        random_model(**shape)
+
+
+def test_too_long_a_text_says_by_how_much():
+    model = random_model()
+    with pytest.raises(AssertionError, match="25 tokens do not fit into block_size=24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(AssertionError, match="9 positions do not fit into a cache of 8"):
+        model(torch.zeros(1, 9, dtype=torch.long), cache=KVCache(model.config, 1, capacity=8))
