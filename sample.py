@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -43,9 +44,9 @@ class SampleConfig:
     # the model: a RUN (run folder or checkpoint file), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the RUN as well
-    checkpoint: str = "best"  # of a run folder: best, the lowest validation loss; or last, the newest
+    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: str = "float32"  # of matrix products: float32, bfloat16, float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
 
 
 # ----------------------------------------------------------------------------------------------------------------------

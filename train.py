@@ -202,7 +202,7 @@ def main(argv):
             versions=runtime.versions(device), **state))
 
     def save_all():
-        if step > 0 and not os.path.exists(os.path.join(out_dir, f"ckpt_{step:08d}.pt")):
+        if step > 0:
             save(f"ckpt_{step:08d}.pt", row=row, best_loss=best_loss, scaler=scaler.state_dict(),
                  optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
             runtime.prune_checkpoints(out_dir)
@@ -540,10 +540,10 @@ def compile_model(model, chosen, settings, loss):
     All blocks run the same code, so compiling one compiles all: seconds instead of a minute for the model as a whole.
     """
     started = time.perf_counter()
-    for block in model.transformer.h:
-        block.compile(dynamic=False)
-    model.loss = torch.compile(model.loss, dynamic=False)
     try:
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+        model.loss = torch.compile(model.loss, dynamic=False)
         loss().backward()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
     except Stopped:

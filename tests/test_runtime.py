@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Device and dtype choices, and checkpoints that are whole, safe and found."""
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import error, random_model
+
+import runtime
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert runtime.choose_device("auto") == runtime.choose_device("cpu") == "cpu"
+    fact, fix = error(lambda _: runtime.choose_device("cuda:1"))
+    assert "--device=cuda:1" in fact and torch.__version__ in fact and "--device=auto" in fix
+    assert "mps" in error(lambda _: runtime.choose_device("mps"))[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.choose_device("auto") == "cuda"
+
+
+def test_dtypes(monkeypatch):
+    for device, capability, due in (("cuda", (8, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
+                                    ("mps", None, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        assert runtime.choose_dtype("auto", device)[0] == due
+    for has, due in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert runtime.choose_dtype("auto", "cpu")[0] == due
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # a laptop's instructions, on request
+    assert runtime.choose_dtype("auto", "cpu")[0] == torch.float32
+    assert runtime.choose_dtype("float16", "cpu")[0] == torch.float16
+
+
+def test_a_checkpoint_comes_back_as_it_was(here):
+    state = dict(model=random_model().state_dict(), step=3, settings=dict(a=1, b="x", c=[1.5, None]))
+    runtime.save_checkpoint("ckpt_00000003.pt", state)
+    again = runtime.load_checkpoint("ckpt_00000003.pt")
+    assert all(torch.equal(again["model"][name], p) for name, p in state["model"].items())
+    assert again["settings"] == state["settings"] and os.listdir() == ["ckpt_00000003.pt"]
+
+
+def test_saving_touches_the_disk_in_the_right_order(here, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
+    runtime.save_checkpoint("a.pt", dict(x=1))
+    assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
+
+
+def test_a_failed_save_changes_nothing(here, monkeypatch):
+    runtime.save_checkpoint("a.pt", dict(x=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            runtime.save_checkpoint("a.pt", dict(x=2))
+    assert runtime.load_checkpoint("a.pt") == dict(x=1) and os.listdir() == ["a.pt"]
+
+
+def test_damaged_missing_and_malicious_files_are_refused(here):
+    assert "there is no checkpoint x.pt" in error(lambda _: runtime.load_checkpoint("x.pt"))[0]
+    runtime.save_checkpoint("a.pt", dict(x=torch.arange(1000)))
+    raw = (here / "a.pt").read_bytes()
+    for cut in (0, 10, len(raw) // 2, len(raw) - 1):
+        (here / "b.pt").write_bytes(raw[:cut])
+        assert "b.pt is damaged" in error(lambda _: runtime.load_checkpoint("b.pt"))[0]
+    flipped = bytearray(raw)
+    flipped[raw.index(torch.arange(1000).numpy().tobytes()) + 5000] ^= 1  # one bit of one weight
+    (here / "b.pt").write_bytes(flipped)
+    assert "b.pt is damaged" in error(lambda _: runtime.load_checkpoint("b.pt"))[0]
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("pwned",)
+    torch.save(dict(model=Evil()), "evil.pt")
+    assert "could run code" in error(lambda _: runtime.load_checkpoint("evil.pt"))[0]
+    (here / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    assert "plain.pt" in error(lambda _: runtime.load_checkpoint("plain.pt"))[0]
+    assert not (here / "pwned").exists()
+
+
+def test_checkpoints_are_ordered_by_number_and_pruned(here):
+    for step in (100, 20, 3):  # the clock says otherwise
+        runtime.save_checkpoint(f"ckpt_{step:08d}.pt", dict(step=step))
+    runtime.save_checkpoint("best.pt", dict(step=1))
+    assert [runtime.load_checkpoint(path)["step"] for path in runtime.checkpoints(".")] == [3, 20, 100]
+    runtime.prune_checkpoints(".")
+    assert sorted(os.listdir()) == ["best.pt", "ckpt_00000020.pt", "ckpt_00000100.pt"]
+    assert runtime.checkpoint_path(".") == "./best.pt" and runtime.checkpoint_path(".", "last") == "./ckpt_00000100.pt"
+
+
+def test_weights_that_do_not_fit_are_named():
+    model, other = random_model(), random_model(n_embd=64)
+    fact, _ = error(lambda _: runtime.load_weights(model, other.state_dict(), "x.pt"))
+    assert "x.pt has transformer.wte.weight of shape (128, 64), but the model has (128, 32)" in fact
+    weights = model.state_dict()
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    assert "no transformer.h.1.mlp.c_fc.weight" in error(lambda _: runtime.load_weights(model, weights, "x.pt"))[0]
+
+
+def test_one_place_reads_checkpoints():
+    from conftest import ROOT
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py")]:
+        source = path.read_text(encoding="utf-8")
+        assert "weights_only=False" not in source and "pickle.load" not in source
+        assert ("torch.load(" in source) == (path.name == "runtime.py")

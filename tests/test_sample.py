@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""From scores to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
+import random
+
+import pytest
+import torch
+from conftest import error, script
+
+import sample
+import tokenizer as tokenizers
+import train
+from sample import TextStream, filter_logits, penalize
+
+
+def kept(logits, **settings):
+    return set(torch.isfinite(filter_logits(torch.tensor(logits), **settings)).nonzero().flatten().tolist())
+
+
+def test_filters_by_brute_force():
+    rng = random.Random(0)
+    for _ in range(300):
+        logits = [rng.gauss(0, 3) for _ in range(rng.randint(1, 30))]
+        V, order = len(logits), sorted(range(len(logits)), key=lambda i: -logits[i])
+        k, p, t = rng.randint(0, V + 2), rng.random() * 0.99 + 0.01, rng.random() * 2 + 0.1
+        assert kept(logits, top_k=k) == set(order[:k] if k else order)
+        probs = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
+        assert kept(logits, min_p=p) == {i for i in range(V) if probs[i] >= p * max(probs)}
+        nucleus, total = set(), 0.0
+        for i in order:
+            if total >= p:
+                break
+            nucleus.add(i)
+            total += probs[i]
+        assert kept(logits, top_p=p) == nucleus
+        assert torch.allclose(filter_logits(torch.tensor(logits), temperature=t), torch.tensor(logits) / t)
+        assert kept(logits, temperature=0) == {order[0]}
+        assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
+
+
+def test_filters_work_on_rows():
+    logits = torch.randn(3, 20)
+    for settings in (dict(top_k=3), dict(top_p=0.5), dict(min_p=0.2), dict(temperature=0), dict(temperature=2.0)):
+        rows = torch.stack([filter_logits(row, **settings) for row in logits])
+        assert torch.equal(filter_logits(logits, **settings), rows)
+
+
+def test_penalty():
+    logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
+    assert penalize(logits, [0, 1, 1], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
+    assert penalize(logits, [], 2.0) is logits and penalize(logits, [0], 1.0) is logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose id is a byte: the worst that can happen to UTF-8."""
+
+    def token_bytes(self, i):
+        return bytes([i])
+
+
+def streamed(raw, stops=()):
+    stream, out = TextStream(Bytes(), stops), []
+    for byte in raw:
+        out.append(stream.push(byte))
+        if stream.stopped:
+            break
+    return out, "".join(out) + stream.finish()
+
+
+def test_streamed_text_equals_the_whole():
+    rng = random.Random(0)
+    for text in ("plain", "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469", "e\u0301", ""):
+        out, whole = streamed(text.encode())
+        assert whole == text and "\ufffd" not in whole
+    for _ in range(500):
+        raw = bytes(rng.choice([rng.randrange(256), 0xE4, 0xB8, 0xAD, 0xF0, 0x41]) for _ in range(rng.randrange(12)))
+        assert streamed(raw)[1] == raw.decode(errors="replace")
+
+
+def test_stop_strings_never_leak():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choice("ab\u00e9\n") for _ in range(rng.randrange(14)))
+        stops = ["".join(rng.choice("ab\u00e9\n") for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+        out, whole = streamed(text.encode(), stops)
+        ends = []  # the stop that is complete first wins, and of those the one that begins first
+        for n in range(len(text) + 1):
+            ends = [text[:n].find(stop) for stop in stops if stop in text[:n]]
+            if ends:
+                break
+        assert whole == (text[:min(ends)] if ends else text), (text, stops)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(tiny_run, *argv):
+    return script("sample.py", *argv, cwd=tiny_run)
+
+
+def test_the_text_alone_goes_to_standard_output(tiny_run):
+    done = run(tiny_run, "--prompt=the ", "--seed=3", "--max_new_tokens=40")
+    assert done.returncode == 0 and done.stdout.startswith("the ") and len(done.stdout) == 4 + 40 + 1
+    assert "out/words/best.pt" in done.stderr and "40 updates" in done.stderr and "per second" in done.stderr
+    again = run(tiny_run, "out/words", "--start=the ", "--seed=3", "--max_new_tokens=40", "--out_dir=out/words")
+    assert again.stdout == done.stdout
+
+
+def in_process(tiny_run, monkeypatch, capsys, *argv):
+    monkeypatch.chdir(tiny_run)
+    sample.main(list(argv))
+    return capsys.readouterr()
+
+
+def test_settings_reach_the_text(tiny_run, monkeypatch, capsys):
+    def text(*argv):
+        return in_process(tiny_run, monkeypatch, capsys, "--prompt=the cat ", "--max_new_tokens=60", *argv).out
+    greedy = text("--temperature=0")
+    assert text("--temperature=1", "--top_k=1") == greedy == text("--temperature=1", "--top_p=1e-9")
+    assert text("--seed=1") == text("--seed=1") != text("--seed=2")
+    assert text("--temperature=0", "--repetition_penalty=5") != greedy
+    word = greedy[30:33]
+    assert text("--temperature=0", f"--stop={word}") == "the cat " + greedy[8:].split(word)[0] + "\n"
+    wild = text("--temperature=2", "--top_k=0", "--seed=1")  # with a line end in it; in a shell it is typed as \\n
+    assert text("--temperature=2", "--top_k=0", "--seed=1", "--stop=\\n") == wild.split("\n")[0] + "\n" != wild
+    two = text("--num_samples=2", "--seed=5")
+    assert two == text("--seed=5") + text("--seed=6")
+    assert len(text("--max_new_tokens=100", "--temperature=0")) == 8 + 100 + 1  # far beyond the context of 32
+
+
+def test_end_of_text_ends_the_text(tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_run)
+    monkeypatch.setattr(sample, "make_pick", lambda *_: lambda logits: torch.tensor([0]))  # always <|endoftext|>
+    assert in_process(tiny_run, monkeypatch, capsys, "--prompt=the").out == "the\n"
+    shown = in_process(tiny_run, monkeypatch, capsys, "--prompt=the", "--ignore_eos", "--max_new_tokens=7")
+    assert shown.out == "the\n" and "[7 tokens" in shown.err
+
+
+def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("my friend ", encoding="utf-8")
+    assert in_process(tiny_run, monkeypatch, capsys, f"--prompt=FILE:{tmp_path}/p.txt").out.startswith("my friend ")
+    long = "the cat sees a dog. " * 10  # 200 characters, a context of 32
+    shown = in_process(tiny_run, monkeypatch, capsys, f"--prompt={long}")
+    assert "the prompt has 200 tokens, the context is 32; the first 169 are ignored" in shown.err
+    assert shown.out.startswith(long)
+    assert len(in_process(tiny_run, monkeypatch, capsys).out) > 2  # none: starts from end-of-text
+
+
+def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
+    import os
+    import shutil
+    shutil.copytree(tiny_run / "out/words", tmp_path / "out/deep/other")
+    shutil.copytree(tiny_run / "out/words", tmp_path / "out/old")
+    for path in (tmp_path / "out/old").glob("*.pt"):
+        os.utime(path, (1, 1))
+    assert "out/deep/other/best.pt" in in_process(tmp_path, monkeypatch, capsys).err
+    assert "ckpt_00000040.pt" in in_process(tmp_path, monkeypatch, capsys, "--checkpoint=last").err
+    assert "ckpt_00000040.pt" in in_process(tmp_path, monkeypatch, capsys, "out/old/ckpt_00000040.pt").err
+
+
+def test_what_people_get_wrong(tiny_run, monkeypatch, here):
+    assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+    assert "no run out/nowhere" in error(sample.main, "out/nowhere")[0]
+    monkeypatch.chdir(tiny_run)
+    assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]
+    for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0", "--repetition_penalty=0"):
+        assert bad.split("=")[0][2:] + "=" + bad.split("=")[1] in error(sample.main, bad)[0]
+    fact, fix = error(sample.main, "--prompt=the cat?")
+    assert "'?' (U+003F)" in fact and "bpe" in fix
+    assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
+    assert "2: a b" in error(sample.main, "a", "b")[0]
+    assert "no best.pt" in error(sample.main, "data")[0]
+    if not torch.cuda.is_available():
+        assert "--device=cuda" in error(sample.main, "--device=cuda")[0]
+    assert "'quantum'" in error(sample.main, "--device=quantum")[0]
+    assert "--dtype" in error(sample.main, "--dtype=int3")[0]
+    assert "--checkpoint" in error(sample.main, "--checkpoint=worst")[0]
+
+
+def test_scores_that_are_not_finite_are_refused():
+    settings = sample.SampleConfig()
+    with pytest.raises(Exception, match="not finite"):
+        sample.make_pick(settings, [], 0)(torch.full((1, 5), float("nan")))

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The loop: the same bits after a stop, a log without gaps, and an answer to everything that people type."""
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import xml.etree.ElementTree
+
+import pytest
+import torch
+from conftest import ROOT, TINY, error, script, words
+
+import prepare
+import runtime
+import train
+from model import GPT, GPTConfig
+
+TIMES = {"train_seconds", "wall_seconds", "tokens_per_second", "memory"}
+
+
+def log(run):
+    header, *rows = [json.loads(line) for line in open(f"{run}/log.jsonl", encoding="utf-8")]
+    return header, [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_run(a, b, step):
+    """Weights, optimizer state and log of two runs are equal, bit for bit."""
+    one, two = (runtime.load_checkpoint(f"{run}/ckpt_{step:08d}.pt") for run in (a, b))
+    assert one["model"].keys() == two["model"].keys() and not any("_orig_mod" in name for name in one["model"])
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    for x, y in zip(one["optimizer"], two["optimizer"], strict=True):
+        assert x["param_groups"] == y["param_groups"] and x["state"].keys() == y["state"].keys() != set()
+        for i in x["state"]:
+            assert all(torch.equal(torch.as_tensor(x["state"][i][k]), torch.as_tensor(y["state"][i][k])) for k in x["state"][i])
+    assert log(a)[1] == log(b)[1]
+    best = [runtime.load_checkpoint(f"{run}/best.pt") for run in (a, b)]
+    assert best[0]["step"] == best[1]["step"] and best[0]["val_loss"] == best[1]["val_loss"]
+
+
+@pytest.fixture
+def data(here):
+    """data/words in a fresh current folder."""
+    (here / "words.txt").write_text(words(8000), encoding="utf-8")
+    prepare.main(["words.txt", "--tokenizer=char"])
+    return here
+
+
+def run(*argv):
+    return train.main(["--dataset=words", *TINY, *argv])
+
+
+HARD = ["--dropout=0.1", "--gradient_accumulation_steps=2", "--optimizer=muon", "--warmup_iters=5", "--weight_decay=0.1",
+        "--lr_decay_iters=20", "--save_interval=3", "--eval_interval=4"]
+
+
+def test_20_steps_equal_10_and_10(data):
+    run("--out_dir=a", "--max_iters=20", *HARD)
+    run("--out_dir=b", "--max_iters=10", *HARD)
+    run("--out_dir=b", "--max_iters=20", *HARD)
+    assert_same_run("a", "b", 20)
+    assert [row["step"] for row in log("b")[1]] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_a_signal_loses_nothing(data, monkeypatch, where, capsys):
+    run("--out_dir=a", "--max_iters=12", *HARD)
+    name, calls = ("batch" if where == "train" else "val_batches"), []
+    real = getattr(prepare.Data, name)
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == (15 if where == "train" else 2):  # in the second micro-batch of a step; in the second pass
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Data, name, interrupted)
+        assert run("--out_dir=b", "--max_iters=12", *HARD) == 143
+    stopped = {"train": 7, "validation": 8}[where]
+    assert f"stopped by SIGTERM after {stopped} updates; saved" in capsys.readouterr().err
+    assert os.path.exists(f"b/ckpt_{stopped:08d}.pt")
+    assert run("--out_dir=b", "--max_iters=12", *HARD) == 0
+    assert_same_run("a", "b", 12)
+
+
+def test_the_recipe_of_the_readme_resumes_bit_for_bit(here):
+    """bfloat16 (where the processor has it), compiled, Muon: each run in a process of its own, as a user would."""
+    small = ["config/train_small.py", "--eval_iters=2", "--eval_interval=10", "--lr_decay_iters=20", "--log_interval=1",
+             "--compile=true"]
+    os.symlink(ROOT / "config", "config")
+    for out, steps in (("a", 20), ("b", 10), ("b", 20)):
+        done = script("train.py", *small, f"--out_dir={out}", f"--max_iters={steps}", cwd=here)
+        assert done.returncode == 0, done.stderr
+    assert_same_run("a", "b", 20)
+    assert log("a")[0]["chosen"]["compile"] is True
+
+
+def test_a_finished_run_is_left_alone(data, capsys):
+    run("--max_iters=10")
+    before = {path: (os.stat(path).st_mtime_ns, path.read_bytes()) for path in pathlib.Path("out/words").rglob("*.*")}
+    capsys.readouterr()
+    assert run("--max_iters=10") == 0
+    assert "out/words is finished: 10 updates" in capsys.readouterr().err
+    assert before == {path: (os.stat(path).st_mtime_ns, path.read_bytes()) for path in pathlib.Path("out/words").rglob("*.*")}
+
+
+def test_what_a_run_leaves(data, capsys):
+    run("--max_iters=25", "--warmup_iters=2")
+    files = sorted(os.listdir("out/words"))
+    assert files == ["best.pt", "ckpt_00000020.pt", "ckpt_00000025.pt", "log.jsonl", "loss.svg", "tokenizer"]
+    header, rows = log("out/words")
+    assert header["settings"]["max_iters"] == 25 and header["versions"]["torch"] == torch.__version__
+    assert header["chosen"]["dtype"] == "float32" and header["data"]["vocab_size"] == 25
+    assert [row["step"] for row in rows] == list(range(1, 26)) and rows[-1]["tokens"] == 25 * 4 * 32
+    validated = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert list(validated) == [10, 20, 25] and validated[25] < validated[10] < math.log(25)
+    # The validation loss once more, from the file alone.
+    best = runtime.load_checkpoint("out/words/best.pt")
+    assert best["val_loss"] == min(validated.values()) == validated[best["step"]]
+    model, tokenizer, _ = runtime.load_run("out/words")
+    ids = torch.from_numpy(__import__("numpy").fromfile("data/words/val.bin", "<u2").astype("int64"))
+    nats = sum(torch.nn.functional.cross_entropy(model(ids[None, i:i + 32])[0][:len(ids) - 1 - i], ids[i + 1:i + 33],
+                                                 reduction="sum").item() for i in range(0, len(ids) - 1, 32))
+    assert best["val_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert best["val_bpb"] == pytest.approx(nats / math.log(2) / (len(tokenizer.decode(ids.tolist()))), abs=1e-4)
+    xml.etree.ElementTree.parse("out/words/loss.svg")
+    shown = capsys.readouterr()
+    assert "of peak" in shown.err and "next: python sample.py out/words" in shown.err and len(shown.out) > 50
+
+
+def test_logging_validating_and_saving_do_not_touch_the_weights(data):
+    run("--out_dir=a", "--max_iters=12", "--dropout=0.1")
+    run("--out_dir=b", "--max_iters=12", "--dropout=0.1", "--eval_interval=5", "--log_interval=7", "--save_interval=4")
+    a, b = (runtime.load_checkpoint(f"{x}/ckpt_00000012.pt")["model"] for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_missing_built_in_data_set_is_prepared(here, capsys):
+    assert train.main([*TINY, "--max_iters=1", "--eval_iters=1"]) == 0
+    shown = capsys.readouterr().err
+    assert "data/stdlib is missing; preparing it" in shown and "bits per byte (stdlib of Python 3" in shown
+
+
+def test_nanogpt_settings_mean_what_they_meant(data):
+    """Every name of a nanoGPT config file, in a file without a word of ours."""
+    pathlib.Path("theirs.py").write_text("""
+out_dir = 'out-words'
+eval_interval = 5
+log_interval = 1
+eval_iters = 2
+eval_only = False
+always_save_checkpoint = False
+init_from = 'scratch'
+wandb_log = False
+wandb_project = 'p'
+wandb_run_name = 'r'
+dataset = 'words'
+gradient_accumulation_steps = 1 * 2
+batch_size = 4
+block_size = 32
+n_layer = 1
+n_head = 2
+n_embd = 16
+dropout = 0.2
+bias = False
+learning_rate = 1e-3
+max_iters = 6
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0
+decay_lr = True
+warmup_iters = 2
+lr_decay_iters = 6
+min_lr = 1e-4
+backend = 'nccl'
+device = 'cpu'
+dtype = 'float32'
+compile = False
+""")
+    assert train.main(["theirs.py"]) == 0
+    rates = [row["lr"] for row in log("out-words")[1]]
+    due = [1e-3 / 3, 2e-3 / 3] + [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * (i - 2) / 4)) for i in range(2, 6)]
+    assert rates == pytest.approx(due)
+
+
+def test_budget_is_kept_and_can_be_repeated_without_the_clock(data):
+    argv = ["--dataset=words", *TINY, "--warmup_iters=20", "--eval_interval=100000", "--log_interval=1000"]
+    done = script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data)
+    assert done.returncode == 0, done.stderr
+    header, rows = log("a")
+    steps = header["settings"]["max_iters"]
+    assert rows[-1]["step"] == steps > 20 and f"--max_iters={steps}" in done.stderr
+    assert rows[-1]["lr"] == pytest.approx(6e-5, rel=0.01)  # the rate has come down to its end
+    wall = json.loads(open("a/log.jsonl").read().strip().split("\n")[-1])["wall_seconds"]
+    assert 4 < wall < 24  # (a busy machine may be far off; what is measured stands in the README)
+    assert script("train.py", *argv, "--out_dir=b", f"--max_iters={steps}", cwd=data).returncode == 0
+    a, b = (runtime.load_checkpoint(f"{x}/best.pt")["model"] for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data).returncode == 0  # finished: nothing to do
+
+
+def test_start_from_another_run(data, capsys):
+    run("--out_dir=a", "--max_iters=30", "--warmup_iters=2")
+    last = log("a")[1][-1]["loss"]
+    assert train.main(["--dataset=words", "--init_from=a", "--out_dir=b", "--max_iters=3", "--warmup_iters=0", "--device=cpu",
+                       "--learning_rate=1e-5", "--batch_size=8", "--dropout=0.1", "--compile=false", "--log_interval=1"]) == 0
+    header, rows = log("b")
+    assert header["settings"]["n_embd"] == 32 and header["settings"]["block_size"] == 32  # the shape came with the weights
+    assert rows[0]["loss"] < last + 0.3
+    fact, fix = error(train.main, "--dataset=words", "--init_from=a", "--out_dir=c", "--n_embd=64")
+    assert "n_embd=32" in fact and "n_embd=64" in fact
+    (data / "other.txt").write_text("quite another alphabet: 0123456789\n" * 100)
+    prepare.main(["other.txt", "--tokenizer=char"])
+    fact, fix = error(train.main, "--dataset=other", "--init_from=a", "--out_dir=c")
+    assert "another tokenizer" in fact and "--tokenizer=a" in fix
+    assert not os.path.exists("c")
+
+
+def test_optimizers_hold_every_parameter_once():
+    for name, kinds in (("adamw", [torch.optim.AdamW]), ("muon", [torch.optim.AdamW, torch.optim.Muon])):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, bias=True, block_size=16))
+        optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=name), "cpu")
+        assert [type(optimizer) for optimizer, _ in optimizers] == kinds
+        held = [(p, group["weight_decay"]) for optimizer, _ in optimizers for group in optimizer.param_groups
+                for p in group["params"]]
+        assert sorted(id(p) for p, _ in held) == sorted(id(p) for p in model.parameters())
+        assert all((decay > 0) == (p.dim() == 2) for p, decay in held)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
+    real = GPT.loss
+
+    def poisoned(self, x, targets):
+        poisoned.calls += self.training
+        return real(self, x, targets) * (math.nan if poisoned.calls == 8 else 1.0)
+    poisoned.calls = 0
+    monkeypatch.setattr(GPT, "loss", poisoned)
+    with pytest.raises(train.UserError) as caught:
+        run("--max_iters=20", "--save_interval=7")
+    assert caught.value.code == 3 and "at update 8 the loss is nan" in caught.value.fact
+    assert runtime.checkpoints("out/words") == ["out/words/ckpt_00000007.pt"]
+    poisoned.calls = 100
+    assert run("--max_iters=20", "--save_interval=7") == 0
+
+
+def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
+    def broken(*args, **kw):
+        raise RuntimeError("no C++ compiler here")
+    stance = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: None)
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch.compiler, "set_stance", stance.append)
+    with pytest.raises(train.UserError, match="no C\\+\\+ compiler here"):
+        run("--max_iters=2", "--compile=true")
+    monkeypatch.setattr(runtime, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
+    assert run("--max_iters=2", "--compile=auto") == 0
+    assert "no C++ compiler here); going on without it" in capsys.readouterr().err and stance == ["force_eager"]
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
+    run("--max_iters=20", "--out_dir=a")
+    shutil.copytree("a", "b")
+    path = pathlib.Path("b/ckpt_00000020.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    run("--max_iters=20", "--out_dir=b")
+    shown = capsys.readouterr().err
+    assert "b/ckpt_00000020.pt is damaged" in shown and "resumed b after 10 of 20" in shown
+    assert_same_run("a", "b", 20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--block_size=100000", "block_size=100000 needs at least 100001"), ("--n_embd=33", "n_embd=33"),
+    ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"), ("--batch_size=0", "batch_size=0"),
+    ("--learning_rate=0", "learning_rate=0.0"), ("--grad_clip=-1", "grad_clip=-1.0"), ("--budget=soon", "'soon'"),
+    ("--budget=5", "'5'"), ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
+    ("--init_from=gpt2-xl", "gpt2-xl"), ("--init_from=resume", "holds no checkpoint"), ("--dtype=int8", "'int8'"),
+    ("--optimizer=sgd", "'sgd' is not adamw or muon"), ("--eval_interval=0", "eval_interval=0"), ("--dropout=1", "dropout=1.0"),
+    ("--out_dir=words.txt", "out_dir=words.txt"), ("--n_kv_head=3", "n_kv_head=3")])
+def test_what_people_get_wrong(data, argument, words):
+    fact, fix = error(lambda argv: run(*argv), argument)
+    assert words in fact, fact
+    assert not os.path.exists("out")
+
+
+def test_no_cuda_no_traceback(data):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    fact, fix = error(lambda argv: run(*argv), "--device=cuda")
+    assert "--device=cuda" in fact and torch.__version__ in fact and "--device=auto" in fix
+
+
+def test_a_run_is_not_mixed_with_another(data):
+    run("--max_iters=10")
+    assert "ckpt_00000010.pt" in error(lambda argv: run(*argv), "--init_from=scratch")[0]
+    for argument, both in (("--n_embd=64", ["n_embd=32", "n_embd=64"]), ("--seed=3", ["seed=1337", "seed=3"]),
+                           ("--learning_rate=0.5", ["learning_rate=0.01", "learning_rate=0.5"]),
+                           ("--max_iters=5", ["max_iters=5", "10 updates"])):
+        fact, fix = error(lambda argv: run(*argv), argument)
+        assert all(value in fact for value in both), fact
+    (data / "words.txt").write_text(words(8000, seed=1))
+    prepare.main(["words.txt", "--tokenizer=char"])
+    assert "data=" in error(lambda argv: run(*argv), "--max_iters=20")[0]
+
+
+def test_wandb_is_not_needed(data, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    run("--max_iters=1", "--wandb_log=true")
+    assert "note: wandb is not installed" in capsys.readouterr().err
+
+
+def test_eval_only(data, capsys):
+    run("--max_iters=10")
+    capsys.readouterr()
+    before = sorted(os.listdir("out/words"))
+    assert run("--max_iters=10", "--eval_only") == 0
+    due = log("out/words")[1][-1]["val_loss"]
+    assert f"validation loss {due:.4f}" in capsys.readouterr().err and sorted(os.listdir("out/words")) == before
