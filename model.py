@@ -234,19 +234,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Every initial value, with its reason; nothing is drawn anywhere else.
+        """Every initial value, with its reason (GPT-2's rules); nothing is drawn anywhere else.
 
         Linear and embedding weights: normal with standard deviation 0.02, small enough that the first prediction is
         nearly uniform (loss ~ ln vocab_size), whatever the width between 256 and 2048. Biases: 0. Norm weights: 1.
-        The two layers of a block that write into the residual stream: 0. The network begins as if it had no blocks,
-        and each comes in as far as it helps. (GPT-2 draws them with 0.02 / sqrt(2 n_layer), so that the sum of all
-        2 n_layer terms has the size of one; zero is simpler and learns a bit faster, see docs/lab-notes.md.)
+        The two layers of a block that write into the residual stream: 0.02 / sqrt(2 n_layer), since 2 n_layer such
+        terms add up, and their sum should be as large at the top as if there were one.
         """
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                p.zero_()
-            elif p.dim() == 1:
+            if p.dim() == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("c_proj.weight"):
+                p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
 

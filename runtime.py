@@ -13,9 +13,12 @@ weights_only=True, so that opening a stranger's file cannot run a stranger's cod
 import contextlib
 import ctypes
 import glob
+import json
+import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ import numpy
 import torch
 
 import tokenizer as tokenizers
-from config import UserError, note, say
+from config import UserError, note, say, warn
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,10 +131,37 @@ def versions(device):
     with contextlib.suppress(OSError):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                                 cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     return dict(commit=commit or "unknown", python=platform.python_version(), torch=str(torch.__version__),
                 numpy=numpy.__version__, system=platform.system(), device=device, processor=name,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+
+
+def compile_model(model, wish, loss):
+    """Have PyTorch compile the parts that take the time; loss() computes one, as a trial. Returns whether it works.
+
+    All blocks run the same code, so compiling one compiles all: seconds instead of a minute for the model as a whole.
+    """
+    started = time.perf_counter()
+    try:
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+        model.loss = torch.compile(model.loss, dynamic=False)
+        loss().backward()
+        model.zero_grad(set_to_none=True)
+        say(f"compiled in {time.perf_counter() - started:.0f} s")
+        return True
+    except Stopped:
+        raise
+    except Exception as error:  # no compiler, an old GPU, Windows: whatever it is, training can do without
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        if wish is True:
+            raise UserError(f"compile=true, but torch.compile fails here: {reason}", "--compile=false") from None
+        note(f"torch.compile fails here ({reason}); going on without it, slower")
+        torch.compiler.set_stance("force_eager")
+        model.zero_grad(set_to_none=True)
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,13 +192,13 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
     try:
-        with zipfile.ZipFile(path) as archive:  # a checkpoint is a zip file, and torch.load does not look at its checksums
+        with zipfile.ZipFile(path) as archive:  # that is what it is, and torch.load does not look at the checksums
             bad = archive.testzip()
         if bad:
             raise zipfile.BadZipFile(f"{bad} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file that train.py wrote") from None
+        raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values; opening it could run code, so it is refused",
                         "use a checkpoint that was saved with plain values only") from None
@@ -179,6 +209,24 @@ def load_checkpoint(path):
 def checkpoints(run):
     """The numbered checkpoints of a run folder, oldest first: by the number in the name, not by the clock."""
     return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
+
+
+def find_checkpoint(init_from, out_dir):
+    """The newest readable checkpoint of this run, or None for a new one."""
+    paths = checkpoints(out_dir)
+    if paths and init_from == "scratch":
+        raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
+                        f"--out_dir=out/ANOTHER, or delete {out_dir} yourself")
+    if not paths and init_from == "resume":
+        raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave out --init_from: a new run")
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            if path == paths[0]:
+                raise
+            warn(f"{error.fact}; taking the one before")
+    return None
 
 
 def prune_checkpoints(run, keep=2):
@@ -199,7 +247,7 @@ def find_run(where="out"):
 def choose_run(bare, settings):
     """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
-        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one, such as {bare[0]}")
+        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one: {bare[0]}")
     named = bare[0] if bare else settings.init_from.replace("resume", "") or settings.out_dir
     if named and not os.path.exists(named):
         raise UserError(f"there is no run {named}", "python train.py config/train_small.py trains one into out/small")
@@ -237,3 +285,79 @@ def load_weights(model, weights, path):
             raise UserError(f"{path} has {has}, but the model has {tuple(due.shape)} there",
                             "use the settings that the checkpoint was trained with")
     model.load_state_dict(weights, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run while it is running
+
+
+class Stopped(Exception):
+    """Raised between two micro-batches or two validation batches when a signal asked for the end."""
+
+
+class StopSignal:
+    """Notes the first SIGINT (Ctrl-C) or SIGTERM in `signal`; the second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        say(f"\n{signal.Signals(number).name}: saving; once more to stop at once")
+
+
+class Log:
+    """log.jsonl: a header line that says what the numbers come from, then one row per logged step."""
+
+    def __init__(self, path, header, continues):
+        self.path, self.header, self.rows = path, header, []
+        if continues and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file if line.endswith("\n")]  # (not the half line of a kill)
+            self.header, self.rows = lines[0], lines[1:]
+
+    def rewrite(self, before=math.inf):
+        self.rows = [row for row in self.rows if row["step"] < before]
+        with open(self.path + ".part", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (self.header, *self.rows))
+        os.replace(self.path + ".part", self.path)
+
+    def write(self, row):
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if "val_loss" in row:
+            with open(os.path.join(os.path.dirname(self.path), "loss.svg"), "w", encoding="utf-8") as file:
+                file.write(loss_svg(self.rows))
+
+
+def loss_svg(rows, width=720, height=400):
+    """The loss curve as an SVG picture: grey the training loss, blue the validation loss, in nats per token."""
+    seen = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
+    low, high, last = math.floor(min(seen) * 2) / 2, math.ceil(max(seen) * 2) / 2, rows[-1]["step"]
+
+    def x(step):
+        return 50 + (width - 70) * step / last
+
+    def y(loss):
+        return 20 + (height - 60) * (high - loss) / max(high - low, 0.5)
+
+    def line(key, style):
+        points = " ".join(f"{x(row['step']):.1f},{y(row[key]):.1f}" for row in rows if key in row)
+        return f'<polyline points="{points}" fill="none" {style}/>'
+
+    marks = [f'<line x1="50" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
+             f'<text x="42" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
+             for v in (low + i * (0.5 if high - low < 5 else 1) for i in range(20)) if v <= high]
+    marks += [f'<text x="{x(last * i / 4):.1f}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
+              for i in range(5)]
+    dots = "".join(f'<circle cx="{x(row["step"]):.1f}" cy="{y(row["val_loss"]):.1f}" r="3" fill="#0969da"/>'
+                   for row in rows if "val_loss" in row)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+            f'font-size="12" fill="#444">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(marks) + "\n"
+            + line("loss", 'stroke="#999"') + "\n" + line("val_loss", 'stroke="#0969da" stroke-width="2"') + dots
+            + f'\n<text x="{width - 20}" y="34" text-anchor="end">loss in nats per token over updates: training grey, '
+            f'validation blue</text>\n</svg>\n')

@@ -16,19 +16,16 @@ A run is a folder, out/NAME:
     tokenizer/          a copy, so that a model never loses its vocabulary
 
 The whole run is a pure function of its settings and its seed: the batch of a step is computed from (seed, step), see
-prepare.py, and so are the dropout masks. That is why a resumed run gives the same bits as one that was never stopped.
+prepare.py, and so are the dropout masks. That is why a resumed run has the same bits as one that was never stopped.
 """
 import time
 
-PROCESS_START = time.time()  # before the imports, which take seconds: a budget counts them
+PROCESS_START = time.time()  # before the imports, which take seconds: the clock of a run counts them
 
-import copy
-import json
 import math
 import os
 import shutil
 import signal
-import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -52,7 +49,7 @@ class TrainConfig(GPTConfig):
     gradient_accumulation_steps: int = 1  # micro-batches of an update: a larger batch without more memory
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
-    init_from: str = "auto"  # auto: resume if there is a checkpoint; scratch, resume; or a RUN whose weights to start from
+    init_from: str = "auto"  # auto: resume where there is a checkpoint; scratch; resume; or a RUN to take weights from
     max_iters: int = 2000  # updates of the weights
     budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes so long
     seed: int = 1337  # initial weights, order of the data and dropout
@@ -61,9 +58,9 @@ class TrainConfig(GPTConfig):
     eval_only: bool = False  # print the validation loss and end
     save_interval: int = 0  # updates between checkpoints; 0: eval_interval
     always_save_checkpoint: bool = True  # also at every validation
-    log_interval: int = 10  # updates between log lines
+    log_interval: int = 1  # updates between log lines
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: torch.optim.Muon for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
     learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models stand more
     muon_lr: float = 0.02  # of Muon, at its highest
     min_lr: float = 6e-5  # where the cosine ends; a tenth of learning_rate, or 0
@@ -80,9 +77,9 @@ class TrainConfig(GPTConfig):
     compile: Literal["auto"] | bool = "auto"  # torch.compile: faster steps after some seconds of compiling
     backend: str = "auto"  # of several processes: nccl or gloo
     # logging elsewhere, as in nanoGPT; log.jsonl is always written
-    wandb_log: bool = False
-    wandb_project: str = "openllm"
-    wandb_run_name: str = ""
+    wandb_log: bool = False  # also send the numbers to Weights & Biases, if its package is installed
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # and its name for the run
 
 
 def main(argv):
@@ -102,7 +99,7 @@ def main(argv):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
-    resumed = find_checkpoint(settings.init_from, out_dir)
+    resumed = runtime.find_checkpoint(settings.init_from, out_dir)
     start = None
     if resumed:
         check_same_run(resumed, settings, data)
@@ -132,9 +129,9 @@ def main(argv):
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)  # float16 loses small gradients unless scaled
     peak = runtime.measure_peak(device, dtype)
     tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
-    flops_per_step = tokens_per_step * model.flops_per_token()
-    if chosen["compile"] == "auto":  # eager code reaches about 30% of the peak; compiling takes some 10 seconds
-        seconds = settings.max_iters * flops_per_step / (0.3 * peak)
+    flops_per_token = model.flops_per_token()
+    if chosen["compile"] == "auto":  # worth its ten seconds? Eager code reaches about 30% of the peak
+        seconds = settings.max_iters * tokens_per_step * flops_per_token / (0.3 * peak)
         chosen["compile"] = device != "mps" and (seconds > 60 or bool(settings.budget))
     say(f"data: {folder}, {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
     say(f"model: {model.n_params():,} parameters: {model.config.n_layer} layers, {model.config.n_embd} wide, context "
@@ -142,17 +139,17 @@ def main(argv):
     say(f"machine: {device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{peak / 1e9:,.0f} GFLOP/s")
 
-    stop = StopSignal()
-
-    def loss_of(idx, targets):
-        if stop.signal:
-            raise Stopped
-        with autocast:
-            return model(idx.to(device), targets.to(device))
+    stop = runtime.StopSignal()
 
     def batch(step, micro):
         return data.batch(settings.block_size, settings.batch_size, settings.seed, step, micro,
                           settings.gradient_accumulation_steps)
+
+    def loss_of(idx, targets):
+        if stop.signal:
+            raise runtime.Stopped
+        with autocast:
+            return model(idx.to(device), targets.to(device))
 
     def validate():
         model.eval()
@@ -162,7 +159,7 @@ def main(argv):
         return loss
 
     if chosen["compile"]:
-        compile_model(model, chosen, settings, lambda: loss_of(*batch(0, 0)))
+        chosen["compile"] = runtime.compile_model(model, settings.compile, lambda: loss_of(*batch(0, 0)))
     if settings.eval_only:
         loss = validate()
         say(f"validation loss {loss:.4f}, {data.bits_per_byte(loss):.4f} bits per byte")
@@ -174,6 +171,7 @@ def main(argv):
     if resumed:
         step, row, best_loss = resumed["step"], resumed["row"], resumed["best_loss"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
+        settings.max_iters = chosen.get("max_iters", settings.max_iters)  # a budget was turned into steps before
         for (optimizer, _), state in zip(optimizers, resumed["optimizer"]):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
@@ -181,7 +179,7 @@ def main(argv):
     else:
         make_folder(out_dir)
         shutil.copytree(os.path.join(folder, "tokenizer"), os.path.join(out_dir, "tokenizer"), dirs_exist_ok=True)
-    log = Log(os.path.join(out_dir, "log.jsonl"), continues=bool(resumed), header=dict(
+    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), continues=bool(resumed), header=dict(
         versions=runtime.versions(device), chosen=chosen, settings=asdict(settings), data=data.meta))
     if step >= settings.max_iters and log.rows and "val_loss" in log.rows[-1]:
         say(f"{out_dir} is finished: {step} updates, validation loss {log.rows[-1]['val_loss']:.4f}")
@@ -194,47 +192,50 @@ def main(argv):
         return wall_before + time.time() - PROCESS_START
 
     def save(name, **state):
-        """best.pt has the weights alone; a numbered checkpoint has all that the next update depends on."""
         runtime.save_checkpoint(os.path.join(out_dir, name), dict(
             format=1, step=step, model=model.state_dict(), settings=asdict(settings), chosen=chosen,
             tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
             data_sha256=[data.meta[side]["sha256"] for side in ("train", "val")],
             versions=runtime.versions(device), **state))
 
-    def save_all():
-        if step > 0:
-            save(f"ckpt_{step:08d}.pt", row=row, best_loss=best_loss, scaler=scaler.state_dict(),
-                 optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
-            runtime.prune_checkpoints(out_dir)
+    def save_run():
+        """All that the next update depends on."""
+        save(f"ckpt_{step:08d}.pt", row=row, best_loss=best_loss, scaler=scaler.state_dict(),
+             optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
+        runtime.prune_checkpoints(out_dir)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # 5) The loop. The weights change in one place only, so that at any other moment what is in memory is exactly the
-    #    state after `step` updates: a signal is answered there, and can throw away half a step without losing anything.
+    # 5) The loop. The weights move in one place only, so that at any other moment memory holds exactly the state after
+    #    `step` updates: when a signal comes, half a step is thrown away and nothing is lost.
     try:
         while True:
-            # a) What is due after `step` updates. A resumed run enters here: had it been stopped between saving and
-            #    validating, it now validates.
+            # a) What is due after `step` updates. A resumed run enters here: if it was killed between saving and
+            #    validating, it validates now.
             last = step >= settings.max_iters
             if step > 0:
                 if last or step % settings.eval_interval == 0:
-                    row["val_loss"] = loss = validate()
-                    row["val_bpb"] = data.bits_per_byte(loss)
-                    if loss < best_loss:
-                        best_loss = loss
-                        save("best.pt", val_loss=loss, val_bpb=row["val_bpb"])
+                    row["val_loss"] = validate()
+                    row["val_bpb"] = data.bits_per_byte(row["val_loss"])
+                    if row["val_loss"] < best_loss:
+                        best_loss = row["val_loss"]
+                        save("best.pt", val_loss=best_loss, val_bpb=row["val_bpb"])
                 if "val_loss" in row or step % settings.log_interval == 0:
+                    row["wall_seconds"] = wall_seconds()
                     log.write(row)
-                    say(progress_line(row, settings.max_iters, flops_per_step / tokens_per_step / peak))
+                    say(progress_line(row, settings.max_iters, flops_per_token / peak))
                     if wandb:
                         wandb.log(row, step=step)
             if last:
                 break
-            if settings.budget and not resumed and step == BUDGET_PROBE:
-                settings.max_iters = steps_within_budget(settings, data, train_seconds / step, tokens_per_step)
+            if settings.budget and "max_iters" not in chosen and step >= max(1, min(10, settings.warmup_iters)):
+                left = seconds_of(settings.budget) - wall_seconds()
+                settings.max_iters = step + steps_within(left, settings, data, train_seconds / step)
+                chosen["max_iters"] = settings.max_iters
+                say(f"budget: enough for {settings.max_iters:,} updates; --max_iters={settings.max_iters} repeats this run")
                 log.header["settings"]["max_iters"] = settings.max_iters
                 log.rewrite()
 
-            # b) One update: the rate, the gradient over all micro-batches, the move.
+            # b) One update: how far to move, in which direction, and the move.
             started = time.perf_counter()
             factor = learning_rate_factor(step, settings)
             for optimizer, highest in optimizers:
@@ -244,16 +245,16 @@ def main(argv):
             for micro in range(settings.gradient_accumulation_steps):
                 torch.manual_seed(prepare.fold("dropout", settings.seed, step, micro))
                 part = loss_of(*batch(step, micro)) / settings.gradient_accumulation_steps
-                scaler.scale(part).backward()
+                scaler.scale(part).backward()  # adds to the gradients of the micro-batches before
                 loss += part.item()
             for optimizer, _ in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                 raise UserError(f"at update {step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
-                                f"{settings.learning_rate * factor:.2g}, {chosen['dtype']}); the weights were not touched",
+                                f"{settings.learning_rate * factor:.2g}, {chosen['dtype']}); no weight was touched",
                                 f"--learning_rate={settings.learning_rate / 3:.1g}, or --dtype=float32", code=3)
-            if math.isfinite(norm):  # else float16 has overflowed: the scaler halves its factor, and this step is skipped
+            if math.isfinite(norm):  # else float16 has overflowed: the scaler halves its factor, this update is skipped
                 for optimizer, _ in optimizers:
                     scaler.step(optimizer)
             scaler.update()
@@ -262,17 +263,19 @@ def main(argv):
             step += 1
             seconds = time.perf_counter() - started
             train_seconds += seconds
-            row = dict(step=step, tokens=step * tokens_per_step, epoch=step * tokens_per_step / data.meta["train"]["tokens"],
-                       train_seconds=train_seconds, wall_seconds=wall_seconds(), loss=loss,
-                       lr=settings.learning_rate * factor, grad_norm=norm, tokens_per_second=tokens_per_step / seconds,
-                       memory=runtime.peak_memory(device))
+            row = dict(step=step, tokens=step * tokens_per_step,
+                       epoch=step * tokens_per_step / data.meta["train"]["tokens"], train_seconds=train_seconds,
+                       wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor, grad_norm=norm,
+                       tokens_per_second=tokens_per_step / seconds, memory=runtime.peak_memory(device))
 
             # c) Save before validating, so that a crash there loses nothing.
-            due = step % (settings.save_interval or settings.eval_interval) == 0
-            if due or step == settings.max_iters or settings.always_save_checkpoint and step % settings.eval_interval == 0:
-                save_all()
-    except Stopped:
-        save_all()
+            validates = step % settings.eval_interval == 0
+            if step >= settings.max_iters or step % (settings.save_interval or settings.eval_interval) == 0 or (
+                    settings.always_save_checkpoint and validates):
+                save_run()
+    except runtime.Stopped:
+        if step > 0:
+            save_run()
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
             + (f"; saved in {out_dir}. The same command continues." if step else ""))
         return 128 + stop.signal
@@ -280,8 +283,8 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------------------------
     # 6) The result.
     python = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")
-    say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation loss "
-        f"{row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{python}")
+    say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
+        f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{python}")
     print_sample(model, tokenizers.load_from(out_dir), autocast, device)
     say_next(out_dir)
     return 0
@@ -292,7 +295,7 @@ def main(argv):
 
 
 def make_optimizers(model, settings, device):
-    """[(optimizer, its highest learning rate)]. Weight decay pulls at matrices only: a bias or a norm has no use for it.
+    """[(optimizer, its highest learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
     muon: the matrices inside the blocks are moved by an orthogonal matrix of fixed size, in all directions alike
     instead of mostly along the few that dominate the gradient (Jordan 2024, kellerjordan.github.io/posts/muon). It
@@ -312,20 +315,15 @@ def make_optimizers(model, settings, device):
     return [(adamw, settings.learning_rate), (muon, settings.muon_lr)]
 
 
-BUDGET_PROBE = 10  # updates after which a budget is turned into a number of steps; the rate still rises, whatever comes
-
-
-def steps_within_budget(settings, data, step_seconds, tokens_per_step):
-    """How many updates fit into the budget, with their validations (which read forward only: a third of the work)."""
-    left = seconds_of(settings.budget) - (time.time() - PROCESS_START) - 5  # the sample at the end
+def steps_within(left, settings, data, step_seconds):
+    """How many updates fit into `left` seconds, with their validations (forward alone: a third of the work)."""
+    tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
     validation = data.meta["val"]["tokens"] / tokens_per_step * step_seconds / 3
-    steps = BUDGET_PROBE + int((left - validation) / (step_seconds + validation / settings.eval_interval))
-    if steps <= BUDGET_PROBE:
-        raise UserError(f"budget={settings.budget} is too short: {BUDGET_PROBE} updates and one validation take "
-                        f"{BUDGET_PROBE * step_seconds + validation:.0f} s here", "a longer --budget, or a smaller model")
-    say(f"budget: {settings.budget} is enough for {steps:,} updates at {step_seconds:.3f} s; --max_iters={steps} repeats "
-        "this run without the clock")
-    return steps
+    left -= validation + 5  # the last validation, and the sample
+    if left <= 0:
+        raise UserError(f"budget={settings.budget} is too short: {5 - left:.0f} s are needed beyond the first updates",
+                        "a longer --budget, or a smaller model")
+    return int(left / (step_seconds + validation / settings.eval_interval))
 
 
 def learning_rate_factor(step, settings):
@@ -342,56 +340,13 @@ def learning_rate_factor(step, settings):
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Stopped(Exception):
-    """Raised between two micro-batches or two validation batches when a signal asked for the end."""
-
-
-class StopSignal:
-    """Notes the first SIGINT (Ctrl-C) or SIGTERM in `signal`; the second one ends the process at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        say(f"\n{signal.Signals(number).name}: saving; once more to stop at once")
-
-
-class Log:
-    """log.jsonl: a header line that says what the numbers come from, then one row per logged step."""
-
-    def __init__(self, path, header, continues):
-        self.path, self.header, self.rows = path, header, []
-        if continues and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]  # a killed process may leave half a line
-            self.header, self.rows = lines[0], lines[1:]
-
-    def rewrite(self, before=math.inf):
-        self.rows = [row for row in self.rows if row["step"] < before]
-        with open(self.path + ".part", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (self.header, *self.rows))
-        os.replace(self.path + ".part", self.path)
-
-    def write(self, row):
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if "val_loss" in row:
-            with open(os.path.join(os.path.dirname(self.path), "loss.svg"), "w", encoding="utf-8") as file:
-                file.write(loss_svg(self.rows))
-
-
-def progress_line(row, max_iters, step_share):
+def progress_line(row, max_iters, token_share):
     """step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left"""
     left = (max_iters - row["step"]) * row["train_seconds"] / row["step"]
     validated = f"validation {row['val_loss']:.4f} = {row['val_bpb']:.4f} bits per byte | " if "val_loss" in row else ""
     return (f"step {row['step']}/{max_iters} | loss {row['loss']:.3f} | {validated}lr {row['lr']:.2g} | norm "
-            f"{row['grad_norm']:.2f} | {row['tokens_per_second']:,.0f} tok/s, {row['tokens_per_second'] * step_share:.0%} "
-            f"of peak | {left // 60:.0f}m{left % 60:02.0f}s left")
+            f"{row['grad_norm']:.2f} | {row['tokens_per_second']:,.0f} tok/s, "
+            f"{row['tokens_per_second'] * token_share:.0%} of peak | {left // 60:.0f}m{left % 60:02.0f}s left")
 
 
 def print_sample(model, tokenizer, autocast, device, n=200):
@@ -420,7 +375,7 @@ def start_wandb(settings):
     except ImportError:
         note("wandb is not installed; log.jsonl in the run folder has the same numbers")
         return None
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name or None, config=asdict(settings))
+    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,7 +389,7 @@ def check_settings(settings):
     for name in ("learning_rate", "muon_lr"):
         if not getattr(settings, name) > 0:
             raise UserError(f"{name}={getattr(settings, name)} is not above 0", f"--{name}=1e-3")
-    for name in ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "eval_iters", "save_interval", "min_lr"):
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters", "save_interval"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} is negative", f"--{name}=0 or more")
     if settings.budget:
@@ -457,7 +412,7 @@ def make_folder(path):
             pass
         os.unlink(os.path.join(path, ".probe"))
     except OSError as error:
-        raise UserError(f"cannot write to out_dir={path}: {error.strerror}", "--out_dir=A_FOLDER_THAT_YOU_MAY_WRITE") from None
+        raise UserError(f"cannot write to out_dir={path}: {error.strerror}", "--out_dir=ANOTHER_FOLDER") from None
 
 
 def build_model(settings):
@@ -466,24 +421,6 @@ def build_model(settings):
     except AssertionError as error:  # the model states its contract as 'fact; remedy'
         fact, _, remedy = str(error).partition("; ")
         raise UserError(fact, remedy or "python train.py --help") from None
-
-
-def find_checkpoint(init_from, out_dir):
-    """The newest readable checkpoint of this run, or None for a new one."""
-    paths = runtime.checkpoints(out_dir)
-    if paths and init_from == "scratch":
-        raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
-                        f"--out_dir=out/ANOTHER, or delete {out_dir} yourself")
-    if not paths and init_from == "resume":
-        raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave --init_from out to start a new run")
-    for path in reversed(paths):
-        try:
-            return runtime.load_checkpoint(path)
-        except UserError as error:
-            if path == paths[0]:
-                raise
-            warn(f"{error.fact}; taking the one before")
-    return None
 
 
 MAY_CHANGE = {"init_from", "max_iters", "budget", "lr_decay_iters", "eval_interval", "eval_iters", "eval_only",
@@ -499,11 +436,9 @@ def check_same_run(resumed, settings, data):
     was["data"], now["data"] = resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
     if differ:
-        raise UserError(f"{settings.out_dir} was trained with " + ", ".join(f"{name}={was.get(name)}" for name in differ)
-                        + "; now " + ", ".join(f"{name}={now[name]}" for name in differ),
+        raise UserError(f"{settings.out_dir} was trained with {', '.join(f'{name}={was.get(name)}' for name in differ)}; "
+                        f"now {', '.join(f'{name}={now[name]}' for name in differ)}",
                         "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
-    if settings.budget:
-        settings.max_iters = was["max_iters"]
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
@@ -521,8 +456,8 @@ def load_start(settings, given, data):
                         "downloaded", "--init_from=scratch, or the path of a run or checkpoint")
     start = runtime.load_checkpoint(runtime.checkpoint_path(settings.init_from))
     if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
-        raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) than "
-                        f"{data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
+        raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
+                        f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
                         f"python prepare.py YOUR_TEXT --out={data.folder} --tokenizer={settings.init_from}")
     for field in fields(GPTConfig):
         was, now = start["settings"][field.name], getattr(settings, field.name)
@@ -532,63 +467,6 @@ def load_start(settings, given, data):
         if field.name not in given:
             setattr(settings, field.name, was)
     return start
-
-
-def compile_model(model, chosen, settings, loss):
-    """Have PyTorch compile the parts that take the time; `loss` computes one, as a trial. Falls back to eager code.
-
-    All blocks run the same code, so compiling one compiles all: seconds instead of a minute for the model as a whole.
-    """
-    started = time.perf_counter()
-    try:
-        for block in model.transformer.h:
-            block.compile(dynamic=False)
-        model.loss = torch.compile(model.loss, dynamic=False)
-        loss().backward()
-        say(f"compiled in {time.perf_counter() - started:.0f} s")
-    except Stopped:
-        raise
-    except Exception as error:  # no compiler, an old GPU, Windows: whatever it is, training can do without
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        if settings.compile is True:
-            raise UserError(f"compile=true, but torch.compile fails here: {reason}", "--compile=false") from None
-        note(f"torch.compile fails here ({reason}); going on without it, slower")
-        torch.compiler.set_stance("force_eager")
-        chosen["compile"] = False
-    model.zero_grad(set_to_none=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The picture
-
-
-def loss_svg(rows, width=720, height=400):
-    """The loss curve as an SVG picture: grey the training loss, blue the validation loss, in nats per token."""
-    seen = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
-    low, high, last = math.floor(min(seen) * 2) / 2, math.ceil(max(seen) * 2) / 2, rows[-1]["step"]
-
-    def x(step):
-        return 50 + (width - 70) * step / last
-
-    def y(loss):
-        return 20 + (height - 60) * (high - loss) / max(high - low, 0.5)
-
-    def line(key, style):
-        points = " ".join(f"{x(row['step']):.1f},{y(row[key]):.1f}" for row in rows if key in row)
-        return f'<polyline points="{points}" fill="none" {style}/>'
-
-    marks = [f'<line x1="50" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
-             f'<text x="42" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
-             for v in (low + i * (0.5 if high - low < 5 else 1) for i in range(20)) if v <= high]
-    marks += [f'<text x="{x(last * i / 4):.1f}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
-              for i in range(5)]
-    dots = "".join(f'<circle cx="{x(row["step"]):.1f}" cy="{y(row["val_loss"]):.1f}" r="3" fill="#0969da"/>'
-                   for row in rows if "val_loss" in row)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-            f'font-size="12" fill="#444">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(marks) + "\n"
-            + line("loss", 'stroke="#999"') + "\n" + line("val_loss", 'stroke="#0969da" stroke-width="2"') + dots
-            + f'\n<text x="{width - 20}" y="34" text-anchor="end">loss in nats per token: training grey, validation blue; '
-            f'updates below</text>\n</svg>\n')
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""README.md is true: its commands run in their order, its files exist, its line counts and its settings are right."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, words
+
+import bench
+import prepare
+import sample
+import train
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").strip().split("\n") if line.strip()]
+# The README's own words for trying a long command in seconds.
+QUICK = dict(re.findall(r"`(\w+\.py)` in seconds: `([^`]+)`", README))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder that looks like a fresh clone, and the text files that a reader is supposed to have."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests"]:
+        os.symlink(path, folder / path.name)
+    (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
+    (folder / "shakespeare.txt").write_text(words(30_000, seed=1), encoding="utf-8")
+    (folder / "prompt.txt").write_text("def ", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, id=f"{i}: {c[:60]}") for i, c in enumerate(COMMANDS)])
+def test_command(clone, command):
+    for part in command.split(" && "):
+        program, *arguments = shlex.split(part, comments=True)
+        if program == "pip":
+            assert arguments[:2] == ["install", "-r"] and (ROOT / arguments[2]).exists()
+        elif program == "pytest":  # this is it; CI runs the very same line
+            assert command.strip() in (ROOT / ".ci/run").read_text(encoding="utf-8")
+        else:
+            assert program == "python"
+            target = None
+            if ">" in arguments:
+                target = arguments[arguments.index(">") + 1]
+                arguments = arguments[:arguments.index(">")]
+            quick = shlex.split(QUICK.get(arguments[0], ""))
+            quick = [] if "--help" in arguments else quick
+            done = subprocess.run([sys.executable, *arguments, *quick], cwd=clone, capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, timeout=300)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            if target:
+                (clone / target).write_text(done.stdout, encoding="utf-8")
+
+
+def test_there_are_commands_and_quick_variants():
+    assert len(COMMANDS) >= 8 and set(QUICK) >= {"train.py", "sample.py", "bench.py"}
+    assert COMMANDS[0] == "pip install -r requirements.txt && python train.py config/train_small.py"
+
+
+def test_every_file_that_is_named_exists():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    files = re.findall(r"`((?:config|docs|tests)/[\w./-]+|\w+\.py|LICENSE)`", README)
+    assert len(links + files) > 10
+    for path in links + files:
+        assert (ROOT / path).exists(), path
+
+
+def test_line_counts_are_right():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M)
+    assert len(rows) >= 7
+    for path, count in rows:
+        assert len((ROOT / path).read_text(encoding="utf-8").split("\n")) - 1 == int(count), path
+
+
+def test_every_setting_that_is_named_exists():
+    known = set().union(*(c.__dataclass_fields__ for c in (train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig,
+                                                           bench.BenchConfig)))
+    for name in re.findall(r"--([a-z]\w+)", README):
+        assert name in known | {"help"}, name
+
+
+def test_no_path_of_a_machine_and_no_marketing():
+    text = README + "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))
+    for word in ("/home/", "/root/", "/work/", "/tmp/", "blazing", "state-of-the-art", "seamless", "powerful"):
+        assert word not in text, word
+    assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", text)  # no emoji
