@@ -86,7 +86,8 @@ BENCHES = {"syntax": syntax}
 def main(argv):
     settings, _, bare = load(BenchConfig, argv, positional="collect")
     if not bare or bare[0] not in BENCHES:
-        raise UserError(f"there is no bench {bare[0]!r}" if bare else "no bench was named", "one of: " + ", ".join(BENCHES))
+        raise UserError(f"there is no bench {bare[0]!r}" if bare else "no bench was named",
+                        "python bench.py NAME, one of: " + ", ".join(BENCHES))
     BENCHES[bare[0]](settings, bare[1:])
 
 

@@ -114,7 +114,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Write k, v (B, n_kv_head, T, head_dim) behind the past; return past and new together, (B, n_kv_head, :, :)."""
+        """Write k, v (B, n_kv_head, T, head_dim) behind the past. Returns past and new together."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
         self.k[layer, :, :, self.length:end] = k
@@ -217,7 +217,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = resolve(config)
-        padded = -(-config.vocab_size // 64) * 64  # matrix kernels like round sizes; `logits` cuts the padding off again
+        padded = -(-config.vocab_size // 64) * 64  # matrix kernels like round sizes; `logits` cuts the padding off
         parts = dict(wte=nn.Embedding(padded, config.n_embd))
         if config.pos == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
     def loss(self, x, targets):
-        """The residual stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets that are not -1."""
+        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1."""
         logits = self.logits(x).float()  # the sum of exp over the vocabulary needs float32
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 

@@ -234,7 +234,7 @@ def make_plan(sources, val_fraction):
         plan.fate.append(VAL if where < val_fraction else TRAIN)
         extremes = [min(extremes[0], (where, i)), max(extremes[1], (where, i))]
     if plan.documents == 0:
-        raise UserError(f"{' '.join(sources)} has no text ({plan.empty} empty documents)", "give a file with text in it")
+        raise UserError(f"{' '.join(sources)} has no text ({plan.empty} empty documents)", "give a file with text")
     if plan.documents < MANY and not forced:
         for i, fate in enumerate(plan.fate):
             plan.fate[i] = CUT if fate != SKIP else SKIP
@@ -319,8 +319,9 @@ class Progress:
         if time.monotonic() > self.next:
             self.next = time.monotonic() + 2
             speed = self.done / (time.monotonic() - self.start)
-            left = f" of {self.total / 1e6:,.1f} MB, ETA {(self.total - self.done) / speed:.0f} s" if self.total else " MB"
-            say(f"{self.what}: {self.done / 1e6:,.1f}{left}, {speed / 1e6:.1f} MB/s")
+            left = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            eta = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
+            say(f"{self.what}: {self.done / 1e6:,.1f}{left} MB, {speed / 1e6:.1f} MB/s{eta}")
 
 
 def prepare(sources, settings):
@@ -413,8 +414,8 @@ class Data:
             path, item = os.path.join(folder, side + ".bin"), np.dtype(meta["dtype"]).itemsize
             size, due = os.path.getsize(path) if os.path.exists(path) else 0, meta[side]["tokens"] * item
             if size != due:
-                raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of {item} "
-                                f"bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
+                raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of "
+                                f"{item} bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
         return cls(folder, meta)
 
     def check(self, block_size):
@@ -427,12 +428,12 @@ class Data:
                                 f"--block_size={1 << max((shortest - 1).bit_length() - 1, 0)}, or more text")
 
     def tokens(self, side, start, count):
-        """`count` ids from position `start` of a side. Read afresh: a memmap kept open fills the memory with old pages."""
+        """`count` ids from position `start` of a side, (count,) int64."""
         dtype = np.dtype(self.meta["dtype"])
         ids = np.fromfile(os.path.join(self.folder, side + ".bin"), dtype, count, offset=start * dtype.itemsize)
         if ids.max() >= self.meta["vocab_size"]:
-            raise UserError(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the vocabulary "
-                            f"has {self.meta['vocab_size']}", f"the file is damaged; prepare {self.folder} again")
+            raise UserError(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
+                            f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again")
         return ids.astype(np.int64)
 
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):

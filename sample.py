@@ -9,8 +9,8 @@ Sampling: let a trained model write, in the terminal.
 The text goes to standard output as it is written, everything else to standard error. A model gives a score to every
 token of its vocabulary, and there are two steps from there to text, which make up this file:
 
-1. from scores to a token. filter_logits takes away what is too unlikely, and one of the rest is drawn by its probability.
-2. from tokens to text. A token is bytes, and maybe only a part of a character; TextStream gives out whole characters,
+1. From scores to a token: filter_logits takes away what is too unlikely; one of the rest is drawn by its probability.
+2. From tokens to text: a token is bytes, and maybe only a part of a character; TextStream gives out whole characters,
    and nothing that may yet turn out to be the beginning of a stop string.
 """
 import codecs
@@ -81,7 +81,10 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def penalize(logits, used, penalty):
-    """Make the ids in `used` less likely: scores above 0 are divided by the penalty, others multiplied (CTRL, 1909.05858)."""
+    """Make the ids in `used` less likely: scores above 0 are divided by the penalty, others multiplied by it.
+
+    logits: (..., V); used: ids, in any order and number; penalty 1 does nothing (CTRL, arXiv 1909.05858).
+    """
     if penalty == 1.0 or not used:
         return logits
     ids = torch.tensor(sorted(set(used)), device=logits.device)
@@ -149,7 +152,8 @@ def write(model, tokenizer, prompt, settings, seed):
     end = tokenizer.special[tokenizers.END_OF_TEXT]
     ids, size = tokenizer.encode(prompt) or [end], model.config.block_size
     if len(ids) >= size:
-        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size + 1:,} are ignored")
+        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size + 1:,} are "
+             "ignored")
         ids = ids[-(size - 1):] if size > 1 else ids[-1:]
     stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
     print(prompt, end="", flush=True)

@@ -53,7 +53,7 @@ class CharTokenizer:
             character = error.args[0]
             raise UserError(f"the character {character!r} (U+{ord(character):04X}) is not among the "
                             f"{len(self.characters)} that this character vocabulary was made from",
-                            "leave it out, or prepare the data with --tokenizer=bpe, which can spell anything") from None
+                            "leave it out, or prepare the data with --tokenizer=bpe, which spells anything") from None
 
     def token_bytes(self, i):
         return b"" if i < len(SPECIAL) else self.characters[i - len(SPECIAL)].encode()
@@ -149,8 +149,8 @@ def train_sentencepiece(texts, vocab_size, kind):
         allow_whitespace_only_pieces=True,  # so that an indentation is one token
         split_by_unicode_script=False,  # so that "(self," can be one: 7% fewer tokens on Python
         split_digits=True,  # 2026 is four tokens: numbers are spelled alike wherever they stand
-        byte_fallback=True, character_coverage=1.0,  # each character of the sample has a piece, others are spelled in bytes
-        control_symbols=list(SPECIAL), unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # control symbols never come from text
+        character_coverage=1.0, byte_fallback=True,  # each character of the sample has a piece, others are bytes
+        control_symbols=list(SPECIAL), unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # text never becomes a control symbol
         max_sentence_length=1 << 16, num_threads=os.cpu_count() or 1, minloglevel=2)
     tokenizer = SentencePieceTokenizer(model.getvalue(), kind)
     if tokenizer.vocab_size < vocab_size:
@@ -186,7 +186,7 @@ def fingerprint(folder):
 def write_config(folder, tokenizer):
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump({"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "special": tokenizer.special}, file, indent=1)
+        json.dump(dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, special=tokenizer.special), file, indent=1)
 
 
 def sentencepiece():

@@ -231,7 +231,7 @@ def main(argv):
                 left = seconds_of(settings.budget) - wall_seconds()
                 settings.max_iters = step + steps_within(left, settings, data, train_seconds / step)
                 chosen["max_iters"] = settings.max_iters
-                say(f"budget: enough for {settings.max_iters:,} updates; --max_iters={settings.max_iters} repeats this run")
+                say(f"budget: enough for {settings.max_iters:,} updates; --max_iters={settings.max_iters} repeats it")
                 log.header["settings"]["max_iters"] = settings.max_iters
                 log.rewrite()
 
@@ -389,7 +389,8 @@ def check_settings(settings):
     for name in ("learning_rate", "muon_lr"):
         if not getattr(settings, name) > 0:
             raise UserError(f"{name}={getattr(settings, name)} is not above 0", f"--{name}=1e-3")
-    for name in ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters", "save_interval"):
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters",
+                 "save_interval"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} is negative", f"--{name}=0 or more")
     if settings.budget:
@@ -436,8 +437,8 @@ def check_same_run(resumed, settings, data):
     was["data"], now["data"] = resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
     if differ:
-        raise UserError(f"{settings.out_dir} was trained with {', '.join(f'{name}={was.get(name)}' for name in differ)}; "
-                        f"now {', '.join(f'{name}={now[name]}' for name in differ)}",
+        begun, asked = (", ".join(f"{name}={side.get(name)}" for name in differ) for side in (was, now))
+        raise UserError(f"{settings.out_dir} was begun with {begun}; now it is {asked}",
                         "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",

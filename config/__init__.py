@@ -92,8 +92,11 @@ def load(cls, argv, presets=None, positional="config"):
         if not has_value:  # `--key value`, or `--key` alone for true
             flag = bool in alternatives(kind)
             follows = argv and not argv[0].startswith("--")
-            text = argv.pop(0) if follows and not (flag and argv[0].lower() not in FLAG_WORDS) else "true" if flag else None
-            if text is None:
+            if follows and not (flag and argv[0].lower() not in FLAG_WORDS):
+                text = argv.pop(0)
+            elif flag:
+                text = "true"
+            else:
                 raise UserError(f"--{name} has no value", f"--{name}=VALUE, {describe(kind)}")
         value = parse(text, kind, f"--{name}")
         given[name] = given.get(name, []) + value if kind == list[str] and name in given else value

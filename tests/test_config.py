@@ -60,7 +60,8 @@ def test_ill_typed(argument, words):
 
 
 def test_unknown_names_the_nearest():
-    assert error(train.main, "--learnin_rate=1") == ("--learnin_rate: there is no setting 'learnin_rate'", "--learning_rate")
+    fact, fix = error(train.main, "--learnin_rate=1")
+    assert fact == "--learnin_rate: there is no setting 'learnin_rate'" and fix == "--learning_rate"
     assert "--help" in error(train.main, "--xyzzy=1")[1]
 
 
@@ -74,8 +75,9 @@ def test_files_and_flags_are_read_from_left_to_right(here):
 
 
 @pytest.mark.parametrize("source, words", [
-    ("batch_size = 1\nlearnin_rate = 2\n", ["line 2", "learnin_rate"]), ("batch_size = 'x'\n", ["line 1", "'x'", "whole"]),
-    ("batch_size = \n", ["line 1", "SyntaxError"]), ("batch_size = 1\nout_dir = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+    ("batch_size = 1\nlearnin_rate = 2\n", ["line 2", "learnin_rate"]),
+    ("batch_size = 'x'\n", ["line 1", "'x'", "whole"]), ("batch_size = \n", ["line 1", "SyntaxError"]),
+    ("batch_size = 1\nout_dir = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
     ("bias = 2\n", ["line 1", "true or false"])])
 def test_errors_in_files_name_the_line(here, source, words):
     (here / "bad.py").write_text(source)

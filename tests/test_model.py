@@ -132,7 +132,8 @@ def test_flops_per_token_is_what_the_products_cost():
     for family in FAMILIES.values():
         model = random_model(**{**family, "vocab_size": 128})  # no padding, which would be counted here
         c, T = model.config, 24
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, plain:
             model(torch.randint(100, (1, T)))
         assert model.flops_per_token(T) * T == 3 * counter.get_total_flops()  # backward is twice forward
 

@@ -39,7 +39,8 @@ def test_kinds_of_files_and_folders(here, capsys):
     (here / "in/a.txt").write_bytes("\ufeff".encode() + b"one\r\n" * 40)  # a byte order mark is not text, CRLF is
     (here / "in/b.md").write_text("# two\n" * 40)
     (here / "in/deep/c.py").write_text("three = 3\n" * 40)
-    (here / "in/d.jsonl").write_text("".join(json.dumps({"text": f"row {i} \u4e2d\n" * 9, "id": i}) + "\n" for i in range(5)) + "\n")
+    rows = [{"text": f"row {i} \u4e2d\n" * 9, "id": i} for i in range(5)]
+    (here / "in/d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     with gzip.open(here / "in/e.txt.gz", "wt", encoding="utf-8") as file:
         file.write("zipped\n" * 40)
     (here / "in/copy.txt").write_text("# two\n" * 40)  # an exact duplicate of b.md
@@ -155,8 +156,9 @@ def test_what_people_get_wrong(here):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"text": "a"', "not JSON: "), ("[1]", "no field `text`, but list"), ('{"texts": "a"}', "no field `text`, but texts"),
-    ('{"text": 3}', "not a text but int"), ('{"text": null}', "NoneType"), ('{"text": "\\ud800"}', "half a character, \\ud800"),
+    ('{"text": "a"', "not JSON: "), ("[1]", "no field `text`, but list"),
+    ('{"texts": "a"}', "no field `text`, but texts"), ('{"text": 3}', "not a text but int"),
+    ('{"text": null}', "NoneType"), ('{"text": "\\ud800"}', "half a character, \\ud800"),
     ('"text"', "but str")])
 def test_a_bad_line_is_named(here, line, reason):
     (here / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
@@ -210,7 +212,8 @@ def test_shuffled_is_a_permutation_that_looks_random():
     counts = np.bincount(np.concatenate(first) // 50, minlength=20)  # 16,000 numbers in 20 bins of 800
     assert ((counts - 800) ** 2 / 800).sum() < 60  # chi-square, 19 degrees of freedom: 43.8 in 1 of 1,000
     jumps = np.array([row[1:] - row[:-1] for row in first])
-    assert abs(np.corrcoef(np.concatenate(first)[:-1], np.concatenate(first)[1:])[0, 1]) < 0.03 and (abs(jumps) > 100).mean() > 0.75
+    line = np.concatenate(first)
+    assert abs(np.corrcoef(line[:-1], line[1:])[0, 1]) < 0.03 and (abs(jumps) > 100).mean() > 0.75
     big = prepare.shuffled(np.arange(1000), 10**12, 7)  # no list of a billion numbers anywhere
     assert len(set(big.tolist())) == 1000 and 0 <= big.min() and big.max() < 10**12 and big.max() > 9 * 10**11
 

@@ -77,8 +77,8 @@ def test_line_counts_are_right():
 
 
 def test_every_setting_that_is_named_exists():
-    known = set().union(*(c.__dataclass_fields__ for c in (train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig,
-                                                           bench.BenchConfig)))
+    scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig
+    known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
     for name in re.findall(r"--([a-z]\w+)", README):
         assert name in known | {"help"}, name
 

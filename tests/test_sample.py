@@ -165,7 +165,8 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     assert "no run out/nowhere" in error(sample.main, "out/nowhere")[0]
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]
-    for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0", "--repetition_penalty=0"):
+    for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0",
+                "--repetition_penalty=0"):
         assert bad.split("=")[0][2:] + "=" + bad.split("=")[1] in error(sample.main, bad)[0]
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
