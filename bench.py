@@ -44,7 +44,7 @@ def syntax(settings, runs):
 
     def pick(logits):
         logits = sample.filter_logits(logits.cpu(), settings.temperature, settings.top_k)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0].to(device)
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
     rows = torch.cat(list(model.generate(idx, settings.max_new_tokens, pick)), dim=1).tolist()
     whole, good, example = 0, 0, ""

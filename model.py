@@ -8,15 +8,16 @@ The model: a GPT in one file, from the attention to the loss.
     for token in model.generate(idx, n=100): ...    # (B, 1) at a time, with a cache of keys and values
 
 A GPT reads token ids and predicts, at every position, the token that comes next. Each of its layers does two things:
-attention lets a position read from the positions before it, the MLP thinks about what was read. Both add their result
+attention lets a position read from the positions before it, the MLP processes what was read. Both add their result
 to a stream of vectors that runs through the network from bottom to top, the residual stream.
 
 Two families share this code, and GPTConfig says in one place where they differ: GPT-2 (learned positions, LayerNorm,
-GELU) and the layout of Llama and Qwen3 (rotary positions, RMSNorm, SwiGLU). Read from the bottom up: the parts come
-first, GPT last.
+GELU) and the layout of Llama and Qwen3 (rotary positions, RMSNorm, SwiGLU). The parts come first, then GPT; to see the
+whole before its parts, begin at class GPT.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,7 @@ class GPTConfig:
     pos: Literal["learned", "rope"] = "learned"  # positions: a learned vector each, or a rotation of queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm leaves out the mean: cheaper, as good
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu is GPT-2's tanh form; swiglu multiplies by a gate
-    qk_norm: bool = False  # RMSNorm on queries and keys: attention cannot saturate, so the learning rate can be higher
+    qk_norm: bool = False  # RMSNorm on queries and keys: keeps attention scores bounded, so stable at higher rates
     bias: bool = False  # biases in the linear and norm layers: true in GPT-2; false is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
     dropout: float = 0.0  # share of activations set to 0 in training: 0 for one pass over the data, 0.1+ for many
@@ -60,6 +61,31 @@ PRESETS = {  # the number behind each is n_params()
     "openllm-large": dict(n_layer=24, n_head=16, n_embd=1024, block_size=2048, **OPENLLM),  # 337,176,576
     "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False),  # Qwen3's layout, any size
 }
+
+
+def round_up(n, multiple):
+    """The smallest multiple that is at least n: matrix kernels like round sizes."""
+    return math.ceil(n / multiple) * multiple
+
+
+def resolve(config):
+    """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist at all."""
+    c = GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__dataclass_fields__})
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        assert getattr(c, name) >= 1, f"{name}={getattr(c, name)} is less than 1; --{name}=1 or more"
+    for name in ("n_kv_head", "head_dim", "n_inner"):
+        assert getattr(c, name) >= 0, f"{name}={getattr(c, name)} is negative; --{name}=0"
+    assert c.head_dim or c.n_embd % c.n_head == 0, (
+        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={round_up(c.n_embd, c.n_head)}")
+    c.n_kv_head = c.n_kv_head or c.n_head
+    assert c.n_head % c.n_kv_head == 0, (
+        f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
+    c.head_dim = c.head_dim or c.n_embd // c.n_head
+    assert c.pos != "rope" or c.head_dim % 2 == 0, (
+        f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
+    c.n_inner = c.n_inner or (round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd)
+    assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
+    return c
 
 
 class RMSNorm(nn.Module):
@@ -103,7 +129,7 @@ class KVCache:
     """Keys and values of the tokens read so far, so that a new token computes its own row of attention and no more.
 
     Sized once for `capacity` positions, so that nothing is allocated or copied as the text grows. `length` counts the
-    positions that hold something; every layer writes behind it, and GPT.forward moves it once, at the end.
+    positions that hold something: every layer writes after it, and GPT.trunk advances it once all layers have written.
     Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers.
     """
 
@@ -114,7 +140,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Write k, v (B, n_kv_head, T, head_dim) behind the past. Returns past and new together."""
+        """Write k, v (B, n_kv_head, T, head_dim) after the past. Returns past and new together."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
         self.k[layer, :, :, self.length:end] = k
@@ -126,7 +152,8 @@ class Attention(nn.Module):
     """Causal self-attention (Vaswani 2017, arXiv 1706.03762), with grouped queries (Ainslie 2023, arXiv 2305.13245).
 
     Every position asks with a query, every position before it (and itself) answers with a key, and the values of the
-    best matches are averaged: softmax(q k^T / sqrt(head_dim)) v, in n_head independent subspaces.
+    best matches are averaged: softmax(q k^T / sqrt(head_dim)) v. The division keeps the scores near variance 1 whatever
+    head_dim is, so that the softmax is neither flat nor picks one key alone. Several heads look for several things.
     """
 
     def __init__(self, config, layer):
@@ -141,9 +168,10 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(self, x, rotation=None, cache=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         q, k, v = self.c_attn(x).split((width, kv_width, kv_width), dim=2)
+        # Heads go next to the batch, so that each head is a matrix product of its own.
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
@@ -153,7 +181,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
         # Without a past, query i sees keys 0..i: is_causal. One new token sees everything: no mask. Several new tokens
-        # behind a past need the causal mask spelled out, because is_causal would count from the first key.
+        # after a past need the mask spelled out, because is_causal would count from the first key: row i of tril(past)
+        # is true up to column past + i.
         past, mask = 0, None
         if cache is not None:
             past = cache.length
@@ -168,7 +197,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a bend between them, at every position alone.
+    """Two linear layers with a nonlinearity between them, applied to each position separately.
 
     gelu is GPT-2's; swiglu multiplies by silu(gate) instead (Shazeer 2020, arXiv 2002.05202): c_fc then holds the gate
     and the value side by side.
@@ -212,12 +241,16 @@ def argmax(logits):
 
 
 class GPT(nn.Module):
-    """The whole model. Parameter names are GPT-2's, so that its weights and nanoGPT's fit without a list of names."""
+    """The whole model.
+
+    Parameter names are GPT-2's: wte token embedding, wpe position embedding, h the blocks, ln_f the last norm; c_attn,
+    c_proj and c_fc are linear layers (c for convolution: GPT-2 wrote them as such, of width 1).
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config = resolve(config)
-        padded = -(-config.vocab_size // 64) * 64  # matrix kernels like round sizes; `logits` cuts the padding off
+        padded = round_up(config.vocab_size, 64)  # `logits` cuts the padding off again
         parts = dict(wte=nn.Embedding(padded, config.n_embd))
         if config.pos == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -234,7 +267,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Every initial value, with its reason (GPT-2's rules); nothing is drawn anywhere else.
+        """Every initial value, with its reason (GPT-2's rules); what PyTorch's layers draw is overwritten.
 
         Linear and embedding weights: normal with standard deviation 0.02, small enough that the first prediction is
         nearly uniform (loss ~ ln vocab_size), whatever the width between 256 and 2048. Biases: 0. Norm weights: 1.
@@ -250,7 +283,7 @@ class GPT(nn.Module):
                 p.normal_(std=0.02)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T) -> the residual stream above the last block (B, T, C). A cache puts idx behind its past."""
+        """Token ids (B, T) -> the residual stream above the last block (B, T, C). A cache: idx comes after its past."""
         T, past = idx.size(1), cache.length if cache is not None else 0
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
@@ -299,7 +332,7 @@ class GPT(nn.Module):
             if cache.length + new.size(1) > size:
                 new, cache.length = idx[:, -(size // 2):], 0
             x = self.trunk(new, cache)[:, -1]  # (B, C): only the last position predicts something new
-            new = pick(self.logits(x).float())[:, None]  # (B, 1)
+            new = pick(self.logits(x).float()).to(idx.device)[:, None]  # (B, 1)
             idx = torch.cat((idx, new), dim=1)[:, -size:]
             yield new
 
@@ -322,24 +355,5 @@ class GPT(nn.Module):
         is the custom, although the causal half would do). Reading an embedding costs nothing.
         """
         c = self.config
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "transformer.w" not in name)
-        head = c.vocab_size * c.n_embd if c.tie_weights else (c.vocab_size - self.lm_head.weight.size(0)) * c.n_embd
-        return 6 * (matrices + head) + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
-
-
-def resolve(config):
-    """A copy of the config with every 0 = "derive it" filled in. Asserts that the shape can exist at all."""
-    c = GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__dataclass_fields__})
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        assert getattr(c, name) >= 1, f"{name}={getattr(c, name)} is less than 1; --{name}=1 or more"
-    assert c.head_dim or c.n_embd % c.n_head == 0, (
-        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={-(-c.n_embd // c.n_head) * c.n_head}")
-    c.n_kv_head = c.n_kv_head or c.n_head
-    assert c.n_head % c.n_kv_head == 0, (
-        f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
-    c.head_dim = c.head_dim or c.n_embd // c.n_head
-    assert c.pos != "rope" or c.head_dim % 2 == 0, f"rope turns pairs, and head_dim={c.head_dim} is odd; --head_dim=" \
-        f"{c.head_dim + 1}"
-    c.n_inner = c.n_inner or (4 * c.n_embd if c.mlp != "swiglu" else -(-8 * c.n_embd // (3 * 64)) * 64)
-    assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
-    return c
+        weights = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
+        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)

@@ -9,7 +9,8 @@ Data: text in, two files of token ids out; and how training reads them back.
 .txt, .md and .py files are one document each; in a .jsonl file every line is one, {"text": "..."}. A folder is searched
 for these kinds, to the bottom. What is written:
 
-    data/NAME/train.bin, val.bin    token ids, uint16, one after the other; np.memmap(path, dtype=np.uint16) reads them
+    data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), one after the other;
+                                    np.memmap(path, dtype=np.uint16) reads them
     data/NAME/meta.json             how many tokens, documents and bytes, and the checksum of each file
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
@@ -32,6 +33,7 @@ import platform
 import shutil
 import sysconfig
 import time
+import zlib
 from array import array
 from dataclasses import dataclass
 from typing import Callable, Iterator, Literal
@@ -52,7 +54,8 @@ class PrepareConfig:
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 BLOCK_BYTES = 1 << 20
-MANY = 200  # from so many documents on, whole documents are held out; with fewer, the end of each
+MANY = 200  # from this many documents on, whole documents are held out; with fewer, the end of each
+RECIPE_BLOCK_SIZE = 256  # of config/train_small.py: what a text must fill for the recipe to run as it stands
 
 
 @dataclass
@@ -84,7 +87,8 @@ def stdlib_documents():
     root = sysconfig.get_paths()["stdlib"]
     for path in sorted(glob.glob("**/*.py", root_dir=root, recursive=True)):
         parts = path.split(os.sep)
-        if not LEFT_OUT.intersection(parts) and not path.startswith("_sysconfigdata") and "-" not in parts[0]:
+        build = path.startswith("_sysconfigdata") or "-" in parts[0]  # config-3.12-x86_64-linux-gnu/...
+        if not build and not LEFT_OUT.intersection(parts):
             yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
 
 
@@ -152,7 +156,7 @@ def text_blocks(path, whole_lines=False):
         at = offset + len(raw) - len(error.object) + error.start
         raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
                         f"iconv -f latin1 -t utf-8 {path} > utf8.txt, with the encoding that it has") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None
 
@@ -206,10 +210,10 @@ class Plan:
 
 
 def make_plan(sources, val_fraction):
-    """Read everything once: find duplicates, and decide what is held out. Takes 5 bytes and one hash per document."""
+    """Read everything once: find duplicates, and decide what is held out. Keeps 9 bytes and a hash per document."""
     plan, seen = Plan(array("b"), array("q"), set()), set()
-    extremes = [(2.0, 0), (-1.0, 0)]  # the documents with the smallest and the largest hash
-    forced, progress = False, Progress("reading")
+    lowest, highest = (2.0, 0), (-1.0, 0)  # (fraction, document) with the smallest and the largest fraction
+    source_decides, progress = False, Progress("reading")
     for i, document in enumerate(documents(sources)):
         digest, size, length = hashlib.sha256(), 0, 0
         for block in document.blocks():
@@ -221,48 +225,50 @@ def make_plan(sources, val_fraction):
         key = digest.digest()[:16]
         plan.length.append(length)
         plan.empty += size == 0
-        plan.duplicates += key in seen and size > 0
+        plan.duplicates += key in seen
         if key in seen or size == 0:
             plan.fate.append(SKIP)
             continue
         seen.add(key)
         plan.bytes += size
         plan.documents += 1
-        where = int.from_bytes(key[:8], "big") / 2**64  # uniform in [0, 1), the same wherever the document stands
+        fraction = int.from_bytes(key[:8], "big") / 2**64  # uniform in [0, 1), the same wherever the document stands
         if document.held_out is not None:
-            forced, where = True, 0.0 if document.held_out else 1.0
-        plan.fate.append(VAL if where < val_fraction else TRAIN)
-        extremes = [min(extremes[0], (where, i)), max(extremes[1], (where, i))]
+            source_decides, fraction = True, 0.0 if document.held_out else 1.0
+        plan.fate.append(VAL if fraction < val_fraction else TRAIN)
+        lowest, highest = min(lowest, (fraction, i)), max(highest, (fraction, i))
     if plan.documents == 0:
         raise UserError(f"{' '.join(sources)} has no text ({plan.empty} empty documents)", "give a file with text")
-    if plan.documents < MANY and not forced:
-        for i, fate in enumerate(plan.fate):
-            plan.fate[i] = CUT if fate != SKIP else SKIP
+    if plan.documents < MANY and not source_decides:
+        plan.fate = array("b", (SKIP if fate == SKIP else CUT for fate in plan.fate))
     else:
-        plan.fate[extremes[0][1]], plan.fate[extremes[1][1]] = VAL, TRAIN  # so that neither side is ever empty
+        plan.fate[lowest[1]], plan.fate[highest[1]] = VAL, TRAIN  # so that neither side is ever empty
     return plan
 
 
 def split_texts(sources, plan, val_fraction):
-    """Read everything again: yields (is it held out, does a document start here, text)."""
+    """Read everything again: yields (TRAIN or VAL, does a document start here, text).
+
+    What stands before `cut` in a document is for training, what stands after it is held out.
+    """
     for i, document in enumerate(documents(sources)):
         if i >= len(plan.fate):
             raise UserError(f"{document.name} appeared while the text was being read", "run the command again")
-        fate, first, position = plan.fate[i], {TRAIN: True, VAL: True}, 0
+        fate, length = plan.fate[i], plan.length[i]
         if fate == SKIP:
             continue
-        cut = {TRAIN: plan.length[i], VAL: 0, CUT: plan.length[i] - math.ceil(plan.length[i] * val_fraction)}[fate]
-        near = cut - (plan.length[i] - cut) // 2  # a line border is taken if it is this near before the cut
+        cut = length if fate == TRAIN else 0 if fate == VAL else length - math.ceil(length * val_fraction)
+        near = cut - (length - cut) // 2  # a line end that is not further away than this is the better place
+        position, fresh = 0, {TRAIN, VAL}  # fresh: the sides that have nothing of this document yet
         for block in document.blocks():
             here = min(max(cut - position, 0), len(block))
             if fate == CUT and 0 < here < len(block):
-                border = block.rfind("\n", max(near - position, 0), here) + 1
-                here = border or here
+                here = block.rfind("\n", max(near - position, 0), here) + 1 or here
                 cut = position + here
-            for split, text in ((TRAIN, block[:here]), (VAL, block[here:])):
+            for side, text in ((TRAIN, block[:here]), (VAL, block[here:])):
                 if text:
-                    yield split, first[split], text
-                    first[split] = False
+                    yield side, side in fresh, text
+                    fresh.discard(side)
             position += len(block)
 
 
@@ -331,8 +337,11 @@ def prepare(sources, settings):
         raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1", "--val_fraction=0.05")
     stem = os.path.basename(os.path.normpath(sources[0])).split(".")[0].strip("*?[]")
     out = os.path.normpath(settings.out or os.path.join("data", stem or "text"))
-    if os.path.exists(out) and not os.path.exists(os.path.join(out, "meta.json")) and os.listdir(out):
-        raise UserError(f"{out} exists and holds something else than prepared data", "--out=data/ANOTHER_NAME")
+    if os.path.exists(out):
+        ours = {"train.bin", "val.bin", "meta.json", "tokenizer"}
+        other = sorted(set(os.listdir(out)) - ours) if os.path.isdir(out) else ["a file of this name"]
+        if other:
+            raise UserError(f"{out} holds something other than prepared data: {other[0]}", "--out=data/ANOTHER_NAME")
 
     # 1) count, find duplicates, decide what is held out  2) learn the vocabulary  3) encode
     plan = make_plan(sources, settings.val_fraction)
@@ -356,8 +365,11 @@ def prepare(sources, settings):
                 train=writers[TRAIN].close(), val=writers[VAL].close())
     with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out + ".old", ignore_errors=True)
+    if os.path.exists(out):
+        os.replace(out, out + ".old")
     os.replace(part, out)
+    shutil.rmtree(out + ".old", ignore_errors=True)
 
     seconds = time.monotonic() - started
     say(f"\n{' '.join(source)}: {plan.documents:,} documents, {plan.bytes:,} bytes; dropped {plan.duplicates:,} exact "
@@ -375,7 +387,7 @@ def next_command(out, meta):
     """What to type after preparing: the small recipe, with a context that fits the text."""
     name = os.path.relpath(out, "data")
     longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
-    block = "" if longest >= 256 else f" --block_size={1 << max(longest.bit_length() - 1, 0)}"
+    block = "" if longest >= RECIPE_BLOCK_SIZE else f" --block_size={1 << max(longest.bit_length() - 1, 0)}"
     if name == "stdlib":
         return f"python train.py config/train_small.py{block}"
     return f"python train.py config/train_small.py --dataset={name} --out_dir=out/{os.path.basename(out)}{block}"
@@ -405,6 +417,8 @@ class Data:
         try:
             with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
                 meta = json.load(file)
+            if not isinstance(meta, dict) or meta.get("format") != 1:
+                raise ValueError("it has no format 1")
         except FileNotFoundError:
             raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                             f"python prepare.py YOUR_TEXT.txt --out={folder}") from None
@@ -420,12 +434,12 @@ class Data:
 
     def check(self, block_size):
         """Raises UserError where a side is too short for one window of block_size + 1 tokens."""
-        shortest = min(self.meta["train"]["tokens"], self.meta["val"]["tokens"])
+        shortest = min(self.meta[side]["tokens"] for side in ("train", "val"))
         for side in ("train", "val"):
             if self.meta[side]["tokens"] <= block_size:
+                smaller = f"--block_size={1 << ((shortest - 1).bit_length() - 1)}, or " if shortest > 1 else ""
                 raise UserError(f"{self.folder}/{side}.bin has {self.meta[side]['tokens']:,} tokens, but block_size="
-                                f"{block_size} needs at least {block_size + 1}",
-                                f"--block_size={1 << max((shortest - 1).bit_length() - 1, 0)}, or more text")
+                                f"{block_size} needs at least {block_size + 1}", smaller + "more text")
 
     def tokens(self, side, start, count):
         """`count` ids from position `start` of a side, (count,) int64."""
@@ -446,19 +460,19 @@ class Data:
         """
         import torch
         tokens = self.meta["train"]["tokens"]
-        n = max(1, tokens // block_size - 1)  # one fewer than fit, so that every epoch can start at another offset
-        sample = (step * micros + micro) * batch_size + np.arange(batch_size)
-        epoch = sample // n
-        offset = np.array([fold("offset", seed, e) % (tokens - n * block_size) for e in epoch.tolist()])
-        window = np.empty(batch_size, dtype=np.int64)
-        for e in np.unique(epoch):
-            window[epoch == e] = shuffled(sample[epoch == e] % n, n, fold("epoch", seed, int(e)))
-        starts = offset + window * block_size
+        n = max(1, tokens // block_size - 1)  # windows of an epoch: one fewer than fit, which leaves room ...
+        room = tokens - n * block_size  # ... for every epoch to begin its first window at another place
+        sample = (step * micros + micro) * batch_size + np.arange(batch_size)  # (B,)
+        starts = np.empty(batch_size, dtype=np.int64)
+        for epoch in set((sample // n).tolist()):
+            here = sample // n == epoch
+            window = shuffled(sample[here] % n, n, fold("epoch", seed, epoch))
+            starts[here] = fold("offset", seed, epoch) % room + window * block_size
         rows = np.stack([self.tokens("train", start, block_size + 1) for start in starts.tolist()])  # (B, T + 1)
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
     def val_batches(self, block_size, batch_size):
-        """All of the held-out side in order, as (idx, targets) of (B, T); targets are -1 behind its end.
+        """All of the held-out side in order, as (idx, targets) of (B, T); targets are -1 after its end.
 
         Every token but the first is predicted once, from the tokens before it in its window. All batches have the same
         shape, the last one too, so that compiled code is compiled once.
@@ -477,13 +491,14 @@ class Data:
         """A validation loss in nats per token as bits per byte of the held-out text.
 
         The loss depends on how long the tokens are: fewer, longer tokens are each harder to guess. The information in
-        all of them together, spread over the bytes of the text, can be compared between tokenizers.
+        all of them together, spread over the bytes of the text, can be compared between tokenizers. (End-of-text tokens
+        count as information, not as bytes. Where only a part was read, its mean stands for the whole.)
         """
         return loss * (self.meta["val"]["tokens"] - 1) / self.meta["val"]["bytes"] / math.log(2)
 
 
 def fold(*parts):
-    """A 63-bit seed for a purpose: fold("epoch", seed, 3). The same on every machine and in every version."""
+    """A 63-bit seed for a purpose: fold("epoch", seed, 3). The same on every machine; parts: texts and plain ints."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -492,20 +507,21 @@ def shuffled(i, n, key):
 
     A Feistel network (the idea behind DES) turns any mixing function into a permutation of pairs (left, right): each
     round xors one half with a scramble of the other half, which can be undone whatever the scramble is. It permutes
-    the 2^(2 bits) >= n numbers; one that lands at n or beyond is sent through again until it lands below. So a
-    billion windows need no list of a billion numbers.
+    the numbers of 2 * bits bits, the smallest such range that holds n; a result beyond n is put in again until it is
+    below, which follows a cycle of the permutation, so that no two indices can meet. A billion windows need no list
+    of a billion numbers.
     """
-    bits = np.uint64(max(1, -(-(int(n) - 1).bit_length() // 2)))
+    bits = np.uint64(max(1, math.ceil((int(n) - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(bits)) - 1)
     i = np.array(i, dtype=np.uint64)
-    again = np.ones(i.shape, dtype=bool)
-    while again.any():
-        left, right = i[again] >> bits, i[again] & mask
-        for round in range(6):
-            scramble = (right + np.uint64(fold(key, round))) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+    outside = np.ones(i.shape, dtype=bool)
+    while outside.any():
+        left, right = i[outside] >> bits, i[outside] & mask
+        for turn in range(6):
+            scramble = (right + np.uint64(fold(key, turn))) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
             left, right = right, left ^ ((scramble ^ (scramble >> np.uint64(29))) >> np.uint64(32) & mask)
-        i[again] = left << bits | right
-        again = i >= n
+        i[outside] = left << bits | right
+        outside = i >= n
     return i.astype(np.int64)
 
 
@@ -513,7 +529,7 @@ def validation_loss(loss_of, data, block_size, batch_size, max_batches=0):
     """The mean loss in nats over the held-out tokens: one pass in fixed order, summed in float64.
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1, as a number.
-    max_batches: stop after so many batches; 0 reads all.
+    max_batches: stop after this many batches; 0 reads all.
     """
     total = count = 0
     for i, (idx, targets) in enumerate(data.val_batches(block_size, batch_size)):

@@ -2,7 +2,7 @@
 """
 The machine and the disk: which device and number type to use, and how a checkpoint is written and read.
 
-    device = choose_device("auto"); dtype = choose_dtype("auto", device)
+    device = choose_device("auto"); dtype, why = choose_dtype("auto", device)
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
     model, tokenizer, checkpoint = load_run("out/small", device=device)
 
@@ -10,6 +10,7 @@ Two rules make a checkpoint something to rely on. A file bears its final name on
 that whatever happens, the newest checkpoint is a good one. And it holds tensors and plain values only and is read with
 weights_only=True, so that opening a stranger's file cannot run a stranger's code.
 """
+import collections
 import contextlib
 import ctypes
 import glob
@@ -35,40 +36,44 @@ from model import GPT, GPTConfig
 # The machine
 
 
-def choose_device(wish="auto"):
+def choose_device(asked="auto"):
     """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best there is. Raises UserError for what this machine lacks."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wish == "auto":
+    if asked == "auto":
         return "cuda" if cuda else "mps" if mps else "cpu"
-    if wish.startswith("cuda") and not cuda:
-        raise UserError(f"--device={wish}, but PyTorch {torch.__version__} sees no CUDA here",
+    if asked.startswith("cuda") and not cuda:
+        raise UserError(f"--device={asked}, but PyTorch {torch.__version__} sees no CUDA here",
                         "--device=auto, or install a CUDA build of PyTorch (pytorch.org/get-started)")
-    if wish == "mps" and not mps:
+    if asked == "mps" and not mps:
         raise UserError(f"--device=mps, but PyTorch {torch.__version__} sees no Apple GPU here", "--device=auto")
     try:
-        return str(torch.device(wish))
-    except RuntimeError:
-        raise UserError(f"there is no device {wish!r}", "--device=auto, cpu, cuda, cuda:1 or mps") from None
+        if asked.split(":")[0] in ("cpu", "cuda", "mps"):
+            torch.zeros(1, device=asked)
+            return asked
+    except (RuntimeError, AssertionError):  # cuda:7 where there is one GPU
+        pass
+    raise UserError(f"there is no device {asked!r} here", "--device=auto, cpu, cuda, cuda:1 or mps")
 
 
 def has_bf16(device):
     """Does the processor itself multiply in bfloat16? Emulated, it is slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device == "cpu" and "AVX2" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper():
+    told_older = "AVX2" in os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # oneDNN can pretend, for measurements
+    if device == "cpu" and not told_older:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
 
 
-def choose_dtype(wish, device):
+def choose_dtype(asked, device):
     """(dtype, reason): bfloat16 where the hardware has it, float16 on older NVIDIA GPUs, else float32."""
-    if wish != "auto":
-        return getattr(torch, wish), "as asked"
+    if asked != "auto":
+        return getattr(torch, asked), "as asked"
     if has_bf16(device):
         return torch.bfloat16, "this processor multiplies in bfloat16"
     if device.startswith("cuda"):
         return torch.float16, "this GPU has no bfloat16"
-    return torch.float32, "this processor has no bfloat16"
+    return torch.float32, "this processor has no bfloat16" if device == "cpu" else "the safe choice on this device"
 
 
 def autocast(device, dtype):
@@ -84,12 +89,13 @@ def set_up(device):
         # with this, every run gives the same bits. The second line leaves out a debugging aid that fills new tensors.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if hasattr(libc, "mallopt"):
             # glibc hands large blocks back to the system when they are freed, and gets them anew, zeroed page by page,
             # at every training step. Keeping them makes a step about a tenth faster.
             M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 30)
-            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+            if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):  # (an old glibc refuses)
+                libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32 on NVIDIA GPUs
 
 
@@ -127,7 +133,8 @@ def peak_memory(device):
 
 
 def versions(device):
-    """What the numbers of a run depend on beside its settings."""
+    """What the numbers of a run depend on besides its settings."""
+    commit = ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                                 cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
@@ -138,7 +145,7 @@ def versions(device):
                 cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 
-def compile_model(model, wish, loss):
+def compile_model(model, asked, loss):
     """Have PyTorch compile the parts that take the time; loss() computes one, as a trial. Returns whether it works.
 
     All blocks run the same code, so compiling one compiles all: seconds instead of a minute for the model as a whole.
@@ -152,11 +159,9 @@ def compile_model(model, wish, loss):
         model.zero_grad(set_to_none=True)
         say(f"compiled in {time.perf_counter() - started:.0f} s")
         return True
-    except Stopped:
-        raise
     except Exception as error:  # no compiler, an old GPU, Windows: whatever it is, training can do without
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        if wish is True:
+        if asked is True:
             raise UserError(f"compile=true, but torch.compile fails here: {reason}", "--compile=false") from None
         note(f"torch.compile fails here ({reason}); going on without it, slower")
         torch.compiler.set_stance("force_eager")
@@ -196,7 +201,7 @@ def load_checkpoint(path):
             bad = archive.testzip()
         if bad:
             raise zipfile.BadZipFile(f"{bad} has another checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one") from None
     except pickle.UnpicklingError:
@@ -204,6 +209,9 @@ def load_checkpoint(path):
                         "use a checkpoint that was saved with plain values only") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
+    return state
 
 
 def checkpoints(run):
@@ -230,8 +238,8 @@ def find_checkpoint(init_from, out_dir):
 
 
 def prune_checkpoints(run, keep=2):
-    """Delete all numbered checkpoints but the last `keep`; two, since the last may have been cut by a dying disk."""
-    for path in checkpoints(run)[:-keep]:
+    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one), and what a kill left."""
+    for path in checkpoints(run)[:-keep] + glob.glob(os.path.join(glob.escape(run), "*.pt.part")):
         os.unlink(path)
 
 
@@ -248,7 +256,8 @@ def choose_run(bare, settings):
     """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
         raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one: {bare[0]}")
-    named = bare[0] if bare else settings.init_from.replace("resume", "") or settings.out_dir
+    init_from = "" if settings.init_from == "resume" else settings.init_from  # nanoGPT's word for --out_dir
+    named = bare[0] if bare else init_from or settings.out_dir
     if named and not os.path.exists(named):
         raise UserError(f"there is no run {named}", "python train.py config/train_small.py trains one into out/small")
     return named or find_run()
@@ -279,10 +288,10 @@ def load_run(run, which="best", device="cpu"):
 
 def load_weights(model, weights, path):
     """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen."""
-    for name, due in model.state_dict().items():
-        if name not in weights or weights[name].shape != due.shape:
+    for name, expected in model.state_dict().items():
+        if name not in weights or weights[name].shape != expected.shape:
             has = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
-            raise UserError(f"{path} has {has}, but the model has {tuple(due.shape)} there",
+            raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",
                             "use the settings that the checkpoint was trained with")
     model.load_state_dict(weights, strict=False)
 
@@ -296,12 +305,17 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Notes the first SIGINT (Ctrl-C) or SIGTERM in `signal`; the second one ends the process at once."""
+    """Notes a SIGINT (Ctrl-C) or SIGTERM in `signal`, from listen to ignore; a second one ends the process at once."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+
+    def listen(self):
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ignore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number, frame):
         self.signal = number
@@ -310,54 +324,83 @@ class StopSignal:
 
 
 class Log:
-    """log.jsonl: a header line that says what the numbers come from, then one row per logged step."""
+    """log.jsonl: a header line that says what the numbers come from, then one row per logged step; and its picture.
 
-    def __init__(self, path, header, continues):
-        self.path, self.header, self.rows = path, header, []
-        if continues and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]  # (not the half line of a kill)
-            self.header, self.rows = lines[0], lines[1:]
+    `curve` has (step, loss, validation loss or None) of every row. A log that continues one keeps its rows before
+    step `before`: those from there on belong to updates that were lost with the process, and come again.
+    """
 
-    def rewrite(self, before=math.inf):
-        self.rows = [row for row in self.rows if row["step"] < before]
+    def __init__(self, path, header, before=0):
+        self.path, self.curve = path, []
+        self.rewrite(header, before)
+
+    def rewrite(self, header, before=math.inf):
+        rows, self.curve = self.read() if before else [], []
         with open(self.path + ".part", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (self.header, *self.rows))
+            file.write(json.dumps(header) + "\n")
+            for row in rows:
+                if row["step"] < before:
+                    file.write(json.dumps(row) + "\n")
+                    self.curve.append((row["step"], row["loss"], row.get("val_loss")))
         os.replace(self.path + ".part", self.path)
 
+    def read(self):
+        """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                for line in file:
+                    row = json.loads(line) if line.endswith("\n") else {}
+                    if "step" in row:
+                        yield row
+
     def write(self, row):
-        self.rows.append(row)
+        self.curve.append((row["step"], row["loss"], row.get("val_loss")))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if "val_loss" in row:
             with open(os.path.join(os.path.dirname(self.path), "loss.svg"), "w", encoding="utf-8") as file:
-                file.write(loss_svg(self.rows))
+                file.write(loss_svg(self.curve))
 
 
-def loss_svg(rows, width=720, height=400):
-    """The loss curve as an SVG picture: grey the training loss, blue the validation loss, in nats per token."""
-    seen = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
-    low, high, last = math.floor(min(seen) * 2) / 2, math.ceil(max(seen) * 2) / 2, rows[-1]["step"]
+def last_row(path):
+    """The last whole row of a log.jsonl, or an empty one."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, encoding="utf-8") as file:
+        return json.loads(collections.deque(file, maxlen=1)[0])
+    return {}
+
+
+def loss_svg(curve, width=720, height=400):
+    """The loss curve as an SVG picture: grey the training loss, blue the validation loss, in nats per token.
+
+    curve: (step, loss, validation loss or None) of every logged step.
+    """
+    last = curve[-1][0]
+    training = [(step, loss) for step, loss, _ in curve[::math.ceil(len(curve) / 1000)]]  # more points nobody can see
+    validation = [(step, loss) for step, _, loss in curve if loss is not None]
+    seen = [loss for _, loss in training + validation]
+    low, high = math.floor(min(seen) * 2) / 2, math.ceil(max(seen) * 2) / 2
+    high = max(high, low + 0.5)
 
     def x(step):
-        return 50 + (width - 70) * step / last
+        return f"{50 + (width - 70) * step / last:.1f}"
 
     def y(loss):
-        return 20 + (height - 60) * (high - loss) / max(high - low, 0.5)
+        return f"{20 + (height - 60) * (high - loss) / (high - low):.1f}"
 
-    def line(key, style):
-        points = " ".join(f"{x(row['step']):.1f},{y(row[key]):.1f}" for row in rows if key in row)
-        return f'<polyline points="{points}" fill="none" {style}/>'
+    def line(points, style):
+        return f'<polyline points="{" ".join(f"{x(s)},{y(v)}" for s, v in points)}" fill="none" {style}/>'
 
-    marks = [f'<line x1="50" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
-             f'<text x="42" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
-             for v in (low + i * (0.5 if high - low < 5 else 1) for i in range(20)) if v <= high]
-    marks += [f'<text x="{x(last * i / 4):.1f}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
+    parts = []
+    unit = 0.5 if high - low < 5 else 1
+    for value in (low + i * unit for i in range(int((high - low) / unit) + 1)):
+        parts += [f'<line x1="50" x2="{width - 20}" y1="{y(value)}" y2="{y(value)}" stroke="#ddd"/>',
+                  f'<text x="42" y="{y(value)}" dy="4" text-anchor="end">{value:g}</text>']
+    parts += [f'<text x="{x(last * i // 4)}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
               for i in range(5)]
-    dots = "".join(f'<circle cx="{x(row["step"]):.1f}" cy="{y(row["val_loss"]):.1f}" r="3" fill="#0969da"/>'
-                   for row in rows if "val_loss" in row)
+    parts += [line(training, 'stroke="#999"'), line(validation, 'stroke="#0969da" stroke-width="2"')]
+    parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3" fill="#0969da"/>' for step, loss in validation]
+    parts += [f'<text x="{width - 20}" y="34" text-anchor="end">loss in nats per token over updates: training grey, '
+              'validation blue</text>']
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-            f'font-size="12" fill="#444">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(marks) + "\n"
-            + line("loss", 'stroke="#999"') + "\n" + line("val_loss", 'stroke="#0969da" stroke-width="2"') + dots
-            + f'\n<text x="{width - 20}" y="34" text-anchor="end">loss in nats per token over updates: training grey, '
-            f'validation blue</text>\n</svg>\n')
+            'font-size="12" fill="#444">\n<rect width="100%" height="100%" fill="white"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")

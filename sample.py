@@ -36,10 +36,10 @@ class SampleConfig:
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
     top_k: int = 50  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens at least so likely as this share of the likeliest one
+    min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1: tokens that were used get less likely
     stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
-    ignore_eos: bool = False  # go on behind the end-of-text token
+    ignore_eos: bool = False  # go on after the end-of-text token
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
     # the model: a RUN (run folder or checkpoint file), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
@@ -64,7 +64,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: nothing can overflow
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -74,8 +74,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier
-        drop = (above >= top_p).scatter(-1, order, above >= top_p)  # back to the order of the vocabulary
-        drop = drop.scatter(-1, order[..., :1], False)
+        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, above >= top_p)  # order[j] has rank j
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
@@ -97,9 +96,9 @@ def make_pick(settings, prompt, seed):
     generator, used = torch.Generator().manual_seed(seed), list(prompt)
 
     def pick(logits):
-        logits = penalize(logits.cpu(), used, settings.repetition_penalty)
         if not torch.isfinite(logits).all():
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
+        logits = penalize(logits.cpu(), used, settings.repetition_penalty)
         logits = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
         token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]  # (1,)
         used.append(token.item())
@@ -150,11 +149,10 @@ class TextStream:
 def write(model, tokenizer, prompt, settings, seed):
     """Print the prompt and its continuation as it comes. Returns the number of tokens."""
     end = tokenizer.special[tokenizers.END_OF_TEXT]
-    ids, size = tokenizer.encode(prompt) or [end], model.config.block_size
-    if len(ids) >= size:
-        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size + 1:,} are "
-             "ignored")
-        ids = ids[-(size - 1):] if size > 1 else ids[-1:]
+    ids, size = tokenizer.encode(prompt) or [end], model.config.block_size  # nothing goes before a prompt
+    if len(ids) > size:
+        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size:,} are ignored")
+        ids = ids[-size:]
     stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
     print(prompt, end="", flush=True)
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
@@ -213,7 +211,13 @@ def main(argv):
                     return
             for i in range(settings.num_samples):
                 started = time.perf_counter()
-                n = write(model, tokenizer, prompt, settings, seed + i)
+                try:
+                    n = write(model, tokenizer, prompt, settings, seed + i)
+                except UserError as error:
+                    if not ask:
+                        raise
+                    say(f"error: {error.fact}")  # one bad prompt need not end the conversation
+                    break
                 say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
             if not ask:
                 return

@@ -7,7 +7,7 @@ Tokenizers: text to ids and back, without loss.
     assert tokenizer.decode(ids) == "def f(x):\\n\\treturn x"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load("data/mine/tokenizer")
 
-A language model never sees text, it sees integers. Two ways to get them live here:
+A language model never sees text, it sees integers. There are two ways to make them here:
 
 char    one id per distinct character of the training text. The smallest vocabulary, the longest sequences, and no id
         for a character that was never seen.
@@ -31,8 +31,8 @@ from config import UserError, note
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
 SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the others mark the turns of a chat
-SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most so much text: more changes hardly any piece
-BLOCK = "\u2581"  # SentencePiece writes a space as this character
+SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 
 
 class CharTokenizer:
@@ -56,7 +56,7 @@ class CharTokenizer:
                             "leave it out, or prepare the data with --tokenizer=bpe, which spells anything") from None
 
     def token_bytes(self, i):
-        return b"" if i < len(SPECIAL) else self.characters[i - len(SPECIAL)].encode()
+        return self.characters[i - len(SPECIAL)].encode() if len(SPECIAL) <= i < self.vocab_size else b""
 
     def decode(self, ids):
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
@@ -82,7 +82,7 @@ class SentencePieceTokenizer:
         self.special = {name: processor.piece_to_id(name) for name in SPECIAL}
         # SentencePiece turns spaces into U+2581 and back, so a U+2581 in the text would come back as a space. It is
         # kept by spelling it in the three bytes of its UTF-8 form, which have pieces of their own, like every byte.
-        self.block = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in BLOCK.encode()]
+        self.space_mark_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self.bytes = []
         for i in range(self.vocab_size):
             if processor.is_control(i) or processor.is_unknown(i):
@@ -90,13 +90,13 @@ class SentencePieceTokenizer:
             elif processor.is_byte(i):
                 self.bytes.append(bytes([int(processor.id_to_piece(i)[3:5], 16)]))  # "<0x0A>" is the byte 10
             else:
-                self.bytes.append(processor.id_to_piece(i).replace(BLOCK, " ").encode())
+                self.bytes.append(processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
 
     def encode(self, text):
-        first, *rest = text.split(BLOCK)
+        first, *rest = text.split(SPACE_MARK)
         ids = self.processor.encode(first)
         for part in rest:
-            ids += self.block + self.processor.encode(part)
+            ids += self.space_mark_ids + self.processor.encode(part)
         return ids
 
     def token_bytes(self, i):
@@ -117,7 +117,7 @@ class SentencePieceTokenizer:
 
 
 def train(kind, texts, vocab_size=4096):
-    """A new tokenizer, learned from an iterable of texts. Reads all of them for char, SAMPLE_BYTES of them for bpe."""
+    """A new tokenizer, learned from an iterable of texts. All of them are read into memory: give a sample."""
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind == "bpe":
@@ -130,11 +130,12 @@ def train_sentencepiece(texts, vocab_size, kind):
     lines, characters = [], set()
     for text in texts:
         characters.update(text)
-        while text:  # it wants pieces of bounded length: some lines each, with their line ends
-            end = text.rfind("\n", 0, 2000) + 1 or 2000
-            lines.append(text[:end])
-            text = text[end:]
-    alphabet = {BLOCK if character == " " else character for character in characters} - {"\0"}
+        start = 0
+        while start < len(text):  # it wants pieces of bounded length: some lines each, with their line ends
+            end = text.rfind("\n", start, start + 2000) + 1 or start + 2000
+            lines.append(text[start:end])
+            start = end
+    alphabet = {SPACE_MARK if character == " " else character for character in characters} - {"\0"}
     smallest = len(alphabet) + 256 + len(SPECIAL) + 1
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small: this text has {len(characters):,} distinct characters, "

@@ -15,8 +15,9 @@ A run is a folder, out/NAME:
     log.jsonl           one line per logged step; loss.svg is its picture
     tokenizer/          a copy, so that a model never loses its vocabulary
 
-The whole run is a pure function of its settings and its seed: the batch of a step is computed from (seed, step), see
-prepare.py, and so are the dropout masks. That is why a resumed run has the same bits as one that was never stopped.
+On a CPU, a run is a pure function of its settings, its seed and the machine: the batch of a step is computed from
+(seed, step), see prepare.py, and so are the dropout masks. That is why a resumed run has the same bits as one that was
+never stopped. (A GPU adds in varying order; there it is the same up to rounding.)
 """
 import time
 
@@ -45,23 +46,23 @@ class TrainConfig(GPTConfig):
     vocab_size: int = 0  # 0: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
-    batch_size: int = 12  # windows of a micro-batch; as many as the memory holds
+    batch_size: int = 12  # windows of a micro-batch; less where memory is short
     gradient_accumulation_steps: int = 1  # micro-batches of an update: a larger batch without more memory
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
     init_from: str = "auto"  # auto: resume where there is a checkpoint; scratch; resume; or a RUN to take weights from
     max_iters: int = 2000  # updates of the weights
-    budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes so long
+    budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes this long
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # updates between validations
-    eval_iters: int = 0  # at most so many batches of the validation pass; 0: all held-out text
+    eval_iters: int = 0  # at most this many batches of the validation pass; 0: all held-out text
     eval_only: bool = False  # print the validation loss and end
     save_interval: int = 0  # updates between checkpoints; 0: eval_interval
-    always_save_checkpoint: bool = True  # also at every validation
+    always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
     log_interval: int = 1  # updates between log lines
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
-    learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models stand more
+    learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models tolerate a higher one
     muon_lr: float = 0.02  # of Muon, at its highest
     min_lr: float = 6e-5  # where the cosine ends; a tenth of learning_rate, or 0
     warmup_iters: int = 100  # updates in which the rate rises from 0
@@ -75,7 +76,7 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto"] | bool = "auto"  # torch.compile: faster steps after some seconds of compiling
-    backend: str = "auto"  # of several processes: nccl or gloo
+    backend: str = "auto"  # nanoGPT's setting, for several processes; without effect: there is one
     # logging elsewhere, as in nanoGPT; log.jsonl is always written
     wandb_log: bool = False  # also send the numbers to Weights & Biases, if its package is installed
     wandb_project: str = "owt"  # its project
@@ -85,9 +86,11 @@ class TrainConfig(GPTConfig):
 def main(argv):
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS)
     check_settings(settings)
+    settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     out_dir = settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
     device = runtime.choose_device(settings.device)
     runtime.set_up(device)
+    versions = runtime.versions(device)
 
     # ------------------------------------------------------------------------------------------------------------------
     # 1) The data; what is built in is prepared here if it is missing.
@@ -102,7 +105,12 @@ def main(argv):
     resumed = runtime.find_checkpoint(settings.init_from, out_dir)
     start = None
     if resumed:
-        check_same_run(resumed, settings, data)
+        continue_run(resumed, settings, given, data, versions)
+        row = runtime.last_row(os.path.join(out_dir, "log.jsonl"))
+        if resumed["step"] == row.get("step") == settings.max_iters and "val_loss" in row and not settings.eval_only:
+            say(f"{out_dir} is finished: {row['step']} updates, validation loss {row['val_loss']:.4f}")
+            say_next(out_dir)
+            return 0
     elif settings.init_from not in ("auto", "scratch"):
         start = load_start(settings, given, data)
     data.check(settings.block_size)
@@ -113,7 +121,7 @@ def main(argv):
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
     model = build_model(settings)
     if resumed or start:
-        runtime.load_weights(model, (resumed or start)["model"], out_dir if resumed else settings.init_from)
+        runtime.load_weights(model, (resumed or start).pop("model"), out_dir if resumed else settings.init_from)
     model.to(device).train()
     optimizers = make_optimizers(model, settings, device)
 
@@ -139,14 +147,14 @@ def main(argv):
     say(f"machine: {device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{peak / 1e9:,.0f} GFLOP/s")
 
-    stop = runtime.StopSignal()
-
     def batch(step, micro):
         return data.batch(settings.block_size, settings.batch_size, settings.seed, step, micro,
                           settings.gradient_accumulation_steps)
 
+    stop = runtime.StopSignal()
+
     def loss_of(idx, targets):
-        if stop.signal:
+        if stop.signal:  # here and nowhere else: before a micro-batch or a validation batch, never while weights move
             raise runtime.Stopped
         with autocast:
             return model(idx.to(device), targets.to(device))
@@ -167,25 +175,24 @@ def main(argv):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it.
-    step, row, best_loss, train_seconds, wall_before = 0, None, math.inf, 0.0, 0.0
+    step, row, best_loss, train_seconds, wall_before, skipped = 0, None, math.inf, 0.0, 0.0, 0
     if resumed:
         step, row, best_loss = resumed["step"], resumed["row"], resumed["best_loss"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
-        settings.max_iters = chosen.get("max_iters", settings.max_iters)  # a budget was turned into steps before
-        for (optimizer, _), state in zip(optimizers, resumed["optimizer"]):
+        if os.path.exists(best := os.path.join(out_dir, "best.pt")):  # it may be newer than the checkpoint
+            best_loss = min(best_loss, runtime.load_checkpoint(best)["val_loss"])
+        for (optimizer, _), state in zip(optimizers, resumed.pop("optimizer")):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
         say(f"resumed {out_dir} after {step} of {settings.max_iters} updates")
     else:
         make_folder(out_dir)
         shutil.copytree(os.path.join(folder, "tokenizer"), os.path.join(out_dir, "tokenizer"), dirs_exist_ok=True)
-    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), continues=bool(resumed), header=dict(
-        versions=runtime.versions(device), chosen=chosen, settings=asdict(settings), data=data.meta))
-    if step >= settings.max_iters and log.rows and "val_loss" in log.rows[-1]:
-        say(f"{out_dir} is finished: {step} updates, validation loss {log.rows[-1]['val_loss']:.4f}")
-        say_next(out_dir)
-        return 0
-    log.rewrite(before=step)  # rows of updates that were lost with the process are written again
+
+    def header():
+        return dict(versions=versions, chosen=chosen, settings=asdict(settings), data=data.meta)
+
+    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), header(), before=step)
     wandb = start_wandb(settings) if settings.wandb_log else None
 
     def wall_seconds():
@@ -196,7 +203,7 @@ def main(argv):
             format=1, step=step, model=model.state_dict(), settings=asdict(settings), chosen=chosen,
             tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
             data_sha256=[data.meta[side]["sha256"] for side in ("train", "val")],
-            versions=runtime.versions(device), **state))
+            versions=versions, **state))
 
     def save_run():
         """All that the next update depends on."""
@@ -207,6 +214,7 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------------------------
     # 5) The loop. The weights move in one place only, so that at any other moment memory holds exactly the state after
     #    `step` updates: when a signal comes, half a step is thrown away and nothing is lost.
+    stop.listen()
     try:
         while True:
             # a) What is due after `step` updates. A resumed run enters here: if it was killed between saving and
@@ -228,12 +236,14 @@ def main(argv):
             if last:
                 break
             if settings.budget and "max_iters" not in chosen and step >= max(1, min(10, settings.warmup_iters)):
+                # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
+                # max_iters, so choosing it here changes nothing that has been done.
                 left = seconds_of(settings.budget) - wall_seconds()
                 settings.max_iters = step + steps_within(left, settings, data, train_seconds / step)
                 chosen["max_iters"] = settings.max_iters
-                say(f"budget: enough for {settings.max_iters:,} updates; --max_iters={settings.max_iters} repeats it")
-                log.header["settings"]["max_iters"] = settings.max_iters
-                log.rewrite()
+                log.rewrite(header())
+                say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
+                    f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
 
             # b) One update: how far to move, in which direction, and the move.
             started = time.perf_counter()
@@ -243,18 +253,19 @@ def main(argv):
                     group["lr"] = highest * factor
             loss = 0.0
             for micro in range(settings.gradient_accumulation_steps):
-                torch.manual_seed(prepare.fold("dropout", settings.seed, step, micro))
+                torch.manual_seed(prepare.fold("dropout", settings.seed, step, micro))  # the same masks after a resume
                 part = loss_of(*batch(step, micro)) / settings.gradient_accumulation_steps
-                scaler.scale(part).backward()  # adds to the gradients of the micro-batches before
+                scaler.scale(part).backward()  # adds to the gradients of the micro-batches before: a mean over all
                 loss += part.item()
             for optimizer, _ in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if not math.isfinite(loss) or skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
                 raise UserError(f"at update {step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
                                 f"{settings.learning_rate * factor:.2g}, {chosen['dtype']}); no weight was touched",
                                 f"--learning_rate={settings.learning_rate / 3:.1g}, or --dtype=float32", code=3)
-            if math.isfinite(norm):  # else float16 has overflowed: the scaler halves its factor, this update is skipped
+            if not skipped:  # else float16 has overflowed: the scaler halves its factor, this update does nothing
                 for optimizer, _ in optimizers:
                     scaler.step(optimizer)
             scaler.update()
@@ -265,7 +276,8 @@ def main(argv):
             train_seconds += seconds
             row = dict(step=step, tokens=step * tokens_per_step,
                        epoch=step * tokens_per_step / data.meta["train"]["tokens"], train_seconds=train_seconds,
-                       wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor, grad_norm=norm,
+                       wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor,
+                       grad_norm=-1.0 if skipped else norm,  # (JSON has no infinity)
                        tokens_per_second=tokens_per_step / seconds, memory=runtime.peak_memory(device))
 
             # c) Save before validating, so that a crash there loses nothing.
@@ -279,12 +291,15 @@ def main(argv):
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
             + (f"; saved in {out_dir}. The same command continues." if step else ""))
         return 128 + stop.signal
+    finally:
+        stop.ignore()
 
     # ------------------------------------------------------------------------------------------------------------------
     # 6) The result.
-    python = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")
+    # Which Python it was that the model has read: losses can be compared on the same text only.
+    corpus = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")
     say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
-        f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{python}")
+        f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
     print_sample(model, tokenizers.load_from(out_dir), autocast, device)
     say_next(out_dir)
     return 0
@@ -299,11 +314,14 @@ def make_optimizers(model, settings, device):
 
     muon: the matrices inside the blocks are moved by an orthogonal matrix of fixed size, in all directions alike
     instead of mostly along the few that dominate the gradient (Jordan 2024, kellerjordan.github.io/posts/muon). It
-    learns in fewer steps. Embeddings, whose rows are learned one by one, and vectors stay with AdamW.
+    learns in fewer steps. What stands side by side in one matrix (q, k and v) is one matrix to it. Embeddings, whose
+    rows are learned one by one, and vectors stay with AdamW.
     """
-    parameters = list(model.named_parameters())
-    inside = [p for name, p in parameters if p.dim() == 2 and ".h." in name and settings.optimizer == "muon"]
-    outside = [p for name, p in parameters if not any(p is other for other in inside)]
+    def for_muon(name, p):
+        return settings.optimizer == "muon" and p.dim() == 2 and ".h." in name
+
+    inside = [p for name, p in model.named_parameters() if for_muon(name, p)]
+    outside = [p for name, p in model.named_parameters() if not for_muon(name, p)]
     groups = [dict(params=[p for p in outside if p.dim() == 2], weight_decay=settings.weight_decay),
               dict(params=[p for p in outside if p.dim() == 1], weight_decay=0.0)]
     betas = settings.beta1, settings.beta2
@@ -311,19 +329,21 @@ def make_optimizers(model, settings, device):
     if not inside:
         return [(adamw, settings.learning_rate)]
     muon = torch.optim.Muon(inside, lr=settings.muon_lr, weight_decay=settings.weight_decay,
-                            adjust_lr_fn="match_rms_adamw")  # so that a step is as long as one of AdamW's at 0.2 lr
+                            adjust_lr_fn="match_rms_adamw")  # 0.2 lr per entry (root mean square), as AdamW's is
     return [(adamw, settings.learning_rate), (muon, settings.muon_lr)]
 
 
 def steps_within(left, settings, data, step_seconds):
     """How many updates fit into `left` seconds, with their validations (forward alone: a third of the work)."""
-    tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
-    validation = data.meta["val"]["tokens"] / tokens_per_step * step_seconds / 3
-    left -= validation + 5  # the last validation, and the sample
+    batch = settings.batch_size * settings.block_size
+    batches = math.ceil(data.meta["val"]["tokens"] / batch)
+    batches = min(batches, settings.eval_iters or batches)
+    validation = batches / settings.gradient_accumulation_steps * step_seconds / 3
+    left -= validation + 3  # the last validation, and the sample
     if left <= 0:
-        raise UserError(f"budget={settings.budget} is too short: {5 - left:.0f} s are needed beyond the first updates",
+        raise UserError(f"budget={settings.budget} is too short: one validation and a sample need {-left:.0f} s more",
                         "a longer --budget, or a smaller model")
-    return int(left / (step_seconds + validation / settings.eval_interval))
+    return max(1, int(left / (step_seconds + validation / settings.eval_interval)))
 
 
 def learning_rate_factor(step, settings):
@@ -356,7 +376,8 @@ def print_sample(model, tokenizer, autocast, device, n=200):
     model.eval()
     torch.manual_seed(0)
     ids, start = [], tokenizer.special[tokenizers.END_OF_TEXT]
-    with autocast:
+    # Compiled code is made for one length, and a text gets longer with every token.
+    with autocast, torch.compiler.set_stance("force_eager"):
         for token in model.generate(torch.tensor([[start]], device=device), n, pick):
             if token.item() == start:
                 break
@@ -393,8 +414,18 @@ def check_settings(settings):
                  "save_interval"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name}={getattr(settings, name)} is negative", f"--{name}=0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"{name}={getattr(settings, name)} is not in [0, 1)", f"--{name}=0.9")
     if settings.budget:
         seconds_of(settings.budget)
+        settings.max_iters = max(settings.max_iters, 11)  # until it is known after ten
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but training with several processes is not there yet",
+                        "python train.py, without torchrun")
+    if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
+        raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
+                        "downloads", "--init_from=scratch, or the path of a run or checkpoint")
 
 
 def seconds_of(budget):
@@ -424,15 +455,30 @@ def build_model(settings):
         raise UserError(fact, remedy or "python train.py --help") from None
 
 
+MAX_SKIPPED = 20  # updates in a row that float16 may overflow: the scaler needs some to find its factor
 MAY_CHANGE = {"init_from", "max_iters", "budget", "lr_decay_iters", "eval_interval", "eval_iters", "eval_only",
               "save_interval", "always_save_checkpoint", "log_interval", "out_dir", "device", "backend", "wandb_log",
               "wandb_project", "wandb_run_name", "preset", "dataset"}
 
 
-def check_same_run(resumed, settings, data):
-    """A resumed run must be the run that was begun. Raises UserError with both values of whatever differs."""
-    was, now = dict(resumed["settings"]), asdict(settings)
-    now["vocab_size"] = now["vocab_size"] or was["vocab_size"]
+def continue_run(resumed, settings, given, data, here):
+    """A resumed run must be the run that was begun. Raises UserError with both values of whatever differs.
+
+    Settings that were worked out when it began (the shape of a RUN that it started from, the vocabulary, the updates
+    that a budget allows) are taken from there.
+    """
+    was = dict(resumed["settings"])
+    if settings.init_from not in ("auto", "resume"):
+        for field in fields(GPTConfig):
+            if field.name not in given:
+                setattr(settings, field.name, was[field.name])
+    settings.vocab_size = settings.vocab_size or was["vocab_size"]
+    if settings.budget != was["budget"]:
+        resumed["chosen"].pop("max_iters", None)  # decided anew, or by max_iters
+    settings.max_iters = resumed["chosen"].get("max_iters", settings.max_iters)
+    if settings.budget and "max_iters" not in resumed["chosen"]:
+        settings.max_iters = max(settings.max_iters, resumed["step"] + 1)
+    now = asdict(settings)
     was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
     was["data"], now["data"] = resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
@@ -443,7 +489,6 @@ def check_same_run(resumed, settings, data):
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
-    here = runtime.versions(runtime.choose_device(settings.device))
     changed = [f"{name} {resumed['versions'].get(name)} -> {here[name]}" for name in here
                if name != "commit" and here[name] != resumed["versions"].get(name)]
     if changed:
@@ -452,9 +497,6 @@ def check_same_run(resumed, settings, data):
 
 def load_start(settings, given, data):
     """The checkpoint that init_from names; its shape becomes that of this run, where no other is asked for."""
-    if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
-        raise UserError(f"init_from={settings.init_from}: OpenAI's weights are not part of this project, and are not "
-                        "downloaded", "--init_from=scratch, or the path of a run or checkpoint")
     start = runtime.load_checkpoint(runtime.checkpoint_path(settings.init_from))
     if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "

@@ -5,13 +5,13 @@ Settings: a typed dataclass, files of plain assignments, and --key=value, read f
     python train.py config/train_small.py --batch_size=32
     python train.py --help
 
-Every script keeps its settings in one dataclass: a field is a name, a type, a default and, behind it, a comment with
+Every script keeps its settings in one dataclass: a field is a name, a type, a default and, after it, a comment with
 the meaning. That is the whole description of a setting. `load` fills the dataclass from the command line, `--help`
 prints the source of the dataclass as it stands, and a wrong name or a wrong type is one clear error. A config file
 is Python whose top-level names are settings, so it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and
 carry comments that explain its numbers.
 
-The rest of this file is how a script ends: `UserError` for what the user can mend, `main` to print it.
+The rest of this file is how a script ends: `UserError` for what the user can mend, `command_line` to print it.
 """
 import ast
 import dataclasses
@@ -92,7 +92,7 @@ def load(cls, argv, presets=None, positional="config"):
         if not has_value:  # `--key value`, or `--key` alone for true
             flag = bool in alternatives(kind)
             follows = argv and not argv[0].startswith("--")
-            if follows and not (flag and argv[0].lower() not in FLAG_WORDS):
+            if follows and (not flag or fits(argv[0], kind)):
                 text = argv.pop(0)
             elif flag:
                 text = "true"
@@ -159,6 +159,14 @@ def parse(value, kind, where):
         except (ValueError, TypeError, OverflowError):
             continue
     raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
+
+
+def fits(value, kind):
+    try:
+        parse(value, kind, "")
+        return True
+    except UserError:
+        return False
 
 
 def alternatives(kind):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-# GPT-2 (124M) from nothing, on one GPU or several. nanoGPT's file of this name runs as well; this one says the same.
+# GPT-2 (124M) from nothing, on a large GPU. nanoGPT's file of this name runs as well; this one says the same.
 #
 #     python prepare.py YOUR_TEXT --out=data/mine --vocab_size=32000
 #     python train.py config/train_gpt2.py --dataset=mine
 #
-# Not run to its end here: it is meant for days on 8 large GPUs. Try it on a laptop with --max_iters=2 --batch_size=1
+# Not run to its end here: it is meant for weeks on one large GPU, days on eight. Try it on a laptop with --max_iters=2 --batch_size=1
 # --gradient_accumulation_steps=1 --eval_iters=1.
 
 out_dir = "out/gpt2"

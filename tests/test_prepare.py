@@ -147,10 +147,15 @@ def test_what_people_get_wrong(here):
     assert "folder holds no .txt" in error(prepare.main, "folder")[0]
     (here / "broken.txt.gz").write_bytes(b"not gzip at all")
     assert "cannot read broken.txt.gz" in error(prepare.main, "broken.txt.gz")[0]
+    zipped = bytearray(gzip.compress(words(9000).encode()))
+    for name, raw in (("cut", zipped[:-99]), ("bad", zipped[:99] + b"\0\xff" * 9 + zipped[117:])):
+        (here / f"{name}.txt.gz").write_bytes(raw)
+        assert f"cannot read {name}.txt.gz" in error(prepare.main, f"{name}.txt.gz")[0]
     assert "no text was named" in error(prepare.main)[0]
     (here / "good.txt").write_text(words(1000))
     assert "val_fraction=1.5" in error(prepare.main, "good.txt", "--val_fraction=1.5")[0]
-    assert "holds something else" in error(prepare.main, "good.txt", "--out=.")[0]
+    assert "holds something other than prepared data" in error(prepare.main, "good.txt", "--out=.")[0]
+    assert "a file of this name" in error(prepare.main, "good.txt", "--out=good.txt")[0]
     assert "'gpt5'" in error(prepare.main, "good.txt", "--tokenizer=gpt5")[0]
     assert not (here / "data").exists()  # an error leaves nothing behind
 

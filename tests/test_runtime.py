@@ -37,7 +37,7 @@ def test_dtypes(monkeypatch):
 
 
 def test_a_checkpoint_comes_back_as_it_was(here):
-    state = dict(model=random_model().state_dict(), step=3, settings=dict(a=1, b="x", c=[1.5, None]))
+    state = dict(format=1, model=random_model().state_dict(), step=3, settings=dict(a=1, b="x", c=[1.5, None]))
     runtime.save_checkpoint("ckpt_00000003.pt", state)
     again = runtime.load_checkpoint("ckpt_00000003.pt")
     assert all(torch.equal(again["model"][name], p) for name, p in state["model"].items())
@@ -49,22 +49,22 @@ def test_saving_touches_the_disk_in_the_right_order(here, monkeypatch):
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
-    runtime.save_checkpoint("a.pt", dict(x=1))
+    runtime.save_checkpoint("a.pt", dict(format=1, x=1))
     assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
 
 
 def test_a_failed_save_changes_nothing(here, monkeypatch):
-    runtime.save_checkpoint("a.pt", dict(x=1))
+    runtime.save_checkpoint("a.pt", dict(format=1, x=1))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError):
-            runtime.save_checkpoint("a.pt", dict(x=2))
-    assert runtime.load_checkpoint("a.pt") == dict(x=1) and os.listdir() == ["a.pt"]
+            runtime.save_checkpoint("a.pt", dict(format=1, x=2))
+    assert runtime.load_checkpoint("a.pt") == dict(format=1, x=1) and os.listdir() == ["a.pt"]
 
 
 def test_damaged_missing_and_malicious_files_are_refused(here):
     assert "there is no checkpoint x.pt" in error(lambda _: runtime.load_checkpoint("x.pt"))[0]
-    runtime.save_checkpoint("a.pt", dict(x=torch.arange(1000)))
+    runtime.save_checkpoint("a.pt", dict(format=1, x=torch.arange(1000)))
     raw = (here / "a.pt").read_bytes()
     for cut in (0, 10, len(raw) // 2, len(raw) - 1):
         (here / "b.pt").write_bytes(raw[:cut])
@@ -79,6 +79,8 @@ def test_damaged_missing_and_malicious_files_are_refused(here):
             return os.mkdir, ("pwned",)
     torch.save(dict(model=Evil()), "evil.pt")
     assert "could run code" in error(lambda _: runtime.load_checkpoint("evil.pt"))[0]
+    torch.save(dict(model=1), "theirs.pt")
+    assert "theirs.pt is not a checkpoint of this project" in error(lambda _: runtime.load_checkpoint("theirs.pt"))[0]
     (here / "plain.pt").write_bytes(pickle.dumps(Evil()))
     assert "plain.pt" in error(lambda _: runtime.load_checkpoint("plain.pt"))[0]
     assert not (here / "pwned").exists()
@@ -86,7 +88,7 @@ def test_damaged_missing_and_malicious_files_are_refused(here):
 
 def test_checkpoints_are_ordered_by_number_and_pruned(here):
     for step in (100, 20, 3):  # the clock says otherwise
-        runtime.save_checkpoint(f"ckpt_{step:08d}.pt", dict(step=step))
+        runtime.save_checkpoint(f"ckpt_{step:08d}.pt", dict(format=1, step=step))
     runtime.save_checkpoint("best.pt", dict(step=1))
     assert [runtime.load_checkpoint(path)["step"] for path in runtime.checkpoints(".")] == [3, 20, 100]
     runtime.prune_checkpoints(".")

@@ -32,7 +32,9 @@ def test_filters_by_brute_force():
             nucleus.add(i)
             total += probs[i]
         assert kept(logits, top_p=p) == nucleus
-        assert torch.allclose(filter_logits(torch.tensor(logits), temperature=t), torch.tensor(logits) / t)
+        warm = filter_logits(torch.tensor(logits), temperature=t).softmax(0)
+        assert torch.allclose(warm, (torch.tensor(logits) / t).softmax(0), atol=1e-6)
+        assert kept(logits, temperature=1e-39) >= {order[0]}  # nothing overflows
         assert kept(logits, temperature=0) == {order[0]}
         assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
 
@@ -143,7 +145,7 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
     assert in_process(tiny_run, monkeypatch, capsys, f"--prompt=FILE:{tmp_path}/p.txt").out.startswith("my friend ")
     long = "the cat sees a dog. " * 10  # 200 characters, a context of 32
     shown = in_process(tiny_run, monkeypatch, capsys, f"--prompt={long}")
-    assert "the prompt has 200 tokens, the context is 32; the first 169 are ignored" in shown.err
+    assert "the prompt has 200 tokens, the context is 32; the first 168 are ignored" in shown.err
     assert shown.out.startswith(long)
     assert len(in_process(tiny_run, monkeypatch, capsys).out) > 2  # none: starts from end-of-text
 

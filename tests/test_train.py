@@ -201,18 +201,22 @@ def test_budget_is_kept_and_can_be_repeated_without_the_clock(data):
     assert script("train.py", *argv, "--out_dir=b", f"--max_iters={steps}", cwd=data).returncode == 0
     a, b = (runtime.load_checkpoint(f"{x}/best.pt")["model"] for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data).returncode == 0  # finished: nothing to do
+    done = script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data)
+    assert done.returncode == 0 and f"a is finished: {steps} updates" in done.stderr
+    assert script("train.py", *argv, "--out_dir=a", f"--max_iters={steps + 3}", cwd=data).returncode == 0
+    assert log("a")[1][-1]["step"] == steps + 3
 
 
 def test_start_from_another_run(data, capsys):
     run("--out_dir=a", "--max_iters=30", "--warmup_iters=2")
     last = log("a")[1][-1]["loss"]
-    assert train.main(["--dataset=words", "--init_from=a", "--out_dir=b", "--max_iters=3", "--warmup_iters=0",
-                       "--device=cpu", "--learning_rate=1e-5", "--batch_size=8", "--dropout=0.1",
-                       "--compile=false"]) == 0
+    again = ["--dataset=words", "--init_from=a", "--out_dir=b", "--max_iters=3", "--warmup_iters=0", "--device=cpu",
+             "--learning_rate=1e-5", "--batch_size=8", "--dropout=0.1", "--compile=false"]
+    assert train.main(again) == 0
     header, rows = log("b")
     assert header["settings"]["n_embd"] == 32 and header["settings"]["block_size"] == 32  # it came with the weights
     assert rows[0]["loss"] < last + 0.3
+    assert train.main(again) == 0 and "b is finished: 3 updates" in capsys.readouterr().err  # the same command once more
     fact, fix = error(train.main, "--dataset=words", "--init_from=a", "--out_dir=c", "--n_embd=64")
     assert "n_embd=32" in fact and "n_embd=64" in fact
     (data / "other.txt").write_text("quite another alphabet: 0123456789\n" * 100)
@@ -255,12 +259,14 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
     stance = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: None)
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(torch.compiler, "set_stance", stance.append)
+    real = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda name: stance.append(name) or real(name))
     with pytest.raises(train.UserError, match="no C\\+\\+ compiler here"):
         run("--max_iters=2", "--compile=true")
     monkeypatch.setattr(runtime, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
     assert run("--max_iters=2", "--compile=auto") == 0
-    assert "no C++ compiler here); going on without it" in capsys.readouterr().err and stance == ["force_eager"]
+    assert "no C++ compiler here); going on without it" in capsys.readouterr().err and stance[0] == "force_eager"
+    real("default")
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
@@ -284,7 +290,8 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
     ("--budget=5", "'5'"), ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
     ("--init_from=gpt2-xl", "gpt2-xl"), ("--init_from=resume", "holds no checkpoint"), ("--dtype=int8", "'int8'"),
     ("--optimizer=sgd", "'sgd' is not adamw or muon"), ("--eval_interval=0", "eval_interval=0"),
-    ("--dropout=1", "dropout=1.0"),
+    ("--dropout=1", "dropout=1.0"), ("--beta2=1", "beta2=1.0"), ("--n_inner=-1", "n_inner=-1"),
+    ("--device=meta", "'meta'"), ("--device=cpux", "'cpux'"),
     ("--out_dir=words.txt", "out_dir=words.txt"), ("--n_kv_head=3", "n_kv_head=3")])
 def test_what_people_get_wrong(data, argument, words):
     fact, fix = error(lambda argv: run(*argv), argument)
@@ -310,6 +317,41 @@ def test_a_run_is_not_mixed_with_another(data):
     (data / "words.txt").write_text(words(8000, seed=1))
     prepare.main(["words.txt", "--tokenizer=char"])
     assert "data=" in error(lambda argv: run(*argv), "--max_iters=20")[0]
+
+
+def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
+    """The scaler's own path on the CPU: an overflow leaves the weights alone and halves the factor; too many end it."""
+    real, factors = torch.nn.utils.clip_grad_norm_, []
+
+    def overflowing(parameters, limit):
+        norm = real(parameters, limit)
+        overflowing.calls += 1
+        return torch.tensor(math.inf) if overflowing.calls >= 4 else norm
+    overflowing.calls = 0
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    monkeypatch.setattr(runtime, "choose_dtype", lambda *_: (torch.float16, "for the test"))
+    monkeypatch.setattr(runtime, "autocast", lambda *_: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(train, "MAX_SKIPPED", 3)
+    with pytest.raises(train.UserError) as caught:
+        run("--max_iters=20", "--save_interval=1")
+    assert caught.value.code == 3 and "gradient norm inf" in caught.value.fact and "update 7 " in caught.value.fact
+    five, six = (runtime.load_checkpoint(f"out/words/ckpt_{step:08d}.pt") for step in (5, 6))
+    assert all(torch.equal(five["model"][name], six["model"][name]) for name in five["model"])
+    assert five["row"]["grad_norm"] == -1.0 and five["scaler"]["scale"] > 0
+
+
+def test_several_processes_are_refused(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2" in error(lambda argv: run(*argv))[0]
+
+
+def test_best_is_never_replaced_by_a_worse_one(data, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5])  # at 4, 6 (the end), and at 8 of the longer run
+    monkeypatch.setattr(prepare, "validation_loss", lambda *_: next(losses))
+    run("--max_iters=6", "--eval_interval=4", "--lr_decay_iters=8")
+    run("--max_iters=8", "--eval_interval=4", "--lr_decay_iters=8")
+    best = runtime.load_checkpoint("out/words/best.pt")
+    assert (best["step"], best["val_loss"]) == (6, 2.0)
 
 
 def test_wandb_is_not_needed(data, capsys, monkeypatch):
