@@ -33,12 +33,13 @@ class BenchConfig:
 def syntax(settings, runs):
     """Share of sampled functions that Python can parse.
 
-    The model continues "def ". A function ends where the next line begins at the left margin; one that does not end
-    within max_new_tokens is left out of the count, and their number is printed.
+    The model continues "def" (without a space: in its vocabulary a space belongs to the word after it). A function
+    ends where the next line begins at the left margin; one that does not end within max_new_tokens is left out of the
+    count, and their number is printed.
     """
     device = runtime.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
-    end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef "
+    end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef"
     idx = torch.tensor([tokenizer.encode(prompt)] * settings.samples, device=device)  # (samples, T)
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -50,7 +51,7 @@ def syntax(settings, runs):
     whole, good, example = 0, 0, ""
     for row in rows:
         ends = end in row
-        text = "def " + tokenizer.decode(row[:row.index(end)] if ends else row)
+        text = "def" + tokenizer.decode(row[:row.index(end)] if ends else row)
         function = first_block(text, ends)
         if function is None:
             continue

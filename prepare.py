@@ -330,6 +330,22 @@ class Progress:
             say(f"{self.what}: {self.done / 1e6:,.1f}{left} MB, {speed / 1e6:.1f} MB/s{eta}")
 
 
+def encode(texts, tokenizer, dtype, folder, total_bytes):
+    """Write train.bin and val.bin from what split_texts yields. Returns the counts of both, as meta.json has them."""
+    writers = {TRAIN: BinWriter(os.path.join(folder, "train.bin"), dtype, tokenizer.vocab_size),
+               VAL: BinWriter(os.path.join(folder, "val.bin"), dtype, tokenizer.vocab_size)}
+    progress = Progress("encoding", total_bytes)
+    for side, starts, text in texts:
+        n_bytes = len(text.encode())
+        start = [tokenizer.special[tokenizers.END_OF_TEXT]] if starts else []
+        writers[side].write(start + tokenizer.encode(text), starts, n_bytes)
+        progress.add(n_bytes)
+    counts = dict(train=writers[TRAIN].close(), val=writers[VAL].close())
+    if not counts["train"]["tokens"] or not counts["val"]["tokens"]:
+        raise UserError(f"{total_bytes} bytes of text are too few to train on some and hold some out", "give more text")
+    return counts
+
+
 def prepare(sources, settings):
     """Write data/NAME. Everything goes into a folder beside it first, so that what bears the name is whole."""
     started = time.monotonic()
@@ -349,22 +365,20 @@ def prepare(sources, settings):
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     part = out + ".part"
     shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    tokenizer.save(os.path.join(part, "tokenizer"))
-    writers = {TRAIN: BinWriter(os.path.join(part, "train.bin"), dtype, tokenizer.vocab_size),
-               VAL: BinWriter(os.path.join(part, "val.bin"), dtype, tokenizer.vocab_size)}
-    progress = Progress("encoding", plan.bytes)
-    for split, starts, text in split_texts(sources, plan, settings.val_fraction):
-        n_bytes = len(text.encode())
-        start = [tokenizer.special[tokenizers.END_OF_TEXT]] if starts else []
-        writers[split].write(start + tokenizer.encode(text), starts, n_bytes)
-        progress.add(n_bytes)
-    source = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in sources]
-    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special, source=source,
-                tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")),
-                train=writers[TRAIN].close(), val=writers[VAL].close())
-    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
+    try:
+        os.makedirs(part)
+        tokenizer.save(os.path.join(part, "tokenizer"))
+        counts = encode(split_texts(sources, plan, settings.val_fraction), tokenizer, dtype, part, plan.bytes)
+        source = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in sources]
+        meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
+                    source=source, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts)
+        with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+    except OSError as error:
+        raise UserError(f"cannot write {part}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     shutil.rmtree(out + ".old", ignore_errors=True)
     if os.path.exists(out):
         os.replace(out, out + ".old")

@@ -61,7 +61,7 @@ class TrainConfig(GPTConfig):
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
     log_interval: int = 1  # updates between log lines
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models tolerate a higher one
     muon_lr: float = 0.02  # of Muon, at its highest
     min_lr: float = 6e-5  # where the cosine ends; a tenth of learning_rate, or 0
@@ -109,7 +109,7 @@ def main(argv):
         row = runtime.last_row(os.path.join(out_dir, "log.jsonl"))
         if resumed["step"] == row.get("step") == settings.max_iters and "val_loss" in row and not settings.eval_only:
             say(f"{out_dir} is finished: {row['step']} updates, validation loss {row['val_loss']:.4f}")
-            say_next(out_dir)
+            say_next(out_dir, data)
             return 0
     elif settings.init_from not in ("auto", "scratch"):
         start = load_start(settings, given, data)
@@ -301,7 +301,7 @@ def main(argv):
     say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
         f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
     print_sample(model, tokenizers.load_from(out_dir), autocast, device)
-    say_next(out_dir)
+    say_next(out_dir, data)
     return 0
 
 
@@ -312,10 +312,7 @@ def main(argv):
 def make_optimizers(model, settings, device):
     """[(optimizer, its highest learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: the matrices inside the blocks are moved by an orthogonal matrix of fixed size, in all directions alike
-    instead of mostly along the few that dominate the gradient (Jordan 2024, kellerjordan.github.io/posts/muon). It
-    learns in fewer steps. What stands side by side in one matrix (q, k and v) is one matrix to it. Embeddings, whose
-    rows are learned one by one, and vectors stay with AdamW.
+    muon: for the matrices inside the blocks. Embeddings, whose rows are learned one by one, and vectors stay with AdamW.
     """
     def for_muon(name, p):
         return settings.optimizer == "muon" and p.dim() == 2 and ".h." in name
@@ -328,9 +325,56 @@ def make_optimizers(model, settings, device):
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=not device.startswith("mps"))
     if not inside:
         return [(adamw, settings.learning_rate)]
-    muon = torch.optim.Muon(inside, lr=settings.muon_lr, weight_decay=settings.weight_decay,
-                            adjust_lr_fn="match_rms_adamw")  # 0.2 lr per entry (root mean square), as AdamW's is
-    return [(adamw, settings.learning_rate), (muon, settings.muon_lr)]
+    dtype = torch.bfloat16 if runtime.has_bf16(device) else torch.float32
+    return [(adamw, settings.learning_rate),
+            (Muon(inside, settings.muon_lr, settings.weight_decay, dtype=dtype), settings.muon_lr)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: learns in fewer updates than AdamW (Jordan 2024, kellerjordan.github.io/posts/muon).
+
+    The gradient of a matrix is dominated by a few directions. Muon moves the weights in all directions alike: from the
+    singular value decomposition U S V^T of the momentum it takes U V^T. It equals torch.optim.Muon with
+    match_rms_adamw bit for bit; that one multiplies in bfloat16 everywhere, which a processor without it has to
+    emulate, at six times the cost of the whole rest of a training step.
+
+    params: matrices; what stands side by side in one (q, k and v) is one matrix to it. dtype: of the products.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(average, group["momentum"])  # Nesterov: where the average will be after this step
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # An orthogonal matrix has a root mean square of 1 / sqrt(larger side); 0.2 is what AdamW's moves have.
+                p.add_(orthogonal(ahead.to(self.dtype)), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(x, steps=5):
+    """Roughly U V^T of the matrix x = U S V^T, by products alone (Newton and Schulz).
+
+    Each step applies the odd polynomial a s + b s^3 + c s^5 to every singular value s, without knowing them; these
+    coefficients (Jordan's) bring any s between 0 and 1 quickly near 1, to about 0.7 to 1.2, which is good enough.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.size(0) <= x.size(1)
+    x = x if wide else x.T  # the square products below are then of the shorter side
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
 
 
 def steps_within(left, settings, data, step_seconds):
@@ -386,8 +430,9 @@ def print_sample(model, tokenizer, autocast, device, n=200):
     print(tokenizer.decode(ids), flush=True)
 
 
-def say_next(out_dir):
-    say(f"\nnext: python sample.py {out_dir} --prompt='def '\n      python sample.py {out_dir} --help")
+def say_next(out_dir, data):
+    prompt = "def" if any(source.startswith("stdlib") for source in data.meta["source"]) else "The"
+    say(f"\nnext: python sample.py {out_dir} --prompt='{prompt}'\n      python sample.py --help")
 
 
 def start_wandb(settings):

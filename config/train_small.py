@@ -4,8 +4,8 @@
 #     python train.py config/train_small.py
 #     python train.py config/train_small.py --dataset=notes --out_dir=out/notes     # the same on your own text
 #
-# @RESULT@
-# Every value below was tried against others; docs/lab-notes.md has the table.
+# Validation loss 3.5777 = 1.3869 bits per byte, after 192 s of training and 226 s from start to end: 2 cores of an AMD
+# EPYC with AVX-512 bf16, torch 2.13.0, Python 3.11.7. What else was tried stands in docs/lab-notes.md.
 
 dataset = "stdlib"
 out_dir = "out/small"

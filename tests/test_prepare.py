@@ -157,7 +157,13 @@ def test_what_people_get_wrong(here):
     assert "holds something other than prepared data" in error(prepare.main, "good.txt", "--out=.")[0]
     assert "a file of this name" in error(prepare.main, "good.txt", "--out=good.txt")[0]
     assert "'gpt5'" in error(prepare.main, "good.txt", "--tokenizer=gpt5")[0]
-    assert not (here / "data").exists()  # an error leaves nothing behind
+    (here / "a.txt").write_text("a")
+    assert "1 bytes of text are too few" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
+    (here / "b.txt").write_text(words(500))
+    prepare.main(["b.txt", "--tokenizer=char", "--out=other"])
+    (here / "c.txt").write_text("123" * 50)
+    assert "'1' (U+0031) is not among the" in error(prepare.main, "c.txt", "--tokenizer=other")[0]
+    assert not list(here.glob("data/*"))  # an error leaves nothing behind
 
 
 @pytest.mark.parametrize("line, reason", [

@@ -227,7 +227,7 @@ def test_start_from_another_run(data, capsys):
 
 
 def test_optimizers_hold_every_parameter_once():
-    for name, kinds in (("adamw", [torch.optim.AdamW]), ("muon", [torch.optim.AdamW, torch.optim.Muon])):
+    for name, kinds in (("adamw", [torch.optim.AdamW]), ("muon", [torch.optim.AdamW, train.Muon])):
         model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, bias=True, block_size=16))
         optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=name), "cpu")
         assert [type(optimizer) for optimizer, _ in optimizers] == kinds
@@ -235,6 +235,24 @@ def test_optimizers_hold_every_parameter_once():
                 for p in group["params"]]
         assert sorted(id(p) for p, _ in held) == sorted(id(p) for p in model.parameters())
         assert all((decay > 0) == (p.dim() == 2) for p, decay in held)
+
+
+def test_muon_equals_pytorchs_and_float32_does_the_same_without_bfloat16():
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((32, 96), (64, 16), (24, 24))]
+    ours, theirs, exact = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(3))
+    optimizers = [train.Muon(ours, 0.01, 0.1), train.Muon(exact, 0.01, 0.1, dtype=torch.float32),
+                  torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(5):
+        for a, b, c in zip(ours, theirs, exact):
+            a.grad = torch.randn_like(a)
+            b.grad, c.grad = a.grad.clone(), a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert all((a - c).norm() < 0.02 * (a - s).norm() for a, c, s in zip(ours, exact, start))
+    spread = torch.linalg.svdvals(train.orthogonal(torch.randn(40, 100)))
+    assert 0.6 < spread.min() and spread.max() < 1.3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
