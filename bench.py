@@ -85,7 +85,7 @@ BENCHES = {"syntax": syntax}
 
 
 def main(argv):
-    settings, _, bare = load(BenchConfig, argv, positional="collect")
+    settings, _, bare = load(BenchConfig, argv)
     if not bare or bare[0] not in BENCHES:
         raise UserError(f"there is no bench {bare[0]!r}" if bare else "no bench was named",
                         "python bench.py NAME, one of: " + ", ".join(BENCHES))

@@ -408,7 +408,7 @@ def next_command(out, meta):
 
 
 def main(argv):
-    settings, _, sources = load(PrepareConfig, argv, positional="collect")
+    settings, _, sources = load(PrepareConfig, argv)
     if not sources:
         raise UserError("no text was named", f"python prepare.py FILE, a folder, or one of: {', '.join(BUILT_IN)}")
     out, meta = prepare(sources, settings)

@@ -189,7 +189,7 @@ def read_prompt(prompt):
 
 
 def main(argv):
-    settings, _, runs = load(SampleConfig, argv, positional="collect")
+    settings, _, runs = load(SampleConfig, argv)
     check_settings(settings)
     prompt = read_prompt(settings.prompt or settings.start)
     device = runtime.choose_device(settings.device)

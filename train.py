@@ -38,6 +38,7 @@ import runtime
 import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say, warn
 from model import GPT, GPTConfig, PRESETS
+from muon import Muon
 
 
 @dataclass
@@ -84,7 +85,7 @@ class TrainConfig(GPTConfig):
 
 
 def main(argv):
-    settings, given, _ = load(TrainConfig, argv, presets=PRESETS)
+    settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     check_settings(settings)
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     out_dir = settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
@@ -134,7 +135,8 @@ def main(argv):
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
     dtype = getattr(torch, chosen["dtype"])
     autocast = runtime.autocast(device, dtype)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)  # float16 loses small gradients unless scaled
+    scaling = dtype == torch.float16  # small gradients would round to 0 in float16, unless the loss is scaled up
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaling)
     peak = runtime.measure_peak(device, dtype)
     tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
     flops_per_token = model.flops_per_token()
@@ -261,7 +263,7 @@ def main(argv):
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
             skipped = 0 if math.isfinite(norm) else skipped + 1
-            if not math.isfinite(loss) or skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
+            if not math.isfinite(loss) or skipped > (MAX_SKIPPED if scaling else 0):
                 raise UserError(f"at update {step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
                                 f"{settings.learning_rate * factor:.2g}, {chosen['dtype']}); no weight was touched",
                                 f"--learning_rate={settings.learning_rate / 3:.1g}, or --dtype=float32", code=3)
@@ -312,7 +314,7 @@ def main(argv):
 def make_optimizers(model, settings, device):
     """[(optimizer, its highest learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. Embeddings, whose rows are learned one by one, and vectors stay with AdamW.
+    muon: for the matrices inside the blocks. Embeddings, whose rows are learned one by one, and vectors stay AdamW's.
     """
     def for_muon(name, p):
         return settings.optimizer == "muon" and p.dim() == 2 and ".h." in name
@@ -328,53 +330,6 @@ def make_optimizers(model, settings, device):
     dtype = torch.bfloat16 if runtime.has_bf16(device) else torch.float32
     return [(adamw, settings.learning_rate),
             (Muon(inside, settings.muon_lr, settings.weight_decay, dtype=dtype), settings.muon_lr)]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: learns in fewer updates than AdamW (Jordan 2024, kellerjordan.github.io/posts/muon).
-
-    The gradient of a matrix is dominated by a few directions. Muon moves the weights in all directions alike: from the
-    singular value decomposition U S V^T of the momentum it takes U V^T. It equals torch.optim.Muon with
-    match_rms_adamw bit for bit; that one multiplies in bfloat16 everywhere, which a processor without it has to
-    emulate, at six times the cost of the whole rest of a training step.
-
-    params: matrices; what stands side by side in one (q, k and v) is one matrix to it. dtype: of the products.
-    """
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(average, group["momentum"])  # Nesterov: where the average will be after this step
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # An orthogonal matrix has a root mean square of 1 / sqrt(larger side); 0.2 is what AdamW's moves have.
-                p.add_(orthogonal(ahead.to(self.dtype)), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-
-
-def orthogonal(x, steps=5):
-    """Roughly U V^T of the matrix x = U S V^T, by products alone (Newton and Schulz).
-
-    Each step applies the odd polynomial a s + b s^3 + c s^5 to every singular value s, without knowing them; these
-    coefficients (Jordan's) bring any s between 0 and 1 quickly near 1, to about 0.7 to 1.2, which is good enough.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = x.size(0) <= x.size(1)
-    x = x if wide else x.T  # the square products below are then of the shorter side
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
 
 
 def steps_within(left, settings, data, step_seconds):
@@ -477,9 +432,12 @@ def seconds_of(budget):
     """'90s', '5m', '1.5h' in seconds."""
     unit = {"s": 1, "m": 60, "h": 3600}.get(budget[-1:])
     try:
-        return float(budget[:-1]) * unit
+        seconds = float(budget[:-1]) * unit
+        if 0 < seconds < 1e9:
+            return seconds
     except (TypeError, ValueError):
-        raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h") from None
+        pass
+    raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h")
 
 
 def make_folder(path):
@@ -501,9 +459,9 @@ def build_model(settings):
 
 
 MAX_SKIPPED = 20  # updates in a row that float16 may overflow: the scaler needs some to find its factor
-MAY_CHANGE = {"init_from", "max_iters", "budget", "lr_decay_iters", "eval_interval", "eval_iters", "eval_only",
-              "save_interval", "always_save_checkpoint", "log_interval", "out_dir", "device", "backend", "wandb_log",
-              "wandb_project", "wandb_run_name", "preset", "dataset"}
+MAY_CHANGE = {"init_from", "max_iters", "budget", "eval_interval", "eval_iters", "eval_only", "save_interval",
+              "always_save_checkpoint", "log_interval", "out_dir", "device", "backend", "wandb_log", "wandb_project",
+              "wandb_run_name", "preset", "dataset"}  # (data and tokenizer are compared by their checksums)
 
 
 def continue_run(resumed, settings, given, data, here):
@@ -525,7 +483,8 @@ def continue_run(resumed, settings, given, data, here):
         settings.max_iters = max(settings.max_iters, resumed["step"] + 1)
     now = asdict(settings)
     was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
-    was["data"], now["data"] = resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]
+    was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
+        resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]))
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
     if differ:
         begun, asked = (", ".join(f"{name}={side.get(name)}" for name in differ) for side in (was, now))
@@ -534,6 +493,8 @@ def continue_run(resumed, settings, given, data, here):
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
+    if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
+        note(f"the learning rate now reaches its end at update {settings.max_iters}, not at {was['max_iters']}")
     changed = [f"{name} {resumed['versions'].get(name)} -> {here[name]}" for name in here
                if name != "commit" and here[name] != resumed["versions"].get(name)]
     if changed:

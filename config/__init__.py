@@ -62,13 +62,13 @@ def command_line(main):
         sys.exit(0)
 
 
-def load(cls, argv, presets=None, positional="config"):
+def load(cls, argv, presets=None, files=False):
     """Fill the dataclass `cls` from the arguments `argv`; later ones win.
 
     presets: {name: {setting: value}}, chosen by the setting `preset`; a preset changes the defaults only, so
         whatever files and flags give wins over it, wherever it stands.
-    positional: "config", a bare argument is a config file; "none", there are none; else it is collected.
-    Returns (settings, the set of names that were given, the bare arguments that are not config files).
+    files: bare arguments are config files (train.py); otherwise they are what the script works on, and are returned.
+    Returns (settings, the set of names that were given, the bare arguments).
     Prints the settings and exits on --help. Raises UserError for an unknown name or a value of the wrong type.
     """
     kinds = typing.get_type_hints(cls)
@@ -79,10 +79,8 @@ def load(cls, argv, presets=None, positional="config"):
             print(help_text(cls))
             sys.exit(0)
         if not argument.startswith("--"):
-            if positional == "config":
+            if files:
                 given.update(read_config(argument, kinds))
-            elif positional == "none":
-                raise UserError(f"{argument!r} is not a setting", "write --name=value; --help lists the names")
             else:
                 bare.append(argument)
             continue
@@ -123,7 +121,8 @@ def read_config(path, kinds):
     try:
         exec(compile(source, path, "exec"), namespace)
     except Exception as error:
-        line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
+        trace = error.__traceback__.tb_next  # the line of the file that was running, if it ran at all
+        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else 1)
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
                         "a config file holds lines like batch_size = 16") from None
     lines = {node.id: node.lineno for node in ast.walk(ast.parse(source))

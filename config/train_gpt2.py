@@ -4,8 +4,8 @@
 #     python prepare.py YOUR_TEXT --out=data/mine --vocab_size=32000
 #     python train.py config/train_gpt2.py --dataset=mine
 #
-# Not run to its end here: it is meant for weeks on one large GPU, days on eight. Try it on a laptop with --max_iters=2 --batch_size=1
-# --gradient_accumulation_steps=1 --eval_iters=1.
+# Not run to its end here: it is meant for weeks on one large GPU, days on eight. To see it run on a laptop, add
+# --max_iters=2 --batch_size=1 --gradient_accumulation_steps=1 --eval_iters=1.
 
 out_dir = "out/gpt2"
 

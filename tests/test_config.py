@@ -26,7 +26,7 @@ class Some:
 
 
 def settings(*argv, **kw):
-    return config.load(Some, list(argv), **kw)[0]
+    return config.load(Some, list(argv), files=True, **kw)[0]
 
 
 @pytest.mark.parametrize("argument, name, value", [
@@ -78,7 +78,7 @@ def test_files_and_flags_are_read_from_left_to_right(here):
     ("batch_size = 1\nlearnin_rate = 2\n", ["line 2", "learnin_rate"]),
     ("batch_size = 'x'\n", ["line 1", "'x'", "whole"]), ("batch_size = \n", ["line 1", "SyntaxError"]),
     ("batch_size = 1\nout_dir = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
-    ("bias = 2\n", ["line 1", "true or false"])])
+    ("bias = 2\n", ["line 1", "true or false"]), ("batch_size = 1\n\0", ["null bytes"])])
 def test_errors_in_files_name_the_line(here, source, words):
     (here / "bad.py").write_text(source)
     fact, _ = error(lambda argv: settings(*argv), "bad.py")
@@ -125,7 +125,7 @@ def test_an_error_is_two_lines_and_exit_code_2(name, here):
 
 def test_every_config_file_holds_known_settings():
     for path in sorted((ROOT / "config").glob("[a-z]*.py")):
-        config.load(train.TrainConfig, [str(path)], presets=PRESETS)
+        config.load(train.TrainConfig, [str(path)], presets=PRESETS, files=True)
 
 
 def test_every_source_file_names_its_licence():

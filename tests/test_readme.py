@@ -28,7 +28,7 @@ def clone(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests"]:
         os.symlink(path, folder / path.name)
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
-    (folder / "shakespeare.txt").write_text(words(30_000, seed=1), encoding="utf-8")
+    (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
     (folder / "prompt.txt").write_text("def ", encoding="utf-8")
     return folder
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, error, script, words
 
+import muon
 import prepare
 import runtime
 import train
@@ -216,7 +217,8 @@ def test_start_from_another_run(data, capsys):
     header, rows = log("b")
     assert header["settings"]["n_embd"] == 32 and header["settings"]["block_size"] == 32  # it came with the weights
     assert rows[0]["loss"] < last + 0.3
-    assert train.main(again) == 0 and "b is finished: 3 updates" in capsys.readouterr().err  # the same command once more
+    assert train.main(again) == 0  # the same command once more
+    assert "b is finished: 3 updates" in capsys.readouterr().err
     fact, fix = error(train.main, "--dataset=words", "--init_from=a", "--out_dir=c", "--n_embd=64")
     assert "n_embd=32" in fact and "n_embd=64" in fact
     (data / "other.txt").write_text("quite another alphabet: 0123456789\n" * 100)
@@ -227,7 +229,7 @@ def test_start_from_another_run(data, capsys):
 
 
 def test_optimizers_hold_every_parameter_once():
-    for name, kinds in (("adamw", [torch.optim.AdamW]), ("muon", [torch.optim.AdamW, train.Muon])):
+    for name, kinds in (("adamw", [torch.optim.AdamW]), ("muon", [torch.optim.AdamW, muon.Muon])):
         model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, bias=True, block_size=16))
         optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=name), "cpu")
         assert [type(optimizer) for optimizer, _ in optimizers] == kinds
@@ -235,24 +237,6 @@ def test_optimizers_hold_every_parameter_once():
                 for p in group["params"]]
         assert sorted(id(p) for p, _ in held) == sorted(id(p) for p in model.parameters())
         assert all((decay > 0) == (p.dim() == 2) for p, decay in held)
-
-
-def test_muon_equals_pytorchs_and_float32_does_the_same_without_bfloat16():
-    torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((32, 96), (64, 16), (24, 24))]
-    ours, theirs, exact = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(3))
-    optimizers = [train.Muon(ours, 0.01, 0.1), train.Muon(exact, 0.01, 0.1, dtype=torch.float32),
-                  torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
-    for _ in range(5):
-        for a, b, c in zip(ours, theirs, exact):
-            a.grad = torch.randn_like(a)
-            b.grad, c.grad = a.grad.clone(), a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    assert all((a - c).norm() < 0.02 * (a - s).norm() for a, c, s in zip(ours, exact, start))
-    spread = torch.linalg.svdvals(train.orthogonal(torch.randn(40, 100)))
-    assert 0.6 < spread.min() and spread.max() < 1.3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
@@ -305,7 +289,8 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
     ("--block_size=100000", "block_size=100000 needs at least 100001"), ("--n_embd=33", "n_embd=33"),
     ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"), ("--batch_size=0", "batch_size=0"),
     ("--learning_rate=0", "learning_rate=0.0"), ("--grad_clip=-1", "grad_clip=-1.0"), ("--budget=soon", "'soon'"),
-    ("--budget=5", "'5'"), ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
+    ("--budget=5", "'5'"), ("--budget=nans", "'nans'"), ("--budget=-3m", "'-3m'"),
+    ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
     ("--init_from=gpt2-xl", "gpt2-xl"), ("--init_from=resume", "holds no checkpoint"), ("--dtype=int8", "'int8'"),
     ("--optimizer=sgd", "'sgd' is not adamw or muon"), ("--eval_interval=0", "eval_interval=0"),
     ("--dropout=1", "dropout=1.0"), ("--beta2=1", "beta2=1.0"), ("--n_inner=-1", "n_inner=-1"),
