@@ -37,6 +37,9 @@ def syntax(settings, runs):
     ends where the next line begins at the left margin; one that does not end within max_new_tokens is left out of the
     count, and their number is printed.
     """
+    if settings.samples < 1 or settings.max_new_tokens < 1 or not 0 <= settings.temperature < float("inf"):
+        raise UserError(f"samples={settings.samples}, max_new_tokens={settings.max_new_tokens}, temperature="
+                        f"{settings.temperature}: one of them is out of range", "leave them at their defaults")
     device = runtime.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
     end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef"
@@ -59,9 +62,11 @@ def syntax(settings, runs):
         if parses(function):
             good += 1
             example = function if 120 < len(function) < 600 and len(function) > len(example) else example
-    say(f"one of those that parse:\n\n{example}")
-    print(f"syntax: {run['path']}: {good} of {whole} sampled functions parse ({good / max(whole, 1):.0%}), Python "
-          f"{platform.python_version()}; {len(rows) - whole} were not finished after {settings.max_new_tokens} tokens")
+    if example:
+        say(f"one of those that parse:\n\n{example}")
+    share = f"{good} of {whole} finished functions parse ({good / whole:.0%})" if whole else "no function was finished"
+    print(f"syntax: {run['path']}: {share}, Python {platform.python_version()}; {len(rows) - whole} of {len(rows)} "
+          f"were not finished after {settings.max_new_tokens} tokens")
 
 
 def first_block(text, ends):

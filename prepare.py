@@ -48,14 +48,15 @@ from config import UserError, command_line, load, note, say
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, with the name of the first source
     tokenizer: str = "bpe"  # bpe or char, learned from this text; or a folder that holds a tokenizer: a run, data/NAME
-    vocab_size: int = 4096  # bpe: number of tokens; 2,000 to 8,000 suit a few MB of text, 32,000 a few GB
+    vocab_size: int = 0  # bpe: number of tokens; 0: 4,096, less for under 400 KB of text; 32,000 suit a few GB
     val_fraction: float = 0.05  # share of the text that is held out to measure the loss on
 
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 BLOCK_BYTES = 1 << 20
 MANY = 200  # from this many documents on, whole documents are held out; with fewer, the end of each
-RECIPE_BLOCK_SIZE = 256  # of config/train_small.py: what a text must fill for the recipe to run as it stands
+# What config/train_small.py wants of a text: its context, the tokens of its updates, and their number.
+RECIPE_BLOCK_SIZE, RECIPE_TOKENS, RECIPE_STEPS = 256, 12 * 256, 1000
 
 
 @dataclass
@@ -179,6 +180,8 @@ def jsonl_text(line, where):
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise bad(f"not JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # brackets or digits without end
+        raise bad(f"not to be read: {error}") from None
     if not isinstance(row, dict) or "text" not in row:
         raise bad(f"no field `text`, but {', '.join(row) if isinstance(row, dict) else type(row).__name__}")
     if not isinstance(row["text"], str):
@@ -278,6 +281,8 @@ def learn_tokenizer(name, vocab_size, sources, plan, val_fraction):
         return tokenizers.load_from(name)
     if name == "char":
         return tokenizers.train("char", plan.characters)
+    # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
+    vocab_size = vocab_size or max(tokenizers.smallest_vocab(plan.characters) + 64, min(4096, plan.bytes // 100))
     share = min(1.0, tokenizers.SAMPLE_BYTES / plan.bytes)
     if share < 1:
         note(f"the vocabulary is learned from a sample of {tokenizers.SAMPLE_BYTES / 1e6:.0f} MB of the "
@@ -351,13 +356,20 @@ def prepare(sources, settings):
     started = time.monotonic()
     if not 0 < settings.val_fraction < 1:
         raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1", "--val_fraction=0.05")
-    stem = os.path.basename(os.path.normpath(sources[0])).split(".")[0].strip("*?[]")
-    out = os.path.normpath(settings.out or os.path.join("data", stem or "text"))
-    if os.path.exists(out):
-        ours = {"train.bin", "val.bin", "meta.json", "tokenizer"}
-        other = sorted(set(os.listdir(out)) - ours) if os.path.isdir(out) else ["a file of this name"]
+    path = os.path.normpath(sources[0])
+    if glob.has_magic(path) and not os.path.exists(path):
+        path = os.path.dirname(path.split("*")[0])  # 'letters/*.txt' -> letters
+    out = os.path.normpath(settings.out or os.path.join("data", os.path.basename(path).split(".")[0] or "text"))
+    out = os.path.realpath(out) if os.path.islink(out) else out
+    for folder in (out, out + ".part", out + ".old"):  # what is about to be replaced must be ours
+        ours = {"train.bin", "val.bin", "meta.json", "tokenizer", "config.json", "vocab.json", "tokenizer.model"}
+        held = os.path.join(folder, "tokenizer")
+        found = {"a file of this name"} if os.path.isfile(folder) else set()
+        found = set(os.listdir(folder)) if os.path.isdir(folder) else found
+        other = sorted((found | set(os.listdir(held) if os.path.isdir(held) else ())) - ours)
         if other:
-            raise UserError(f"{out} holds something other than prepared data: {other[0]}", "--out=data/ANOTHER_NAME")
+            raise UserError(f"{folder} holds something other than prepared data: {other[0]}",
+                            "--out=data/ANOTHER_NAME")
 
     # 1) count, find duplicates, decide what is held out  2) learn the vocabulary  3) encode
     plan = make_plan(sources, settings.val_fraction)
@@ -374,13 +386,14 @@ def prepare(sources, settings):
                     source=source, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts)
         with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
-    except OSError as error:
-        raise UserError(f"cannot write {part}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {part}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
         raise
     shutil.rmtree(out + ".old", ignore_errors=True)
     if os.path.exists(out):
+        note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
         os.replace(out, out + ".old")
     os.replace(part, out)
     shutil.rmtree(out + ".old", ignore_errors=True)
@@ -397,14 +410,17 @@ def prepare(sources, settings):
     return out, meta
 
 
-def next_command(out, meta):
-    """What to type after preparing: the small recipe, with a context that fits the text."""
+def next_command(out, meta, settings):
+    """What to type after preparing: the small recipe, with a context and a length that fit the text."""
     name = os.path.relpath(out, "data")
     longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
     block = "" if longest >= RECIPE_BLOCK_SIZE else f" --block_size={1 << max(longest.bit_length() - 1, 0)}"
-    if name == "stdlib":
-        return f"python train.py config/train_small.py{block}"
-    return f"python train.py config/train_small.py --dataset={name} --out_dir=out/{os.path.basename(out)}{block}"
+    steps = round(10 * meta["train"]["tokens"] / RECIPE_TOKENS)  # ten times through the text: more is learning by heart
+    short = "" if steps >= RECIPE_STEPS else f" --max_iters={max(steps, 50)} --eval_interval={max(steps // 5, 10)}"
+    target = "" if name == "stdlib" else f" --dataset={name} --out_dir=out/{os.path.basename(out)}"
+    if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
+        return f"python train.py --init_from={settings.tokenizer}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
+    return f"python train.py config/train_small.py{target}{block}{short}"
 
 
 def main(argv):
@@ -412,7 +428,7 @@ def main(argv):
     if not sources:
         raise UserError("no text was named", f"python prepare.py FILE, a folder, or one of: {', '.join(BUILT_IN)}")
     out, meta = prepare(sources, settings)
-    say(f"next: {next_command(out, meta)}")
+    say(f"next: {next_command(out, meta, settings)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,13 +447,13 @@ class Data:
         try:
             with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
                 meta = json.load(file)
-            if not isinstance(meta, dict) or meta.get("format") != 1:
-                raise ValueError("it has no format 1")
+            check_meta(meta)
         except FileNotFoundError:
             raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                             f"python prepare.py YOUR_TEXT.txt --out={folder}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/meta.json cannot be read: {error}", "run prepare.py again") from None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
+                            "run prepare.py again") from None
         for side in ("train", "val"):
             path, item = os.path.join(folder, side + ".bin"), np.dtype(meta["dtype"]).itemsize
             size, due = os.path.getsize(path) if os.path.exists(path) else 0, meta[side]["tokens"] * item
@@ -509,6 +525,16 @@ class Data:
         count as information, not as bytes. Where only a part was read, its mean stands for the whole.)
         """
         return loss * (self.meta["val"]["tokens"] - 1) / self.meta["val"]["bytes"] / math.log(2)
+
+
+def check_meta(meta):
+    """Raises ValueError, KeyError or TypeError where a meta.json is not as `prepare` writes it."""
+    counts = [meta[side][key] for side in ("train", "val") for key in ("tokens", "bytes")]
+    texts = [meta["tokenizer_sha256"], *meta["source"], *(meta[side]["sha256"] for side in ("train", "val"))]
+    if meta["format"] != 1 or meta["dtype"] not in ("uint16", "uint32") or not all(isinstance(t, str) for t in texts):
+        raise ValueError("not format 1")
+    if not all(isinstance(n, int) and n > 0 for n in (*counts, meta["vocab_size"])):
+        raise ValueError("a count is not a positive number")
 
 
 def fold(*parts):

@@ -188,9 +188,12 @@ def save_checkpoint(path, state):
                 os.fsync(folder)  # ... and the name is on the disk before anything older is deleted
             finally:
                 os.close(folder)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(part)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer says RuntimeError where the disk is full
+            raise UserError(f"cannot write {path}: {error}", "make room; the same command goes on from the checkpoint "
+                            "before") from None
         raise
 
 
@@ -209,7 +212,9 @@ def load_checkpoint(path):
                         "use a checkpoint that was saved with plain values only") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
-    if not isinstance(state, dict) or state.get("format") != 1:
+    needed = {"settings": dict, "model": dict, "step": int, "tokenizer_sha256": str, "source": list}
+    if not isinstance(state, dict) or state.get("format") != 1 or not all(
+            isinstance(state.get(name), kind) for name, kind in needed.items()):
         raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
     return state
 
@@ -280,9 +285,12 @@ def load_run(run, which="best", device="cpu"):
     """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN."""
     path = checkpoint_path(run, which)
     checkpoint = load_checkpoint(path)
-    model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
+    try:
+        model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
+    except (AssertionError, KeyError, TypeError) as error:
+        raise UserError(f"{path} describes no model that can be built: {error}", "use another checkpoint") from None
     load_weights(model, checkpoint.pop("model"), path)
-    tokenizer = tokenizers.load_from(os.path.dirname(path) or ".")
+    tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
     return model.to(device).eval(), tokenizer, checkpoint | {"path": path}
 
 
@@ -347,10 +355,10 @@ class Log:
     def read(self):
         """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
         if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
-                    row = json.loads(line) if line.endswith("\n") else {}
-                    if "step" in row:
+                    row = parse_row(line)
+                    if row:
                         yield row
 
     def write(self, row):
@@ -362,10 +370,19 @@ class Log:
                 file.write(loss_svg(self.curve))
 
 
+def parse_row(line):
+    """A line of a log.jsonl as a row; an empty one for the header, for half a line, and for what is no row at all."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else {}
+        return row if isinstance(row["step"], int) and isinstance(row["loss"], float) else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
 def last_row(path):
-    """The last whole row of a log.jsonl, or an empty one."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(path, encoding="utf-8") as file:
-        return json.loads(collections.deque(file, maxlen=1)[0])
+    """The last row of a log.jsonl, or an empty one."""
+    with contextlib.suppress(OSError, IndexError), open(path, encoding="utf-8", errors="replace") as file:
+        return parse_row(collections.deque(file, maxlen=1)[0])
     return {}
 
 

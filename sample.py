@@ -61,7 +61,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     has at least this probability together (nucleus sampling, arXiv 1904.09751). The likeliest token always stays;
     temperature 0 keeps it alone.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # the limit of ever smaller ones, which float32 could not divide by
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: nothing can overflow
@@ -74,7 +74,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier
-        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, above >= top_p)  # order[j] has rank j
+        # order[j] is the token of rank j; nothing is above the likeliest
+        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (above >= top_p) & (above > 0))
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
@@ -172,13 +173,16 @@ def check_settings(s):
                              ("max_new_tokens", s.max_new_tokens >= 1, "1 or more"),
                              ("temperature", 0 <= s.temperature < float("inf"), "0 or more"),
                              ("top_p", 0 < s.top_p <= 1, "above 0, at most 1"), ("min_p", 0 <= s.min_p <= 1, "0 to 1"),
-                             ("repetition_penalty", 0 < s.repetition_penalty < float("inf"), "above 0; 1 is off")):
+                             ("repetition_penalty", 0.01 <= s.repetition_penalty <= 100, "0.01 to 100; 1 is off"),
+                             ("seed", s.seed is None or 0 <= s.seed < 2**62, "0 or more, less than 2^62")):
         if not good:
             raise UserError(f"{name}={getattr(s, name)} is out of range", f"--{name} must be {rule}")
 
 
 def read_prompt(prompt):
     if not prompt.startswith("FILE:"):
+        if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
+            raise UserError(f"the prompt {prompt!r} is not UTF-8", "--prompt=FILE:path of a UTF-8 text")
         return prompt
     try:
         with open(prompt[5:], encoding="utf-8", newline="") as file:
@@ -200,7 +204,7 @@ def main(argv):
 
     ask = not prompt and sys.stdin.isatty() and sys.stdout.isatty()
     if ask:
-        say("type a prompt, Ctrl-D ends; or give one with --prompt")
+        say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
     with runtime.autocast(device, dtype):
         while True:
             if ask:
@@ -217,6 +221,11 @@ def main(argv):
                     if not ask:
                         raise
                     say(f"error: {error.fact}")  # one bad prompt need not end the conversation
+                    break
+                except KeyboardInterrupt:
+                    if not ask:
+                        raise
+                    say("\n(stopped; Ctrl-D ends)")
                     break
                 say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
             if not ask:

@@ -135,12 +135,14 @@ def train_sentencepiece(texts, vocab_size, kind):
             end = text.rfind("\n", start, start + 2000) + 1 or start + 2000
             lines.append(text[start:end])
             start = end
-    alphabet = {SPACE_MARK if character == " " else character for character in characters} - {"\0"}
-    smallest = len(alphabet) + 256 + len(SPECIAL) + 1
+    smallest = smallest_vocab(characters)
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small: this text has {len(characters):,} distinct characters, "
                         f"and they, 256 bytes and {len(SPECIAL) + 1} special tokens need {smallest:,}",
                         f"--vocab_size={smallest} or more, or --tokenizer=char")
+    if vocab_size > 1_000_000 or not any(line.strip() for line in lines):
+        raise UserError(f"vocab_size={vocab_size} for {sum(map(len, lines))} characters of text (white space included)",
+                        "a --vocab_size of at most a million, more text, or --tokenizer=char")
     model = io.BytesIO()
     sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size,
@@ -159,18 +161,34 @@ def train_sentencepiece(texts, vocab_size, kind):
     return tokenizer
 
 
+def smallest_vocab(characters):
+    """The fewest tokens that bpe can do with: the characters of the text, 256 bytes, the specials and the unknown."""
+    alphabet = {SPACE_MARK if character == " " else character for character in characters} - {"\0"}
+    return len(alphabet) + 256 + len(SPECIAL) + 1
+
+
 def load(folder):
-    """The tokenizer that `save` wrote into this folder."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        kind = json.load(file)["kind"]
-    return CharTokenizer.load(folder) if kind == "char" else SentencePieceTokenizer.load(folder, kind)
+    """The tokenizer that `save` wrote into this folder. Raises UserError where it is damaged."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            kind = json.load(file)["kind"]
+        if kind not in ("char", "bpe"):
+            raise ValueError(f"unknown kind {kind!r}")
+        return CharTokenizer.load(folder) if kind == "char" else SentencePieceTokenizer.load(folder, kind)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
+                        "take the folder tokenizer/ from a copy, or prepare the data again") from None
 
 
-def load_from(path):
-    """The tokenizer of a tokenizer folder, of prepared data or of a run."""
+def load_from(path, sha256=None):
+    """The tokenizer of a tokenizer folder, of prepared data or of a run; with sha256, exactly the one meant."""
     for folder in (path, os.path.join(path, "tokenizer")):
         if os.path.exists(os.path.join(folder, "config.json")):
-            return load(folder)
+            tokenizer, found = load(folder), fingerprint(folder)
+            if sha256 and found != sha256:
+                raise UserError(f"{folder} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
+                                "take the folder tokenizer/ from a copy, or prepare the data again")
+            return tokenizer
     raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json)",
                     "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
 

@@ -27,6 +27,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -100,6 +101,7 @@ def main(argv):
         say(f"{folder} is missing; preparing it")
         prepare.prepare([settings.dataset], prepare.PrepareConfig(out=folder))
     data = prepare.Data.open(folder)
+    tokenizers.load_from(folder, data.meta["tokenizer_sha256"])  # better to find it damaged now than at the end
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
@@ -115,6 +117,7 @@ def main(argv):
     elif settings.init_from not in ("auto", "scratch"):
         start = load_start(settings, given, data)
     data.check(settings.block_size)
+    advise(settings, data)
     settings.vocab_size = settings.vocab_size or data.meta["vocab_size"]
     if settings.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={settings.vocab_size}, but {folder} was written with a tokenizer of "
@@ -177,7 +180,7 @@ def main(argv):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it.
-    step, row, best_loss, train_seconds, wall_before, skipped = 0, None, math.inf, 0.0, 0.0, 0
+    step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
     if resumed:
         step, row, best_loss = resumed["step"], resumed["row"], resumed["best_loss"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
@@ -241,7 +244,7 @@ def main(argv):
                 # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
                 # max_iters, so choosing it here changes nothing that has been done.
                 left = seconds_of(settings.budget) - wall_seconds()
-                settings.max_iters = step + steps_within(left, settings, data, train_seconds / step)
+                settings.max_iters = step + steps_within(left, settings, data, statistics.median(times))
                 chosen["max_iters"] = settings.max_iters
                 log.rewrite(header())
                 say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
@@ -276,6 +279,7 @@ def main(argv):
             step += 1
             seconds = time.perf_counter() - started
             train_seconds += seconds
+            times = times[-9:] + [seconds]
             row = dict(step=step, tokens=step * tokens_per_step,
                        epoch=step * tokens_per_step / data.meta["train"]["tokens"], train_seconds=train_seconds,
                        wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor,
@@ -302,7 +306,10 @@ def main(argv):
     corpus = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")
     say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
         f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
-    print_sample(model, tokenizers.load_from(out_dir), autocast, device)
+    model, tokenizer, best = runtime.load_run(out_dir, device=device)
+    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} updates; this is what sample.py "
+        "reads, and what writes here:\n")
+    print_sample(model, tokenizer, autocast, device)
     say_next(out_dir, data)
     return 0
 
@@ -375,19 +382,17 @@ def print_sample(model, tokenizer, autocast, device, n=200):
     model.eval()
     torch.manual_seed(0)
     ids, start = [], tokenizer.special[tokenizers.END_OF_TEXT]
-    # Compiled code is made for one length, and a text gets longer with every token.
-    with autocast, torch.compiler.set_stance("force_eager"):
+    with autocast:
         for token in model.generate(torch.tensor([[start]], device=device), n, pick):
             if token.item() == start:
                 break
             ids.append(token.item())
-    say(f"a sample of {len(ids)} tokens:\n")
     print(tokenizer.decode(ids), flush=True)
 
 
 def say_next(out_dir, data):
-    prompt = "def" if any(source.startswith("stdlib") for source in data.meta["source"]) else "The"
-    say(f"\nnext: python sample.py {out_dir} --prompt='{prompt}'\n      python sample.py --help")
+    prompt = " --prompt='def'" if any(source.startswith("stdlib") for source in data.meta["source"]) else ""
+    say(f"\nnext: python sample.py {out_dir}{prompt}\n      python sample.py --help")
 
 
 def start_wandb(settings):
@@ -405,27 +410,41 @@ def start_wandb(settings):
 
 def check_settings(settings):
     for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name}={getattr(settings, name)} is less than 1", f"--{name}=1 or more")
-    for name in ("learning_rate", "muon_lr"):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"{name}={getattr(settings, name)} is not above 0", f"--{name}=1e-3")
+        if not 1 <= getattr(settings, name) <= 10**9:
+            raise UserError(f"{name}={getattr(settings, name)} is not between 1 and a billion", f"--{name}=10")
+    for name in ("learning_rate", "muon_lr", "rope_theta", "norm_eps"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise UserError(f"{name}={getattr(settings, name)} is not above 0 and finite", f"--{name}=1e-3")
+    if not 0 <= settings.seed < 2**62:
+        raise UserError(f"seed={settings.seed} is not between 0 and 2^62", "--seed=1337")
     for name in ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters",
                  "save_interval"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name}={getattr(settings, name)} is negative", f"--{name}=0 or more")
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise UserError(f"{name}={getattr(settings, name)} is negative or not finite", f"--{name}=0 or more")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"{name}={getattr(settings, name)} is not in [0, 1)", f"--{name}=0.9")
     if settings.budget:
         seconds_of(settings.budget)
         settings.max_iters = max(settings.max_iters, 11)  # until it is known after ten
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("1", ""):
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but training with several processes is not there yet",
                         "python train.py, without torchrun")
     if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
         raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
                         "downloads", "--init_from=scratch, or the path of a run or checkpoint")
+
+
+def advise(settings, data):
+    """What works, but may be regretted."""
+    step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
+    epochs = settings.max_iters * step / data.meta["train"]["tokens"]
+    if epochs > 20 and not settings.budget:
+        warn(f"{settings.max_iters:,} updates read this text {epochs:,.0f} times, and may learn it by heart; "
+             f"--max_iters={max(1, round(10 * settings.max_iters / epochs))} reads it 10 times")
+    if settings.warmup_iters >= settings.max_iters and not settings.budget:
+        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} updates, and there are only "
+             f"{settings.max_iters}; --warmup_iters={settings.max_iters // 10}")
 
 
 def seconds_of(budget):
@@ -456,6 +475,9 @@ def build_model(settings):
     except AssertionError as error:  # the model states its contract as 'fact; remedy'
         fact, _, remedy = str(error).partition("; ")
         raise UserError(fact, remedy or "python train.py --help") from None
+    except (RuntimeError, MemoryError, OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"a model of this shape cannot be made here: {str(error).splitlines()[0][:200]}",
+                        "a smaller --n_embd, --n_layer, --n_inner or --vocab_size") from None
 
 
 MAX_SKIPPED = 20  # updates in a row that float16 may overflow: the scaler needs some to find its factor

@@ -35,7 +35,7 @@ class UserError(Exception):
 
 def say(text=""):
     """Print progress on standard error, once per job: only the first of several processes speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         print(text, file=sys.stderr, flush=True)
 
 
@@ -52,7 +52,7 @@ def command_line(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        say(f"error: {error.fact}\nfix: {error.fix}")
+        say("error: {}\nfix: {}".format(*(" ".join(str(line).splitlines()) for line in (error.fact, error.fix))))
         sys.exit(error.code)
     except KeyboardInterrupt:
         say("stopped")
@@ -120,7 +120,7 @@ def read_config(path, kinds):
     namespace = {"__name__": "config", "__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace = error.__traceback__.tb_next  # the line of the file that was running, if it ran at all
         line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else 1)
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
@@ -213,12 +213,13 @@ def describe(kind):
 
 def help_text(cls):
     """The fields of a settings class as its source has them: name, type, default, meaning."""
-    parts = [(inspect.getmodule(cls).__doc__ or "").strip()]
-    for owner in cls.__mro__:
-        if dataclasses.is_dataclass(owner):
-            lines = inspect.getsource(owner).split("\n")
-            fields = [line for line in lines if line.strip().startswith("#") or line.partition(":")[0].strip() in
-                      owner.__annotations__]
-            parts.append("\n".join("--" + line.strip() if not line.strip().startswith("#") else "\n" + line.strip()
-                                   for line in fields))
-    return "\n\n".join(parts)
+    parts, seen = [(inspect.getmodule(cls).__doc__ or "").strip(), ""], set()
+    for owner in filter(dataclasses.is_dataclass, cls.__mro__):
+        for line in map(str.strip, inspect.getsource(owner).split("\n")):
+            name = line.partition(":")[0]
+            if line.startswith("#"):
+                parts.append("\n" + line)
+            elif name in owner.__annotations__ and name not in seen:  # (a class may override what it inherits)
+                parts.append("--" + line)
+                seen.add(name)
+    return "\n".join(parts)

@@ -75,7 +75,8 @@ def test_from_300_characters_up(here, capsys):
     data = prepare.Data.open("data/tiny")
     said = capsys.readouterr().err
     assert "next: python train.py config/train_small.py --dataset=tiny --out_dir=out/tiny --block_size=" in said
-    data.check(int(said.split("--block_size=")[1]))
+    data.check(int(said.split("--block_size=")[1].split()[0]))
+    assert data.meta["vocab_size"] < 500 and "--max_iters=50 " in said
 
 
 def test_stdlib():
@@ -196,6 +197,37 @@ def test_damaged_data(here):
     assert "prepare.py" in error(lambda _: prepare.Data.open("data/none"))[1]
     (here / "data/a/meta.json").write_text("{")
     assert "meta.json cannot be read" in error(lambda _: prepare.Data.open("data/a"))[0]
+
+
+def test_nothing_that_is_not_ours_is_deleted(here):
+    (here / "a.txt").write_text(words(1000))
+    for precious in ("data/a.part/mine", "data/a.old/mine", "data/a/tokenizer/mine.py"):
+        (here / precious).parent.mkdir(parents=True, exist_ok=True)
+        (here / precious).write_text("precious")
+        assert "something other than prepared data: mine" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
+        assert (here / precious).read_text() == "precious"
+        (here / precious).unlink()
+    prepare.main(["a.txt", "--tokenizer=char"])
+
+
+@pytest.mark.parametrize("change", [
+    dict(format=2), dict(dtype="float16"), dict(dtype=3), dict(vocab_size="97"), dict(train=[]), dict(source=3),
+    dict(val=dict(tokens=5, bytes=0, sha256="")), dict(tokenizer_sha256=None)])
+def test_a_meta_json_that_was_edited_is_refused(here, change):
+    (here / "a.txt").write_text(words(1000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    path = here / "data/a/meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "data/a/meta.json cannot be read" in error(lambda _: prepare.Data.open("data/a"))[0]
+
+
+def test_texts_that_hold_nothing_to_learn_a_vocabulary_from(here):
+    (here / "blank.txt").write_text("\n" * 5000)
+    assert "characters of text" in error(prepare.main, "blank.txt", "--vocab_size=300")[0]
+    (here / "a.txt").write_text(words(1000))
+    assert "vocab_size=1000000000000000019884624838656" in error(prepare.main, "a.txt", "--vocab_size=1e30")[0]
+    (here / "deep.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
+    assert "deep.jsonl, line 1: not to be read" in error(prepare.main, "deep.jsonl")[0]
 
 
 def test_ids_that_do_not_fit_are_never_written(here):

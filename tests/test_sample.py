@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """From scores to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
+import os
 import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import error, script
+from conftest import ROOT, error, script
 
 import sample
 import tokenizer as tokenizers
@@ -34,7 +38,7 @@ def test_filters_by_brute_force():
         assert kept(logits, top_p=p) == nucleus
         warm = filter_logits(torch.tensor(logits), temperature=t).softmax(0)
         assert torch.allclose(warm, (torch.tensor(logits) / t).softmax(0), atol=1e-6)
-        assert kept(logits, temperature=1e-39) >= {order[0]}  # nothing overflows
+        assert kept(logits, temperature=1e-39) >= {order[0]} and kept(logits, top_p=1e-300) == {order[0]}
         assert kept(logits, temperature=0) == {order[0]}
         assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
 
@@ -151,8 +155,6 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
-    import os
-    import shutil
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/deep/other")
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/old")
     for path in (tmp_path / "out/old").glob("*.pt"):
@@ -179,7 +181,25 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
         assert "--device=cuda" in error(sample.main, "--device=cuda")[0]
     assert "'quantum'" in error(sample.main, "--device=quantum")[0]
     assert "--dtype" in error(sample.main, "--dtype=int3")[0]
+    assert "seed=99999999999999999999" in error(sample.main, "--seed=99999999999999999999")[0]
+    assert "is not UTF-8" in error(sample.main, "--prompt=\udcff")[0]
+    shutil.copytree("out/words", here / "out/mixed")
+    tokenizers.train("char", ["abc"]).save(here / "out/mixed/tokenizer")  # another one than it was trained with
+    assert "is another tokenizer" in error(sample.main, here / "out/mixed")[0]
     assert "--checkpoint" in error(sample.main, "--checkpoint=worst")[0]
+
+
+def test_a_conversation_in_a_terminal(tiny_run):
+    pty = pytest.importorskip("pty")
+    leader, follower = pty.openpty()
+    chat = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max_new_tokens=5", "--seed=1"], cwd=tiny_run,
+                            stdin=follower, stdout=follower, stderr=subprocess.PIPE, text=True)
+    os.close(follower)
+    os.write(leader, b"the \nthe cat?\nmy \n\x04")  # the second has a character that the model does not know; Ctrl-D
+    said = chat.communicate(timeout=120)[1]
+    os.close(leader)
+    assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said
+    assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=3]" in said
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -89,6 +89,15 @@ def test_a_small_text_gets_a_smaller_vocabulary(capsys):
     assert tokenizer.decode(tokenizer.encode("or not\n")) == "or not\n"
 
 
+@pytest.mark.parametrize("config, vocab", [("{}", "[]"), ("junk", "[]"), ('{"kind": "zzz"}', "[]"),
+                                           ('{"kind": "char"}', "[1, 2]"), ('{"kind": "char"}', "{"),
+                                           ('{"kind": "bpe"}', "")])
+def test_a_damaged_tokenizer_is_named(tmp_path, config, vocab):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "vocab.json").write_text(vocab)
+    assert f"the tokenizer in {tmp_path} is damaged" in error(lambda _: tokenizers.load(tmp_path))[0]
+
+
 def test_unknown_kind():
     assert "'wordpiece'" in error(lambda _: tokenizers.train("wordpiece", ["x"]))[0]
 

@@ -285,7 +285,27 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("junk", [b"junk\n", b"\xff\xfe\n", b"3\n", b"\0" * 50 + b"\n", b'{"step": "x"}\n', b'{"st'])
+def test_a_log_with_junk_in_it_does_not_hold_up_a_run(data, junk):
+    run("--max_iters=3")
+    with open("out/words/log.jsonl", "ab") as file:
+        file.write(junk)
+    run("--max_iters=5")
+    assert [row["step"] for row in log("out/words")[1]] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_learns_by_heart_is_warned(data, capsys):
+    run("--max_iters=1500", "--eval_only")
+    said = capsys.readouterr().err
+    assert "warning: 1,500 updates read this text 25 times" in said and "--max_iters=" in said
+    run("--max_iters=10", "--warmup_iters=50", "--eval_only")
+    assert "warning: the learning rate rises for warmup_iters=50 updates" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argument, words", [
+    ("--seed=99999999999999999999", "seed=99999999999999999999"), ("--learning_rate=inf", "learning_rate=inf"),
+    ("--n_embd=1e12", "cannot be made here"), ("--batch_size=1e30", "between 1 and a billion"),
+    ("--rope_theta=0", "rope_theta"),
     ("--block_size=100000", "block_size=100000 needs at least 100001"), ("--n_embd=33", "n_embd=33"),
     ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"), ("--batch_size=0", "batch_size=0"),
     ("--learning_rate=0", "learning_rate=0.0"), ("--grad_clip=-1", "grad_clip=-1.0"), ("--budget=soon", "'soon'"),
