@@ -148,7 +148,8 @@ def versions(device):
 def compile_model(model, asked, loss):
     """Have PyTorch compile the parts that take the time; loss() computes one, as a trial. Returns whether it works.
 
-    All blocks run the same code, so compiling one compiles all: seconds instead of a minute for the model as a whole.
+    All blocks run the same code, so compiling one compiles all, however many there are: half a minute for the first
+    time on a machine, seconds from PyTorch's cache after that.
     """
     started = time.perf_counter()
     try:

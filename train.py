@@ -143,9 +143,10 @@ def main(argv):
     peak = runtime.measure_peak(device, dtype)
     tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
     flops_per_token = model.flops_per_token()
-    if chosen["compile"] == "auto":  # worth its ten seconds? Eager code reaches about 30% of the peak
+    if chosen["compile"] == "auto":  # worth half a minute? Eager code reaches about 30% of the peak, compiled 40%
         seconds = settings.max_iters * tokens_per_step * flops_per_token / (0.3 * peak)
-        chosen["compile"] = device != "mps" and (seconds > 60 or bool(settings.budget))
+        seconds = seconds_of(settings.budget) if settings.budget else seconds
+        chosen["compile"] = device != "mps" and seconds > 120
     say(f"data: {folder}, {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
     say(f"model: {model.n_params():,} parameters: {model.config.n_layer} layers, {model.config.n_embd} wide, context "
         f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
