@@ -88,6 +88,8 @@ class TrainConfig(GPTConfig):
 def main(argv):
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     check_settings(settings)
+    if not argv:
+        note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     out_dir = settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
     device = runtime.choose_device(settings.device)
