@@ -36,7 +36,7 @@ import time
 import zlib
 from array import array
 from dataclasses import dataclass
-from typing import Callable, Iterator, Literal
+from typing import Callable, Iterator
 
 import numpy as np
 
