@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+import machine
 import runtime
 import sample
 import tokenizer as tokenizers
@@ -40,7 +41,7 @@ def syntax(settings, runs):
     if settings.samples < 1 or settings.max_new_tokens < 1 or not 0 <= settings.temperature < float("inf"):
         raise UserError(f"samples={settings.samples}, max_new_tokens={settings.max_new_tokens}, temperature="
                         f"{settings.temperature}: one of them is out of range", "leave them at their defaults")
-    device = runtime.choose_device(settings.device)
+    device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
     end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef"
     idx = torch.tensor([tokenizer.encode(prompt)] * settings.samples, device=device)  # (samples, T)

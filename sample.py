@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+import machine
 import runtime
 import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say
@@ -196,16 +197,16 @@ def main(argv):
     settings, _, runs = load(SampleConfig, argv)
     check_settings(settings)
     prompt = read_prompt(settings.prompt or settings.start)
-    device = runtime.choose_device(settings.device)
+    device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
     say(f"{run['path']}: {model.n_params():,} parameters, {run['step']} updates on {', '.join(run['source'])}")
     seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
-    dtype, _ = runtime.choose_dtype(settings.dtype, device)
+    dtype, _ = machine.choose_dtype(settings.dtype, device)
 
     ask = not prompt and sys.stdin.isatty() and sys.stdout.isatty()
     if ask:
         say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
-    with runtime.autocast(device, dtype):
+    with machine.autocast(device, dtype):
         while True:
             if ask:
                 try:

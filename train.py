@@ -34,10 +34,12 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+import machine
 import prepare
 import runtime
 import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say, warn
+from log import Log, last_row
 from model import GPT, GPTConfig, PRESETS
 from muon import Muon
 
@@ -92,9 +94,9 @@ def main(argv):
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     out_dir = settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
-    device = runtime.choose_device(settings.device)
-    runtime.set_up(device)
-    versions = runtime.versions(device)
+    device = machine.choose_device(settings.device)
+    machine.set_up(device)
+    versions = machine.versions(device)
 
     # ------------------------------------------------------------------------------------------------------------------
     # 1) The data; what is built in is prepared here if it is missing.
@@ -111,7 +113,7 @@ def main(argv):
     start = None
     if resumed:
         continue_run(resumed, settings, given, data, versions)
-        row = runtime.last_row(os.path.join(out_dir, "log.jsonl"))
+        row = last_row(os.path.join(out_dir, "log.jsonl"))
         if resumed["step"] == row.get("step") == settings.max_iters and "val_loss" in row and not settings.eval_only:
             say(f"{out_dir} is finished: {row['step']} updates, validation loss {row['val_loss']:.4f}")
             say_next(out_dir, data)
@@ -136,13 +138,13 @@ def main(argv):
     if resumed:
         chosen = resumed["chosen"]
     else:
-        dtype, why = runtime.choose_dtype(settings.dtype, device)
+        dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
     dtype = getattr(torch, chosen["dtype"])
-    autocast = runtime.autocast(device, dtype)
+    autocast = machine.autocast(device, dtype)
     scaling = dtype == torch.float16  # small gradients would round to 0 in float16, unless the loss is scaled up
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaling)
-    peak = runtime.measure_peak(device, dtype)
+    peak = machine.measure_peak(device, dtype)
     tokens_per_step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
     flops_per_token = model.flops_per_token()
     if chosen["compile"] == "auto":  # worth half a minute? Eager code reaches about 30% of the peak, compiled 40%
@@ -159,11 +161,11 @@ def main(argv):
         return data.batch(settings.block_size, settings.batch_size, settings.seed, step, micro,
                           settings.gradient_accumulation_steps)
 
-    stop = runtime.StopSignal()
+    stop = machine.StopSignal()
 
     def loss_of(idx, targets):
         if stop.signal:  # here and nowhere else: before a micro-batch or a validation batch, never while weights move
-            raise runtime.Stopped
+            raise machine.Stopped
         with autocast:
             return model(idx.to(device), targets.to(device))
 
@@ -175,7 +177,7 @@ def main(argv):
         return loss
 
     if chosen["compile"]:
-        chosen["compile"] = runtime.compile_model(model, settings.compile, lambda: loss_of(*batch(0, 0)))
+        chosen["compile"] = machine.compile_model(model, settings.compile, lambda: loss_of(*batch(0, 0)))
     if settings.eval_only:
         loss = validate()
         say(f"validation loss {loss:.4f}, {data.bits_per_byte(loss):.4f} bits per byte")
@@ -200,7 +202,7 @@ def main(argv):
     def header():
         return dict(versions=versions, chosen=chosen, settings=asdict(settings), data=data.meta)
 
-    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), header(), before=step)
+    log = Log(os.path.join(out_dir, "log.jsonl"), header(), before=step)
     wandb = start_wandb(settings) if settings.wandb_log else None
 
     def wall_seconds():
@@ -287,14 +289,14 @@ def main(argv):
                        epoch=step * tokens_per_step / data.meta["train"]["tokens"], train_seconds=train_seconds,
                        wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor,
                        grad_norm=-1.0 if skipped else norm,  # (JSON has no infinity)
-                       tokens_per_second=tokens_per_step / seconds, memory=runtime.peak_memory(device))
+                       tokens_per_second=tokens_per_step / seconds, memory=machine.peak_memory(device))
 
             # c) Save before validating, so that a crash there loses nothing.
             validates = step % settings.eval_interval == 0
             if step >= settings.max_iters or step % (settings.save_interval or settings.eval_interval) == 0 or (
                     settings.always_save_checkpoint and validates):
                 save_run()
-    except runtime.Stopped:
+    except machine.Stopped:
         if step > 0:
             save_run()
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
@@ -337,7 +339,7 @@ def make_optimizers(model, settings, device):
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=not device.startswith("mps"))
     if not inside:
         return [(adamw, settings.learning_rate)]
-    dtype = torch.bfloat16 if runtime.has_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if machine.has_bf16(device) else torch.float32
     return [(adamw, settings.learning_rate),
             (Muon(inside, settings.muon_lr, settings.weight_decay, dtype=dtype), settings.muon_lr)]
 

@@ -6,6 +6,7 @@ import pickle
 import torch
 from conftest import error, random_model
 
+import machine
 import runtime
 
 
@@ -17,27 +18,27 @@ def whole(**state):
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert runtime.choose_device("auto") == runtime.choose_device("cpu") == "cpu"
-    fact, fix = error(lambda _: runtime.choose_device("cuda:1"))
+    assert machine.choose_device("auto") == machine.choose_device("cpu") == "cpu"
+    fact, fix = error(lambda _: machine.choose_device("cuda:1"))
     assert "--device=cuda:1" in fact and torch.__version__ in fact and "--device=auto" in fix
-    assert "mps" in error(lambda _: runtime.choose_device("mps"))[0]
+    assert "mps" in error(lambda _: machine.choose_device("mps"))[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runtime.choose_device("auto") == "cuda"
+    assert machine.choose_device("auto") == "cuda"
 
 
 def test_dtypes(monkeypatch):
     for device, capability, due in (("cuda", (8, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
                                     ("mps", None, torch.float32)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        assert runtime.choose_dtype("auto", device)[0] == due
+        assert machine.choose_dtype("auto", device)[0] == due
     for has, due in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert runtime.choose_dtype("auto", "cpu")[0] == due
+        assert machine.choose_dtype("auto", "cpu")[0] == due
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # a laptop's instructions, on request
-    assert runtime.choose_dtype("auto", "cpu")[0] == torch.float32
-    assert runtime.choose_dtype("float16", "cpu")[0] == torch.float16
+    assert machine.choose_dtype("auto", "cpu")[0] == torch.float32
+    assert machine.choose_dtype("float16", "cpu")[0] == torch.float16
 
 
 def test_a_checkpoint_comes_back_as_it_was(here):

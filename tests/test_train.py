@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, error, script, words
 
+import machine
 import muon
 import prepare
 import runtime
@@ -265,7 +266,7 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
     monkeypatch.setattr(torch.compiler, "set_stance", lambda name: stance.append(name) or real(name))
     with pytest.raises(train.UserError, match="no C\\+\\+ compiler here"):
         run("--max_iters=2", "--compile=true")
-    monkeypatch.setattr(runtime, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
+    monkeypatch.setattr(machine, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
     assert run("--max_iters=2", "--compile=auto") == 0
     assert "no C++ compiler here); going on without it" in capsys.readouterr().err and stance[0] == "force_eager"
     real("default")
@@ -352,8 +353,8 @@ def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
         return torch.tensor(math.inf) if overflowing.calls >= 4 else norm
     overflowing.calls = 0
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
-    monkeypatch.setattr(runtime, "choose_dtype", lambda *_: (torch.float16, "for the test"))
-    monkeypatch.setattr(runtime, "autocast", lambda *_: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(machine, "choose_dtype", lambda *_: (torch.float16, "for the test"))
+    monkeypatch.setattr(machine, "autocast", lambda *_: __import__("contextlib").nullcontext())
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
     with pytest.raises(train.UserError) as caught:
         run("--max_iters=20", "--save_interval=1")
