@@ -17,7 +17,7 @@ import machine
 import runtime
 import sample
 import tokenizer as tokenizers
-from config import UserError, command_line, load, say
+from config import UserError, check_limits, command_line, load, say
 
 
 @dataclass
@@ -38,9 +38,7 @@ def syntax(settings, runs):
     ends where the next line begins at the left margin; one that does not end within max_new_tokens is left out of the
     count, and their number is printed.
     """
-    if settings.samples < 1 or settings.max_new_tokens < 1 or not 0 <= settings.temperature < float("inf"):
-        raise UserError(f"samples={settings.samples}, max_new_tokens={settings.max_new_tokens}, temperature="
-                        f"{settings.temperature}: one of them is out of range", "leave them at their defaults")
+    check_limits(settings, {"samples max_new_tokens": (1, 1e6), "temperature": (0, 1e9)})
     device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
     end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef"

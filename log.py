@@ -13,6 +13,8 @@ import json
 import math
 import os
 
+from config import UserError, warn
+
 
 class Log:
     """log.jsonl: a header line that says what the numbers come from, then one row per logged step; and its picture.
@@ -22,18 +24,22 @@ class Log:
     """
 
     def __init__(self, path, header, before=0):
-        self.path, self.curve = path, []
+        self.path, self.curve, self.unwritten = path, [], ""
         self.rewrite(header, before)
 
     def rewrite(self, header, before=math.inf):
         rows, self.curve = self.read() if before else [], []
-        with open(self.path + ".part", "w", encoding="utf-8") as file:
-            file.write(json.dumps(header) + "\n")
-            for row in rows:
-                if row["step"] < before:
-                    file.write(json.dumps(row) + "\n")
-                    self.curve.append((row["step"], row["loss"], row.get("val_loss")))
-        os.replace(self.path + ".part", self.path)
+        try:
+            with open(self.path + ".part", "w", encoding="utf-8") as file:
+                file.write(json.dumps(header) + "\n")
+                for row in rows:
+                    if row["step"] < before:
+                        file.write(json.dumps(row) + "\n")
+                        self.curve.append((row["step"], row["loss"], row.get("val_loss")))
+            os.replace(self.path + ".part", self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}", "make room; the same command continues",
+                            code=1) from None
 
     def read(self):
         """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
@@ -45,12 +51,25 @@ class Log:
                         yield row
 
     def write(self, row):
+        """Add a row. Where the disk is full, it waits in memory for the next: the run is worth more than its log."""
         self.curve.append((row["step"], row["loss"], row.get("val_loss")))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if "val_loss" in row:
-            with open(os.path.join(os.path.dirname(self.path), "loss.svg"), "w", encoding="utf-8") as file:
-                file.write(loss_svg(self.curve))
+        self.unwritten += json.dumps(row) + "\n"
+        try:
+            size = os.path.getsize(self.path)
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(self.unwritten)
+            except OSError:
+                os.truncate(self.path, size)  # half a line would look like a whole one with the next behind it
+                raise
+            self.unwritten = ""
+            if "val_loss" in row:
+                picture = os.path.join(os.path.dirname(self.path), "loss.svg")
+                with open(picture + ".part", "w", encoding="utf-8") as file:
+                    file.write(loss_svg(self.curve))
+                os.replace(picture + ".part", picture)
+        except OSError as error:
+            warn(f"cannot write {self.path}: {error.strerror}; going on")
 
 
 def parse_row(line):
@@ -67,6 +86,15 @@ def last_row(path):
     with contextlib.suppress(OSError, IndexError), open(path, encoding="utf-8", errors="replace") as file:
         return parse_row(collections.deque(file, maxlen=1)[0])
     return {}
+
+
+def progress_line(row, max_iters, token_share):
+    """step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left"""
+    left = (max_iters - row["step"]) * row["train_seconds"] / row["step"]
+    validated = f"validation {row['val_loss']:.4f} = {row['val_bpb']:.4f} bits per byte | " if "val_loss" in row else ""
+    return (f"step {row['step']}/{max_iters} | loss {row['loss']:.3f} | {validated}lr {row['lr']:.2g} | norm "
+            f"{row['grad_norm']:.2f} | {row['tokens_per_second']:,.0f} tok/s, "
+            f"{row['tokens_per_second'] * token_share:.0%} of peak | {left // 60:.0f}m{left % 60:02.0f}s left")
 
 
 def loss_svg(curve, width=720, height=400):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The machine: which device and number type to use, what this machine can do, and when someone wants it back.
+The machine: which device and number type to use, how much it can do and hold, and several processes as one.
 
     device = choose_device("auto")
     dtype, why = choose_dtype("auto", device)
     peak = measure_peak(device, dtype)                      # the most floating-point operations per second
+    with Processes() as processes: ...                      # one, or as many as torchrun has started
 """
 import contextlib
 import ctypes
+import datetime
+import json
+import math
 import os
 import platform
 import signal
@@ -17,15 +21,27 @@ import time
 
 import numpy
 import torch
+import torch.distributed as dist
 
 from config import UserError, note, say
 
 
-def choose_device(asked="auto"):
-    """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best there is. Raises UserError for what this machine lacks."""
+def choose_device(asked="auto", processes=None):
+    """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best there is. Raises UserError for what this machine lacks.
+
+    Several processes get a GPU each, by their number on this machine.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    several = processes is not None and processes.world > 1
+    if several and cuda and asked in ("auto", "cuda"):
+        gpus = torch.cuda.device_count()
+        if processes.local_world > gpus:
+            raise UserError(f"{processes.local_world} processes, but this machine has {gpus} GPUs",
+                            f"--nproc_per_node={gpus}")
+        asked = f"cuda:{processes.local_rank}"
+        torch.cuda.set_device(asked)
     if asked == "auto":
-        return "cuda" if cuda else "mps" if mps else "cpu"
+        return "cuda" if cuda else "mps" if mps and not several else "cpu"
     if asked.startswith("cuda") and not cuda:
         raise UserError(f"--device={asked}, but PyTorch {torch.__version__} sees no CUDA here",
                         "--device=auto, or install a CUDA build of PyTorch (pytorch.org/get-started)")
@@ -67,9 +83,12 @@ def autocast(device, dtype):
     return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def set_up(device):
+def set_up(device, processes=None):
     """Once per process, before any work: settings of PyTorch and of the memory allocator."""
     if device == "cpu":
+        if processes is not None and processes.world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // processes.local_world))  # torchrun allows 1, however many there are
         # Compiled code adds the gradients of an embedding in whatever order the threads arrive, unless told not to;
         # with this, every run gives the same bits. The second line leaves out a debugging aid that fills new tensors.
         torch.use_deterministic_algorithms(True)
@@ -117,7 +136,26 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def versions(device):
+def free_memory(device):
+    """Bytes that this process could still take: of the GPU, or of the machine; infinity where nothing tells."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            free = int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024
+        cgroup = "/sys/fs/cgroup/memory."  # the limit of a container, "max" for none
+        with open(cgroup + "max", encoding="utf-8") as limit, open(cgroup + "current", encoding="utf-8") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    return free
+
+
+def is_out_of_memory(error):
+    """Did this exception come from an allocation that failed? (On a CPU, PyTorch has no class of its own for it.)"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def versions(device, world=1):
     """What the numbers of a run depend on besides its settings."""
     commit = ""
     with contextlib.suppress(OSError):
@@ -127,7 +165,8 @@ def versions(device):
     name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     return dict(commit=commit or "unknown", python=platform.python_version(), torch=str(torch.__version__),
                 numpy=numpy.__version__, system=platform.system(), device=device, processor=name,
-                cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+                cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
+                processes=world)
 
 
 def compile_model(model, asked, loss):
@@ -146,6 +185,8 @@ def compile_model(model, asked, loss):
         say(f"compiled in {time.perf_counter() - started:.0f} s")
         return True
     except Exception as error:  # no compiler, an old GPU, Windows: whatever it is, training can do without
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         if asked is True:
             raise UserError(f"compile=true, but torch.compile fails here: {reason}", "--compile=false") from None
@@ -155,24 +196,138 @@ def compile_model(model, asked, loss):
         return False
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Being stopped
+
+
 class Stopped(Exception):
     """Raised between two micro-batches or two validation batches when a signal asked for the end."""
 
 
 class StopSignal:
-    """Notes a SIGINT (Ctrl-C) or SIGTERM in `signal`, from listen to ignore; a second one ends the process at once."""
+    """Notes a SIGINT (Ctrl-C) or SIGTERM in `signal`, from listen on; a second one ends the process at once.
+
+    Not so under torchrun: a Ctrl-C reaches a process twice there, from the terminal and from torchrun, which ends what
+    hangs by itself after half a minute.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.before = 0, {}
+
+    def __enter__(self):
+        return self
 
     def listen(self):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ignore(self):
+    def receive(self, number, frame):
+        again, self.signal = self.signal, number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+        if not again:
+            say(f"\n{signal.Signals(number).name}: saving; once more to stop at once")
+
+    def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        say(f"\n{signal.Signals(number).name}: saving; once more to stop at once")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class Processes:
+    """The processes that train one model together, started by torchrun; or one alone, for which nothing here costs.
+
+    torchrun tells each by environment variables who it is: number RANK of WORLD_SIZE in all, LOCAL_RANK of
+    LOCAL_WORLD_SIZE on this machine. Whatever a method returns is the same in every process, and every process has to
+    call it, in the same order: a call waits for the others.
+    """
+
+    def __init__(self):
+        try:
+            self.rank, self.world, self.local_rank = (int(os.environ.get(name) or default) for name, default in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world)
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}", "unset them, or use torchrun") \
+                from None
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if self.world > 1 and missing:
+            raise UserError(f"WORLD_SIZE={self.world}, but {missing[0]} is not set",
+                            f"torchrun --standalone --nproc_per_node={self.world} train.py ..., or unset WORLD_SIZE")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def join(self, device, backend, timeout):
+        """Meet the others. timeout: seconds after which waiting for them, now or later, is an error.
+
+        Gradients on a GPU travel by nccl, numbers on a CPU by gloo, which works everywhere.
+        """
+        if self.world == 1:
+            return
+        cuda = device.startswith("cuda")
+        if backend == "nccl" and not cuda:
+            note(f"backend=nccl works between GPUs, and the device is {device}: gloo instead")
+            backend = "gloo"
+        backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") and cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+
+    def sum(self, *values):
+        """The sums of numbers over all processes, in float64."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def highest(self, value):
+        """The largest of the whole numbers that the processes have."""
+        if self.world == 1:
+            return value
+        value = torch.tensor(value)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.item()
+
+    def first(self, value):
+        """What the first process has: for whatever depends on a clock."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def compare(self, facts):
+        """Raises UserError where a process has other facts {name: value} than the first one."""
+        everyone = [None] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, json.dumps(facts))
+        for rank, theirs in enumerate(map(json.loads, filter(None, everyone))):
+            for name, value in json.loads(everyone[0]).items():
+                if theirs.get(name) != value:
+                    raise UserError(f"process {rank} has {name}={theirs.get(name)}, process 0 has {value}",
+                                    "all machines need the same command, the same data/ and the same out/ (a shared "
+                                    "disk, or copies)")
+
+    def wait(self):
+        """Return when all have come here."""
+        self.sum(0)
+
+    def wrap(self, model):
+        """The model as it is called in training: several processes get the mean of their gradients in backward()."""
+        if self.world == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def keep(self, wrapped, last):
+        """The context of a micro-batch: gradients stay in the process until that of the `last` has been added."""
+        return contextlib.nullcontext() if self.world == 1 or last else wrapped.no_sync()
+
+    def lost(self, error):
+        """Does this exception mean that another process has ended, or did not answer in time?"""
+        words = "gloo", "Connection closed by peer", "Connection reset", "Timed out", "NCCL", "Broken pipe"
+        return self.world > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))

@@ -357,3 +357,20 @@ class GPT(nn.Module):
         c = self.config
         weights = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+
+    def training_memory(self, batch_size, width, optimizer_bytes):
+        """About how many bytes training takes, by what for, where nothing is compiled (compiled code keeps less).
+
+        batch_size: windows of a micro-batch; width: bytes of a number in matrix products; optimizer_bytes: per weight.
+        Activations are what the backward pass needs of the forward pass: per token and layer, the inputs of the norms
+        in float32, and the inputs and outputs of the matrix products and of attention. For the last step, the scores
+        over the vocabulary are there several times: as they come, in float32, as probabilities, and their gradient.
+        """
+        c, weights = self.config, sum(p.numel() for p in self.parameters())
+        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+        norms = 2 * c.n_embd * (4 + width) + (8 * c.n_embd if c.norm == "rmsnorm" else 0)
+        attention = width * (heads + 2 * c.n_head * c.head_dim) + (8 * heads if c.qk_norm else 0)
+        mlp = width * c.n_inner * (4 if c.mlp == "swiglu" else 2)
+        tokens = batch_size * c.block_size
+        return dict(weights=weights * 4, gradients=weights * 4, optimizer=weights * optimizer_bytes,
+                    activations=tokens * (c.n_layer * (norms + attention + mlp) + c.vocab_size * (2 * width + 12)))

@@ -443,7 +443,7 @@ class Data:
 
     @classmethod
     def open(cls, folder):
-        """Raises UserError when the folder is missing, or when a file is not as long as meta.json says."""
+        """Raises UserError when the folder is missing, or when a file is not what meta.json says."""
         try:
             with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
                 meta = json.load(file)
@@ -460,6 +460,9 @@ class Data:
             if size != due:
                 raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of "
                                 f"{item} bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
+            if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side]["sha256"]:
+                raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side]['sha256'][:12]}",
+                                f"it was changed or damaged; prepare {folder} again")
         return cls(folder, meta)
 
     def check(self, block_size):
@@ -501,21 +504,25 @@ class Data:
         rows = np.stack([self.tokens("train", start, block_size + 1) for start in starts.tolist()])  # (B, T + 1)
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
-    def val_batches(self, block_size, batch_size):
-        """All of the held-out side in order, as (idx, targets) of (B, T); targets are -1 after its end.
+    def val_batch(self, i, block_size, batch_size):
+        """Batch number i of the one pass over the held-out side: (idx, targets), each (B, T) int64; -1 after the end.
 
         Every token but the first is predicted once, from the tokens before it in its window. All batches have the same
         shape, the last one too, so that compiled code is compiled once.
         """
         import torch
-        n, size = self.meta["val"]["tokens"], block_size * batch_size
-        for start in range(0, n - 1, size):
-            ids = self.tokens("val", start, min(size + 1, n - start))
-            rows = np.zeros((2, size), dtype=np.int64)
-            rows[1] = -1
-            rows[0, :len(ids) - 1], rows[1, :len(ids) - 1] = ids[:-1], ids[1:]
-            idx, targets = torch.from_numpy(rows).view(2, batch_size, block_size)
-            yield idx, targets
+        start, size = i * block_size * batch_size, block_size * batch_size
+        ids = self.tokens("val", start, min(size + 1, self.meta["val"]["tokens"] - start))
+        rows = np.zeros((2, size), dtype=np.int64)
+        rows[1] = -1
+        rows[0, :len(ids) - 1], rows[1, :len(ids) - 1] = ids[:-1], ids[1:]
+        idx, targets = torch.from_numpy(rows).view(2, batch_size, block_size)
+        return idx, targets
+
+    def n_val_batches(self, block_size, batch_size, at_most=0):
+        """How many batches the pass has; at_most: no more than this, 0 for all."""
+        n = math.ceil((self.meta["val"]["tokens"] - 1) / (block_size * batch_size))
+        return min(n, at_most or n)
 
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the held-out text.
@@ -525,6 +532,14 @@ class Data:
         count as information, not as bytes. Where only a part was read, its mean stands for the whole.)
         """
         return loss * (self.meta["val"]["tokens"] - 1) / self.meta["val"]["bytes"] / math.log(2)
+
+
+HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_meta(meta):
@@ -565,20 +580,21 @@ def shuffled(i, n, key):
     return i.astype(np.int64)
 
 
-def validation_loss(loss_of, data, block_size, batch_size, max_batches=0):
-    """The mean loss in nats over the held-out tokens: one pass in fixed order, summed in float64.
+def validation_sums(loss_of, data, block_size, batch_size, batches, before_each=lambda: None, rank=0, world=1):
+    """(sum of the loss in nats, number of tokens) over the first `batches` batches of the held-out side, in float64.
 
-    loss_of: (idx, targets) -> the mean loss over the targets that are not -1, as a number.
-    max_batches: stop after this many batches; 0 reads all.
+    loss_of: (idx, targets) -> the mean loss over the targets that are not -1, as a number. Of several processes, each
+    takes every world-th batch; the mean is the quotient of their sums. before_each is called equally often in all.
     """
     total = count = 0
-    for i, (idx, targets) in enumerate(data.val_batches(block_size, batch_size)):
-        if max_batches and i == max_batches:
-            break
-        n = int((targets >= 0).sum())
-        total += float(loss_of(idx, targets)) * n
-        count += n
-    return total / count
+    for first in range(0, batches, world):
+        before_each()
+        if first + rank < batches:
+            idx, targets = data.val_batch(first + rank, block_size, batch_size)
+            n = int((targets >= 0).sum())
+            total += float(loss_of(idx, targets)) * n
+            count += n
+    return total, count
 
 
 if __name__ == "__main__":

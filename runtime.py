@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Runs on the disk: how a checkpoint is written, found and read.
+Runs on the disk: how a checkpoint is written, found and read, and who may write it.
 
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
     model, tokenizer, checkpoint = load_run("out/small", device=device)
@@ -13,13 +13,19 @@ import contextlib
 import glob
 import os
 import pickle
+import shutil
+import struct
 import zipfile
+import zlib
 
 import torch
 
 import tokenizer as tokenizers
-from config import UserError, warn
+from config import UserError, note, warn
 from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def save_checkpoint(path, state):
@@ -42,7 +48,7 @@ def save_checkpoint(path, state):
             os.unlink(part)
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer says RuntimeError where the disk is full
             raise UserError(f"cannot write {path}: {error}", "make room; the same command goes on from the checkpoint "
-                            "before") from None
+                            "before", code=1) from None
         raise
 
 
@@ -59,7 +65,8 @@ def load_checkpoint(path):
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values; opening it could run code, so it is refused",
                         "use a checkpoint that was saved with plain values only") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError, LookupError,
+            AttributeError, TypeError) as error:  # one flipped bit can mean anything to a reader
         raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
     needed = {"settings": dict, "model": dict, "step": int, "tokenizer_sha256": str, "source": list}
     if not isinstance(state, dict) or state.get("format") != 1 or not all(
@@ -91,10 +98,75 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def prune_checkpoints(run, keep=2):
-    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one), and what a kill left."""
-    for path in checkpoints(run)[:-keep] + glob.glob(os.path.join(glob.escape(run), "*.pt.part")):
-        os.unlink(path)
+def prune_checkpoints(run, step, keep=2):
+    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one) up to `step`, the newest.
+
+    One beyond `step` was damaged, or the run would have resumed there; its updates come again.
+    """
+    behind = f"ckpt_{step:08d}.pt"
+    paths = checkpoints(run)
+    kept = [path for path in paths if os.path.basename(path) <= behind][-keep:]
+    for path in paths:
+        if path not in kept:
+            os.unlink(path)
+
+
+class RunFolder:
+    """The folder of a run, and the right to write into it, which one process at a time has.
+
+    The right is a lock on the folder: the system takes it back when the process ends, however it ends.
+    """
+
+    def __init__(self, path, writes=True):
+        self.path, self.writes, self.lock = path, writes, None
+
+    def __enter__(self):
+        if self.writes and os.path.isdir(self.path):
+            self.take()
+        return self
+
+    def __exit__(self, *_):
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def take(self):
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.path}",
+                            "wait for it or stop it; --out_dir=out/ANOTHER for a run of its own") from None
+        except OSError as error:
+            note(f"{self.path} cannot be locked ({error.strerror}): do not train in it twice at the same time")
+
+    def open(self, new, needed):
+        """Make the folder, see that it can be written, and clear away what a kill left; before the first update.
+
+        new: no checkpoint was found in it. needed: bytes that the run will take there.
+        """
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            if self.lock is None:
+                self.take()
+            with open(os.path.join(self.path, ".probe"), "wb"):
+                pass
+            os.unlink(os.path.join(self.path, ".probe"))
+            for path in glob.glob(os.path.join(glob.escape(self.path), "*.part")):
+                os.unlink(path)
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}", "--out_dir=ANOTHER_FOLDER") \
+                from None
+        if new and checkpoints(self.path):
+            raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
+        if free < needed:
+            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB in {self.path}, and the disk has {free / 1e6:,.0f} "
+                 "MB left")
 
 
 def find_run(where="out"):

@@ -25,7 +25,7 @@ import torch
 import machine
 import runtime
 import tokenizer as tokenizers
-from config import UserError, command_line, load, note, say
+from config import UserError, check_limits, command_line, load, note, say
 
 
 @dataclass
@@ -169,15 +169,8 @@ def write(model, tokenizer, prompt, settings, seed):
     return n
 
 
-def check_settings(s):
-    for name, good, rule in (("num_samples", s.num_samples >= 1, "1 or more"), ("top_k", s.top_k >= 0, "0 or more"),
-                             ("max_new_tokens", s.max_new_tokens >= 1, "1 or more"),
-                             ("temperature", 0 <= s.temperature < float("inf"), "0 or more"),
-                             ("top_p", 0 < s.top_p <= 1, "above 0, at most 1"), ("min_p", 0 <= s.min_p <= 1, "0 to 1"),
-                             ("repetition_penalty", 0.01 <= s.repetition_penalty <= 100, "0.01 to 100; 1 is off"),
-                             ("seed", s.seed is None or 0 <= s.seed < 2**62, "0 or more, less than 2^62")):
-        if not good:
-            raise UserError(f"{name}={getattr(s, name)} is out of range", f"--{name} must be {rule}")
+LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1),
+          "min_p": (0, 1), "repetition_penalty": (0.01, 100), "seed": (0, 2**62)}
 
 
 def read_prompt(prompt):
@@ -195,7 +188,7 @@ def read_prompt(prompt):
 
 def main(argv):
     settings, _, runs = load(SampleConfig, argv)
-    check_settings(settings)
+    check_limits(settings, LIMITS)
     prompt = read_prompt(settings.prompt or settings.start)
     device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)

@@ -52,7 +52,9 @@ def command_line(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        say("error: {}\nfix: {}".format(*(" ".join(str(line).splitlines()) for line in (error.fact, error.fix))))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
+            fact, fix = (" ".join(str(line).splitlines()) for line in (error.fact, error.fix))
+            print(f"error: {fact}\nfix: {fix}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     except KeyboardInterrupt:
         say("stopped")
@@ -158,6 +160,17 @@ def parse(value, kind, where):
         except (ValueError, TypeError, OverflowError):
             continue
     raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
+
+
+def check_limits(settings, limits):
+    """Raises UserError where a number is out of range. limits: {"name name": (smallest, largest)}; None passes."""
+    for names, (smallest, largest) in limits.items():
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not smallest <= value <= largest:
+                default = type(settings).__dataclass_fields__[name].default
+                raise UserError(f"{name}={value} is out of range: {smallest:g} to {largest:g}",
+                                f"leave --{name} out for {default}")
 
 
 def fits(value, kind):

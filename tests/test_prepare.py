@@ -178,7 +178,7 @@ def test_a_bad_line_is_named(here, line, reason):
     assert "a.jsonl, line 3: " in fact and reason in fact and '{"text": "..."}' in fix
 
 
-def test_damaged_data(here):
+def test_damaged_data(here, monkeypatch):
     (here / "a.txt").write_text(words(3000))
     prepare.main(["a.txt", "--tokenizer=char"])
     data = prepare.Data.open("data/a")
@@ -193,6 +193,8 @@ def test_damaged_data(here):
     ids = np.frombuffer(raw, np.uint16).copy()
     ids[:] = 999
     path.write_bytes(ids.tobytes())
+    assert "train.bin has the checksum" in error(lambda _: prepare.Data.open("data/a"))[0]
+    monkeypatch.setattr(prepare, "HASHED_BYTES", 0)  # as for a file that is too large to be hashed every time
     assert "has the token 999" in error(lambda _: prepare.Data.open("data/a").batch(8, 2, 0, 0))[0]
     assert "prepare.py" in error(lambda _: prepare.Data.open("data/none"))[1]
     (here / "data/a/meta.json").write_text("{")
@@ -294,16 +296,24 @@ def test_smallest_possible_data(data):
 def test_validation_sees_every_token_once(data):
     n = data.meta["val"]["tokens"]
     for T, B in ((16, 3), (7, 2), (n - 1, 1)):
-        batches = list(data.val_batches(T, B))
+        batches = [data.val_batch(i, T, B) for i in range(data.n_val_batches(T, B))]
         assert all(idx.shape == targets.shape == (B, T) for idx, targets in batches)
         whole = np.fromfile("data/a/val.bin", np.uint16)
         seen = torch.cat([targets.flatten() for _, targets in batches])
         assert torch.equal(seen[seen >= 0], torch.from_numpy(whole[1:].astype(np.int64)))
     # A model that gives every token of a uniform guess costs log2(V) bits each, whatever the batches are.
     V = data.meta["vocab_size"]
-    loss = prepare.validation_loss(lambda idx, targets: math.log(V), data, 16, 3)
-    assert loss == pytest.approx(math.log(V))
+    batches = data.n_val_batches(16, 3)
+    total, count = prepare.validation_sums(lambda idx, targets: math.log(V), data, 16, 3, batches)
+    loss = total / count
+    assert loss == pytest.approx(math.log(V)) and count == n - 1
     assert data.bits_per_byte(loss) == pytest.approx((n - 1) * math.log2(V) / data.meta["val"]["bytes"])
-    calls = []
-    prepare.validation_loss(lambda idx, targets: calls.append(1) or 1.0, data, 16, 3, max_batches=2)
-    assert len(calls) == 2
+    assert data.n_val_batches(16, 3, at_most=2) == 2 < batches and data.n_val_batches(16, 3, at_most=99) == batches
+    # Shared by three processes: all come by equally often, and their sums are the whole.
+    parts, visits = [], []
+    for rank in range(3):
+        parts.append(prepare.validation_sums(lambda idx, targets: float(idx.float().mean()), data, 16, 3, batches,
+                                             lambda: visits.append(rank), rank, 3))
+    alone = prepare.validation_sums(lambda idx, targets: float(idx.float().mean()), data, 16, 3, batches)
+    assert [sum(column) for column in zip(*parts)] == pytest.approx(alone) and parts[0] != parts[1]
+    assert visits.count(0) == visits.count(1) == visits.count(2) == math.ceil(batches / 3)

@@ -69,12 +69,12 @@ def test_20_steps_equal_10_and_10(data):
 @pytest.mark.parametrize("where", ["train", "validation"])
 def test_a_signal_loses_nothing(data, monkeypatch, where, capsys):
     run("--out_dir=a", "--max_iters=12", *HARD)
-    name, calls = ("batch" if where == "train" else "val_batches"), []
+    name, calls = ("batch" if where == "train" else "val_batch"), []
     real = getattr(prepare.Data, name)
 
     def interrupted(self, *args):
         calls.append(args)
-        if len(calls) == (15 if where == "train" else 2):  # in the second micro-batch of a step; in the second pass
+        if len(calls) == (15 if where == "train" else 5):  # in the second micro-batch of a step; in the second pass
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
     with monkeypatch.context() as patch:
@@ -305,7 +305,7 @@ def test_a_run_that_learns_by_heart_is_warned(data, capsys):
 
 @pytest.mark.parametrize("argument, words", [
     ("--seed=99999999999999999999", "seed=99999999999999999999"), ("--learning_rate=inf", "learning_rate=inf"),
-    ("--n_embd=1e12", "cannot be made here"), ("--batch_size=1e30", "between 1 and a billion"),
+    ("--n_embd=1e12", "cannot be made here"), ("--batch_size=1e30", "out of range: 1 to 1e+09"),
     ("--rope_theta=0", "rope_theta"),
     ("--block_size=100000", "block_size=100000 needs at least 100001"), ("--n_embd=33", "n_embd=33"),
     ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"), ("--batch_size=0", "batch_size=0"),
@@ -364,14 +364,9 @@ def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
     assert five["row"]["grad_norm"] == -1.0 and five["scaler"]["scale"] > 0
 
 
-def test_several_processes_are_refused(data, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2" in error(lambda argv: run(*argv))[0]
-
-
 def test_best_is_never_replaced_by_a_worse_one(data, monkeypatch):
     losses = iter([3.0, 2.0, 2.5])  # at 4, 6 (the end), and at 8 of the longer run
-    monkeypatch.setattr(prepare, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(prepare, "validation_sums", lambda *_: (next(losses), 1))
     run("--max_iters=6", "--eval_interval=4", "--lr_decay_iters=8")
     run("--max_iters=8", "--eval_interval=4", "--lr_decay_iters=8")
     best = runtime.load_checkpoint("out/words/best.pt")

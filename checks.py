@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+What can be wrong with a training run: everything that train.py checks, and the words in which it says so.
+
+Before the run: are the settings possible, do they fit the data, the checkpoint, the memory and the processes? While
+it runs: the loss is no number, the memory is full, a process is lost. Each is a UserError with the numbers and with
+what to type, and comes before any work is lost. train.py can be read without this file.
+"""
+import math
+import os
+from dataclasses import asdict, fields
+
+import machine
+import runtime
+from config import UserError, check_limits, note, say, warn
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The settings
+
+LIMITS = {  # the smallest and the largest value
+    "batch_size gradient_accumulation_steps max_iters eval_interval log_interval dist_timeout": (1, 1e9),
+    "learning_rate muon_lr rope_theta norm_eps": (1e-12, 1e12),
+    "weight_decay grad_clip warmup_iters lr_decay_iters min_lr eval_iters save_interval": (0, 1e12),
+    "beta1 beta2": (0, 1 - 1e-9),
+    "seed": (0, 2**62),
+}
+
+
+def check_settings(settings):
+    check_limits(settings, LIMITS)
+    if settings.budget:
+        seconds_of(settings.budget)
+        settings.max_iters = max(settings.max_iters, 11)  # until it is known after ten
+    if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
+        raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
+                        "downloads", "--init_from=scratch, or the path of a run or checkpoint")
+
+
+def seconds_of(budget):
+    """'90s', '5m', '1.5h' in seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(budget[-1:])
+    try:
+        seconds = float(budget[:-1]) * unit
+        if 0 < seconds < 1e9:
+            return seconds
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h")
+
+
+def pieces(settings, world):
+    """Into how many pieces a micro-batch is cut, so that all processes get the same share of an update."""
+    micros, windows = settings.gradient_accumulation_steps, settings.batch_size
+    cut = world // math.gcd(world, micros)
+    if windows % cut:
+        up = windows + cut - windows % cut
+        raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} processes",
+                        f"--batch_size={up}, or --gradient_accumulation_steps={world}, which counts those of all")
+    return cut
+
+
+def advise(settings, data):
+    """What works, but may be regretted."""
+    step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
+    epochs = settings.max_iters * step / data.meta["train"]["tokens"]
+    if epochs > 20 and not settings.budget:
+        warn(f"{settings.max_iters:,} updates read this text {epochs:,.0f} times, and may learn it by heart; "
+             f"--max_iters={max(1, round(10 * settings.max_iters / epochs))} reads it 10 times")
+    if settings.warmup_iters >= settings.max_iters and not settings.budget:
+        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} updates, and there are only "
+             f"{settings.max_iters}; --warmup_iters={settings.max_iters // 10}")
+
+
+def build_model(settings):
+    try:
+        return GPT(settings)
+    except AssertionError as error:  # the model states its contract as 'fact; remedy'
+        fact, _, remedy = str(error).partition("; ")
+        raise UserError(fact, remedy or "python train.py --help") from None
+    except (RuntimeError, MemoryError, OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"a model of this shape cannot be made here: {str(error).splitlines()[0][:200]}",
+                        "a smaller --n_embd, --n_layer, --n_inner or --vocab_size") from None
+
+
+def say_memory(model, batch_size, dtype, device, settings):
+    """About what training will take and what there is, before it is too late."""
+    parts = model.training_memory(batch_size, dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
+    needed, free = sum(parts.values()), machine.free_memory(device)
+    sizes = " + ".join(f"{what} {size / 1e6:,.0f}" for what, size in parts.items())
+    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB"
+        + (f" of {free / 1e6:,.0f} MB that are free" if free < math.inf else ""))
+    if needed > free:
+        warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps does the same "
+             "updates with less")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run starts
+
+MAY_CHANGE = {"init_from", "max_iters", "budget", "eval_interval", "eval_iters", "eval_only", "save_interval",
+              "always_save_checkpoint", "log_interval", "out_dir", "device", "backend", "dist_timeout", "wandb_log",
+              "wandb_project", "wandb_run_name", "preset", "dataset"}  # (data is compared by its checksums)
+
+
+def continue_run(resumed, settings, given, data, here):
+    """A resumed run must be the run that was begun. Raises UserError with both values of whatever differs.
+
+    Settings that were worked out when it began (the shape of a RUN that it started from, the vocabulary, the updates
+    that a budget allows) are taken from there.
+    """
+    was = dict(resumed["settings"])
+    if settings.init_from not in ("auto", "resume"):
+        for field in fields(GPTConfig):
+            if field.name not in given:
+                setattr(settings, field.name, was[field.name])
+    settings.vocab_size = settings.vocab_size or was["vocab_size"]
+    if settings.budget != was["budget"]:
+        resumed["chosen"].pop("max_iters", None)  # decided anew, or by max_iters
+    settings.max_iters = resumed["chosen"].get("max_iters", settings.max_iters)
+    if settings.budget and "max_iters" not in resumed["chosen"]:
+        settings.max_iters = max(settings.max_iters, resumed["step"] + 1)
+    now = asdict(settings)
+    if windows(was) == windows(now):  # cut into other micro-batches, an update reads the same
+        if was["batch_size"] != now["batch_size"]:
+            warn(f"micro-batches of {now['batch_size']} windows instead of {was['batch_size']}: the run goes on with "
+                 "the same data, but not bit for bit")
+        for name in ("batch_size", "gradient_accumulation_steps"):
+            was[name] = now[name]
+    was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
+    was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
+        resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]))
+    differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+    if differ:
+        begun, asked = (", ".join(f"{name}={side.get(name)}" for name in differ) for side in (was, now))
+        raise UserError(f"{settings.out_dir} was begun with {begun}; now it is {asked}",
+                        "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
+    if settings.max_iters < resumed["step"]:
+        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
+                        f"--max_iters={resumed['step']} or more")
+    if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
+        note(f"the learning rate now reaches its end at update {settings.max_iters}, not at {was['max_iters']}")
+    changed = [f"{name} {resumed['versions'][name]} -> {here[name]}" for name in resumed["versions"]
+               if name != "commit" and here.get(name) != resumed["versions"][name]]
+    if changed:
+        warn(f"resumed elsewhere ({', '.join(changed)}): the run goes on, but not bit for bit as it would have")
+
+
+def windows(settings):
+    """Windows of text that an update reads."""
+    return settings["batch_size"] * settings["gradient_accumulation_steps"]
+
+
+def load_start(settings, given, data):
+    """The checkpoint that init_from names; its shape becomes that of this run, where no other is asked for."""
+    start = runtime.load_checkpoint(runtime.checkpoint_path(settings.init_from))
+    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
+                        f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
+                        f"python prepare.py YOUR_TEXT --out={data.folder} --tokenizer={settings.init_from}")
+    for field in fields(GPTConfig):
+        was, now = start["settings"][field.name], getattr(settings, field.name)
+        if field.name in given and now != was and field.name != "dropout":
+            raise UserError(f"{settings.init_from} has {field.name}={was}, but {field.name}={now} is asked for",
+                            f"leave {field.name} out: the shape comes with the weights")
+        if field.name not in given:
+            setattr(settings, field.name, was)
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# While it runs
+
+
+def not_finite(update, loss, norm, settings, chosen):
+    """The error for a loss or gradient that is no number, before any weight was touched. Exit code 3."""
+    good = runtime.checkpoints(settings.out_dir)[-1:]
+    again = f"--init_from={good[0]} --out_dir={settings.out_dir}-2 " if good else f"--out_dir={settings.out_dir}-2 "
+    return UserError(f"at update {update} the loss is {loss} and the gradient norm {norm} (learning rate "
+                     f"{settings.learning_rate:.2g}, {chosen['dtype']}); no weight was touched, and the same command "
+                     f"comes to the same place; last good checkpoint: {good[0] if good else 'none yet'}",
+                     f"{again}--learning_rate={settings.learning_rate / 3:.1g}, or --dtype=float32", code=3)
+
+
+def explain(error, settings, processes):
+    """What a failed allocation or a lost process means to the user: a UserError; None for what is a bug."""
+    windows, micros = settings.batch_size, settings.gradient_accumulation_steps
+    if machine.is_out_of_memory(error):
+        cut = next((n for n in range(2, windows + 1) if windows % n == 0), 0)
+        fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same updates with "
+               "less memory, a little slower" if cut else "a smaller --block_size, or a smaller model")
+        return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
+                         f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix)
+    if processes.lost(error):
+        return UserError(f"process {processes.rank} of {processes.world} lost the others: {str(error).splitlines()[0]}",
+                         "see what the one that ended first has said; the same command continues from the last "
+                         f"checkpoint. Where one was only slow: --dist_timeout={2 * settings.dist_timeout}")
+    return None
