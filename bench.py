@@ -3,21 +3,32 @@
 Measurements: every number in the README that is not a line of a training log comes from here.
 
     python bench.py syntax out/small    # how many of the functions that the model writes are Python?
+    python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
 
 Each prints what it measured on standard output, and on which machine.
 """
 import ast
+import json
+import multiprocessing
+import os
 import platform
+import runpy
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 import machine
+import prepare
 import runtime
 import sample
 import tokenizer as tokenizers
+import train
 from config import UserError, check_limits, command_line, load, say
+from model import GPT
 
 
 @dataclass
@@ -29,6 +40,9 @@ class BenchConfig:
     seed: int = 1337  # of the samples
     checkpoint: Literal["best", "last"] = "best"  # of a run folder
     device: str = "auto"  # cpu, cuda, cuda:1, mps
+    peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
+    dataset: str = "stdlib"  # parity: data/NAME to train on
+    steps: int = 200  # parity: updates to compare
 
 
 def syntax(settings, runs):
@@ -85,7 +99,118 @@ def parses(source):
         return False
 
 
-BENCHES = {"syntax": syntax}
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity
+
+# (At three times this rate training is chaotic: a difference in the last bit grows tenfold in ten updates.)
+PARITY = """--n_layer=3 --n_head=4 --n_embd=64 --block_size=64 --batch_size=4 --gradient_accumulation_steps=3
+    --bias=False --dropout=0.0 --learning_rate=1e-3 --min_lr=1e-4 --weight_decay=0.1 --beta1=0.9 --beta2=0.95
+    --grad_clip=0.6 --device=cpu --dtype=float32 --compile=False""".split()
+TOLERANCE = 1e-4
+
+
+def parity(settings, _):
+    """Does training here do what it does in nanoGPT? The same weights and batches, two programs, every loss and norm.
+
+    nanoGPT's own train.py runs unchanged: around it, its model starts from our weights, its random numbers are the
+    positions of our batches, and its losses and gradient norms are written down. Warm-up, cosine, accumulation,
+    clipping and the decay of the matrices alone are in it; float32, without dropout.
+    """
+    check_limits(settings, {"steps": (10, 100_000)})
+    for name in ("train.py", "model.py"):
+        if not os.path.isfile(os.path.join(settings.peer, name)):
+            raise UserError(f"--peer={settings.peer!r} is not a folder of nanoGPT: it has no {name}",
+                            "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*PARITY, f"--max_iters={settings.steps}", f"--lr_decay_iters={settings.steps}",
+                f"--warmup_iters={settings.steps // 10}"]
+        ours = os.path.join(folder, "ours")
+        command = [sys.executable, train.__file__, *argv, "--mlp=gelu_exact", "--log_interval=1", "--eval_iters=1",
+                   f"--eval_interval={settings.steps}", f"--dataset={settings.dataset}", f"--out_dir={ours}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"our own run failed: {done.stderr.strip().splitlines()[-2:]}", "mend that first")
+        with open(os.path.join(ours, "log.jsonl"), encoding="utf-8") as file:
+            header, *rows = map(json.loads, file)
+        run = train.TrainConfig(**header["settings"])
+        torch.manual_seed(run.seed)
+        weights = GPT(run).state_dict()
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            weights[name] = weights[name][:run.vocab_size].clone()  # without our padding
+        data = prepare.Data.open(os.path.join("data", settings.dataset))
+        micros = run.gradient_accumulation_steps
+        starts = [data.starts(run.block_size, run.batch_size, run.seed, step, micro, micros)
+                  for step in range(settings.steps + 1) for micro in range(micros)]
+
+        os.makedirs(os.path.join(folder, "data"))
+        for path in [os.path.join(settings.peer, name) for name in os.listdir(settings.peer) if name.endswith(".py")]:
+            os.symlink(os.path.abspath(path), os.path.join(folder, os.path.basename(path)))
+        os.symlink(os.path.abspath(data.folder), os.path.join(folder, "data", "parity"))
+        theirs = [*argv, f"--max_iters={settings.steps - 1}",  # (nanoGPT counts from 0 and includes the last)
+                  "--eval_iters=1", "--eval_interval=1000000000", "--dataset=parity", "--out_dir=theirs"]
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_peer, args=(folder, theirs, weights, starts, run.vocab_size))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UserError(f"the training of {settings.peer} failed with exit code {process.exitcode}, see above",
+                            "use nanoGPT as it is on GitHub")
+        with open(os.path.join(folder, "peer.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    losses = [sum(found["losses"][i:i + micros]) / micros for i in range(0, len(found["losses"]), micros)]
+    if not len(rows) == len(losses) == len(found["norms"]) == settings.steps:
+        raise UserError(f"{len(rows)}, {len(losses)} and {len(found['norms'])} updates instead of {settings.steps}",
+                        "use nanoGPT as it is on GitHub")
+    loss = max(abs(row["loss"] - other) for row, other in zip(rows, losses))
+    norm = max(abs(row["grad_norm"] - other) for row, other in zip(rows, found["norms"]))
+    clipped = sum(row["grad_norm"] > run.grad_clip for row in rows)
+    print(f"parity: {settings.steps} updates, {clipped} of them clipped, loss {losses[0]:.4f} -> {losses[-1]:.4f}: "
+          f"largest difference of a loss {loss:.1e}, of a gradient norm {norm:.1e} (tolerance {TOLERANCE:.0e})")
+    return 0 if max(loss, norm) <= TOLERANCE else 1
+
+
+def run_peer(folder, argv, weights, starts, vocab_size):
+    """In a process of its own: run the peer's train.py with our weights and batches; its numbers go to peer.json."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.modules.pop("model", None)  # there is one of ours, too
+    import model as peer
+    started, losses, norms, plan = [], [], [], iter(starts)
+    init, forward, clip = peer.GPT.__init__, peer.GPT.forward, torch.nn.utils.clip_grad_norm_
+
+    def start_from_ours(self, config):
+        config.vocab_size = vocab_size
+        init(self, config)
+        lacks = [name for name in self.load_state_dict(weights, strict=False).missing_keys if "weight" in name]
+        if lacks:
+            sys.exit(f"the peer's model has {lacks[0]}, ours has not")
+        started.append(self)
+
+    def note_loss(self, idx, targets=None):
+        result = forward(self, idx, targets)
+        if self.training:
+            losses.append(result[1].item())
+        return result
+
+    def note_norm(*args, **kw):
+        norms.append(clip(*args, **kw))
+        return norms[-1]
+
+    def planned(high, size):  # in evaluation, which draws from the same numbers, any batch will do
+        return torch.from_numpy(next(plan)) if started[-1].training else torch.zeros(size, dtype=torch.int64)
+
+    peer.GPT.__init__, peer.GPT.forward = start_from_ours, note_loss
+    torch.nn.utils.clip_grad_norm_, torch.randint = note_norm, planned
+    sys.argv = ["train.py", *argv]
+    with open(os.devnull, "w", encoding="utf-8") as quiet:
+        sys.stdout = quiet
+        runpy.run_path("train.py")
+    sys.stdout = sys.__stdout__
+    with open("peer.json", "w", encoding="utf-8") as file:
+        json.dump(dict(losses=losses, norms=[float(norm) for norm in norms]), file)
+
+
+BENCHES = {"syntax": syntax, "parity": parity}
 
 
 def main(argv):
@@ -93,7 +218,7 @@ def main(argv):
     if not bare or bare[0] not in BENCHES:
         raise UserError(f"there is no bench {bare[0]!r}" if bare else "no bench was named",
                         "python bench.py NAME, one of: " + ", ".join(BENCHES))
-    BENCHES[bare[0]](settings, bare[1:])
+    return BENCHES[bare[0]](settings, bare[1:])
 
 
 if __name__ == "__main__":

@@ -484,14 +484,20 @@ class Data:
         return ids.astype(np.int64)
 
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
-        """The micro-batch number `micro` of the `micros` that make up step `step`: (idx, targets), each (B, T) int64.
+        """The micro-batch number `micro` of the `micros` that make up a step: (idx, targets), each (B, T) int64."""
+        import torch
+        starts = self.starts(block_size, batch_size, seed, step, micro, micros)
+        rows = np.stack([self.tokens("train", start, block_size + 1) for start in starts.tolist()])  # (B, T + 1)
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+
+    def starts(self, block_size, batch_size, seed, step, micro=0, micros=1):
+        """Where the windows of that micro-batch begin: (B,) int64.
 
         The training side is cut into windows of block_size tokens, and an epoch visits every window once, in shuffled
         order. Sample number g of the whole run is window shuffled(g mod n) of epoch g // n: nothing is remembered from
         one batch to the next, so a resumed run continues with exactly the data it would have seen, validation cannot
         disturb it, and it does not matter which process takes which micro-batch.
         """
-        import torch
         tokens = self.meta["train"]["tokens"]
         n = max(1, tokens // block_size - 1)  # windows of an epoch: one fewer than fit, which leaves room ...
         room = tokens - n * block_size  # ... for every epoch to begin its first window at another place
@@ -501,8 +507,7 @@ class Data:
             here = sample // n == epoch
             window = shuffled(sample[here] % n, n, fold("epoch", seed, epoch))
             starts[here] = fold("offset", seed, epoch) % room + window * block_size
-        rows = np.stack([self.tokens("train", start, block_size + 1) for start in starts.tolist()])  # (B, T + 1)
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+        return starts
 
     def val_batch(self, i, block_size, batch_size):
         """Batch number i of the one pass over the held-out side: (idx, targets), each (B, T) int64; -1 after the end.

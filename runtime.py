@@ -223,3 +223,90 @@ def load_weights(model, weights, path):
             raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",
                             "use the settings that the checkpoint was trained with")
     model.load_state_dict(weights, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face: the same models under other names
+
+
+def hugging_face_config(theirs):
+    """The GPTConfig for a Hugging Face config.json (a dict): gpt2, llama or qwen3. Raises UserError for all else."""
+    kind = theirs.get("model_type")
+    try:
+        if kind == "gpt2":
+            refuse(theirs, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+            mlp = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}[theirs["activation_function"]]
+            return GPTConfig(
+                block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], n_layer=theirs["n_layer"],
+                n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_inner=theirs.get("n_inner") or 0, mlp=mlp,
+                bias=True, tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs["layer_norm_epsilon"])
+        if kind in ("llama", "qwen3"):
+            rope = theirs.get("rope_parameters") or {}  # (transformers 4 had rope_theta and rope_scaling instead)
+            refuse(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
+            refuse({**rope, **(theirs.get("rope_scaling") or {})}, rope_type="default")
+            return GPTConfig(
+                block_size=theirs["max_position_embeddings"], vocab_size=theirs["vocab_size"],
+                n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
+                n_kv_head=theirs.get("num_key_value_heads") or 0, n_embd=theirs["hidden_size"],
+                head_dim=theirs.get("head_dim") or (128 if kind == "qwen3" else 0), n_inner=theirs["intermediate_size"],
+                pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=kind == "qwen3",
+                tie_weights=theirs.get("tie_word_embeddings", False), norm_eps=theirs["rms_norm_eps"],
+                rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0))
+    except KeyError as error:
+        raise UserError(f"this {kind} config.json lacks or has an unknown {error}", "use another model") from None
+    raise UserError(f"model_type={kind} is none of gpt2, llama and qwen3", "use a model of one of these")
+
+
+def refuse(theirs, **only):
+    """Raises UserError where a setting has another value than the only one that this model has; missing is fine."""
+    for name, value in only.items():
+        if theirs.get(name, value) != value:
+            raise UserError(f"{name}={theirs[name]} is not supported, only {value}", "use another model")
+
+
+LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
+    "transformer.wte.weight": ["model.embed_tokens.weight"],
+    "transformer.ln_f.weight": ["model.norm.weight"],
+    "lm_head.weight": ["lm_head.weight"],
+    "ln_1.weight": ["input_layernorm.weight"],
+    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
+    "attn.c_proj.weight": ["self_attn.o_proj.weight"],
+    "ln_2.weight": ["post_attention_layernorm.weight"],
+    "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.c_proj.weight": ["mlp.down_proj.weight"],
+}
+
+
+def hugging_face_names(name, config):
+    """(their tensors that stand one above the other in our tensor `name`, whether theirs are transposed).
+
+    GPT-2's names are ours, but its linear layers are transposed: (in, out), as in the TensorFlow original. Llama and
+    Qwen3 keep apart what is one product here: q, k and v, and the gate and the value of the MLP.
+    """
+    if config.pos == "learned":
+        return [name], name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    if not name.startswith("transformer.h."):
+        return LLAMA_NAMES[name], False
+    layer, tail = name.removeprefix("transformer.h.").split(".", 1)
+    return [f"model.layers.{layer}.{theirs}" for theirs in LLAMA_NAMES[tail]], False
+
+
+def load_hugging_face(model, theirs):
+    """Copy the tensors {name: tensor} of a Hugging Face model into ours. Raises UserError for the first one missing."""
+    weights = {}
+    for name, ours in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_weights:
+            name = "transformer.wte.weight"
+        parts, transposed = hugging_face_names(name, model.config)
+        missing = [part for part in parts if part not in theirs]
+        if missing:
+            raise UserError(f"the model has no tensor {missing[0]}", "use a complete one")
+        value = torch.cat([theirs[part].T if transposed else theirs[part] for part in parts]).to(ours.dtype)
+        if name in ("transformer.wte.weight", "lm_head.weight"):  # our padding of the vocabulary
+            value = torch.cat((value, value.new_zeros(ours.size(0) - value.size(0), value.size(1))))
+        weights[name] = value
+    if model.config.tie_weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    load_weights(model, weights, "the model")

@@ -12,7 +12,6 @@ from conftest import ROOT, error, script
 
 import sample
 import tokenizer as tokenizers
-import train
 from sample import TextStream, filter_logits, penalize
 
 
