@@ -46,8 +46,9 @@ def save_checkpoint(path, state):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(part)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's writer says RuntimeError where the disk is full
-            raise UserError(f"cannot write {path}: {error}", "make room; the same command goes on from the checkpoint "
+        if isinstance(error, (OSError, RuntimeError)):  # where the disk is full, torch's writer hides why
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise UserError(f"cannot write {path}: {cause}", "make room; the same command goes on from the checkpoint "
                             "before", code=1) from None
         raise
 
@@ -98,17 +99,10 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def prune_checkpoints(run, step, keep=2):
-    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one) up to `step`, the newest.
-
-    One beyond `step` was damaged, or the run would have resumed there; its updates come again.
-    """
-    behind = f"ckpt_{step:08d}.pt"
-    paths = checkpoints(run)
-    kept = [path for path in paths if os.path.basename(path) <= behind][-keep:]
-    for path in paths:
-        if path not in kept:
-            os.unlink(path)
+def prune_checkpoints(run, keep=2):
+    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one)."""
+    for path in checkpoints(run)[:-keep]:
+        os.unlink(path)
 
 
 class RunFolder:
@@ -144,10 +138,10 @@ class RunFolder:
         except OSError as error:
             note(f"{self.path} cannot be locked ({error.strerror}): do not train in it twice at the same time")
 
-    def open(self, new, needed):
+    def open(self, step, needed):
         """Make the folder, see that it can be written, and clear away what a kill left; before the first update.
 
-        new: no checkpoint was found in it. needed: bytes that the run will take there.
+        step: where the run goes on, None for a new one. needed: bytes that it will take here.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
@@ -162,8 +156,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}", "--out_dir=ANOTHER_FOLDER") \
                 from None
-        if new and checkpoints(self.path):
+        if step is None and checkpoints(self.path):
             raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
+        for path in checkpoints(self.path):
+            if step is not None and os.path.basename(path) > f"ckpt_{step:08d}.pt":  # else the run would go on there
+                os.replace(path, path + ".damaged")
         if free < needed:
             warn(f"the checkpoints will take {needed / 1e6:,.0f} MB in {self.path}, and the disk has {free / 1e6:,.0f} "
                  "MB left")

@@ -127,7 +127,7 @@ def train(settings, given, processes, stop, folder):
         prepare.prepare([settings.dataset], prepare.PrepareConfig(out=data_dir))
     processes.join(device, settings.backend, settings.dist_timeout)
     data = prepare.Data.open(data_dir)
-    tokenizers.load_from(data_dir, data.meta["tokenizer_sha256"])  # better to find it damaged now than at the end
+    data.check_tokenizer()  # better to find it damaged now than at the end
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
@@ -247,12 +247,12 @@ def train(settings, given, processes, stop, folder):
         """All that the next update depends on."""
         save(f"ckpt_{step:08d}.pt", row=row, best_loss=best_loss, scaler=scaler.state_dict(),
              optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
-        runtime.prune_checkpoints(out_dir, step)
+        runtime.prune_checkpoints(out_dir)
 
     writes, log, wandb = processes.rank == 0, None, None
     if writes:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        folder.open(new=not resumed, needed=10 * weights)  # best.pt, and 3 with optimizer state while one is written
+        folder.open(resumed and step, needed=10 * weights)  # best.pt, and 3 with optimizer state while one is written
         if not resumed:
             shutil.copytree(os.path.join(data_dir, "tokenizer"), os.path.join(out_dir, "tokenizer"), dirs_exist_ok=True)
         elif os.path.exists(best := os.path.join(out_dir, "best.pt")):  # it may be newer than the checkpoint
@@ -297,12 +297,8 @@ def train(settings, given, processes, stop, folder):
                 say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
                     f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
 
-            # b) One update: how far to move, in which direction, and the move.
+            # b) One update: in which direction, how far, and the move.
             started = time.perf_counter()
-            factor = learning_rate_factor(step, settings)
-            for optimizer, highest in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = highest * factor
             loss = 0.0
             for micro in mine:
                 check_stop()
@@ -318,8 +314,11 @@ def train(settings, given, processes, stop, folder):
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if not math.isfinite(loss) or skipped > (MAX_SKIPPED if scaling else 0):
                 raise checks.not_finite(step + 1, loss, norm, settings, chosen)
+            factor = learning_rate_factor(step, settings)
             if not skipped:  # else float16 has overflowed: the scaler halves its factor, this update does nothing
-                for optimizer, _ in optimizers:
+                for optimizer, highest in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = highest * factor
                     scaler.step(optimizer)
             scaler.update()
             for optimizer, _ in optimizers:

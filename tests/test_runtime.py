@@ -96,7 +96,7 @@ def test_checkpoints_are_ordered_by_number_and_pruned(here):
     runtime.save_checkpoint("best.pt", dict(step=1))
     os.utime("ckpt_00000003.pt")  # the oldest was touched last
     assert [runtime.load_checkpoint(path)["step"] for path in runtime.checkpoints(".")] == [3, 20, 100]
-    runtime.prune_checkpoints(".", 100)
+    runtime.prune_checkpoints(".")
     assert sorted(os.listdir()) == ["best.pt", "ckpt_00000020.pt", "ckpt_00000100.pt"]
     assert runtime.checkpoint_path(".") == "./best.pt" and runtime.checkpoint_path(".", "last") == "./ckpt_00000100.pt"
 

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Runs that something happens to, and how to tell that they are the same in the end.
+
+    run = Run(folder, "--max_iters=60", fault="die_at_call:replace,3")     # in a process of its own
+    assert run.wait() == -9
+
+A process that has imported PyTorch once forks for every run, so that one takes a second and not three. As a program,
+for torchrun: `FAULT=die_at_step:1,17 torchrun ... tests/faults.py SETTINGS`.
+"""
+import errno
+import functools
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import time
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch._dynamo  # every optimizer imports it, which takes a second
+
+import config
+import log
+import machine
+import model
+import prepare
+import runtime
+import train
+
+STEPS = 60
+BENCH = f"""--dataset=words --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4
+    --gradient_accumulation_steps=2 --dropout=0.1 --optimizer=muon --max_iters={STEPS} --warmup_iters=6
+    --learning_rate=1e-2 --save_interval=5 --eval_interval=7 --log_interval=1 --compile=false --dtype=float32
+    --device=cpu""".split()
+TIMES = {"train_seconds", "wall_seconds", "tokens_per_second", "memory"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults: each changes something in a process that is about to train
+
+
+def calls(owner, name, act, nth=0):
+    """Call act(real, *args) instead of owner.name(*args): always, or at call number nth (from 1) alone."""
+    real, count = getattr(owner, name), [0]
+
+    def changed(*args, **kw):
+        count[0] += 1
+        return act(real, *args, **kw) if nth in (0, count[0]) else real(*args, **kw)
+    setattr(owner, name, changed)
+
+
+def me():
+    return int(os.environ.get("RANK", "0"))
+
+
+def at_step(step, act, micro=None):
+    """Act when the first micro-batch of update `step` (from 1) is read."""
+    def watch(real, self, *args):
+        if args[3] == step - 1 and not done:
+            done.append(True)
+            act()
+        return real(self, *args)
+    done = []
+    calls(prepare.Data, "batch", watch)
+
+
+def die():
+    os._exit(9)
+
+
+def die_before(what, nth):
+    """kill -9 just before call number nth of os.fsync, os.replace or os.unlink."""
+    calls(os, what, lambda real, *args, **kw: die(), int(nth))
+
+
+def die_after(what, nth):
+    def act(real, *args, **kw):
+        real(*args, **kw)
+        die()
+    calls(os, what, act, int(nth))
+
+
+class Cut:
+    """A file that fails after so many bytes."""
+
+    def __init__(self, file, left, fail):
+        self.file, self.left, self.fail = file, left, fail
+
+    def write(self, raw):
+        raw = bytes(raw)
+        self.file.write(raw[:self.left])
+        self.left -= len(raw)
+        if self.left < 0:
+            self.file.flush()
+            self.fail()
+        return len(raw)
+
+    def flush(self):
+        self.file.flush()
+
+
+def die_in_bytes(nth, size):
+    """kill -9 when `size` bytes of save number nth have been written."""
+    calls(torch, "save", lambda real, state, file: real(state, Cut(file, int(size), die)), int(nth))
+
+
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk(first, last, size=1000):
+    """Saves number first to last meet a full disk after `size` bytes."""
+    count = [0]
+
+    def act(real, state, file):
+        count[0] += 1
+        return real(state, Cut(file, int(size), full) if int(first) <= count[0] <= int(last) else file)
+    calls(torch, "save", act)
+
+
+def full_log(step):
+    """The log cannot be written at update number `step`."""
+    def act(real, self, row):
+        if row["step"] == int(step):
+            self.path, path = "/dev/full/log.jsonl", self.path
+            real(self, row)
+            self.path = path
+        else:
+            real(self, row)
+    calls(log.Log, "write", act)
+
+
+def signal_at_step(number, *steps):
+    for step in map(int, steps):
+        at_step(step, lambda: os.kill(os.getpid(), int(number)))
+
+
+def signal_in_validation(number, batch):
+    calls(prepare.Data, "val_batch", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1], int(batch))
+
+
+def signals_in_save(number, nth, count):
+    """Signals in the middle of save number nth, 50 ms apart."""
+    def act(real, state, file):
+        real(state, file)
+        for _ in range(int(count)):
+            os.kill(os.getpid(), int(number))
+            time.sleep(0.05)
+    calls(torch, "save", act, int(nth))
+
+
+def signal_while_opening(number):
+    calls(runtime, "find_checkpoint", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1])
+
+
+def bad_loss(step, value, rank=0):
+    """The loss of an update is multiplied by a value such as nan."""
+    if me() == int(rank):
+        state = []
+        at_step(int(step), lambda: state.append(1))
+        calls(model.GPT, "loss", lambda real, *args: real(*args) * (float(value) if state else 1.0))
+
+
+def crash_in_validation():
+    def act(real, *args):
+        raise ZeroDivisionError("a bug in the validation")
+    calls(prepare, "validation_sums", act)
+
+
+def keep_all():
+    calls(runtime, "prune_checkpoints", lambda real, *args: None)
+
+
+def one_thread():
+    calls(machine, "set_up", lambda real, *args: (real(*args), torch.set_num_threads(1)))
+
+
+def small_files(size):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+
+
+def little_room():
+    """The disk has 1 MB left."""
+    calls(runtime.shutil, "disk_usage", lambda real, path: real(path)._replace(free=1_000_000))
+
+
+def little_memory(size):
+    """The process may take `size` more bytes of address space."""
+    import resource
+    with open("/proc/self/statm", encoding="utf-8") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(size), now + int(size)))
+
+
+def no_fcntl():
+    sys.modules["fcntl"] = None
+
+
+def peak_memory(path):
+    """Write the most memory that the process has held when the first update begins, in bytes."""
+    def note():
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(str(machine.peak_memory("cpu")))
+    at_step(1, note)
+    at_step(2, note)
+
+
+def die_at_step(rank, step, attempts=1):
+    """The process `rank` dies at an update, in the first attempts of torchrun."""
+    if me() == int(rank) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < int(attempts):
+        at_step(int(step), lambda: os._exit(1))
+
+
+def signal_rank(rank, number, step):
+    if me() == int(rank):
+        signal_at_step(number, step)
+
+
+def hang(rank, step):
+    if me() == int(rank):
+        at_step(int(step), lambda: time.sleep(1000))
+
+
+def other_seed(rank):
+    if me() == int(rank):
+        calls(train.checks, "check_settings", lambda real, settings: (real(settings), setattr(settings, "seed", 4)))
+
+
+def note_windows():
+    """Write the positions of all windows that are read to windows.RANK."""
+    def act(real, self, *args):
+        found = real(self, *args)
+        with open(f"windows.{me()}", "a", encoding="utf-8") as file:
+            file.write(json.dumps([args[3], sorted(found.tolist())]) + "\n")
+        return found
+    calls(prepare.Data, "starts", act)
+
+
+def slow_steps(seconds):
+    calls(prepare.Data, "batch", lambda real, *args: (time.sleep(float(seconds)), real(*args))[1])
+
+
+def apply(fault):
+    for one in filter(None, fault.split(";")):
+        name, _, arguments = one.partition(":")
+        globals()[name](*filter(None, arguments.split(",")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def child(folder, argv, fault, env, script):
+    os.chdir(folder)
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(f"said.{env.get('RANK', '0')}", "a", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    apply(fault)
+    config.command_line(lambda _: {"train": train, "prepare": prepare}[script].main(argv))
+
+
+@functools.cache
+def context():
+    """Where new processes come from: one that has imported everything, and does nothing else."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["faults"])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return forks
+
+
+class Run:
+    """One process that trains (or prepares) in `folder`; what it says is appended to the file said.0."""
+
+    def __init__(self, folder, *argv, fault="", env=None, script="train", settings=BENCH):
+        argv = [*(settings if script == "train" else ()), *argv]
+        self.process = context().Process(target=child, args=(str(folder), argv, fault, env or {}, script))
+        self.process.start()
+
+    def wait(self, timeout=120):
+        """The exit code; -9 for a process that was killed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "the run hangs"
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+        return self.wait()
+
+
+def ranks(world, folder, *argv, fault="", port=29511, **kw):
+    """`world` processes that train together, as torchrun would start them; their exit codes."""
+    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    runs = [Run(folder, *argv, fault=fault, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), **kw)
+            for rank in range(world)]
+    return [run.wait() for run in runs]
+
+
+def said(folder, rank=0):
+    with open(os.path.join(folder, f"said.{rank}"), encoding="utf-8") as file:
+        return file.read()
+
+
+def digest(path):
+    """A sha256 over all numbers of a checkpoint: weights and optimizer."""
+    state, total = runtime.load_checkpoint(path), hashlib.sha256()
+
+    def add(name, value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{name}.{key}", value[key])
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                add(f"{name}.{i}", item)
+        else:
+            raw = value.contiguous().numpy().tobytes() if torch.is_tensor(value) else repr(value).encode()
+            total.update(f"{name}={len(raw)}:".encode() + raw)
+    add("", {key: state[key] for key in ("model", "optimizer", "scaler", "step")})
+    return total.hexdigest()
+
+
+def rows(run):
+    """The log without what depends on the clock."""
+    with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as file:
+        _, *lines = map(json.loads, file)
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
+
+
+def outcome(run, steps=STEPS):
+    """All that a run leaves: weights and optimizer, log, best checkpoint."""
+    best = runtime.load_checkpoint(os.path.join(run, "best.pt"))
+    weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in best["model"].values())).hexdigest()
+    return digest(os.path.join(run, f"ckpt_{steps:08d}.pt")), rows(run), (best["step"], best["val_loss"], weights)
+
+
+if __name__ == "__main__":
+    apply(os.environ.get("FAULT", ""))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.command_line(train.main)
