@@ -192,7 +192,8 @@ def explain(error, settings, processes):
         return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
                          f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix)
     if processes.lost(error):
-        return UserError(f"process {processes.rank} of {processes.world} lost the others: {str(error).splitlines()[0]}",
+        why = str(error).splitlines()[0].partition(". This is typically")[0]
+        return UserError(f"process {processes.rank} of {processes.world} lost the others: {why}",
                          "see what the one that ended first has said; the same command continues from the last "
                          f"checkpoint. Where one was only slow: --dist_timeout={2 * settings.dist_timeout}")
     return None

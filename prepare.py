@@ -469,8 +469,8 @@ class Data:
         """Raises UserError where the tokenizer is not the one that these ids were written with."""
         size = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"]).vocab_size
         if size != self.meta["vocab_size"]:
-            raise UserError(f"{self.folder}/meta.json says vocab_size={self.meta['vocab_size']}, but the tokenizer there "
-                            f"has {size} tokens", f"prepare {self.folder} again")
+            raise UserError(f"{self.folder}/meta.json says vocab_size={self.meta['vocab_size']}, but the tokenizer "
+                            f"there has {size} tokens", f"prepare {self.folder} again")
 
     def check(self, block_size):
         """Raises UserError where a side is too short for one window of block_size + 1 tokens."""

@@ -101,8 +101,9 @@ def main(argv):
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
-    with machine.Processes() as processes, machine.StopSignal() as stop, \
-            runtime.RunFolder(settings.out_dir, writes=processes.rank == 0 and not settings.eval_only) as folder:
+    processes = machine.Processes()
+    writes = processes.rank == 0 and not settings.eval_only
+    with machine.StopSignal() as stop, runtime.RunFolder(settings.out_dir, writes) as folder:
         try:
             return train(settings, given, processes, stop, folder)
         except (RuntimeError, MemoryError) as error:
@@ -346,6 +347,9 @@ def train(settings, given, processes, stop, folder):
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
             + (f"; saved in {out_dir}. The same command continues." if step else ""))
         return 128 + stop.signal
+
+    if wandb:
+        wandb.finish()
 
     # ------------------------------------------------------------------------------------------------------------------
     # 6) The result.

@@ -19,6 +19,7 @@ import difflib
 import inspect
 import os
 import sys
+import traceback
 import types
 import typing
 
@@ -49,19 +50,33 @@ def warn(text):
 
 def command_line(main):
     """Run a script's main(argv) and turn what went wrong into the two lines and the exit code of a UserError."""
+    code = run(main)
+    if os.environ.get("WORLD_SIZE", "1") in ("1", ""):
+        sys.exit(code)
+    # One of several processes leaves without tidying up: in Python's last moments, the threads through which they
+    # talked can wait for the interpreter while the interpreter waits for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(main):
     try:
-        sys.exit(main(sys.argv[1:]))
+        return main(sys.argv[1:]) or 0
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
             fact, fix = (" ".join(str(line).splitlines()) for line in (error.fact, error.fix))
             print(f"error: {fact}\nfix: {fix}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
+        return error.code
     except KeyboardInterrupt:
         say("stopped")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # `python sample.py | head` closes our standard output: no more to say, and no traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
+    except Exception:  # a mistake of ours
+        traceback.print_exc()
+        return 1
 
 
 def load(cls, argv, presets=None, files=False):

@@ -141,7 +141,8 @@ def signal_at_step(number, *steps):
 
 
 def signal_in_validation(number, batch):
-    calls(prepare.Data, "val_batch", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1], int(batch))
+    calls(prepare.Data, "val_batch", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1],
+          int(batch))
 
 
 def signals_in_save(number, nth, count):
@@ -164,6 +165,24 @@ def bad_loss(step, value, rank=0):
         state = []
         at_step(int(step), lambda: state.append(1))
         calls(model.GPT, "loss", lambda real, *args: real(*args) * (float(value) if state else 1.0))
+
+
+def overflow(step, name):
+    """The gradients of the parameters whose name contains `name` are infinite in update number `step`."""
+    state = []
+    at_step(int(step), lambda: state.append(1))
+
+    built = []
+    calls(train.checks, "build_model", lambda real, settings: built.append(real(settings)) or built[-1])
+
+    def act(real, self, optimizer):
+        if state:
+            for key, p in built[-1].named_parameters():
+                if name in key:
+                    p.grad.fill_(float("inf"))
+            state.clear()
+        return real(self, optimizer)
+    calls(torch.amp.GradScaler, "unscale_", act)
 
 
 def crash_in_validation():
@@ -285,10 +304,12 @@ class Run:
         self.process = context().Process(target=child, args=(str(folder), argv, fault, env or {}, script))
         self.process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=60):
         """The exit code; -9 for a process that was killed."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "the run hangs"
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError("the run hangs")
         return self.process.exitcode
 
     def kill(self):

@@ -32,8 +32,9 @@ def reference(tmp_path_factory):
         prepare.main(["words.txt", "--tokenizer=char"])
     finally:
         os.chdir(before)
-    started = time.monotonic()
     assert Run(folder, "--out_dir=out/a").wait() == 0
+    started = time.monotonic()
+    assert Run(folder, "--out_dir=out/b").wait() == 0
     took = time.monotonic() - started
     assert Run(folder, "--out_dir=out/all", "--save_interval=1", fault="keep_all").wait() == 0
     states = {step: digest(folder / f"out/all/ckpt_{step:08d}.pt") for step in range(1, STEPS + 1)}
@@ -137,7 +138,7 @@ def test_kill_9_inside_a_save(lab, part):  # row 3
     ("signal_at_step:{},1", 0), ("signal_at_step:{},18", 17), ("signal_in_validation:{},3", 7),
     ("signals_in_save:{},4,1", 10), ("signal_while_opening:{}", None)])
 def test_one_signal_saves_and_stops(lab, fault, step, number):  # rows 6 and 32
-    """In the first update, a later one, a validation, a save (which is finished, once), and before there is anything."""
+    """In the first update, a later one, a validation, a save (finished, and once), and before there is anything."""
     code = lab.start(fault=fault.format(number.value)).wait()
     if step is None:  # nothing is lost yet: the signal just ends it
         assert code in (-number, 128 + number)
@@ -268,7 +269,8 @@ def test_malicious_checkpoints_are_refused(lab, monkeypatch):  # row 12
 def test_a_checkpoint_of_another_run_is_refused(lab):  # row 13
     """Shape, tokenizer, data, schedule, format: exit 2, with both values."""
     assert lab.start("--max_iters=5").wait() == 0
-    for argv, both in ((["--n_embd=32"], ("n_embd=64", "n_embd=32")), (["--batch_size=3"], ("batch_size=4", "batch_size=3")),
+    for argv, both in ((["--n_embd=32"], ("n_embd=64", "n_embd=32")),
+                       (["--batch_size=3"], ("batch_size=4", "batch_size=3")),
                        (["--learning_rate=1"], ("learning_rate=0.01", "learning_rate=1.0")),
                        (["--init_from=scratch"], ("init_from=scratch", "ckpt_00000005.pt"))):
         assert lab.start(*argv).wait() == 2
@@ -319,7 +321,8 @@ def test_prepare_killed_at_random_moments(lab):  # row 27
     argv = ["books.txt", "--vocab_size=300"]
 
     def files():
-        return {path.relative_to(lab.path): path.read_bytes() for path in (lab.path / "data").rglob("*") if path.is_file()}
+        paths = [path for path in (lab.path / "data").rglob("*") if path.is_file()]
+        return {path.relative_to(lab.path): path.read_bytes() for path in paths}
     started = time.monotonic()
     assert Run(lab.path, *argv, script="prepare").wait() == 0
     took, due, rng, killed = time.monotonic() - started, files(), random.Random(3), 0
@@ -397,9 +400,10 @@ def test_another_thread_count_is_a_warning(lab):  # row 30
 
 def test_other_micro_batches_go_on_with_the_same_data(lab):
     """What the error for a full memory advises: half the batch, twice the accumulation, in the middle of a run."""
-    assert lab.start("--dropout=0.0", "--optimizer=adamw", "--out_dir=out/due").wait() == 0
-    assert lab.start("--dropout=0.0", "--optimizer=adamw", fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
-    assert lab.start("--dropout=0.0", "--optimizer=adamw", "--batch_size=2", "--gradient_accumulation_steps=4").wait() == 0
+    plain = ["--dropout=0.0", "--optimizer=adamw"]
+    assert lab.start(*plain, "--out_dir=out/due").wait() == 0
+    assert lab.start(*plain, fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
+    assert lab.start(*plain, "--batch_size=2", "--gradient_accumulation_steps=4").wait() == 0
     assert "warning: micro-batches of 2 windows instead of 4" in said(lab.path)
     for mine, due in zip(faults.rows(lab.run), faults.rows(lab.path / "out/due"), strict=True):
         assert mine["loss"] == pytest.approx(due["loss"], abs=1e-4)
@@ -471,8 +475,8 @@ def as_a_user(lab, settings, kills, argv=()):
     os.symlink(ROOT / "config", lab.path / "config")
 
     def run(out, delay=None):
-        with open(lab.path / "said.0", "a") as out_file:
-            process = subprocess.Popen([*command, f"--out_dir=out/{out}"], cwd=lab.path, stdout=out_file, stderr=out_file)
+        with open(lab.path / "said.0", "a", encoding="utf-8") as said:
+            process = subprocess.Popen([*command, f"--out_dir=out/{out}"], cwd=lab.path, stdout=said, stderr=said)
         try:
             return process.wait(delay)
         except subprocess.TimeoutExpired:

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
-import signal
 import xml.etree.ElementTree
 
 import pytest
@@ -66,27 +64,6 @@ def test_20_steps_equal_10_and_10(data):
     assert [row["step"] for row in log("b")[1]] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("where", ["train", "validation"])
-def test_a_signal_loses_nothing(data, monkeypatch, where, capsys):
-    run("--out_dir=a", "--max_iters=12", *HARD)
-    name, calls = ("batch" if where == "train" else "val_batch"), []
-    real = getattr(prepare.Data, name)
-
-    def interrupted(self, *args):
-        calls.append(args)
-        if len(calls) == (15 if where == "train" else 5):  # in the second micro-batch of a step; in the second pass
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.Data, name, interrupted)
-        assert run("--out_dir=b", "--max_iters=12", *HARD) == 143
-    stopped = {"train": 7, "validation": 8}[where]
-    assert f"stopped by SIGTERM after {stopped} updates; saved" in capsys.readouterr().err
-    assert os.path.exists(f"b/ckpt_{stopped:08d}.pt")
-    assert run("--out_dir=b", "--max_iters=12", *HARD) == 0
-    assert_same_run("a", "b", 12)
-
-
 def test_the_recipe_of_the_readme_resumes_bit_for_bit(here):
     """bfloat16 (where the processor has it), compiled, Muon: each run in a process of its own, as a user would."""
     small = ["config/train_small.py", "--eval_iters=2", "--eval_interval=10", "--lr_decay_iters=20", "--log_interval=1",
@@ -132,13 +109,6 @@ def test_what_a_run_leaves(data, capsys):
     xml.etree.ElementTree.parse("out/words/loss.svg")
     shown = capsys.readouterr()
     assert "of peak" in shown.err and "next: python sample.py out/words" in shown.err and len(shown.out) > 50
-
-
-def test_logging_validating_and_saving_do_not_touch_the_weights(data):
-    run("--out_dir=a", "--max_iters=12", "--dropout=0.1")
-    run("--out_dir=b", "--max_iters=12", "--dropout=0.1", "--eval_interval=5", "--log_interval=7", "--save_interval=4")
-    a, b = (runtime.load_checkpoint(f"{x}/ckpt_00000012.pt")["model"] for x in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_missing_built_in_data_set_is_prepared(here, capsys):
@@ -240,22 +210,6 @@ def test_optimizers_hold_every_parameter_once():
         assert all((decay > 0) == (p.dim() == 2) for p, decay in held)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(data, monkeypatch):
-    real = GPT.loss
-
-    def poisoned(self, x, targets):
-        poisoned.calls += self.training
-        return real(self, x, targets) * (math.nan if poisoned.calls == 8 else 1.0)
-    poisoned.calls = 0
-    monkeypatch.setattr(GPT, "loss", poisoned)
-    with pytest.raises(train.UserError) as caught:
-        run("--max_iters=20", "--save_interval=7")
-    assert caught.value.code == 3 and "at update 8 the loss is nan" in caught.value.fact
-    assert runtime.checkpoints("out/words") == ["out/words/ckpt_00000007.pt"]
-    poisoned.calls = 100
-    assert run("--max_iters=20", "--save_interval=7") == 0
-
-
 def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
     def broken(*args, **kw):
         raise RuntimeError("no C++ compiler here")
@@ -270,17 +224,6 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
     assert run("--max_iters=2", "--compile=auto") == 0
     assert "no C++ compiler here); going on without it" in capsys.readouterr().err and stance[0] == "force_eager"
     real("default")
-
-
-def test_damaged_checkpoint_falls_back_to_the_one_before(data, capsys):
-    run("--max_iters=20", "--out_dir=a")
-    shutil.copytree("a", "b")
-    path = pathlib.Path("b/ckpt_00000020.pt")
-    path.write_bytes(path.read_bytes()[:1000])
-    run("--max_iters=20", "--out_dir=b")
-    shown = capsys.readouterr().err
-    assert "b/ckpt_00000020.pt is damaged" in shown and "resumed b after 10 of 20" in shown
-    assert_same_run("a", "b", 20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
