@@ -4,11 +4,13 @@ Measurements: every number in the README that is not a line of a training log co
 
     python bench.py syntax out/small    # how many of the functions that the model writes are Python?
     python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
+    python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
 
 Each prints what it measured on standard output, and on which machine.
 """
 import ast
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -16,10 +18,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 import machine
 import prepare
@@ -28,7 +33,7 @@ import sample
 import tokenizer as tokenizers
 import train
 from config import UserError, check_limits, command_line, load, say
-from model import GPT
+from model import GPT, GPTConfig, KVCache, PRESETS
 
 
 @dataclass
@@ -41,7 +46,7 @@ class BenchConfig:
     checkpoint: Literal["best", "last"] = "best"  # of a run folder
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
-    dataset: str = "shakespeare_char"  # parity: data/NAME to train on
+    dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there
     steps: int = 200  # parity: updates to compare
 
 
@@ -121,12 +126,13 @@ def parity(settings, _):
         if not os.path.isfile(os.path.join(settings.peer, name)):
             raise UserError(f"--peer={settings.peer!r} is not a folder of nanoGPT: it has no {name}",
                             "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
+    dataset = settings.dataset or "shakespeare_char"
     with tempfile.TemporaryDirectory() as folder:
         argv = [*PARITY, f"--max_iters={settings.steps}", f"--lr_decay_iters={settings.steps}",
                 f"--warmup_iters={settings.steps // 10}"]
         ours = os.path.join(folder, "ours")
         command = [sys.executable, train.__file__, *argv, "--mlp=gelu_exact", "--log_interval=1", "--eval_iters=1",
-                   f"--eval_interval={settings.steps}", f"--dataset={settings.dataset}", f"--out_dir={ours}"]
+                   f"--eval_interval={settings.steps}", f"--dataset={dataset}", f"--out_dir={ours}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"our own run failed: {done.stderr.strip().splitlines()[-2:]}", "mend that first")
@@ -137,7 +143,7 @@ def parity(settings, _):
         weights = GPT(run).state_dict()
         for name in ("transformer.wte.weight", "lm_head.weight"):
             weights[name] = weights[name][:run.vocab_size].clone()  # without our padding
-        data = prepare.Data.open(os.path.join("data", settings.dataset))
+        data = prepare.Data.open(os.path.join("data", dataset))
         micros = run.gradient_accumulation_steps
         starts = [data.starts(run.block_size, run.batch_size, run.seed, step, micro, micros)
                   for step in range(settings.steps + 1) for micro in range(micros)]
@@ -210,7 +216,99 @@ def run_peer(folder, argv, weights, starts, vocab_size):
         json.dump(dict(losses=losses, norms=[float(norm) for norm in norms]), file)
 
 
-BENCHES = {"syntax": syntax, "parity": parity}
+# ---------------------------------------------------------------------------------------------------------------------
+# Doctor
+
+
+def doctor(settings, _):
+    """The state of this machine and of the code on it, as a checklist. Returns 1 where a check fails."""
+    started, failed = time.perf_counter(), []
+
+    def check(name, good, found):
+        """One line; good: True, False, or None for what is not a fault."""
+        print(f"[{'ok' if good else '--' if good is None else 'FAIL'}]".ljust(7) + f"{name:20} {found}", flush=True)
+        if good is False:
+            failed.append(name)
+
+    device = machine.choose_device(settings.device)
+    machine.set_up(device)
+    dtype, why = machine.choose_dtype("auto", device)
+    has = machine.versions(device)
+    recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+    check("versions", sys.version_info >= (3, 11) and recent, ", ".join(
+        f"{name} {has[name]}" for name in ("commit", "python", "torch", "numpy", "system")))
+    check("device", True, f"{device} ({has['processor']}, {has['cpu_capability']}, {has['threads']} threads)")
+    check("dtype", True, f"{dtype}: {why}; {machine.measure_peak(device, dtype) / 1e9:,.0f} GFLOP/s, in float32 "
+          f"{machine.measure_peak(device, torch.float32) / 1e9:,.0f}")
+    check("memory", machine.free_memory(device) > 2e9, f"{machine.free_memory(device) / 1e6:,.0f} MB free")
+    check("compile", *compile_probe(device))
+    for family, shape in (("gpt2", dict(bias=True)), ("modern", PRESETS["modern"])):
+        torch.manual_seed(0)
+        config = GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=128, **shape)
+        model = GPT(config).to(device)
+        idx = torch.randint(128, (4, 33), device=device)
+        idx, targets = idx[:, :-1], idx[:, 1:]
+        with machine.autocast(device, dtype):
+            loss = model(idx, targets)
+        loss.backward()
+        check(f"{family}: start", abs(loss.item() - math.log(128)) < 0.1, f"loss {loss.item():.3f}, ln(vocabulary) is "
+              f"{math.log(128):.3f}")
+        without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        check(f"{family}: gradients", not without, f"every parameter has one but {without}" if without else
+              f"every one of {len(list(model.parameters()))} parameters has one")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            with machine.autocast(device, dtype):
+                loss = model(idx, targets)
+            loss.backward()
+            optimizer.step()
+        check(f"{family}: learns", loss.item() < 0.5, f"one batch, 60 updates: loss {loss.item():.3f}")
+        with torch.no_grad():
+            whole, changed = model(idx), idx.clone()
+            changed[:, 20:] = (idx[:, 20:] + 1) % 128
+            leak = (whole - model(changed))[:, :20].abs().max().item()
+            check(f"{family}: no leak", leak == 0, f"later tokens move earlier scores by {leak:.0e}")
+            cache = KVCache(model.config, 4, device=device)
+            parts = torch.cat([model(part, cache=cache) for part in idx.split((7, 1, 1, 23), dim=1)], dim=1)
+            off = (whole - parts).abs().max().item() / whole.abs().max().item()
+            check(f"{family}: cache", off < 1e-4, f"scores with and without differ by {off:.0e} of the largest")
+    dataset = settings.dataset or "stdlib"
+    if os.path.exists(os.path.join("data", dataset)) or settings.dataset:
+        data = prepare.Data.open(os.path.join("data", dataset))
+        shared = overlap(data)
+        check("held-out text", shared < 0.5, f"{shared:.1%} of the runs of 13 tokens in data/{dataset}/val.bin are "
+              "also in train.bin")
+    else:
+        check("held-out text", None, f"data/{dataset} is not there: python prepare.py {dataset}")
+    print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''} ({time.perf_counter() - started:.0f} s)")
+    return 1 if failed else 0
+
+
+def compile_probe(device):
+    """(True or None, what happened): does torch.compile work here, forward and backward?"""
+    started = time.perf_counter()
+    try:
+        x = torch.randn(64, 64, device=device, requires_grad=True)
+        torch.compile(lambda x: F.gelu(x @ x).sum(), dynamic=False)(x).backward()
+        return True, f"works, {time.perf_counter() - started:.0f} s for a small function"
+    except Exception as error:
+        return None, f"not here, training does without: {str(error).strip().splitlines()[0][:120]}"
+
+
+def overlap(data, n=13, most=20_000_000):
+    """The share of the runs of n tokens on the held-out side that also stand on the training side (of its start)."""
+    def hashes(side):
+        ids = data.tokens(side, 0, min(most, data.meta[side]["tokens"])).astype(np.uint64)
+        total = np.zeros(max(0, len(ids) - n + 1), np.uint64)
+        for i in range(n):  # a polynomial in an odd number, modulo 2^64
+            total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i:len(ids) - n + 1 + i] + np.uint64(1)
+        return total
+    held_out = hashes("val")
+    return float(np.isin(held_out, np.unique(hashes("train"))).mean()) if len(held_out) else 0.0
+
+
+BENCHES = {"syntax": syntax, "parity": parity, "doctor": doctor}
 
 
 def main(argv):

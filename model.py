@@ -367,10 +367,11 @@ class GPT(nn.Module):
         over the vocabulary are there several times: as they come, in float32, as probabilities, and their gradient.
         """
         c, weights = self.config, sum(p.numel() for p in self.parameters())
-        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+        q, k = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         norms = 2 * c.n_embd * (4 + width) + (8 * c.n_embd if c.norm == "rmsnorm" else 0)
-        attention = width * (heads + 2 * c.n_head * c.head_dim) + (8 * heads if c.qk_norm else 0)
+        attention = width * (3 * q + 2 * k) + (width * (q + k) if c.pos == "rope" else 0) + (12 * (q + k) * c.qk_norm)
         mlp = width * c.n_inner * (4 if c.mlp == "swiglu" else 2)
         tokens = batch_size * c.block_size
-        return dict(weights=weights * 4, gradients=weights * 4, optimizer=weights * optimizer_bytes,
-                    activations=tokens * (c.n_layer * (norms + attention + mlp) + c.vocab_size * (2 * width + 12)))
+        copies = weights * width if width < 4 else 0  # of the weights, in the type of the products
+        return dict(weights=weights * 4, gradients=weights * 4, optimizer=weights * optimizer_bytes, activations=(
+            copies + tokens * (c.n_layer * (norms + attention + mlp) + c.vocab_size * (2 * width + 12))))

@@ -178,3 +178,24 @@ def test_too_long_a_text_says_by_how_much():
         model(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(AssertionError, match="9 positions do not fit into a cache of 8"):
         model(torch.zeros(1, 9, dtype=torch.long), cache=KVCache(model.config, 1, capacity=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "modern", "llama"])
+def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=64, **FAMILIES[family]))
+    idx, kept = torch.randint(64, (2, 128)), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that its address is not used again
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(idx, idx)
+    parts = model.training_memory(2, dtype.itemsize, 8)
+    assert 0.9 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.35
+    n = sum(p.numel() for p in model.parameters())
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
+import numpy as np
+import pytest
+import torch
+from conftest import error, words
+from torch.nn import functional as F
+
+import bench
+import machine
+import model
+import prepare
+
+
+def test_doctor(here, capsys):
+    assert bench.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[ok]") >= 14 and "[FAIL]" not in out and "0 failed (" in out
+    for line in ("versions", "device", "dtype", "compile", "gpt2: start", "modern: no leak", "modern: cache"):
+        assert f"   {line}" in out
+    assert "[--]   held-out text        data/stdlib is not there: python prepare.py stdlib" in out
+
+
+@pytest.mark.parametrize("fault, line", [
+    ("future", "gpt2: no leak"), ("start", "gpt2: start"), ("deaf", "modern: gradients"), ("cache", "gpt2: cache"),
+    ("memory", "memory"), ("compile", "compile")])
+def test_doctor_notices(here, capsys, monkeypatch, fault, line):
+    if fault == "future":
+        real = F.scaled_dot_product_attention
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal, **kw: real(*a, **kw))
+    elif fault == "start":
+        real = model.GPT.init_weights
+        monkeypatch.setattr(model.GPT, "init_weights", lambda self: (
+            real(self), [p.data.mul_(50) for p in self.parameters()]))
+    elif fault == "deaf":
+        real = model.MLP.forward
+        monkeypatch.setattr(model.MLP, "forward", lambda self, x: real(self, x).detach())
+    elif fault == "cache":
+        real = model.KVCache.extend
+        monkeypatch.setattr(model.KVCache, "extend", lambda self, layer, k, v: real(self, layer, k * 1.01, v))
+    elif fault == "memory":
+        monkeypatch.setattr(machine, "free_memory", lambda device: 1e9)
+    else:
+        def broken(*args, **kw):
+            raise RuntimeError("no C++ compiler here")
+        monkeypatch.setattr(torch, "compile", broken)
+    code = bench.main(["doctor"])
+    out = capsys.readouterr().out
+    if fault == "compile":  # no fault: training does without
+        assert code == 0 and "[--]   compile              not here, training does without: no C++ compiler here" in out
+    else:
+        assert code == 1 and f"[FAIL] {line}" in out and line in out.splitlines()[-1]
+
+
+def test_overlap(here, capsys):
+    """Planted: half of the held-out text stands in the training text as well."""
+    (here / "a.txt").write_text(words(20_000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    data = prepare.Data.open("data/a")
+    rng = np.random.default_rng(0)
+    train, val = rng.integers(0, 25, 5000, dtype=np.uint16), rng.integers(0, 25, 1000, dtype=np.uint16)
+    val[:500] = train[1000:1500]
+    train.tofile("data/a/train.bin"), val.tofile("data/a/val.bin")
+    data.meta["train"]["tokens"], data.meta["val"]["tokens"] = 5000, 1000
+    assert bench.overlap(data) == pytest.approx(488 / 988)
+    assert bench.overlap(data, most=1000) == 0
+    prepare.main(["a.txt", "--tokenizer=char"])
+    bench.main(["doctor", "--dataset=a"])
+    assert "runs of 13 tokens in data/a/val.bin are also in train.bin" in capsys.readouterr().out
+    assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
+
+
+def test_the_names_of_benches():
+    assert "one of: syntax, parity, doctor" in error(bench.main)[1]
+    assert "no bench 'x'" in error(bench.main, "x")[0]
