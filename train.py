@@ -95,6 +95,7 @@ class TrainConfig(GPTConfig):
 
 
 def main(argv):
+    """Read the settings, take hold of what must be let go whatever happens, and train."""
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     checks.check_settings(settings)
     if not argv:
@@ -102,7 +103,7 @@ def main(argv):
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
     processes = machine.Processes()
-    writes = processes.rank == 0 and not settings.eval_only
+    writes = processes.rank == 0 and not settings.eval_only  # one process writes into the folder of the run
     with machine.StopSignal() as stop, runtime.RunFolder(settings.out_dir, writes) as folder:
         try:
             return train(settings, given, processes, stop, folder)
@@ -149,7 +150,8 @@ def train(settings, given, processes, stop, folder):
     if settings.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={settings.vocab_size}, but {data_dir} was written with a tokenizer of "
                         f"{data.meta['vocab_size']} tokens", "leave --vocab_size out")
-    processes.compare(dict(asdict(settings), data=data.meta["train"]["sha256"], updates=resumed and resumed["step"],
+    data_sha256 = [data.meta[side]["sha256"] for side in ("train", "val")]
+    processes.compare(dict(asdict(settings), data=data_sha256, updates=resumed and resumed["step"],
                            torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
     model = checks.build_model(settings)
@@ -157,6 +159,9 @@ def train(settings, given, processes, stop, folder):
         runtime.load_weights(model, (resumed or start).pop("model"), out_dir if resumed else settings.init_from)
     model.to(device).train()
     optimizers = make_optimizers(model, settings, device)
+    if folder.writes:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        folder.open(resumed and resumed["step"], needed=10 * weights)  # 3 with two averages a weight, and best.pt
 
     # ------------------------------------------------------------------------------------------------------------------
     # 3) The machine. What `auto` chooses is written into the run and used again when it is resumed.
@@ -241,8 +246,7 @@ def train(settings, given, processes, stop, folder):
         runtime.save_checkpoint(os.path.join(out_dir, name), dict(
             format=1, step=step, model=model.state_dict(), settings=asdict(settings), chosen=chosen,
             tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
-            data_sha256=[data.meta[side]["sha256"] for side in ("train", "val")],
-            versions=versions, **state))
+            data_sha256=data_sha256, versions=versions, **state))
 
     def save_run():
         """All that the next update depends on."""
@@ -250,10 +254,8 @@ def train(settings, given, processes, stop, folder):
              optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
         runtime.prune_checkpoints(out_dir)
 
-    writes, log, wandb = processes.rank == 0, None, None
-    if writes:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        folder.open(resumed and step, needed=10 * weights)  # best.pt, and 3 with optimizer state while one is written
+    log = wandb = None
+    if folder.writes:
         if not resumed:
             shutil.copytree(os.path.join(data_dir, "tokenizer"), os.path.join(out_dir, "tokenizer"), dirs_exist_ok=True)
         elif os.path.exists(best := os.path.join(out_dir, "best.pt")):  # it may be newer than the checkpoint
@@ -275,10 +277,10 @@ def train(settings, given, processes, stop, folder):
                 if last or step % settings.eval_interval == 0:
                     row["val_loss"] = validate()
                     row["val_bpb"] = data.bits_per_byte(row["val_loss"])
-                    if writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
+                    if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
                         best_loss = row["val_loss"]
-                if writes and ("val_loss" in row or step % settings.log_interval == 0):
+                if folder.writes and ("val_loss" in row or step % settings.log_interval == 0):
                     row["wall_seconds"] = wall_seconds()
                     log.write(row)
                     say(progress_line(row, settings.max_iters, flops_per_token / (peak * processes.world)))
@@ -293,7 +295,7 @@ def train(settings, given, processes, stop, folder):
                 batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters)
                 settings.max_iters = chosen["max_iters"] = step + processes.first(
                     steps_within(left, settings, batches / micros, statistics.median(times)))
-                if writes:
+                if folder.writes:
                     log.rewrite(header())
                 say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
                     f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
@@ -337,11 +339,11 @@ def train(settings, given, processes, stop, folder):
             # c) Save before validating, so that a crash there loses nothing.
             validates = step % settings.eval_interval == 0
             last = step >= settings.max_iters
-            if writes and (last or step % (settings.save_interval or settings.eval_interval) == 0 or (
+            if folder.writes and (last or step % (settings.save_interval or settings.eval_interval) == 0 or (
                     settings.always_save_checkpoint and validates)):
                 saved(last, save_run)
     except machine.Stopped:
-        if writes and step > 0:
+        if folder.writes and step > 0:
             save_run()
         processes.wait()  # for the first one, which saves: torchrun ends all when one has ended
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
@@ -353,7 +355,7 @@ def train(settings, given, processes, stop, folder):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 6) The result.
-    if not writes:
+    if not folder.writes:
         return 0
     # Which Python it was that the model has read: losses can be compared on the same text only.
     corpus = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")

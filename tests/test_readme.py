@@ -30,6 +30,7 @@ def clone(tmp_path_factory):
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
     (folder / "prompt.txt").write_text("def ", encoding="utf-8")
+    os.symlink(ROOT / "tests/reference", folder / "nanoGPT")  # which is not part of this project; this one is
     return folder
 
 
@@ -41,6 +42,15 @@ def test_command(clone, command):
             assert arguments[:2] == ["install", "-r"] and (ROOT / arguments[2]).exists()
         elif program == "pytest":  # this is it; CI runs the very same line
             assert command.strip() in (ROOT / ".ci/run").read_text(encoding="utf-8")
+        elif program == "torchrun":
+            quick = shlex.split(QUICK["train.py"])
+            arguments = [argument.replace("FIRST", "127.0.0.1") for argument in arguments]
+            machines = 2 if "--nnodes=2" in arguments else 1  # the same line on both
+            runs = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *arguments, *quick], cwd=clone,
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                    for _ in range(machines)]
+            out = [run.communicate(timeout=300)[0] for run in runs]
+            assert [run.returncode for run in runs] == [0] * machines, out
         else:
             assert program == "python"
             target = None
@@ -79,7 +89,8 @@ def test_line_counts_are_right():
 def test_every_setting_that_is_named_exists():
     scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
-    for name in re.findall(r"--([a-z]\w+)", README):
+    ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
+    for name in re.findall(r"--([a-z]\w+)", ours):
         assert name in known | {"help"}, name
 
 
@@ -88,3 +99,12 @@ def test_no_path_of_a_machine_and_no_marketing():
     for word in ("/home/", "/root/", "/work/", "/tmp/", "blazing", "state-of-the-art", "seamless", "powerful"):
         assert word not in text, word
     assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", text)  # no emoji
+
+
+def test_the_fault_table_names_tests_that_exist():
+    table = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btest_\w+", table))
+    exist = set(re.findall(r"^def (test_\w+)", "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")), re.M))
+    assert len(named) > 40 and named <= exist, named - exist
+    assert {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.M)} == set(range(1, 34)) - {14, 29}

@@ -475,8 +475,8 @@ def as_a_user(lab, settings, kills, argv=()):
     os.symlink(ROOT / "config", lab.path / "config")
 
     def run(out, delay=None):
-        with open(lab.path / "said.0", "a", encoding="utf-8") as said:
-            process = subprocess.Popen([*command, f"--out_dir=out/{out}"], cwd=lab.path, stdout=said, stderr=said)
+        with open(lab.path / "said.0", "a", encoding="utf-8") as file:
+            process = subprocess.Popen([*command, f"--out_dir=out/{out}"], cwd=lab.path, stdout=file, stderr=file)
         try:
             return process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -488,7 +488,9 @@ def as_a_user(lab, settings, kills, argv=()):
     steps = int(next(a for a in command if a.startswith("--max_iters=")).split("=")[1])
     due = outcome(lab.path / "out/a", steps)
     while killed < kills:
-        if run("b", rng.uniform(0, took)) == 0:
+        code = run("b", rng.uniform(0, took))
+        assert code in (0, -9), said(lab.path)[-2000:]
+        if code == 0:
             assert outcome(lab.path / "out/b", steps) == due
             shutil.rmtree(lab.path / "out/b")
         else:
