@@ -123,7 +123,7 @@ def parity(settings, _):
     """
     check_limits(settings, {"steps": (10, 100_000)})
     for name in ("train.py", "model.py"):
-        if not os.path.isfile(os.path.join(settings.peer, name)):
+        if not settings.peer or not os.path.isfile(os.path.join(settings.peer, name)):
             raise UserError(f"--peer={settings.peer!r} is not a folder of nanoGPT: it has no {name}",
                             "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
     dataset = settings.dataset or "shakespeare_char"
@@ -135,7 +135,8 @@ def parity(settings, _):
                    f"--eval_interval={settings.steps}", f"--dataset={dataset}", f"--out_dir={ours}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"our own run failed: {done.stderr.strip().splitlines()[-2:]}", "mend that first")
+            fact, fix = done.stderr.strip().splitlines()[-2:]  # the two lines of an error
+            raise UserError(f"our own run failed, {fact}", fix.removeprefix("fix: "))
         with open(os.path.join(ours, "log.jsonl"), encoding="utf-8") as file:
             header, *rows = map(json.loads, file)
         run = train.TrainConfig(**header["settings"])
@@ -278,7 +279,7 @@ def doctor(settings, _):
         data = prepare.Data.open(os.path.join("data", dataset))
         shared = overlap(data)
         check("held-out text", shared < 0.5, f"{shared:.1%} of the runs of 13 tokens in data/{dataset}/val.bin are "
-              "also in train.bin")
+              "also in train.bin (below 50% is well)")
     else:
         check("held-out text", None, f"data/{dataset} is not there: python prepare.py {dataset}")
     print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''} ({time.perf_counter() - started:.0f} s)")

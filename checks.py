@@ -54,9 +54,9 @@ def pieces(settings, world):
     micros, windows = settings.gradient_accumulation_steps, settings.batch_size
     cut = world // math.gcd(world, micros)
     if windows % cut:
-        up = windows + cut - windows % cut
+        fewer = next(n for n in range(world - 1, 0, -1) if windows % (n // math.gcd(n, micros)) == 0)
         raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} processes",
-                        f"--batch_size={up}, or --gradient_accumulation_steps={world}, which counts those of all")
+                        f"--nproc_per_node={fewer}, or for a new run --batch_size={windows + cut - windows % cut}")
     return cut
 
 
@@ -83,14 +83,15 @@ def build_model(settings):
                         "a smaller --n_embd, --n_layer, --n_inner or --vocab_size") from None
 
 
-def say_memory(model, batch_size, dtype, device, settings):
+def say_memory(model, batch_size, dtype, device, settings, processes):
     """About what training will take and what there is, before it is too late."""
     parts = model.training_memory(batch_size, dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
     needed, free = sum(parts.values()), machine.free_memory(device)
     sizes = " + ".join(f"{what} {size / 1e6:,.0f}" for what, size in parts.items())
-    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB"
-        + (f" of {free / 1e6:,.0f} MB that are free" if free < math.inf else ""))
-    if needed > free:
+    sharing = processes.local_world if device == "cpu" else 1  # processes that take it from the same memory
+    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB" + (f" for each of {sharing} processes" if sharing > 1 else "")
+        + (f", {free / 1e6:,.0f} MB are free" if free < math.inf else ""))
+    if needed * sharing > free:
         warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps does the same "
              "updates with less")
 
@@ -123,18 +124,23 @@ def continue_run(resumed, settings, given, data, here):
     now = asdict(settings)
     if windows(was) == windows(now):  # cut into other micro-batches, an update reads the same
         if was["batch_size"] != now["batch_size"]:
+            part = ", and --eval_iters counts these" if now["eval_iters"] else ""
             warn(f"micro-batches of {now['batch_size']} windows instead of {was['batch_size']}: the run goes on with "
-                 "the same data, but not bit for bit")
+                 f"the same data, but not bit for bit{part}")
         for name in ("batch_size", "gradient_accumulation_steps"):
             was[name] = now[name]
     was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
     was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
         resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]))
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+    if settings.init_from not in ("auto", "resume", was["init_from"]):
+        differ.append("init_from")
     if differ:
         begun, asked = (", ".join(f"{name}={side.get(name)}" for name in differ) for side in (was, now))
         raise UserError(f"{settings.out_dir} was begun with {begun}; now it is {asked}",
                         "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
+    if settings.eval_only:
+        return
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
@@ -192,7 +198,7 @@ def explain(error, settings, processes):
         return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
                          f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix)
     if processes.lost(error):
-        why = str(error).splitlines()[0].partition(". This is typically")[0]
+        why = str(error).splitlines()[0].partition(". This is typically")[0].rpartition("] ")[2]
         return UserError(f"process {processes.rank} of {processes.world} lost the others: {why}",
                          "see what the one that ended first has said; the same command continues from the last "
                          f"checkpoint. Where one was only slow: --dist_timeout={2 * settings.dist_timeout}")

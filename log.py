@@ -89,7 +89,9 @@ def last_row(path):
 
 
 def progress_line(row, max_iters, token_share):
-    """step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left"""
+    """The row of an update as a line; token_share: the share of the machine's peak that a token per second takes.
+
+    step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left"""
     left = (max_iters - row["step"]) * row["train_seconds"] / row["step"]
     validated = f"validation {row['val_loss']:.4f} = {row['val_bpb']:.4f} bits per byte | " if "val_loss" in row else ""
     return (f"step {row['step']}/{max_iters} | loss {row['loss']:.3f} | {validated}lr {row['lr']:.2g} | norm "

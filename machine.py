@@ -10,7 +10,6 @@ The machine: which device and number type to use, how much it can do and hold, a
 import contextlib
 import ctypes
 import datetime
-import json
 import math
 import os
 import platform
@@ -222,10 +221,11 @@ class StopSignal:
 
     def receive(self, number, frame):
         again, self.signal = self.signal, number
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        if alone:
             signal.signal(number, signal.SIG_DFL)
         if not again:
-            say(f"\n{signal.Signals(number).name}: saving; once more to stop at once")
+            say(f"\n{signal.Signals(number).name}: saving" + ("; once more to stop at once" if alone else ""))
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -240,8 +240,8 @@ class Processes:
     """The processes that train one model together, started by torchrun; or one alone, for which nothing here costs.
 
     torchrun tells each by environment variables who it is: number RANK of WORLD_SIZE in all, LOCAL_RANK of
-    LOCAL_WORLD_SIZE on this machine. Whatever a method returns is the same in every process, and every process has to
-    call it, in the same order: a call waits for the others.
+    LOCAL_WORLD_SIZE on this machine. sum, highest, first, compare and wait are conversations: every process has to call
+    them, in the same order, a call waits for the others, and what it returns is the same in all.
     """
 
     def __init__(self):
@@ -300,12 +300,12 @@ class Processes:
         return values[0]
 
     def compare(self, facts):
-        """Raises UserError where a process has other facts {name: value} than the first one."""
-        everyone = [None] * self.world
+        """Raises UserError, in all of them, where a process has other facts {name: value} than the first one."""
+        everyone = [facts] * self.world
         if self.world > 1:
-            dist.all_gather_object(everyone, json.dumps(facts))
-        for rank, theirs in enumerate(map(json.loads, filter(None, everyone))):
-            for name, value in json.loads(everyone[0]).items():
+            dist.all_gather_object(everyone, facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
                 if theirs.get(name) != value:
                     raise UserError(f"process {rank} has {name}={theirs.get(name)}, process 0 has {value}",
                                     "all machines need the same command, the same data/ and the same out/ (a shared "
@@ -322,7 +322,7 @@ class Processes:
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def keep(self, wrapped, last):
-        """The context of a micro-batch: gradients stay in the process until that of the `last` has been added."""
+        """The context of a micro-batch: only the last one sends its gradients, with those before it, to the others."""
         return contextlib.nullcontext() if self.world == 1 or last else wrapped.no_sync()
 
     def lost(self, error):

@@ -196,7 +196,7 @@ def checkpoint_path(run, which="best"):
     if numbered:
         return numbered[-1]
     raise UserError(f"there is no trained run in {run} (no best.pt, no ckpt_*.pt)",
-                    "python train.py config/train_small.py trains one")
+                    f"python train.py config/train_small.py --out_dir={run}")
 
 
 def load_run(run, which="best", device="cpu"):

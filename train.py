@@ -66,7 +66,7 @@ class TrainConfig(GPTConfig):
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # updates between validations
     eval_iters: int = 0  # at most this many batches of the validation pass; 0: all held-out text
-    eval_only: bool = False  # print the validation loss and end
+    eval_only: bool = False  # print the validation loss of the last checkpoint and end
     save_interval: int = 0  # updates between checkpoints; 0: eval_interval
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
     log_interval: int = 1  # updates between log lines
@@ -151,8 +151,8 @@ def train(settings, given, processes, stop, folder):
         raise UserError(f"vocab_size={settings.vocab_size}, but {data_dir} was written with a tokenizer of "
                         f"{data.meta['vocab_size']} tokens", "leave --vocab_size out")
     data_sha256 = [data.meta[side]["sha256"] for side in ("train", "val")]
-    processes.compare(dict(asdict(settings), data=data_sha256, updates=resumed and resumed["step"],
-                           torch=versions["torch"]))
+    at = resumed["step"] if resumed else None  # finished updates; None: a new run
+    processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
     model = checks.build_model(settings)
     if resumed or start:
@@ -161,7 +161,7 @@ def train(settings, given, processes, stop, folder):
     optimizers = make_optimizers(model, settings, device)
     if folder.writes:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        folder.open(resumed and resumed["step"], needed=10 * weights)  # 3 with two averages a weight, and best.pt
+        folder.open(at, needed=10 * weights)  # three checkpoints of weights and two averages each, and best.pt
 
     # ------------------------------------------------------------------------------------------------------------------
     # 3) The machine. What `auto` chooses is written into the run and used again when it is resumed.
@@ -180,6 +180,7 @@ def train(settings, given, processes, stop, folder):
     cut = checks.pieces(settings, processes.world)
     batch_size, micros = settings.batch_size // cut, settings.gradient_accumulation_steps * cut
     mine = range(processes.rank, micros, processes.world)
+    val_batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters * cut)
     tokens_per_step = micros * batch_size * settings.block_size
     flops_per_token = model.flops_per_token()
     if chosen["compile"] == "auto":  # worth half a minute? Eager code reaches about 30% of the peak, compiled 40%
@@ -193,7 +194,7 @@ def train(settings, given, processes, stop, folder):
         f"{peak / 1e9:,.0f} GFLOP/s")
     say(f"update: {tokens_per_step:,} tokens = {micros} micro-batches of {batch_size} x {settings.block_size}"
         + (f", {len(mine)} for each of {processes.world} processes" if processes.world > 1 else ""))
-    checks.say_memory(model, batch_size, dtype, device, settings)
+    checks.say_memory(model, batch_size, dtype, device, settings, processes)
 
     def batch(step, micro):
         return data.batch(settings.block_size, batch_size, settings.seed, step, micro, micros)
@@ -203,17 +204,19 @@ def train(settings, given, processes, stop, folder):
             return model(idx.to(device), targets.to(device))
 
     def check_stop():
-        """Here and nowhere else: before a micro-batch or a validation batch, never while weights move."""
-        if number := processes.highest(stop.signal):  # a signal to one process ends all of them at the same place
+        """Here and nowhere else: before a micro-batch or a validation batch, never while weights move.
+
+        All processes come here equally often, so that a signal to one of them ends all at the same place.
+        """
+        if number := processes.highest(stop.signal):
             stop.signal = number
             raise machine.Stopped
 
     def validate():
         model.eval()
-        batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters)
         with torch.no_grad():
             total, count = processes.sum(*prepare.validation_sums(
-                lambda *batch: loss_of(model, *batch), data, settings.block_size, batch_size, batches, check_stop,
+                lambda *batch: loss_of(model, *batch), data, settings.block_size, batch_size, val_batches, check_stop,
                 processes.rank, processes.world))
         model.train()
         return total / count
@@ -222,7 +225,8 @@ def train(settings, given, processes, stop, folder):
         chosen["compile"] = machine.compile_model(model, settings.compile, lambda: loss_of(model, *batch(0, 0)))
     if settings.eval_only:
         loss = validate()
-        say(f"validation loss {loss:.4f}, {data.bits_per_byte(loss):.4f} bits per byte")
+        what = f"{out_dir} after {at} updates" if resumed else settings.init_from if start else "random weights"
+        say(f"validation loss {loss:.4f}, {data.bits_per_byte(loss):.4f} bits per byte: {what}")
         return 0
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -292,9 +296,8 @@ def train(settings, given, processes, stop, folder):
                 # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
                 # max_iters, so choosing it here changes nothing that has been done.
                 left = checks.seconds_of(settings.budget) - wall_seconds()
-                batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters)
                 settings.max_iters = chosen["max_iters"] = step + processes.first(
-                    steps_within(left, settings, batches / micros, statistics.median(times)))
+                    steps_within(left, settings, val_batches / micros, statistics.median(times)))
                 if folder.writes:
                     log.rewrite(header())
                 say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
@@ -345,7 +348,7 @@ def train(settings, given, processes, stop, folder):
     except machine.Stopped:
         if folder.writes and step > 0:
             save_run()
-        processes.wait()  # for the first one, which saves: torchrun ends all when one has ended
+        processes.wait()  # for the first, which is saving: torchrun would kill it as soon as another one leaves
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
             + (f"; saved in {out_dir}. The same command continues." if step else ""))
         return 128 + stop.signal
@@ -394,12 +397,9 @@ def make_optimizers(model, settings, device):
             (Muon(inside, settings.muon_lr, settings.weight_decay, dtype=dtype), settings.muon_lr)]
 
 
-def steps_within(left, settings, validation, step_seconds):
-    """How many updates fit into `left` seconds, with their validations, each of which takes `validation` updates' data.
-
-    (A validation is the forward pass alone, a third of the work.)
-    """
-    validation *= step_seconds / 3
+def steps_within(left, settings, size, step_seconds):
+    """How many updates fit into `left` seconds, with their validations. size: of a validation, in updates' data."""
+    validation = size * step_seconds / 3  # the forward pass alone is a third of the work
     left -= validation + 3  # the last validation, and the sample
     if left <= 0:
         raise UserError(f"budget={settings.budget} is too short: one validation and a sample need {-left:.0f} s more",

@@ -185,7 +185,7 @@ def check_limits(settings, limits):
             if value is not None and not smallest <= value <= largest:
                 default = type(settings).__dataclass_fields__[name].default
                 raise UserError(f"{name}={value} is out of range: {smallest:g} to {largest:g}",
-                                f"leave --{name} out for {default}")
+                                f"--{name}={str(default).lower()}, the default")
 
 
 def fits(value, kind):

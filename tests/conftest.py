@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What several test files share: a place to work in, a small text, a trained tiny run, and how an error is provoked."""
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -65,6 +66,13 @@ def words(n, seed=0):
     return "".join(out)[:n]
 
 
+def prepare_words(folder):
+    """data/words in a folder: 20,000 characters of `words`, with a token for each."""
+    with contextlib.chdir(folder):
+        (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
+        prepare.main(["words.txt", "--tokenizer=char"])
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to work in, as the current one."""
@@ -75,12 +83,8 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A folder with data/words and a finished run in out/words: 40 updates of a tiny model."""
-    folder, before = tmp_path_factory.mktemp("tiny"), os.getcwd()
-    os.chdir(folder)
-    try:
-        (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
-        prepare.main(["words.txt", "--tokenizer=char"])
+    folder = tmp_path_factory.mktemp("tiny")
+    prepare_words(folder)
+    with contextlib.chdir(folder):
         assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
-    finally:
-        os.chdir(before)
     return folder

@@ -5,10 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, error, words
+from conftest import ROOT, error, prepare_words
 
 import bench
-import prepare
 import runtime
 from model import GPT, GPTConfig
 
@@ -76,8 +75,7 @@ def parity(capfd, *argv):
 
 @pytest.fixture
 def data(here):
-    (here / "words.txt").write_text(words(20_000), encoding="utf-8")
-    prepare.main(["words.txt", "--tokenizer=char"])
+    prepare_words(here)
 
 
 def test_training_equals_plain_float64_arithmetic(data, capfd):
@@ -97,6 +95,8 @@ def test_parity_notices_a_difference(data, capfd, monkeypatch):
 
 
 def test_parity_needs_a_peer(data):
-    assert "has no train.py" in error(bench.main, "parity", "--peer=nowhere")[0]
+    for peer in ("--peer=nowhere", "--peer="):
+        assert "has no train.py" in error(bench.main, "parity", peer)[0]
     assert "steps=3" in error(bench.main, "parity", f"--peer={ROOT}/tests/reference", "--steps=3")[0]
-    assert "our own run failed" in error(bench.main, "parity", f"--peer={ROOT}/tests/reference", "--dataset=none")[0]
+    fact, fix = error(bench.main, "parity", f"--peer={ROOT}/tests/reference", "--dataset=none")
+    assert "our own run failed, error: there is no prepared data in data/none" in fact and "python prepare.py" in fix

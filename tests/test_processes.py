@@ -12,10 +12,9 @@ import time
 import faults
 import pytest
 import torch
-from conftest import ROOT, words
+from conftest import ROOT, prepare_words
 from faults import STEPS, digest, outcome, ranks, rows, said
 
-import prepare
 import runtime
 
 # Without dropout, whose masks belong to a micro-batch, and with AdamW: then only the order of additions differs.
@@ -24,13 +23,8 @@ PLAIN = ["--dropout=0.0", "--optimizer=adamw", "--gradient_accumulation_steps=4"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder, before = tmp_path_factory.mktemp("data"), os.getcwd()
-    os.chdir(folder)
-    try:
-        (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
-        prepare.main(["words.txt", "--tokenizer=char"])
-    finally:
-        os.chdir(before)
+    folder = tmp_path_factory.mktemp("data")
+    prepare_words(folder)
     return folder / "data"
 
 
@@ -124,13 +118,22 @@ def test_few_micro_batches_are_cut(lab):
     """One micro-batch of 4 windows for 2 processes: each takes 2 of them. What cannot be shared is an error."""
     argv = [*PLAIN, "--gradient_accumulation_steps=1"]
     for world in (1, 2):
-        assert together(world, lab, *argv, f"--out_dir=out/{world}", fault="note_windows") == [0] * world, said(lab)
-    assert windows(lab, 1) is not None
+        assert together(world, lab, *argv, f"--out_dir=out/{world}", "--backend=nccl") == [0] * world, said(lab)
+    assert "note: backend=nccl works between GPUs, and the device is cpu: gloo instead" in said(lab)
     assert furthest(lab / "out/1", lab / "out/2") < 1e-4
     assert "update: 128 tokens = 2 micro-batches of 2 x 32, 1 for each of 2 processes" in said(lab)
     assert together(2, lab, *argv, "--batch_size=3", "--out_dir=out/3") == [2, 2]
     assert "1 micro-batches of batch_size=3 windows cannot be shared by 2 processes" in said(lab)
-    assert "fix: --batch_size=4, or --gradient_accumulation_steps=2" in said(lab)
+    assert "fix: --nproc_per_node=1, or for a new run --batch_size=4" in said(lab)
+
+
+def test_a_part_of_the_validation_is_the_same_part(lab):
+    """--eval_iters counts batches as they are set, not the pieces into which they are cut for two processes."""
+    argv = [*PLAIN, "--gradient_accumulation_steps=1", "--eval_iters=2", "--max_iters=7"]
+    for world in (1, 2):
+        assert together(world, lab, *argv, f"--out_dir=out/{world}") == [0] * world, said(lab)
+    one, several = (rows(lab / f"out/{world}")[-1]["val_loss"] for world in (1, 2))
+    assert one == pytest.approx(several, abs=1e-5)
 
 
 def test_2_to_1_to_2_processes(lab):  # row 18

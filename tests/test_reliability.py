@@ -12,11 +12,10 @@ import time
 import faults
 import pytest
 import torch
-from conftest import ROOT, error, words
+from conftest import ROOT, error, prepare_words, words
 from faults import STEPS, Run, digest, outcome, said
 
 import bench
-import prepare
 import runtime
 import sample
 from config import UserError
@@ -25,13 +24,8 @@ from config import UserError
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """(a folder with data/words, the outcome of an undisturbed run, the digest of the state after every update)."""
-    folder, before = tmp_path_factory.mktemp("reference"), os.getcwd()
-    os.chdir(folder)
-    try:
-        (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
-        prepare.main(["words.txt", "--tokenizer=char"])
-    finally:
-        os.chdir(before)
+    folder = tmp_path_factory.mktemp("reference")
+    prepare_words(folder)
     assert Run(folder, "--out_dir=out/a").wait() == 0
     started = time.monotonic()
     assert Run(folder, "--out_dir=out/b").wait() == 0

@@ -26,6 +26,22 @@ def test_devices(monkeypatch):
     assert machine.choose_device("auto") == "cuda"
 
 
+def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    assert machine.choose_device("auto", machine.Processes()) == "cuda:1" == taken[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    fact, fix = error(lambda _: machine.choose_device("cuda", machine.Processes()))
+    assert "2 processes, but this machine has 1 GPUs" in fact and fix == "--nproc_per_node=1"
+
+
 def test_dtypes(monkeypatch):
     for device, capability, due in (("cuda", (8, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
                                     ("mps", None, torch.float32)):

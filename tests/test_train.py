@@ -238,6 +238,15 @@ def test_a_log_with_junk_in_it_does_not_hold_up_a_run(data, junk):
     assert [row["step"] for row in log("out/words")[1]] == [1, 2, 3, 4, 5]
 
 
+def test_memory_that_may_not_be_enough_is_warned_of(data, monkeypatch, capsys):
+    run("--max_iters=1", "--eval_only")
+    said = capsys.readouterr().err
+    assert "memory: about weights 0 + gradients 0" in said and "MB are free" in said and "may not fit" not in said
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1e5)
+    run("--max_iters=1", "--eval_only")
+    assert "warning: this may not fit; half the --batch_size with twice the" in capsys.readouterr().err
+
+
 def test_a_run_that_learns_by_heart_is_warned(data, capsys):
     run("--max_iters=1500", "--eval_only")
     said = capsys.readouterr().err
@@ -276,6 +285,7 @@ def test_no_cuda_no_traceback(data):
 def test_a_run_is_not_mixed_with_another(data):
     run("--max_iters=10")
     assert "ckpt_00000010.pt" in error(lambda argv: run(*argv), "--init_from=scratch")[0]
+    assert "init_from=auto; now it is init_from=elsewhere" in error(lambda argv: run(*argv), "--init_from=elsewhere")[0]
     for argument, both in (("--n_embd=64", ["n_embd=32", "n_embd=64"]), ("--seed=3", ["seed=1337", "seed=3"]),
                            ("--learning_rate=0.5", ["learning_rate=0.01", "learning_rate=0.5"]),
                            ("--max_iters=5", ["max_iters=5", "10 updates"])):
@@ -328,4 +338,8 @@ def test_eval_only(data, capsys):
     before = sorted(os.listdir("out/words"))
     assert run("--max_iters=10", "--eval_only") == 0
     due = log("out/words")[1][-1]["val_loss"]
-    assert f"validation loss {due:.4f}" in capsys.readouterr().err and sorted(os.listdir("out/words")) == before
+    said = capsys.readouterr().err
+    assert f"validation loss {due:.4f}" in said and "out/words after 10 updates" in said
+    assert sorted(os.listdir("out/words")) == before
+    assert run("--out_dir=out/none", "--eval_only") == 0
+    assert "bits per byte: random weights" in capsys.readouterr().err and not os.path.exists("out/none")
