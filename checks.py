@@ -19,7 +19,8 @@ from model import GPT, GPTConfig
 # The settings
 
 LIMITS = {  # the smallest and the largest value
-    "batch_size gradient_accumulation_steps max_iters eval_interval log_interval dist_timeout": (1, 1e9),
+    "batch_size gradient_accumulation_steps eval_interval log_interval dist_timeout": (1, 1e9),
+    "max_iters": (1, 99_999_999),  # the digits in the name of a checkpoint
     "learning_rate muon_lr rope_theta norm_eps": (1e-12, 1e12),
     "weight_decay grad_clip warmup_iters lr_decay_iters min_lr eval_iters save_interval": (0, 1e12),
     "beta1 beta2": (0, 1 - 1e-9),
@@ -116,11 +117,11 @@ def continue_run(resumed, settings, given, data, here):
             if field.name not in given:
                 setattr(settings, field.name, was[field.name])
     settings.vocab_size = settings.vocab_size or was["vocab_size"]
-    if settings.budget != was["budget"]:
+    if settings.budget != was.get("budget"):
         resumed["chosen"].pop("max_iters", None)  # decided anew, or by max_iters
     settings.max_iters = resumed["chosen"].get("max_iters", settings.max_iters)
     if settings.budget and "max_iters" not in resumed["chosen"]:
-        settings.max_iters = max(settings.max_iters, resumed["step"] + 1)
+        settings.max_iters = max(settings.max_iters, resumed["step"] + 2)  # after one update, there is a time to go by
     now = asdict(settings)
     if windows(was) == windows(now):  # cut into other micro-batches, an update reads the same
         if was["batch_size"] != now["batch_size"]:
@@ -196,7 +197,7 @@ def explain(error, settings, processes):
         fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same updates with "
                "less memory, a little slower" if cut else "a smaller --block_size, or a smaller model")
         return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
-                         f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix)
+                         f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix, alone=True)
     if processes.lost(error):
         why = str(error).splitlines()[0].partition(". This is typically")[0].rpartition("] ")[2]
         return UserError(f"process {processes.rank} of {processes.world} lost the others: {why}",

@@ -23,20 +23,22 @@ class Log:
     step `before`: those from there on belong to updates that were lost with the process, and come again.
     """
 
-    def __init__(self, path, header, before=0):
-        self.path, self.curve, self.unwritten = path, [], ""
+    def __init__(self, path, header, before=0, unwritten=""):
+        self.path, self.curve, self.unwritten = path, [], unwritten
         self.rewrite(header, before)
 
     def rewrite(self, header, before=math.inf):
-        rows, self.curve = self.read() if before else [], []
+        rows, self.curve, last = self.read() if before else [], [], 0
         try:
             with open(self.path + ".part", "w", encoding="utf-8") as file:
                 file.write(json.dumps(header) + "\n")
                 for row in rows:
-                    if row["step"] < before:
+                    if last < row["step"] < before:
                         file.write(json.dumps(row) + "\n")
                         self.curve.append((row["step"], row["loss"], row.get("val_loss")))
+                        last = row["step"]
             os.replace(self.path + ".part", self.path)
+            self.unwritten = ""
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}", "make room; the same command continues",
                             code=1) from None
@@ -45,7 +47,7 @@ class Log:
         """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in file:
+                for line in [*file, *self.unwritten.splitlines(keepends=True)]:
                     row = parse_row(line)
                     if row:
                         yield row
@@ -76,9 +78,19 @@ def parse_row(line):
     """A line of a log.jsonl as a row; an empty one for the header, for half a line, and for what is no row at all."""
     try:
         row = json.loads(line) if line.endswith("\n") else {}
-        return row if isinstance(row["step"], int) and isinstance(row["loss"], float) else {}
+        numbers = [row["loss"], row.get("val_loss", 0.0)]
+        good = isinstance(row["step"], int) and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+        return row if good else {}
     except (ValueError, KeyError, TypeError):
         return {}
+
+
+def read_header(path):
+    """The first line of a log.jsonl; an empty one where there is none."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        header = json.loads(file.readline())
+        return header if isinstance(header, dict) else {}
+    return {}
 
 
 def last_row(path):

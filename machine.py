@@ -252,6 +252,8 @@ class Processes:
         except ValueError as error:
             raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK is no number: {error}", "unset them, or use torchrun") \
                 from None
+        if not 0 <= self.rank < self.world:
+            raise UserError(f"RANK={self.rank}, but WORLD_SIZE={self.world}", "unset both, or use torchrun")
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if self.world > 1 and missing:
             raise UserError(f"WORLD_SIZE={self.world}, but {missing[0]} is not set",
@@ -270,7 +272,12 @@ class Processes:
             backend = "gloo"
         backend = "cpu:gloo,cuda:nccl" if backend in ("auto", "nccl") and cuda else "gloo"
         timeout = datetime.timedelta(seconds=timeout)
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"the processes cannot meet at {where}: {str(error).splitlines()[0]}",
+                            "torchrun --standalone, which finds a free port, or another MASTER_PORT") from None
         # torchrun keeps this store when it starts everything again, and with it the addresses of processes that are
         # dead: without a part of its own for every attempt, gloo waits for them.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -440,6 +440,7 @@ class Data:
 
     folder: str
     meta: dict
+    files: dict
 
     @classmethod
     def open(cls, folder):
@@ -454,16 +455,18 @@ class Data:
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
                             "run prepare.py again") from None
+        files = {}
         for side in ("train", "val"):
             path, item = os.path.join(folder, side + ".bin"), np.dtype(meta["dtype"]).itemsize
             size, due = os.path.getsize(path) if os.path.exists(path) else 0, meta[side]["tokens"] * item
             if size != due:
                 raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of "
                                 f"{item} bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
+            files[side] = open(path, "rb")  # held open: a file that takes its place later is not read by this run
             if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side]["sha256"]:
                 raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side]['sha256'][:12]}",
                                 f"it was changed or damaged; prepare {folder} again")
-        return cls(folder, meta)
+        return cls(folder, meta, files)
 
     def check_tokenizer(self):
         """Raises UserError where the tokenizer is not the one that these ids were written with."""
@@ -484,7 +487,8 @@ class Data:
     def tokens(self, side, start, count):
         """`count` ids from position `start` of a side, (count,) int64."""
         dtype = np.dtype(self.meta["dtype"])
-        ids = np.fromfile(os.path.join(self.folder, side + ".bin"), dtype, count, offset=start * dtype.itemsize)
+        self.files[side].seek(start * dtype.itemsize)
+        ids = np.frombuffer(self.files[side].read(count * dtype.itemsize), dtype)
         if ids.max() >= self.meta["vocab_size"]:
             raise UserError(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
                             f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again")

@@ -11,6 +11,7 @@ weights_only=True, so that opening a stranger's file cannot run a stranger's cod
 """
 import contextlib
 import glob
+import math
 import os
 import pickle
 import shutil
@@ -37,7 +38,7 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk ...
         os.replace(part, path)  # ... before they get their name, which is one indivisible step ...
-        with contextlib.suppress(PermissionError):  # (Windows cannot open a folder)
+        with contextlib.suppress(OSError):  # (Windows cannot open a folder, and not every file system can do this)
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:
                 os.fsync(folder)  # ... and the name is on the disk before anything older is deleted
@@ -91,18 +92,39 @@ def find_checkpoint(init_from, out_dir):
         raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave out --init_from: a new run")
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
+            missing = [name for name in ("optimizer", "scaler", "row", "chosen", "versions", "data_sha256")
+                       if name not in state]
+            if missing:
+                raise UserError(f"{path} has no {missing[0]}: a run cannot go on from it (a renamed best.pt?)", "")
+            return state
         except UserError as error:
             if path == paths[0]:
-                raise
+                best = os.path.join(out_dir, "best.pt")
+                raise UserError(f"{error.fact}, and no checkpoint before it is whole",
+                                f"start a new run from the best weights: --init_from={best} --out_dir=out/ANOTHER") \
+                    from None
             warn(f"{error.fact}; taking the one before")
     return None
+
+
+def best_loss_of(out_dir):
+    """The validation loss of best.pt; infinity where there is none, or none that can be read."""
+    path = os.path.join(out_dir, "best.pt")
+    if os.path.exists(path):
+        try:
+            return load_checkpoint(path)["val_loss"]
+        except (UserError, KeyError) as error:
+            warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
+            os.replace(path, path + ".damaged")
+    return math.inf
 
 
 def prune_checkpoints(run, keep=2):
     """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one)."""
     for path in checkpoints(run)[:-keep]:
-        os.unlink(path)
+        with contextlib.suppress(OSError):  # too many checkpoints are no reason to end a run
+            os.unlink(path)
 
 
 class RunFolder:
@@ -150,7 +172,7 @@ class RunFolder:
             with open(os.path.join(self.path, ".probe"), "wb"):
                 pass
             os.unlink(os.path.join(self.path, ".probe"))
-            for path in glob.glob(os.path.join(glob.escape(self.path), "*.part")):
+            for path in filter(os.path.isfile, glob.glob(os.path.join(glob.escape(self.path), "*.part"))):
                 os.unlink(path)
             free = shutil.disk_usage(self.path).free
         except OSError as error:
@@ -220,6 +242,16 @@ def load_weights(model, weights, path):
             raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",
                             "use the settings that the checkpoint was trained with")
     model.load_state_dict(weights, strict=False)
+
+
+def load_optimizers(optimizers, states, run):
+    """Give each optimizer its state. Raises UserError where they do not fit."""
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"the optimizer state in the checkpoint of {run} does not fit: {error}",
+                        f"delete that checkpoint, or start anew: --init_from={run}/best.pt --out_dir={run}-2") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 
 from config import UserError, note
 
@@ -191,6 +192,15 @@ def load_from(path, sha256=None):
             return tokenizer
     raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json)",
                     "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
+
+
+def copy(source, target, sha256):
+    """Copy source/tokenizer to target/tokenizer, unless the same one is there."""
+    try:
+        load_from(target, sha256)
+    except UserError:
+        shutil.rmtree(os.path.join(target, "tokenizer"), ignore_errors=True)
+        shutil.copytree(os.path.join(source, "tokenizer"), os.path.join(target, "tokenizer"))
 
 
 def fingerprint(folder):

@@ -27,7 +27,6 @@ PROCESS_START = time.time()  # before the imports, which take seconds: the clock
 
 import math
 import os
-import shutil
 import signal
 import statistics
 from dataclasses import asdict, dataclass
@@ -42,7 +41,7 @@ import prepare
 import runtime
 import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say, warn
-from log import Log, last_row, progress_line
+from log import Log, last_row, progress_line, read_header
 from model import GPTConfig, PRESETS
 from muon import Muon
 
@@ -101,7 +100,7 @@ def main(argv):
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
-    settings.out_dir = settings.out_dir or os.path.join("out", os.path.basename(settings.dataset))
+    settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
     processes = machine.Processes()
     writes = processes.rank == 0 and not settings.eval_only  # one process writes into the folder of the run
     with machine.StopSignal() as stop, runtime.RunFolder(settings.out_dir, writes) as folder:
@@ -169,7 +168,9 @@ def train(settings, given, processes, stop, folder):
         chosen = resumed["chosen"]
     else:
         dtype, why = machine.choose_dtype(settings.dtype, device)
-        chosen = processes.first(dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile))
+        chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
+        begun = read_header(os.path.join(out_dir, "log.jsonl"))  # by a run that was killed before its first checkpoint
+        chosen = processes.first(begun["chosen"] if begun.get("settings") == asdict(settings) else chosen)
     dtype = getattr(torch, chosen["dtype"])
     autocast = machine.autocast(device, dtype)
     scaling = dtype == torch.float16  # small gradients would round to 0 in float16, unless the loss is scaled up
@@ -233,10 +234,9 @@ def train(settings, given, processes, stop, folder):
     # 4) The run folder: a new one, or the state in which the last checkpoint left it. The first process writes it.
     step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
     if resumed:
-        step, row, best_loss = resumed["step"], resumed["row"], resumed["best_loss"]
+        step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
-        for (optimizer, _), state in zip(optimizers, resumed.pop("optimizer")):
-            optimizer.load_state_dict(state)
+        runtime.load_optimizers([optimizer for optimizer, _ in optimizers], resumed.pop("optimizer"), out_dir)
         scaler.load_state_dict(resumed["scaler"])
         say(f"resumed {out_dir} after {step} of {settings.max_iters} updates")
 
@@ -254,17 +254,16 @@ def train(settings, given, processes, stop, folder):
 
     def save_run():
         """All that the next update depends on."""
-        save(f"ckpt_{step:08d}.pt", row=row, best_loss=best_loss, scaler=scaler.state_dict(),
+        save(f"ckpt_{step:08d}.pt", row=row, unlogged=log.unwritten, scaler=scaler.state_dict(),
              optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
         runtime.prune_checkpoints(out_dir)
 
     log = wandb = None
     if folder.writes:
-        if not resumed:
-            shutil.copytree(os.path.join(data_dir, "tokenizer"), os.path.join(out_dir, "tokenizer"), dirs_exist_ok=True)
-        elif os.path.exists(best := os.path.join(out_dir, "best.pt")):  # it may be newer than the checkpoint
-            best_loss = min(best_loss, runtime.load_checkpoint(best)["val_loss"])
-        log = Log(os.path.join(out_dir, "log.jsonl"), header(), before=step)
+        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
+        if resumed:
+            best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
+        log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
 
@@ -292,12 +291,14 @@ def train(settings, given, processes, stop, folder):
                         wandb.log(row, step=step)
             if last:
                 break
-            if settings.budget and "max_iters" not in chosen and step >= max(1, min(10, settings.warmup_iters)):
+            measured = step >= max(1, min(10, settings.warmup_iters)) and times
+            if settings.budget and "max_iters" not in chosen and measured:
                 # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
                 # max_iters, so choosing it here changes nothing that has been done.
-                left = checks.seconds_of(settings.budget) - wall_seconds()
-                settings.max_iters = chosen["max_iters"] = step + processes.first(
-                    steps_within(left, settings, val_batches / micros, statistics.median(times)))
+                left, took = processes.first((checks.seconds_of(settings.budget) - wall_seconds(),
+                                              statistics.median(times)))
+                settings.max_iters = chosen["max_iters"] = step + steps_within(
+                    left, settings, val_batches / micros, took)
                 if folder.writes:
                     log.rewrite(header())
                 say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
@@ -350,7 +351,8 @@ def train(settings, given, processes, stop, folder):
             save_run()
         processes.wait()  # for the first, which is saving: torchrun would kill it as soon as another one leaves
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
-            + (f"; saved in {out_dir}. The same command continues." if step else ""))
+            + (f"; saved in {out_dir}. The same command continues." if step else "")
+            + (" (Without --init_from=scratch.)" if settings.init_from == "scratch" else ""))
         return 128 + stop.signal
 
     if wandb:
@@ -365,8 +367,9 @@ def train(settings, given, processes, stop, folder):
     say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
         f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
     model, tokenizer, best = runtime.load_run(out_dir, device=device)
-    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} updates; this is what sample.py "
-        "reads, and what writes here:\n")
+    best_loss = best.get("val_loss", row["val_loss"])
+    say(f"{best['path']}: validation loss {best_loss:.4f} after {best['step']} updates; this is what sample.py reads, "
+        "and what writes here:\n")
     print_sample(model, tokenizer, autocast, device)
     say_next(out_dir, data)
     return 0

@@ -27,17 +27,27 @@ FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False
 
 
 class UserError(Exception):
-    """Something that the user can mend: `fact` with its numbers, `fix` with what to type. Exit code 2 unless told."""
+    """Something that the user can mend: `fact` with its numbers, `fix` with what to type. Exit code 2 unless told.
 
-    def __init__(self, fact, fix, code=2):
+    alone: only this one of several processes knows of it, so that it has to say it itself.
+    """
+
+    def __init__(self, fact, fix, code=2, alone=False):
         super().__init__(fact)
-        self.fact, self.fix, self.code = fact, fix, code
+        self.fact, self.fix, self.code, self.alone = fact, fix, code, alone
 
 
 def say(text=""):
     """Print progress on standard error, once per job: only the first of several processes speaks."""
     if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        print_error(text)
+
+
+def print_error(text):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:  # whoever was listening has gone (`| head`): no reason to end a training run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def note(text):
@@ -64,9 +74,9 @@ def run(main):
     try:
         return main(sys.argv[1:]) or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
+        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
             fact, fix = (" ".join(str(line).splitlines()) for line in (error.fact, error.fix))
-            print(f"error: {fact}\nfix: {fix}", file=sys.stderr, flush=True)
+            print_error(f"error: {fact}\nfix: {fix}")
         return error.code
     except KeyboardInterrupt:
         say("stopped")

@@ -123,10 +123,17 @@ def full_disk(first, last, size=1000):
     calls(torch, "save", act)
 
 
-def full_log(step):
-    """The log cannot be written at update number `step`."""
+def nobody_listens(step):
+    """Standard error is a pipe whose reader leaves at an update, as `| head` does."""
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    at_step(int(step), lambda: os.close(read))
+
+
+def full_log(first, last):
+    """The log cannot be written at the updates number first to last."""
     def act(real, self, row):
-        if row["step"] == int(step):
+        if int(first) <= row["step"] <= int(last):
             self.path, path = "/dev/full/log.jsonl", self.path
             real(self, row)
             self.path = path
@@ -239,6 +246,13 @@ def die_at_step(rank, step, attempts=1):
 def signal_rank(rank, number, step):
     if me() == int(rank):
         signal_at_step(number, step)
+
+
+def no_memory(rank, step):
+    def fail():
+        raise MemoryError("no more memory")
+    if me() == int(rank):
+        at_step(int(step), fail)
 
 
 def hang(rank, step):

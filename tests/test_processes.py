@@ -229,6 +229,11 @@ def test_a_loss_that_is_no_number_on_one_process(lab, two):  # row 15
     assert together(2, lab) == [0, 0] and outcome(lab / "out/words") == two
 
 
+def test_the_one_that_runs_out_of_memory_says_so(lab):  # whichever it is
+    assert 2 in together(2, lab, fault="no_memory:1,10")
+    assert "error: out of memory with micro-batches of batch_size=4" in said(lab, 1)
+
+
 def test_processes_that_disagree(lab):
     assert together(2, lab, fault="other_seed:1") == [2, 2]
     assert "error: process 1 has seed=4, process 0 has 1337" in said(lab) and not (lab / "out").exists()
@@ -242,7 +247,9 @@ def test_a_users_mistake_is_told_once(lab):
 
 def test_what_torchrun_would_have_set(lab, monkeypatch):
     for env, fact in ((dict(WORLD_SIZE="2"), "WORLD_SIZE=2, but RANK is not set"),
-                      (dict(WORLD_SIZE="two"), "is no number"),
+                      (dict(WORLD_SIZE="two"), "is no number"), (dict(WORLD_SIZE="0"), "RANK=0, but WORLD_SIZE=0"),
+                      (dict(WORLD_SIZE="1", RANK="1"), "RANK=1, but WORLD_SIZE=1"),
+                      (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "cannot meet at"),
                       (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR is not set")):
         assert faults.Run(lab, env=env).wait() == 2
         assert fact in said(lab, env.get("RANK", "0"))

@@ -184,9 +184,57 @@ def test_disk_full_at_many_offsets(lab, tmp_path, monkeypatch):  # row 8
 
 
 def test_a_log_that_cannot_be_written_waits(lab):  # rows 8 and 31
-    assert lab.start(fault="full_log:23").wait() == 0
+    assert lab.start(fault="full_log:23,23").wait() == 0
     assert "warning: cannot write /dev/full/log.jsonl" in said(lab.path)
     lab.finish()
+    shutil.rmtree(lab.run)  # rows that only a checkpoint has, when the process dies
+    assert lab.start(fault="full_log:17,23;die_at_step:0,24").wait() == 1
+    lab.finish()
+
+
+def test_a_listener_that_leaves_does_not_end_a_run(lab):
+    """python train.py ... 2>&1 | head"""
+    assert lab.start(fault="nobody_listens:10").wait() == 0
+    lab.finish()
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_data(lab):
+    """Another one may lie there, from a run that was killed before its first checkpoint; or it was deleted."""
+    os.makedirs(lab.run / "tokenizer")
+    (lab.run / "tokenizer/stale.json").write_text("{}")
+    assert lab.start(fault=f"signal_at_step:{signal.SIGTERM},9").wait() == 143
+    shutil.rmtree(lab.run / "tokenizer")
+    lab.finish()
+    assert runtime.load_run(str(lab.run))[1].vocab_size == 25
+
+
+def test_what_auto_chose_is_kept_before_the_first_checkpoint(lab):
+    assert lab.start("--dtype=auto", "--max_iters=7", fault="die_at_step:0,3").wait() == 1
+    path = lab.run / "log.jsonl"
+    path.write_text(path.read_text().replace('"why": "', '"why": "chosen before: '))
+    assert lab.start("--dtype=auto", "--max_iters=7").wait() == 0
+    assert '"why": "chosen before: ' in path.read_text() and "(chosen before: " in said(lab.path)
+
+
+def test_best_is_written_anew_where_it_cannot_be_used(lab):
+    assert lab.start(fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
+    (lab.run / "best.pt").write_bytes(b"PK")
+    shutil.copy(lab.reference / "out/a/best.pt", lab.run / "ckpt_00000099.pt")  # it is none to go on from
+    assert lab.start().wait() == 0
+    assert "ckpt_00000099.pt has no optimizer" in said(lab.path) and "best.pt cannot be used" in said(lab.path)
+    for name in ("best.pt.damaged", "ckpt_00000099.pt.damaged"):
+        os.unlink(lab.run / name)
+    lab.finish()
+    state = runtime.load_checkpoint(str(lab.run / "ckpt_00000060.pt"))
+    state["optimizer"][0]["param_groups"].pop()
+    runtime.save_checkpoint(str(lab.run / "ckpt_00000060.pt"), state)
+    assert lab.start("--max_iters=70").wait() == 2 and "does not fit" in said(lab.path)
+
+
+def test_a_budget_for_a_run_that_was_stopped(lab):
+    assert lab.start("--lr_decay_iters=60", fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
+    assert lab.start("--lr_decay_iters=60", "--budget=1h", fault=f"signal_at_step:{signal.SIGTERM},30").wait() == 143
+    assert "budget: enough for" in said(lab.path)
 
 
 @pytest.mark.parametrize("out_dir", ["words.txt", "words.txt/out", "/proc/nothing/here", "locked/out"])
@@ -423,7 +471,8 @@ def test_retention(tmp_path, monkeypatch):  # row 24
     for _ in range(200):
         step += rng.randrange(1, 5)
         event = "save" if event == "rot" else rng.choice(["save", "save", "save", "full", "kill", "rot"])
-        state = dict(format=1, step=step, model={}, settings={}, tokenizer_sha256="", source=[])
+        state = dict(format=1, step=step, model={}, settings={}, tokenizer_sha256="", source=[], optimizer=[],
+                     scaler={}, row={}, chosen={}, versions={}, data_sha256=[])
         path = f"ckpt_{step:08d}.pt"
         if event == "save":
             runtime.save_checkpoint(path, state)

@@ -229,7 +229,9 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("junk", [b"junk\n", b"\xff\xfe\n", b"3\n", b"\0" * 50 + b"\n", b'{"step": "x"}\n', b'{"st'])
+@pytest.mark.parametrize("junk", [
+    b"junk\n", b"\xff\xfe\n", b'{"step": 3, "loss": NaN}\n',
+    b'{"step": 2, "loss": 1.0}\n', b"3\n", b"\0" * 50 + b"\n", b'{"step": "x"}\n', b'{"st'])
 def test_a_log_with_junk_in_it_does_not_hold_up_a_run(data, junk):
     run("--max_iters=3")
     with open("out/words/log.jsonl", "ab") as file:
@@ -260,7 +262,8 @@ def test_a_run_that_learns_by_heart_is_warned(data, capsys):
     ("--n_embd=1e12", "cannot be made here"), ("--batch_size=1e30", "out of range: 1 to 1e+09"),
     ("--rope_theta=0", "rope_theta"),
     ("--block_size=100000", "block_size=100000 needs at least 100001"), ("--n_embd=33", "n_embd=33"),
-    ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"), ("--batch_size=0", "batch_size=0"),
+    ("--vocab_size=7", "vocab_size=7"), ("--max_iters=0", "max_iters=0"),
+    ("--max_iters=1e8", "max_iters=100000000"), ("--batch_size=0", "batch_size=0"),
     ("--learning_rate=0", "learning_rate=0.0"), ("--grad_clip=-1", "grad_clip=-1.0"), ("--budget=soon", "'soon'"),
     ("--budget=5", "'5'"), ("--budget=nans", "'nans'"), ("--budget=-3m", "'-3m'"),
     ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
