@@ -9,6 +9,7 @@ The first line says what the numbers come from: versions, machine, settings, dat
 """
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,8 @@ class Log:
     """log.jsonl: a header line that says what the numbers come from, then one row per logged step; and its picture.
 
     `curve` has (step, loss, validation loss or None) of every row. A log that continues one keeps its rows before
-    step `before`: those from there on belong to updates that were lost with the process, and come again.
+    step `before`: those from there on belong to updates that were lost with the process, and come again. `unwritten`
+    has rows that a full disk held back; the checkpoint carries them, so that a kill does not lose them.
     """
 
     def __init__(self, path, header, before=0, unwritten=""):
@@ -47,7 +49,7 @@ class Log:
         """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in [*file, *self.unwritten.splitlines(keepends=True)]:
+                for line in itertools.chain(file, self.unwritten.splitlines(keepends=True)):
                     row = parse_row(line)
                     if row:
                         yield row

@@ -14,6 +14,7 @@ carry comments that explain its numbers.
 The rest of this file is how a script ends: `UserError` for what the user can mend, `command_line` to print it.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -65,8 +66,9 @@ def command_line(main):
         sys.exit(code)
     # One of several processes leaves without tidying up: in Python's last moments, the threads through which they
     # talked can wait for the interpreter while the interpreter waits for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
