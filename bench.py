@@ -5,6 +5,8 @@ Measurements: every number in the README that is not a line of a training log co
     python bench.py syntax out/small    # how many of the functions that the model writes are Python?
     python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
     python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
+    python bench.py prepare --peer=../nanoGPT   # how fast is text prepared, beside nanoGPT's own scripts?
+    python bench.py languages en.txt fr.txt     # what does each language lose by sharing a vocabulary?
 
 Each prints what it measured on standard output, and on which machine.
 """
@@ -14,7 +16,10 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import runpy
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,14 +31,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import dataset as datasets
 import machine
-import prepare
 import runtime
 import sample
 import tokenizer as tokenizers
 import train
 from config import UserError, check_limits, command_line, load, say
 from model import GPT, GPTConfig, KVCache, PRESETS
+from sources import fetch
 
 
 @dataclass
@@ -47,7 +53,11 @@ class BenchConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
     dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there
-    steps: int = 200  # parity: updates to compare
+    steps: int = 200  # parity: updates to compare; languages: updates of each run
+    megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
+    repeats: int = 3  # prepare: pairs of processes
+    vocab_size: int = 4096  # languages: tokens of each vocabulary
+    character_coverage: float = 0.9995  # languages: share of the characters that get a token
 
 
 def syntax(settings, runs):
@@ -122,10 +132,7 @@ def parity(settings, _):
     clipping and the decay of the matrices alone are in it; float32, without dropout.
     """
     check_limits(settings, {"steps": (10, 100_000)})
-    for name in ("train.py", "model.py"):
-        if not settings.peer or not os.path.isfile(os.path.join(settings.peer, name)):
-            raise UserError(f"--peer={settings.peer!r} is not a folder of nanoGPT: it has no {name}",
-                            "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
+    check_peer(settings.peer, "train.py", "model.py")
     dataset = settings.dataset or "shakespeare_char"
     with tempfile.TemporaryDirectory() as folder:
         argv = [*PARITY, f"--max_iters={settings.steps}", f"--lr_decay_iters={settings.steps}",
@@ -144,7 +151,7 @@ def parity(settings, _):
         weights = GPT(run).state_dict()
         for name in ("transformer.wte.weight", "lm_head.weight"):
             weights[name] = weights[name][:run.vocab_size].clone()  # without our padding
-        data = prepare.Data.open(os.path.join("data", dataset))
+        data = datasets.Dataset.open(os.path.join("data", dataset))
         micros = run.gradient_accumulation_steps
         starts = [data.starts(run.block_size, run.batch_size, run.seed, step, micro, micros)
                   for step in range(settings.steps + 1) for micro in range(micros)]
@@ -276,10 +283,9 @@ def doctor(settings, _):
             check(f"{family}: cache", off < 1e-4, f"scores with and without differ by {off:.0e} of the largest")
     dataset = settings.dataset or "stdlib"
     if os.path.exists(os.path.join("data", dataset)) or settings.dataset:
-        data = prepare.Data.open(os.path.join("data", dataset))
-        shared = overlap(data)
-        check("held-out text", shared < 0.5, f"{shared:.1%} of the runs of 13 tokens in data/{dataset}/val.bin are "
-              "also in train.bin (below 50% is well)")
+        leaked = datasets.Dataset.open(os.path.join("data", dataset)).meta["leaked"]
+        check("held-out text", leaked < 0.5, f"{leaked:.1%} of the runs of 13 words that data/{dataset} holds out are "
+              "also in what it trains on (below 50% is well)")
     else:
         check("held-out text", None, f"data/{dataset} is not there: python prepare.py {dataset}")
     print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''} ({time.perf_counter() - started:.0f} s)")
@@ -297,19 +303,135 @@ def compile_probe(device):
         return None, f"not here, training does without: {str(error).strip().splitlines()[0][:120]}"
 
 
-def overlap(data, n=13, most=20_000_000):
-    """The share of the runs of n tokens on the held-out side that also stand on the training side (of its start)."""
-    def hashes(side):
-        ids = data.tokens(side, 0, min(most, data.meta[side]["tokens"])).astype(np.uint64)
-        total = np.zeros(max(0, len(ids) - n + 1), np.uint64)
-        for i in range(n):  # a polynomial in an odd number, modulo 2^64
-            total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i:len(ids) - n + 1 + i] + np.uint64(1)
-        return total
-    held_out = hashes("val")
-    return float(np.isin(held_out, np.unique(hashes("train"))).mean()) if len(held_out) else 0.0
+def prepare(settings, sources):
+    """prepare.py beside nanoGPT's own scripts for the same work: whole processes in turn, on the same text."""
+    check_limits(settings, {"megabytes": (1, 100_000), "repeats": (1, 100)})
+    check_peer(settings.peer, "data/shakespeare/prepare.py", "data/shakespeare_char/prepare.py")
+    lines = "".join(tokenizers.blocks(fetch(sources or ["stdlib"])[0])).splitlines(keepends=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        size, rng = 0, random.Random(settings.seed)
+        with open(os.path.join(folder, "input.txt"), "w", encoding="utf-8", newline="") as file:
+            while size < settings.megabytes * 1e6:
+                rng.shuffle(lines)
+                size += file.write("".join(lines))
+        size = os.path.getsize(os.path.join(folder, "input.txt"))
+        print(f"{size / 1e6:.0f} MB of text, {settings.repeats} pairs of processes; {machine_line()}")
+        for script, kind, first in (("shakespeare_char", "char", len(tokenizers.SPECIAL)), ("shakespeare", "gpt2", 0)):
+            peer, out, pairs = os.path.join(folder, kind), os.path.join(folder, "out-" + kind), []
+            os.makedirs(peer)
+            shutil.copy(os.path.join(settings.peer, "data", script, "prepare.py"), peer)
+            os.symlink("../input.txt", os.path.join(peer, "input.txt"))
+            for _ in range(settings.repeats):
+                pairs.append((measure([os.path.join(peer, "prepare.py")]),
+                              measure([project("prepare.py"), os.path.join(folder, "input.txt"), f"--tokenizer={kind}",
+                                       f"--out={out}", "--val_fraction=0.1"])))
+            a, b = (np.fromfile(os.path.join(at, "train.bin"), np.uint16) for at in (peer, out))
+            both = min(len(a), len(b) - 1) - 100  # (they cut the text at a character, we at a line)
+            same = bool((a[:both] + first == b[1:both + 1]).all())
+            for name, rows in zip(("nanoGPT", "ours"), zip(*pairs)):
+                speeds = sorted(size / 1e6 / seconds for seconds, _ in rows)
+                print(f"{kind:5} {name:8} {statistics.median(speeds):6.1f} MB/s ({speeds[0]:.1f} to {speeds[-1]:.1f}), "
+                      f"at most {max(peak for _, peak in rows) / 1e6:,.0f} MB of memory")
+            ratios = sorted(theirs[0] / mine[0] for theirs, mine in pairs)
+            print(f"{kind:5} {statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
+                  f"{'the same ids' if same else 'OTHER IDS'}", flush=True)
+            if not same:
+                return 1
+    return 0
 
 
-BENCHES = {"syntax": syntax, "parity": parity, "doctor": doctor}
+# A process that starts another and says how long it took and its memory at its peak. A small one has to: what Linux
+# reports is at least the memory of the process that started it.
+MEASURE = """import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - start, usage.ru_maxrss * 1024)
+sys.exit(status != 0)"""
+
+
+def measure(command):
+    """Run a script in a process of its own: (seconds, bytes of memory at its peak)."""
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed: {' '.join(done.stderr.strip().splitlines()[-2:])}", "see above")
+    return tuple(map(float, done.stdout.split()))
+
+
+def project(name):
+    """The path of a file of this project."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
+
+def machine_line():
+    return f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+
+
+def check_peer(peer, *names):
+    for name in names:
+        if not peer or not os.path.isfile(os.path.join(peer, name)):
+            raise UserError(f"--peer={peer!r} is not a folder of nanoGPT: it has no {name}",
+                            "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
+
+
+def languages(settings, files):
+    """What sharing one vocabulary, and one model, costs each of several languages. One file per language.
+
+    Everything lands in data/languages and out/languages: a vocabulary and a model for all, and for each file two models
+    of its own, of the same shape, one with a vocabulary of its own and one with the shared one. The held-out lines are
+    the same in all of them, and bits per byte do not depend on the vocabulary.
+    """
+    check_limits(settings, {"steps": (1, 100_000), "vocab_size": (300, 1_000_000)})
+    if len(files) < 2:
+        raise UserError(f"{len(files)} files", "one text file per language, two or more")
+    names = [os.path.basename(path).removesuffix(".gz").removesuffix(".txt") for path in files]
+    learned = [f"--vocab_size={settings.vocab_size}", f"--character_coverage={settings.character_coverage}"]
+    started, rows = time.perf_counter(), []
+
+    def run(script, *argv):
+        done = subprocess.run([sys.executable, project(script), *argv], capture_output=True, text=True)
+        if done.returncode:
+            fact, fix = done.stderr.strip().splitlines()[-2:]  # the two lines of an error
+            raise UserError(f"{script} {' '.join(argv)}: {fact}", fix.removeprefix("fix: "))
+
+    def train_on(dataset, steps):
+        """Bits per byte of a fresh model after so many updates."""
+        out = os.path.join("out", dataset)
+        shutil.rmtree(out, ignore_errors=True)
+        run("train.py", project("config/train_small.py"), f"--dataset={dataset}", f"--out_dir={out}",
+            f"--max_iters={steps}", f"--eval_interval={steps}", f"--device={settings.device}")
+        with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+            return [row["val_bpb"] for row in map(json.loads, file) if "val_bpb" in row][-1]
+
+    say("the shared vocabulary and model")
+    run("prepare.py", *files, "--out=data/languages/all", *learned)
+    together = train_on("languages/all", settings.steps * len(files))
+    device = machine.choose_device(settings.device)
+    model, _, _ = runtime.load_run("out/languages/all", settings.checkpoint, device)
+    for path, name in zip(files, names):
+        say(f"{name}, {time.perf_counter() - started:.0f} s")
+        run("prepare.py", path, f"--out=data/languages/{name}.own", *learned)
+        run("prepare.py", path, f"--out=data/languages/{name}.shared", "--tokenizer=data/languages/all")
+        own, shared = (datasets.Dataset.open(f"data/languages/{name}.{kind}") for kind in ("own", "shared"))
+        size = model.config.block_size
+        with torch.no_grad():
+            total, count = datasets.validation_sums(
+                lambda idx, targets: model(idx.to(device), targets.to(device)).item(),
+                shared, size, 8, shared.n_val_batches(size, 8))
+        rows.append((name, own.meta["train"]["bytes"] + own.meta["val"]["bytes"],
+                     *(data.meta["val"]["bytes"] / data.meta["val"]["tokens"] for data in (own, shared)),
+                     shared.bits_per_byte(total / count),
+                     *(train_on(f"languages/{name}.{kind}", settings.steps) for kind in ("own", "shared"))))
+    print(f"vocabularies of {settings.vocab_size:,} tokens, {settings.steps} updates per language, "
+          f"{time.perf_counter() - started:.0f} s in all; {machine_line()}")
+    print("| text | bytes | bytes per token, own vocabulary | shared | more tokens | bits per byte: one model for all "
+          f"({together:.3f}) | a model alone, own vocabulary | shared |\n|---" + "|---" * 7 + "|")
+    for name, size, own, shared, one, alone, alone_shared in rows:
+        print(f"| {name} | {size:,} | {own:.2f} | {shared:.2f} | {own / shared - 1:+.0%} | {one:.3f} | {alone:.3f} | "
+              f"{alone_shared:.3f} |")
+
+
+BENCHES = {bench.__name__: bench for bench in (syntax, parity, doctor, prepare, languages)}
 
 
 def main(argv):

@@ -2,22 +2,30 @@
 """
 Tokenizers: text to ids and back, without loss.
 
+    python tokenizer.py --train --input=notes.txt --tokenizer=bpe --vocab_size=4096 --out=data/my-tokenizer
+    python tokenizer.py --inspect="Hello, world!" --tokenizer=gpt2      # what does a model see? ids and pieces
+    python tokenizer.py --compare=bpe,unigram,char --input=notes.txt    # which one is the shortest on this text?
+
     tokenizer = train("bpe", ["some", "texts"], vocab_size=4096)
-    ids = tokenizer.encode("def f(x):\\n\\treturn x")
-    assert tokenizer.decode(ids) == "def f(x):\\n\\treturn x"
+    ids = tokenizer.encode("def f(x):\n\treturn x")
+    assert tokenizer.decode(ids) == "def f(x):\n\treturn x"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load("data/mine/tokenizer")
 
-A language model never sees text, it sees integers. There are two ways to make them here:
+A language model never sees text, it sees integers. Three ways to make them are learned from the text itself:
 
-char    one id per distinct character of the training text. The smallest vocabulary, the longest sequences, and no id
-        for a character that was never seen.
-bpe     byte-pair encoding (Gage 1994; Sennrich 2016, arXiv 1508.07909), trained by SentencePiece: start from single
-        characters, and again and again make one piece of the pair that occurs most often. What no piece covers is
-        spelled in bytes, so that any text can be encoded.
+char     one id per distinct character of the training text. The smallest vocabulary, the longest sequences, and no id
+         for a character that was never seen.
+bpe      byte-pair encoding (Gage 1994; Sennrich 2016, arXiv 1508.07909), trained by SentencePiece: start from single
+         characters, and again and again make one piece of the pair that occurs most often. What no piece covers is
+         spelled in bytes, so that any text can be encoded.
+unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece: start from very many pieces with a probability each, and
+         again and again drop those without which the text is hardly less likely. Text becomes the likeliest pieces.
 
-Both offer the same six things: encode, decode, token_bytes, vocab_size, special, save. A token stands for *bytes*, not
-for characters (an emoji may be spread over four tokens), so text is put together by joining token_bytes and decoding
-the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
+The vocabularies that others have learned, GPT-2's, Llama 3's and so on, are read by bytebpe.py.
+
+All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save. A token stands for *bytes*,
+not for characters (an emoji may be spread over four tokens), so text is put together by joining token_bytes and
+decoding the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
 
 The special tokens below exist in every vocabulary and are put in by id alone: text that merely contains the characters
 "<|endoftext|>" is encoded as these characters, so no document and no user can forge one.
@@ -26,14 +34,23 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import time
+from dataclasses import dataclass, field
 
-from config import UserError, note
+import numpy as np
+
+import bytebpe
+from config import UserError, command_line, load as load_settings, note, say
+from sources import documents, fetch
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
 SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the others mark the turns of a chat
+LEARNED = ("bpe", "unigram", "char")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+BETWEEN_WORDS, PART_CHARACTERS = re.compile(r"(?<=\S)(?= [^\W\d_])"), 2000  # a space is always the start of a piece
 
 
 class CharTokenizer:
@@ -44,17 +61,21 @@ class CharTokenizer:
     def __init__(self, characters):
         self.characters = characters
         self.special = {name: i for i, name in enumerate(SPECIAL)}
-        self.ids = {character: i for i, character in enumerate(characters, len(SPECIAL))}
         self.vocab_size = len(SPECIAL) + len(characters)
+        self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
+        self.table[code_points(characters)] = np.arange(len(SPECIAL), self.vocab_size)
 
     def encode(self, text):
-        try:
-            return [self.ids[character] for character in text]
-        except KeyError as error:
-            character = error.args[0]
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text):
+        ids = self.table.take(code_points(text))
+        if ids.size and ids.min() < 0:
+            character = text[int(ids.argmin())]
             raise UserError(f"the character {character!r} (U+{ord(character):04X}) is not among the "
                             f"{len(self.characters)} that this character vocabulary was made from",
-                            "leave it out, or prepare the data with --tokenizer=bpe, which spells anything") from None
+                            "leave it out, or prepare the data with --tokenizer=bpe, which spells anything")
+        return ids
 
     def token_bytes(self, i):
         return self.characters[i - len(SPECIAL)].encode() if len(SPECIAL) <= i < self.vocab_size else b""
@@ -73,8 +94,13 @@ class CharTokenizer:
             return cls("".join(json.load(file)))
 
 
+def code_points(text):
+    """The numbers of the characters of a text: (n,) uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
 class SentencePieceTokenizer:
-    """Byte-pair encoding by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
+    """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
 
     def __init__(self, model, kind):
         self.model, self.kind = model, kind
@@ -93,12 +119,25 @@ class SentencePieceTokenizer:
             else:
                 self.bytes.append(processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
 
+    def encode_to_numpy(self, text):
+        return np.array(self.encode(text), dtype=np.int32)
+
     def encode(self, text):
         first, *rest = text.split(SPACE_MARK)
-        ids = self.processor.encode(first)
+        ids = self.encode_spaced(first)
         for part in rest:
-            ids += self.space_mark_ids + self.processor.encode(part)
+            ids += self.space_mark_ids + self.encode_spaced(part)
         return ids
+
+    def encode_spaced(self, text):
+        """The ids of a text without the mark. A long one is cut between words, where no piece can be: twice as fast."""
+        parts, start = [], 0
+        while start < len(text):
+            cut = BETWEEN_WORDS.search(text, start + PART_CHARACTERS)
+            end = cut.start() if cut else len(text)
+            parts.append(text[start:end])
+            start = end
+        return [i for ids in self.processor.encode(parts, num_threads=1) for i in ids]
 
     def token_bytes(self, i):
         return self.bytes[i] if i < self.vocab_size else b""
@@ -117,30 +156,38 @@ class SentencePieceTokenizer:
             return cls(file.read(), kind)
 
 
-def train(kind, texts, vocab_size=4096):
+def train(kind, texts, vocab_size=4096, character_coverage=1.0):
     """A new tokenizer, learned from an iterable of texts. All of them are read into memory: give a sample."""
     if kind == "char":
-        return CharTokenizer("".join(sorted(set().union(*texts))))
-    if kind == "bpe":
-        return train_sentencepiece(texts, vocab_size, kind)
-    raise UserError(f"there is no tokenizer {kind!r}", "--tokenizer=bpe or --tokenizer=char")
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return CharTokenizer("".join(sorted(characters)))
+    if kind in LEARNED:
+        return train_sentencepiece(kind, texts, vocab_size, character_coverage)
+    raise UserError(f"{kind!r} is no tokenizer that can be learned", f"one of {', '.join(LEARNED)}")
 
 
-def train_sentencepiece(texts, vocab_size, kind):
-    """SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), told to keep every space and every character."""
-    lines, characters = [], set()
+def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
+    """SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), told to keep every space and every character.
+
+    character_coverage: the share of all characters that get a piece; the rarest, beyond it, are spelled in bytes.
+    """
+    lines, counts = [], np.zeros(0x110000, dtype=np.int64)
     for text in texts:
-        characters.update(text)
+        found = np.bincount(code_points(text))
+        counts[:len(found)] += found
         start = 0
         while start < len(text):  # it wants pieces of bounded length: some lines each, with their line ends
             end = text.rfind("\n", start, start + 2000) + 1 or start + 2000
             lines.append(text[start:end])
             start = end
-    smallest = smallest_vocab(characters)
+    smallest = smallest_vocab(counts, character_coverage)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size={vocab_size} is too small: this text has {len(characters):,} distinct characters, "
-                        f"and they, 256 bytes and {len(SPECIAL) + 1} special tokens need {smallest:,}",
-                        f"--vocab_size={smallest} or more, or --tokenizer=char")
+        raise UserError(f"vocab_size={vocab_size} is too small: this text has {np.count_nonzero(counts):,} distinct "
+                        f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
+                        f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
+                        f"{character_coverage:g}, or --tokenizer=char")
     if vocab_size > 1_000_000 or not any(line.strip() for line in lines):
         raise UserError(f"vocab_size={vocab_size} for {sum(map(len, lines))} characters of text (white space included)",
                         "a --vocab_size of at most a million, more text, or --tokenizer=char")
@@ -153,19 +200,37 @@ def train_sentencepiece(texts, vocab_size, kind):
         allow_whitespace_only_pieces=True,  # so that an indentation is one token
         split_by_unicode_script=False,  # so that "(self," can be one: 7% fewer tokens on Python
         split_digits=True,  # 2026 is four tokens: numbers are spelled alike wherever they stand
-        character_coverage=1.0, byte_fallback=True,  # each character of the sample has a piece, others are bytes
+        character_coverage=character_coverage, byte_fallback=True,  # what has no piece is spelled in bytes
         control_symbols=list(SPECIAL), unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # text never becomes a control symbol
-        max_sentence_length=1 << 16, num_threads=os.cpu_count() or 1, minloglevel=2)
+        num_threads=16,  # a fixed number: unigram adds up in another order with another, and learns other pieces
+        max_sentence_length=1 << 16, minloglevel=2)
     tokenizer = SentencePieceTokenizer(model.getvalue(), kind)
     if tokenizer.vocab_size < vocab_size:
         note(f"the text is too small for {vocab_size:,} tokens: the vocabulary has {tokenizer.vocab_size:,}")
     return tokenizer
 
 
-def smallest_vocab(characters):
-    """The fewest tokens that bpe can do with: the characters of the text, 256 bytes, the specials and the unknown."""
-    alphabet = {SPACE_MARK if character == " " else character for character in characters} - {"\0"}
-    return len(alphabet) + 256 + len(SPECIAL) + 1
+def smallest_vocab(counts, character_coverage=1.0):
+    """The fewest tokens that bpe and unigram can do with: the characters, 256 bytes, the specials and the unknown.
+
+    counts: how often every code point occurs, an array. SentencePiece takes characters in, the most frequent first,
+    until their share of the text is character_coverage.
+    """
+    counts = counts.copy()
+    counts[ord(SPACE_MARK)] += counts[ord(" ")]
+    counts[[ord(" "), 0]] = 0  # a space is written as the mark; NUL never has a piece
+    falling = np.sort(counts[counts > 0])[::-1]
+    before = (np.cumsum(falling) - falling) / max(falling.sum(), 1)  # the share of all that come before it
+    return int((before < character_coverage).sum()) + 256 + len(SPECIAL) + 1
+
+
+def sample(texts, total_bytes):
+    """Of texts with so many bytes in all, as much as a vocabulary is learned from, spread evenly: the start of each."""
+    share = min(1.0, SAMPLE_BYTES / max(total_bytes, 1))
+    if share < 1:
+        note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the {total_bytes / 1e6:,.0f}")
+    for text in texts:
+        yield text[:-int(-len(text) * share // 1)]  # rounded up, so that short texts are in it too
 
 
 def load(folder):
@@ -173,25 +238,51 @@ def load(folder):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             kind = json.load(file)["kind"]
-        if kind not in ("char", "bpe"):
-            raise ValueError(f"unknown kind {kind!r}")
-        return CharTokenizer.load(folder) if kind == "char" else SentencePieceTokenizer.load(folder, kind)
+        if kind in ("bpe", "unigram"):
+            return SentencePieceTokenizer.load(folder, kind)
+        return {"char": CharTokenizer.load, "tiktoken": bytebpe.load_tiktoken,
+                "hugging_face": bytebpe.from_hugging_face}[kind](folder)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
                         "take the folder tokenizer/ from a copy, or prepare the data again") from None
 
 
 def load_from(path, sha256=None):
-    """The tokenizer of a tokenizer folder, of prepared data or of a run; with sha256, exactly the one meant."""
+    """The tokenizer of a tokenizer folder, of prepared data, of a run or of a Hugging Face folder.
+
+    sha256: the fingerprint of the one that is meant; another is refused.
+    """
     for folder in (path, os.path.join(path, "tokenizer")):
+        if os.path.exists(os.path.join(folder, "tokenizer.json")) and not is_ours(folder):
+            return bytebpe.from_hugging_face(folder)
         if os.path.exists(os.path.join(folder, "config.json")):
             tokenizer, found = load(folder), fingerprint(folder)
             if sha256 and found != sha256:
                 raise UserError(f"{folder} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
                                 "take the folder tokenizer/ from a copy, or prepare the data again")
             return tokenizer
-    raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json)",
+    raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                     "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
+
+
+def is_ours(folder):
+    """Is this config.json the one that `save` writes? A Hugging Face folder has one too, about the model."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return False
+    with open(path, "rb") as file:
+        return b'"kind"' in file.read()
+
+
+def get(name):
+    """The tokenizer that exists under a name: a folder, see load_from, or one of tiktoken's encodings."""
+    if os.path.isdir(name):
+        return load_from(name)
+    encodings = bytebpe.tiktoken().list_encoding_names()
+    if name in encodings:
+        return bytebpe.from_tiktoken(name)
+    raise UserError(f"there is no tokenizer {name!r}: no folder, and no name that is known",
+                    f"one of {', '.join((*LEARNED, *encodings))}; or a folder: a run, data/NAME, a Hugging Face model")
 
 
 def copy(source, target, sha256):
@@ -213,6 +304,7 @@ def fingerprint(folder):
 
 
 def write_config(folder, tokenizer):
+    """What every tokenizer folder has: which kind it is, and its special tokens."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, special=tokenizer.special), file, indent=1)
@@ -223,5 +315,98 @@ def sentencepiece():
         import sentencepiece
         return sentencepiece
     except ImportError:
-        raise UserError("the tokenizer bpe needs the package sentencepiece", "pip install sentencepiece, or "
+        raise UserError("bpe and unigram need the package sentencepiece", "pip install sentencepiece, or "
                         "--tokenizer=char") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+@dataclass
+class TokenizerConfig:
+    # One of three things to do:
+    train: bool = False  # learn a tokenizer from --input, and write it to --out
+    inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the model's chat format
+    compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small (bpe, unigram and char are learned there)
+    # With what:
+    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text; can be repeated
+    tokenizer: str = ""  # --train: bpe (the default), unigram or char; --inspect: gpt2, ..., or a folder that holds one
+    vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
+    character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
+    out: str = ""  # --train: the folder to write
+    chat: bool = False  # --inspect: the text is a message to a chat model
+
+
+def main(argv):
+    settings, _, bare = load_settings(TokenizerConfig, argv)
+    if bare or bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
+        raise UserError(f"nothing to do with {bare[0]!r}" if bare else "one thing to do at a time",
+                        '--train, --inspect="a text" or --compare=bpe,gpt2, each with what --help says about it')
+    if settings.inspect:
+        inspect(settings)
+        return
+    if not settings.input:
+        raise UserError("no text to learn from or to compare on", "--input=FILE")
+    sources, _ = fetch(settings.input)
+    total = sum(len(block.encode()) for block in blocks(sources))
+    if settings.compare:
+        compare(settings, sources, total)
+        return
+    kind = settings.tokenizer or "bpe"
+    if not settings.out:
+        raise UserError("no folder to write to", f"--out=data/{kind}-tokenizer")
+    if os.path.isdir(settings.out) and os.listdir(settings.out):
+        raise UserError(f"{settings.out} is not empty", "--out=ANOTHER_FOLDER")
+    tokenizer = learn(kind, settings, sources, total)
+    tokenizer.save(settings.out)
+    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens, learned from {total:,} bytes of text\n"
+        f"next: python prepare.py {settings.input[0]} --tokenizer={settings.out}")
+
+
+def blocks(sources):
+    return (block for document in documents(sources) for block in document.blocks())
+
+
+def learn(kind, settings, sources, total):
+    texts = blocks(sources) if kind == "char" else sample(blocks(sources), total)
+    return train(kind, texts, settings.vocab_size, settings.character_coverage)
+
+
+def inspect(settings):
+    if settings.tokenizer in ("", *LEARNED):
+        raise UserError("--inspect needs a tokenizer that exists", "--tokenizer=gpt2, or a folder: data/stdlib")
+    tokenizer = get(settings.tokenizer)
+    if settings.chat and not isinstance(tokenizer, bytebpe.ByteBPETokenizer):
+        raise UserError(f"the tokenizer {settings.tokenizer} has no chat template", "the folder of a chat model")
+    ids = (tokenizer.chat([dict(role="user", content=settings.inspect)]) if settings.chat
+           else tokenizer.encode(settings.inspect))
+    names = {i: name for name, i in tokenizer.special.items()}
+    for i in ids:
+        piece = tokenizer.token_bytes(i)
+        try:
+            print(f"{i:7} {names.get(i) or repr(piece.decode())}")
+        except UnicodeDecodeError:  # a part of a character
+            print(f"{i:7} {piece!r}")
+    size = len(settings.inspect.encode())
+    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}, for {size} bytes: {size / max(len(ids), 1):.2f} bytes each")
+
+
+def compare(settings, sources, total):
+    """One row per tokenizer: how many tokens it needs for the text, how fast, and whether the text comes back."""
+    say(f"{total:,} bytes of text; bpe, unigram and char are learned from it")
+    print(f"{'tokenizer':24} {'vocabulary':>10} {'tokens':>12} {'bytes per token':>15} {'MB/s':>6}  round trip")
+    for name in settings.compare.split(","):
+        tokenizer = learn(name, settings, sources, total) if name in LEARNED else get(name)
+        tokens = seconds = lost = 0
+        for block in blocks(sources):
+            start = time.perf_counter()
+            ids = tokenizer.encode_to_numpy(block)
+            seconds += time.perf_counter() - start
+            tokens += len(ids)
+            lost += tokenizer.decode(ids.tolist()) != block
+        print(f"{name:24} {tokenizer.vocab_size:10,} {tokens:12,} {total / max(tokens, 1):15.3f} "
+              f"{total / 1e6 / max(seconds, 1e-9):6.1f}  {f'lost in {lost} blocks' if lost else 'exact'}", flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)

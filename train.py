@@ -36,6 +36,7 @@ import torch
 from torch.nn import functional as F
 
 import checks
+import dataset as datasets
 import machine
 import prepare
 import runtime
@@ -123,11 +124,11 @@ def train(settings, given, processes, stop, folder):
     # ------------------------------------------------------------------------------------------------------------------
     # 1) The data; what is built in is prepared here if it is missing: by one process, while the others wait to be met.
     data_dir = os.path.join("data", settings.dataset)
-    if not os.path.exists(data_dir) and settings.dataset in prepare.BUILT_IN and processes.local_rank == 0:
+    if not os.path.exists(data_dir) and settings.dataset == "stdlib" and processes.local_rank == 0:
         say(f"{data_dir} is missing; preparing it")
         prepare.prepare([settings.dataset], prepare.PrepareConfig(out=data_dir))
     processes.join(device, settings.backend, settings.dist_timeout)
-    data = prepare.Data.open(data_dir)
+    data = datasets.Dataset.open(data_dir)
     data.check_tokenizer()  # better to find it damaged now than at the end
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def train(settings, given, processes, stop, folder):
     def validate():
         model.eval()
         with torch.no_grad():
-            total, count = processes.sum(*prepare.validation_sums(
+            total, count = processes.sum(*datasets.validation_sums(
                 lambda *batch: loss_of(model, *batch), data, settings.block_size, batch_size, val_batches, check_stop,
                 processes.rank, processes.world))
         model.train()
@@ -309,7 +310,7 @@ def train(settings, given, processes, stop, folder):
             loss = 0.0
             for micro in mine:
                 check_stop()
-                torch.manual_seed(prepare.fold("dropout", settings.seed, step, micro))  # the same masks after a resume
+                torch.manual_seed(datasets.fold("dropout", settings.seed, step, micro))  # the same masks after a resume
                 with processes.keep(wrapped, last=micro == mine[-1]):
                     part = loss_of(wrapped, *batch(step, micro)) / len(mine)
                     scaler.scale(part).backward()  # adds to the gradients of the micro-batches before: a mean over all

@@ -26,6 +26,7 @@ import torch
 import torch._dynamo  # every optimizer imports it, which takes a second
 
 import config
+import dataset as datasets
 import log
 import machine
 import model
@@ -66,7 +67,7 @@ def at_step(step, act, micro=None):
             act()
         return real(self, *args)
     done = []
-    calls(prepare.Data, "batch", watch)
+    calls(datasets.Dataset, "batch", watch)
 
 
 def die():
@@ -148,7 +149,7 @@ def signal_at_step(number, *steps):
 
 
 def signal_in_validation(number, batch):
-    calls(prepare.Data, "val_batch", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1],
+    calls(datasets.Dataset, "val_batch", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1],
           int(batch))
 
 
@@ -195,7 +196,7 @@ def overflow(step, name):
 def crash_in_validation():
     def act(real, *args):
         raise ZeroDivisionError("a bug in the validation")
-    calls(prepare, "validation_sums", act)
+    calls(datasets, "validation_sums", act)
 
 
 def keep_all():
@@ -272,11 +273,11 @@ def note_windows():
         with open(f"windows.{me()}", "a", encoding="utf-8") as file:
             file.write(json.dumps([args[3], sorted(found.tolist())]) + "\n")
         return found
-    calls(prepare.Data, "starts", act)
+    calls(datasets.Dataset, "starts", act)
 
 
 def slow_steps(seconds):
-    calls(prepare.Data, "batch", lambda real, *args: (time.sleep(float(seconds)), real(*args))[1])
+    calls(datasets.Dataset, "batch", lambda real, *args: (time.sleep(float(seconds)), real(*args))[1])
 
 
 def apply(fault):

@@ -52,22 +52,17 @@ def test_doctor_notices(here, capsys, monkeypatch, fault, line):
         assert code == 1 and f"[FAIL] {line}" in out and line in out.splitlines()[-1]
 
 
-def test_overlap(here, capsys):
-    """Planted: half of the held-out text stands in the training text as well."""
-    (here / "a.txt").write_text(words(20_000))
-    prepare.main(["a.txt", "--tokenizer=char"])
-    data = prepare.Data.open("data/a")
+def test_doctor_warns_of_leaks(here, capsys):
+    """Planted: what is held out, the end of the text, also stands at its start."""
     rng = np.random.default_rng(0)
-    train, val = rng.integers(0, 25, 5000, dtype=np.uint16), rng.integers(0, 25, 1000, dtype=np.uint16)
-    val[:500] = train[1000:1500]
-    train.tofile("data/a/train.bin"), val.tofile("data/a/val.bin")
-    data.meta["train"]["tokens"], data.meta["val"]["tokens"] = 5000, 1000
-    assert bench.overlap(data) == pytest.approx(488 / 988)
-    assert bench.overlap(data, most=1000) == 0
-    prepare.main(["a.txt", "--tokenizer=char"])
-    bench.main(["doctor", "--dataset=a"])
-    assert "runs of 13 tokens in data/a/val.bin are also in train.bin" in capsys.readouterr().out
+    part = " ".join(map(str, rng.integers(0, 10**6, 200)))
+    (here / "a.txt").write_text(part + "\n" + words(3000) + "\n" + part)
+    prepare.main(["a.txt", "--tokenizer=char", "--val_fraction=0.2"])
+    assert bench.main(["doctor", "--dataset=a"]) == 1
+    out = capsys.readouterr().out
+    assert "[FAIL] held-out text" in out and "of the runs of 13 words that data/a holds out are also" in out
     assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
+
 
 
 def test_the_names_of_benches():

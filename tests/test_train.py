@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, error, script, words
 
 import machine
 import muon
+import dataset as datasets
 import prepare
 import runtime
 import train
@@ -322,7 +323,7 @@ def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
 
 def test_best_is_never_replaced_by_a_worse_one(data, monkeypatch):
     losses = iter([3.0, 2.0, 2.5])  # at 4, 6 (the end), and at 8 of the longer run
-    monkeypatch.setattr(prepare, "validation_sums", lambda *_: (next(losses), 1))
+    monkeypatch.setattr(datasets, "validation_sums", lambda *_: (next(losses), 1))
     run("--max_iters=6", "--eval_interval=4", "--lr_decay_iters=8")
     run("--max_iters=8", "--eval_interval=4", "--lr_decay_iters=8")
     best = runtime.load_checkpoint("out/words/best.pt")

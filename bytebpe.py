@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Byte-level BPE: the vocabularies of GPT-2 and of most that came after it, read from where they are published.
+
+    tokenizer = from_tiktoken("gpt2")           # an encoding that tiktoken knows: gpt2, cl100k_base, o200k_base, ...
+    tokenizer = from_hugging_face("SmolLM2")    # a folder with tokenizer.json: GPT-2, SmolLM2, Llama 3, Qwen, ...
+    ids = tokenizer.chat([{"role": "user", "content": "Hello"}])
+
+Where SentencePiece starts from characters, these start from bytes (Radford et al. 2019): 256 tokens can spell any text,
+and the merges, in the order in which they were learned, join them to longer ones. Before that a regular expression cuts
+the text into words, which no merge crosses; it is what distinguishes one such tokenizer from the next.
+
+Both kinds of files hold the same three things, the expression, the merges and the special tokens, and tiktoken's fast
+core does the rest. The ids are those that tiktoken and transformers give; what would not be the same is refused.
+"""
+import base64
+import json
+import os
+import re
+import unicodedata
+from datetime import datetime
+
+import numpy as np
+
+from config import UserError
+
+# GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
+# space before them, runs of other signs, white space. The last space before a word is left to that word.
+CONTRACTION = r"'(?:[sdmt]|ll|ve|re)"
+GPT2 = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same behind a "Digits" step, which makes pieces of all digits first: no number takes a space with it, and white
+# space before a digit is like white space at an end.
+DIGITS = CONTRACTION + r"|\p{N}%s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LONG_RUN = 20_000  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
+PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
+
+
+class ByteBPETokenizer:
+    """A byte-level vocabulary: see from_tiktoken and from_hugging_face.
+
+    pattern: the expression that cuts text into words. tokens: {bytes: rank}, in the order of the merges.
+    ids: the id of each rank, a uint32 array. special: {text: id} of the tokens that text never becomes. added: {text:
+    id} of tokens that it does become, as wholes, before anything else. unused: {id: bytes} of tokens that no merge
+    makes. files: {name: bytes}, what `save` writes. nfc: is the text brought into Unicode's composed form first?
+    template: the chat format; settings: the names of special tokens that it asks for.
+    """
+
+    def __init__(self, kind, name, pattern, tokens, ids, special, files, added={}, unused={}, nfc=False, template="",
+                 settings={}):
+        self.kind, self.name, self.pattern, self.ids, self.files, self.nfc = kind, name, pattern, ids, files, nfc
+        self.special, self.added, self.template, self.settings = special, added, template, settings
+        # (Special tokens are ours to put in, but without any, tiktoken looks for an empty one behind every character.)
+        self.encoding = tiktoken().Encoding(name, pat_str=pattern, mergeable_ranks=tokens,
+                                            special_tokens={"<|unused|>": max(tokens.values()) + 1})
+        self.encoding.encode_ordinary("a")  # the thread that comes first owns a cache: better not one of many that work
+        self.vocab_size = int(max([*ids, *special.values(), *added.values(), *unused])) + 1
+        self.bytes = [b""] * self.vocab_size
+        for i, token in [*unused.items(), *((ids[rank], token) for token, rank in tokens.items()),
+                         *((i, text.encode()) for text, i in added.items())]:
+            self.bytes[i] = token
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in tokens)
+
+    def encode(self, text):
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text):
+        return self.encode_with(self.added, text)
+
+    def encode_with(self, wholes, text):
+        """The ids of a text in which some pieces, {text: id}, stand for one token each: a uint32 array."""
+        if not wholes:
+            return self.encode_words(text)
+        parts = re.split(alternatives(wholes), text)  # text, whole, text, ..., text
+        return np.concatenate([np.array([wholes[part]], np.uint32) if i % 2 else self.encode_words(part)
+                               for i, part in enumerate(parts)])
+
+    def encode_words(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        run = len(text) > LONG_RUN and any(text[i:i + LONG_RUN].isspace() for i in range(0, len(text), LONG_RUN))
+        if run or self.missing and len(raw := text.encode()) != len(raw.translate(None, self.missing)):
+            ranks = self.word_by_word(text)
+        else:
+            ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+        return self.ids[ranks]
+
+    def word_by_word(self, text):
+        """The slow way, for what the fast one cannot do: words that are cut by another engine, or that lose bytes.
+
+        A byte without a token is dropped, as transformers does, and its neighbours are merged as if it had not been.
+        """
+        import regex  # what tiktoken itself depends on
+        pattern = self.pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+        ranks = []
+        for match in regex.finditer(pattern, text):
+            if piece := match.group().encode().translate(None, self.missing):
+                ranks += self.encoding._encode_single_piece(piece)
+        return np.array(ranks, dtype=np.uint32)
+
+    def token_bytes(self, i):
+        return self.bytes[i] if i < self.vocab_size else b""
+
+    def decode(self, ids):
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def chat(self, messages, answer=True):
+        """The ids of a conversation in this model's own format. messages: [{"role": "user", "content": "..."}, ...].
+
+        answer: end with the beginning of the assistant's turn. The format is a Jinja template that came with the
+        model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing.
+        """
+        if not self.template:
+            raise UserError(f"the tokenizer {self.name} has no chat template", "the folder of a chat model")
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            raise UserError("a message without role or without text", '[{"role": "user", "content": "..."}, ...]')
+        wholes = {**self.special, **self.added}
+        text = str(messages)
+        mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in text)  # a noncharacter, in no real text
+        guarded = [{**message, "content": re.sub(alternatives(wholes), lambda found: mark.join(found[0]),
+                                                 message["content"])} for message in messages]
+        text = render(self.template, messages=guarded, add_generation_prompt=answer, **self.settings)
+        parts = re.split(alternatives(wholes), text)
+        return [i for n, part in enumerate(parts)
+                for i in ([wholes[part]] if n % 2 else self.encode_words(part.replace(mark, "")).tolist())]
+
+    def save(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        about = dict(kind=self.kind, vocab_size=self.vocab_size, special=self.special)
+        for name, content in {**self.files, "config.json": json.dumps(about, indent=1).encode()}.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
+
+def alternatives(texts):
+    """An expression that finds any of the texts, the longest first, as a group; for none of them, nothing."""
+    return "(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")" if texts else "((?!))"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiktoken's encodings
+
+def from_tiktoken(name):
+    """An encoding by its name in tiktoken, which fetches it once. Raises UserError where it cannot."""
+    try:
+        encoding = tiktoken().get_encoding(name)
+    except UserError:
+        raise
+    except Exception as error:  # of requests, of the disk, or a checksum that is not the due one
+        reason = f"{type(error).__name__}: {error}".split("(Caused")[0][:200]
+        raise UserError(f"tiktoken cannot fetch the vocabulary {name}: {reason}",
+                        "connect to the network once; or copy tiktoken's cache from a machine that has it to a folder, "
+                        "and set TIKTOKEN_CACHE_DIR to that; or --tokenizer=bpe") from None
+    about = dict(name=name, pattern=encoding._pat_str, special=encoding._special_tokens)
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items())
+    return tiktoken_tokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": b"".join(lines)})
+
+
+def load_tiktoken(folder):
+    """What from_tiktoken made and `save` wrote: no network is needed any more."""
+    files = {}
+    for name in ("encoding.json", "encoding.tiktoken"):
+        with open(os.path.join(folder, name), "rb") as file:
+            files[name] = file.read()
+    return tiktoken_tokenizer(files)
+
+
+def tiktoken_tokenizer(files):
+    about, lines = json.loads(files["encoding.json"]), files["encoding.tiktoken"].splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    ids = np.arange(max(ranks.values()) + 1, dtype=np.uint32)  # here the rank of a token is its id
+    return ByteBPETokenizer("tiktoken", about["name"], about["pattern"], ranks, ids, about["special"], files)
+
+
+def tiktoken():
+    try:
+        import tiktoken
+        return tiktoken
+    except ImportError:
+        raise UserError("byte-level vocabularies need the package tiktoken", "pip install tiktoken") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+def byte_alphabet():
+    """GPT-2's way to write bytes as visible characters: {character: byte}. A space is written as U+0120."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def from_hugging_face(folder):
+    """The tokenizer of a Hugging Face folder. Raises UserError for what is not byte-level BPE, naming what it is."""
+    path = os.path.join(folder, "tokenizer.json")
+    files = {}
+    for name in PARTS:
+        if os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as file:
+                files[name] = file.read()
+    try:
+        spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
+        return hugging_face_tokenizer(os.path.basename(os.path.abspath(folder)), path, spec, config, files)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is damaged, or of an unknown layout: {type(error).__name__}: {error}",
+                        "take the folder's tokenizer files from its source again") from None
+
+
+def hugging_face_tokenizer(name, path, spec, config, files):
+    def refuse(what):
+        raise UserError(f"{path}: {what} cannot be read with the same ids as transformers gives",
+                        "byte-level BPE as in GPT-2, SmolLM2, Llama 3 and Qwen; or --tokenizer=bpe, learned from text")
+    # 1) what kind of tokenizer is this?
+    model = spec["model"]
+    if model["type"] != "BPE":
+        refuse(f"a model of the type {model['type']}")
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+                   "byte_fallback"):
+        if model.get(option):
+            refuse(f"BPE with {option}={model[option]!r}")
+    normalizer = spec.get("normalizer")
+    if normalizer and normalizer["type"] != "NFC":
+        refuse(f"the normalizer {normalizer['type']}")
+    pattern = expression(spec["pre_tokenizer"], refuse)
+
+    # 2) the tokens: bytes first, then what the merges make, in their order
+    alphabet, vocabulary = byte_alphabet(), model["vocab"]
+    tokens = {bytes([byte]): vocabulary[character] for character, byte in alphabet.items() if character in vocabulary}
+    written = {token: bytes(alphabet[character] for character in token) for token in vocabulary
+               if all(character in alphabet for character in token)}
+    for merge in model["merges"]:
+        token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        tokens.setdefault(written[token], vocabulary[token])
+    ids = np.array(list(tokens.values()), dtype=np.uint32)
+    unused = {i: written.get(token, token.encode()) for token, i in vocabulary.items()}  # those that no merge makes
+    for i in tokens.values():
+        unused.pop(i, None)
+    tokens = {token: rank for rank, token in enumerate(tokens)}
+
+    # 3) the special tokens, and those that are text but were added after training ("<think>")
+    special, added = {}, {}
+    for token in spec.get("added_tokens") or []:
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            refuse(f"the added token {token['content']!r}, which takes the white space beside it,")
+        (special if token["special"] else added)[token["content"]] = token["id"]
+    settings = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()
+                if key.endswith("_token") and isinstance(value, (str, dict))}
+    ends = ("<|endoftext|>", "<|end_of_text|>", settings.get("eos_token"))
+    end = next((text for text in ends if text in special), None)
+    if end is None:
+        raise UserError(f"{path} names no special token for the end of a text: neither <|endoftext|> nor an eos_token",
+                        "add the folder's tokenizer_config.json, which names it")
+    special = {"<|endoftext|>": special[end], **special}  # the name that the other scripts know
+
+    # 4) the chat format
+    template = files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
+    if isinstance(template, list):  # several, each with a name
+        template = next((one["template"] for one in template if one["name"] == "default"), "")
+    unused = {i: token for i, token in unused.items() if i not in special.values() and i not in added.values()}
+    return ByteBPETokenizer("hugging_face", name, pattern, tokens, ids, special, files, added, unused,
+                            normalizer is not None, template, settings)
+
+
+def expression(step, refuse):
+    """The pre-tokenizer of a tokenizer.json as one regular expression. Refuses, by name, what cannot be one."""
+    steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step or {"type": "none"}]
+    kinds = " + ".join(one["type"] for one in steps)
+    if kinds not in ("ByteLevel", "Digits + ByteLevel", "Split + ByteLevel"):
+        refuse(f"the pre-tokenizer {kinds}")
+    first, last = steps[0], steps[-1]
+    if last.get("add_prefix_space"):
+        refuse("the pre-tokenizer ByteLevel with add_prefix_space")
+    if last.get("use_regex", True) == (first["type"] == "Split"):
+        refuse(f"the pre-tokenizer {kinds} with use_regex={last.get('use_regex', True)}")
+    if first["type"] == "ByteLevel":
+        return GPT2
+    if first["type"] == "Digits":
+        return DIGITS % ("" if first["individual_digits"] else "+")
+    how = first["behavior"], bool(first.get("invert"))
+    if "Regex" not in first["pattern"] or how not in (("Isolated", False), ("Removed", True)):
+        refuse(f"the pre-tokenizer Split with {first['pattern']}, {how[0]}, invert={how[1]}")
+    # Isolated: what the expression leaves out is a word too. In all that we know, it leaves nothing out.
+    rest = rf"|(?:(?!{first['pattern']['Regex']})[\s\S])+" if how[0] == "Isolated" else ""
+    return first["pattern"]["Regex"] + rest
+
+
+def render(template, **values):
+    """Fill in a chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("chat templates need the package jinja2", "pip install jinja2") from None
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    # {% generation %} marks what the assistant says, for training; here it is an `if` that is always true.
+    template = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})",
+                      lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
+    try:
+        return sandbox.from_string(template).render(**values)
+    except Exception as error:  # a template is a program: whatever it does wrong is its own
+        raise UserError(f"the chat template fails on these messages: {type(error).__name__}: {error}",
+                        "check the roles and their order: most want user and assistant to alternate") from None

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Download: fetch a file over a network that stalls, cuts, repeats and lies.
+
+    path = download("https://example.org/book.txt", "data/downloads/book.txt", size=None, sha256=None)
+
+The rules that make it dependable:
+
+1. What has the name is whole. Bytes go to `*.part` beside it, which gets the name by one rename, at the end.
+2. What was received is never asked for twice. The name of a part says which version of the file it belongs to, so that
+   any later attempt, of this process or another, goes on behind its last byte, or begins anew if the file changed.
+3. Nobody is believed. Where the size and the sha256 are known they are compared; where not, at least a web page (a
+   login, a notice) is not taken for a text. The size is shown and the disk looked at before the first byte.
+"""
+import hashlib
+import os
+import shutil
+import time
+
+from config import UserError, note, say
+
+STALL_SECONDS = 30  # no byte for so long is a failure
+TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds
+
+
+def download(url, path, size=None, sha256=None):
+    """Fetch url into `path` unless it is there; returns path. What exists under that name is always whole.
+
+    The bytes go to a file beside it, `*.part`, whose name says which version of the file they belong to: whatever
+    ends this, the next call goes on behind the last byte. size, sha256: what it must be, where that is known.
+    Raises UserError, after TRIES failures without progress.
+    """
+    by_hand = f"download the file yourself, to {path}"
+    if os.path.exists(path):
+        if sha256 and (found := file_sha256(path)) != sha256:
+            raise UserError(f"{path} is not what {url} should be: its sha256 is {found[:12]}, not {sha256[:12]}",
+                            f"delete {path}, and it is fetched again")
+        note(f"{path} is there, from {url}: delete it to fetch it again")
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    failures, most = 0, 0
+    while True:
+        try:
+            part = receive(url, path, size, sha256, by_hand)
+            break
+        except Interrupted as stop:
+            failures = 1 if stop.have > most else failures + 1  # a cut that came further than the last is progress
+            most = max(most, stop.have)
+            if failures == TRIES:
+                raise UserError(f"{url}: {stop.why}, {TRIES} times; {stop.have:,} bytes are there",
+                                f"run the same command again, it goes on behind them; or {by_hand}") from None
+            say(f"{url}: {stop.why}; trying again behind {stop.have:,} bytes")
+            time.sleep(RETRY_SECONDS * failures)
+    if sha256 and (found := file_sha256(part)) != sha256:
+        os.remove(part)
+        raise UserError(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}",
+                        f"try again, or --mirror=ANOTHER_HOST, or {by_hand}")
+    os.replace(part, path)
+    return path
+
+
+class Interrupted(Exception):
+    """A download that stopped before its end, and can be continued behind the `have` bytes that are there."""
+
+    def __init__(self, why, have=0):
+        super().__init__(why)
+        self.why, self.have = why, have
+
+
+def receive(url, path, size, sha256, by_hand):
+    """One attempt: returns the path of the whole `*.part`. Raises Interrupted where another attempt may help."""
+    import urllib3  # what requests is built on
+
+    response = get(url, by_hand)
+    length = response.headers.get("Content-Length", "")
+    total = int(length) if length.isdigit() else size
+    if size and total != size:
+        raise UserError(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due",
+                        f"--mirror=ANOTHER_HOST, or {by_hand}")
+    version = sha256 or response.headers.get("ETag") or response.headers.get("Last-Modified", "")
+    part = f"{path}.{hashlib.sha256(f'{version} {total}'.encode()).hexdigest()[:8]}.part"
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if have and (have == total or version or total):
+        if have == total:
+            return part
+        response.close()
+        response = get(url, by_hand, have)
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server does not continue: from the start
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
+    say(f"{url}: {shown}" + f", {have:,} bytes of it are here" * bool(have))
+    if total and total - have > free:
+        raise UserError(f"{url}: {(total - have) / 1e6:,.1f} MB are to come, but {os.path.dirname(path)} has room for "
+                        f"{free / 1e6:,.1f} MB", "make room, or work in a folder on another disk")
+    progress = Progress("fetching", total or 0, have)
+    try:
+        with open(part, "ab" if have else "wb") as file:
+            for piece in response.raw.stream(1 << 16, decode_content=False):
+                if have == 0:
+                    refuse_web_page(url, piece, by_hand)
+                have += len(piece)
+                if size and have > size:
+                    raise UserError(f"{url}: the server sends more than the {size:,} bytes that are due",
+                                    f"--mirror=ANOTHER_HOST, or {by_hand}")
+                file.write(piece)
+                progress.add(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
+    except urllib3.exceptions.ReadTimeoutError:
+        raise Interrupted(f"no byte came for {STALL_SECONDS} seconds", have) from None
+    except urllib3.exceptions.HTTPError:
+        raise Interrupted(f"the connection ended after {have:,}" + f" of {total:,} bytes" * bool(total), have) from None
+    except OSError as error:
+        raise UserError(f"cannot write {part}: {error.strerror}", "make room, and run the same command again") from None
+    if total and have < total:
+        raise Interrupted(f"the connection ended after {have:,} of {total:,} bytes", have)
+    if not have:
+        raise UserError(f"{url}: the server sent nothing", by_hand)
+    return part
+
+
+def get(url, by_hand, have=0):
+    """The server's answer to a request for the bytes from `have` on; its body is not read yet."""
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    try:
+        response = requests().get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
+    except requests().TooManyRedirects:
+        raise UserError(f"{url}: the server sends from address to address without end", by_hand) from None
+    except requests().ReadTimeout:
+        raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
+    except (requests().RequestException, ValueError) as error:
+        reason = str(error).split("Failed to ")[-1].strip("')\"")
+        raise UserError(f"{url} cannot be reached: {reason}", f"check the network, or {by_hand}") from None
+    if response.status_code >= 500 or response.status_code == 429:
+        raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)
+    if response.status_code == 416:  # the part is no part of what the server has now
+        return get(url, by_hand)
+    if not response.ok:
+        raise UserError(f"{url}: the server answers {response.status_code} {response.reason}",
+                        f"check the address, or {by_hand}")
+    if url.startswith("https:") and not response.url.startswith("https:"):
+        raise UserError(f"{url} is sent on to {response.url}, without encryption", by_hand)
+    if "text/html" in response.headers.get("Content-Type", ""):
+        refuse_web_page(url, b"<html", by_hand)
+    packed = response.headers.get("Content-Encoding", "identity")
+    if packed != "identity" and not url.endswith(".gz"):
+        raise UserError(f"{url}: the server sends it packed ({packed}), though asked not to", by_hand)
+    return response
+
+
+def refuse_web_page(url, start, by_hand):
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{url} gives a web page and not a text: a login, a notice, or a page about the file",
+                        f"use the address of the file itself, or {by_hand}")
+
+
+def requests():
+    try:
+        import requests
+        return requests
+    except ImportError:
+        raise UserError("downloading needs the package requests", "pip install requests") from None
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Progress:
+    """One line every two seconds: how much of how much, how fast, how much longer."""
+
+    def __init__(self, what, total=0, done=0):
+        self.what, self.total, self.done, self.before, self.start = what, total, done, done, time.monotonic()
+        self.next = self.start + 2
+
+    def add(self, n):
+        self.done += n
+        if time.monotonic() > self.next:
+            self.next = time.monotonic() + 2
+            speed = (self.done - self.before) / (time.monotonic() - self.start)
+            left = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            eta = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
+            say(f"{self.what}: {self.done / 1e6:,.1f}{left} MB, {speed / 1e6:.1f} MB/s{eta}")

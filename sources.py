@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Sources: where texts come from. Files, folders, names that everyone trains on, and addresses on the web.
+
+    for document in documents(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"]):
+        for block in document.blocks():  # texts of about a megabyte
+            ...
+
+    .txt .md .py         one document per file
+    .jsonl               one per line, {"text": "..."}
+    .json                SQuAD's layout: every paragraph's `context` is one
+    .gz of these         the same; a folder is searched for all but .json, to the bottom
+
+Nothing is read before it is needed, nothing is kept after it was given, and what is wrong with a file is said with
+the place where it is wrong.
+"""
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from typing import Callable, Iterator
+from urllib.parse import unquote, urlsplit
+
+from config import UserError
+from download import download, file_sha256
+
+KINDS = (".txt", ".md", ".py", ".jsonl")
+NOT_READABLE = f"none of the kinds that can be read: {', '.join(KINDS)}, .json, or .gz of these"
+BLOCK_BYTES = 1 << 20
+RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
+JSON_BYTES = 200 << 20  # and so is a .json file
+
+
+@dataclass
+class Document:
+    """One text: `blocks()` reads it from the start, in pieces of about a megabyte."""
+
+    name: str
+    blocks: Callable[[], Iterator[str]]
+    held_out: bool | None = None  # None: prepare.py's split decides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+# Modules of the standard library that are held out: chosen once, before any model was trained, from every corner and
+# size of it, among those that Python 3.10 to 3.14 all have. About 5%.
+HELD_OUT = """asyncio/queues.py calendar.py concurrent/futures/thread.py copy.py csv.py email/message.py
+    functools.py heapq.py html/parser.py http/cookies.py importlib/util.py json/decoder.py logging/config.py
+    multiprocessing/pool.py random.py sched.py shelve.py textwrap.py tkinter/dialog.py unittest/suite.py
+    urllib/parse.py wsgiref/headers.py xml/sax/handler.py""".split()
+# Not text to learn from: other people's packages, tests, tables written by programs, and old or second copies.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "encodings", "lib2to3",
+            "distutils", "pydoc_data", "turtledemo", "ensurepip", "__pycache__", "_pydecimal.py", "_pyio.py",
+            "_pydatetime.py", "_pylong.py", "_pyrepl", "entities.py", "_vendor"}
+
+
+def stdlib_documents():
+    """The source files of the Python that runs this, documentation strings and all."""
+    root = sysconfig.get_paths()["stdlib"]
+    for path in sorted(glob.glob("**/*.py", root_dir=root, recursive=True)):
+        parts = path.split(os.sep)
+        build = path.startswith("_sysconfigdata") or "-" in parts[0]  # config-3.12-x86_64-linux-gnu/...
+        if not build and not LEFT_OUT.intersection(parts):
+            yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
+
+
+@dataclass
+class Remote:
+    """A file of a name that downloads: its address, and what it must be."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+TINY_STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+NAMES = {
+    "shakespeare": [Remote("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                           1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
+    # Both versions, as the original OpenLLM: v2.0 repeats nearly all paragraphs of v1.1, and here each counts once.
+    "squad": [Remote(SQUAD + "train-v1.1.json", 30_288_272,
+                     "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+              Remote(SQUAD + "dev-v1.1.json", 4_854_279,
+                     "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
+              Remote(SQUAD + "train-v2.0.json", 42_123_633,
+                     "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002"),
+              Remote(SQUAD + "dev-v2.0.json", 4_370_528,
+                     "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8")],
+    "tinystories": [Remote(TINY_STORIES + "TinyStories-train.txt", 1_924_281_556,
+                           "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"),
+                    Remote(TINY_STORIES + "TinyStories-valid.txt", 19_447_282,
+                           "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")],
+}
+
+
+def is_url(source):
+    return source.startswith(("http://", "https://"))
+
+
+def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads")):
+    """Resolve names and addresses: (sources, origins), where every source is a pair (name or None, path).
+
+    inputs: files to take for a name instead of downloading it. mirror: "https://host" to fetch from in place of the
+    host that a name has. What is not there yet is downloaded. origins: what meta.json says about where texts are from.
+    """
+    if inputs and (len(sources) != 1 or sources[0] not in NAMES):
+        raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
+    resolved, origins = [], []
+    for source in sources:
+        known = source in NAMES and not os.path.exists(source)
+        if known and inputs:
+            resolved += [(source, path) for path in inputs]
+        elif known:
+            for remote in NAMES[source]:
+                where = urlsplit(remote.url).path
+                path = os.path.join(folder, source, os.path.basename(where))
+                url = mirror.rstrip("/") + where if mirror else remote.url
+                resolved.append((source, download(url, path, remote.size, remote.sha256)))
+        elif is_url(source):
+            name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(urlsplit(source).path))) or "index"
+            if kind(name) not in (*KINDS, ".json"):
+                raise UserError(f"{source}: {NOT_READABLE}", "download it, and give it a name that says what it is")
+            path = download(source, os.path.join(folder, hashlib.sha256(source.encode()).hexdigest()[:8], name))
+            source = f"{source} (sha256 {file_sha256(path)})"
+            resolved.append((None, path))
+        else:
+            resolved.append((None, source))
+        origins.append(source)
+    return resolved, origins
+
+
+def documents(sources):
+    """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
+
+    sources: paths, "stdlib", or what `fetch` returns.
+    """
+    for source in sources:
+        name, path = source if isinstance(source, tuple) else (None, source)
+        if path == "stdlib":
+            yield from stdlib_documents()
+            continue
+        for path in files(path):
+            if name == "tinystories":
+                yield from story_documents(path)
+            elif kind(path) == ".jsonl":
+                yield from jsonl_documents(path)
+            elif kind(path) == ".json":
+                yield from squad_documents(path)
+            else:
+                yield Document(path, lambda path=path: text_blocks(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def kind(path):
+    """The ending that says how to read a file: notes.txt.gz -> .txt, notes.gz -> .txt"""
+    stem, ending = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] or ".txt" if ending == ".gz" else ending
+
+
+def files(source):
+    """The files that a path means: itself, all texts below a folder, or what matches a pattern."""
+    if os.path.isfile(source):
+        if kind(source) not in (*KINDS, ".json"):
+            raise UserError(f"{source}: {NOT_READABLE}", f"rename it to {source}.txt if it is plain text")
+        return [source]
+    if os.path.isdir(source):
+        found = glob.glob(os.path.join(glob.escape(source), "**", "*"), recursive=True)
+    else:
+        found = glob.glob(source, recursive=True)
+    found = sorted(path for path in found if os.path.isfile(path) and kind(path) in KINDS)
+    if not found:
+        here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
+        raise UserError(f"{source} {here} {', '.join(KINDS)} file (or .gz of these)",
+                        f"give a text file, a folder, a pattern, an address, or one of: stdlib, {', '.join(NAMES)}")
+    return found
+
+
+def decoded(path):
+    """Read a UTF-8 file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            while True:
+                raw = file.read(BLOCK_BYTES)
+                if offset == 0 and raw.count(0) > len(raw) // 100:
+                    raise UserError(f"{path} is not text: {raw.count(0)} of its first {len(raw)} bytes are NUL",
+                                    "save it as UTF-8 text, or leave it out")
+                text = decoder.decode(raw, final=not raw)
+                offset += len(raw)
+                if text:
+                    yield text
+                if not raw:
+                    return
+    except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
+        at = offset + len(raw) - len(error.object) + error.start
+        raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
+                        f"iconv -f latin1 -t utf-8 {path} > utf8.txt, with the encoding that it has") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+                        "check the file, or leave it out") from None
+
+
+def text_blocks(path):
+    """Read a file as texts of about a megabyte, each ending where no tokenizer would join it to the next."""
+    rest = ""
+    for text in decoded(path):
+        rest += text
+        if len(rest) >= BLOCK_BYTES // 4:
+            end = seam(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def seam(text):
+    """The last place where a text can be cut without a token noticing: in front of a space between two words.
+
+    All tokenizers here begin a token at such a space. Text without any (Chinese) is cut at a line end, if it has one.
+    """
+    end = text.rfind(" ", 1, -1)
+    while end > len(text) - (1 << 16) and (text[end - 1].isspace() or not text[end + 1].isalpha()):
+        end = text.rfind(" ", 1, end)
+    if end > len(text) - (1 << 16) and end > 0:
+        return end
+    return text.rfind("\n") + 1 or len(text)
+
+
+def records(path, separator):
+    """The texts between the separators of a file, one after the other, without the separators."""
+    rest, number = "", 0
+    for text in decoded(path):
+        *whole, rest = (rest + text).split(separator)
+        yield from whole
+        number += len(whole)
+        if len(rest) > RECORD_CHARACTERS:
+            raise UserError(f"{path}: number {number + 1} of the texts between {separator!r} has more than "
+                            f"{RECORD_CHARACTERS >> 20} million characters", "split it, or give it as a .txt file")
+    yield rest
+
+
+def whole(name, text, held_out=None):
+    """A document that is in memory already."""
+    return Document(name, lambda: iter([text]), held_out)
+
+
+def jsonl_documents(path):
+    """One document per line of JSON; the text is in the field `text`."""
+    for number, line in enumerate(records(path, "\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield whole(where, jsonl_text(line, where))
+
+
+def jsonl_text(line, where):
+    fix = 'every line must be like {"text": "..."}; mend the line or delete it'
+    row = parse_json(line, where, fix)
+    if not isinstance(row, dict) or "text" not in row:
+        has = ", ".join(row) if isinstance(row, dict) else kind_of(row)
+        raise UserError(f"{where}: no field `text`, but {has}", fix)
+    return check_text(row["text"], where, "text", fix)
+
+
+def parse_json(text, where, fix, **options):
+    try:
+        return json.loads(text, **options)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", fix) from None
+    except (RecursionError, ValueError) as error:  # brackets or digits without end
+        raise UserError(f"{where}: not to be read: {error}", fix) from None
+
+
+def check_text(value, where, field, fix):
+    """`value` if it is a text that can be written down in UTF-8; otherwise the error that names the field."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: `{field}` is not a text but {kind_of(value)}", fix)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(f"{where}: `{field}` has half a character, {half}", fix) from None
+    return value
+
+
+def kind_of(value):
+    return "null" if value is None else type(value).__name__
+
+
+def squad_documents(path):
+    """The paragraphs of a file in SQuAD's layout (Rajpurkar et al. 2016): data[i].paragraphs[j].context."""
+    fix = '{"data": [{"paragraphs": [{"context": "..."}]}]} can be read, or a .jsonl file with {"text": "..."} lines'
+    size = os.path.getsize(path)
+    if size > JSON_BYTES:
+        raise UserError(f"{path} has {size / 1e6:,.0f} MB: a .json file is read whole, up to {JSON_BYTES / 1e6:.0f} MB",
+                        'write it as a .jsonl file, with one {"text": "..."} per line')
+    # The questions, four fifths of the file, are dropped while it is being read.
+    content = parse_json("".join(decoded(path)), path, fix,
+                         object_hook=lambda fields: {k: v for k, v in fields.items() if k != "qas"})
+    for i, article in enumerate(member(content, "data", path, fix)):
+        for j, paragraph in enumerate(member(article, "paragraphs", f"{path}, data[{i}]", fix)):
+            where = f"{path}, data[{i}].paragraphs[{j}]"
+            if not isinstance(paragraph, dict) or "context" not in paragraph:
+                raise UserError(f"{where}: no field `context`", fix)
+            yield whole(where, check_text(paragraph["context"], where, "context", fix).strip())
+
+
+def member(value, name, where, fix):
+    """The list value[name], or the error that says what there is instead."""
+    if not isinstance(value, dict) or name not in value:
+        has = ", ".join(value) if isinstance(value, dict) else kind_of(value)
+        raise UserError(f"{where}: no field `{name}`, but {has}", fix)
+    if not isinstance(value[name], list):
+        raise UserError(f"{where}: `{name}` is not a list but {kind_of(value[name])}", fix)
+    return value[name]
+
+
+def story_documents(path):
+    """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each side."""
+    for number, story in enumerate(records(path, "<|endoftext|>"), 1):
+        yield whole(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))

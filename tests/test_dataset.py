@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The reader: every token once, the same batch for the same step, and damage that is named."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import error, words
+
+import dataset as datasets
+import prepare
+
+
+@pytest.fixture
+def data(here):
+    (here / "a.txt").write_text(words(5000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    return datasets.Dataset.open("data/a")
+
+
+def test_shuffled_is_a_permutation_that_looks_random():
+    for n in (1, 2, 3, 4, 5, 17, 100, 1000, 4097):
+        for key in range(3):
+            assert sorted(datasets.shuffled(np.arange(n), n, key).tolist()) == list(range(n))
+    first = [datasets.shuffled(np.arange(8), 1000, key) for key in range(2000)]
+    counts = np.bincount(np.concatenate(first) // 50, minlength=20)  # 16,000 numbers in 20 bins of 800
+    assert ((counts - 800) ** 2 / 800).sum() < 60  # chi-square, 19 degrees of freedom: 43.8 in 1 of 1,000
+    jumps = np.array([row[1:] - row[:-1] for row in first])
+    line = np.concatenate(first)
+    assert abs(np.corrcoef(line[:-1], line[1:])[0, 1]) < 0.03 and (abs(jumps) > 100).mean() > 0.75
+    big = datasets.shuffled(np.arange(1000), 10**12, 7)  # no list of a billion numbers anywhere
+    assert len(set(big.tolist())) == 1000 and 0 <= big.min() and big.max() < 10**12 and big.max() > 9 * 10**11
+
+
+def test_an_epoch_visits_every_window_once(data):
+    tokens, T, B = data.meta["train"]["tokens"], 16, 3
+    data.meta["vocab_size"] = 1 << 16
+    np.arange(tokens, dtype=np.uint16).tofile("data/a/train.bin")  # the token at position i is i
+    n = tokens // T - 1
+    rows = [row for step in range(-(-2 * n // B)) for row in zip(*data.batch(T, B, 7, step))]
+    firsts = []
+    for idx, targets in rows:
+        assert torch.equal(targets, idx + 1) and torch.equal(idx, torch.arange(idx[0], idx[0] + T))
+        firsts.append(idx[0].item())
+    for epoch in (firsts[:n], firsts[n:2 * n]):
+        assert sorted(epoch) == list(range(min(epoch), min(epoch) + n * T, T)) and epoch != sorted(epoch)
+    assert firsts[:n] != firsts[n:2 * n]
+
+
+def test_a_batch_depends_on_seed_and_step_alone(data):
+    a = data.batch(16, 4, 7, 5)
+    data.batch(16, 4, 7, 9)
+    assert all(torch.equal(x, y) for x, y in zip(a, data.batch(16, 4, 7, 5)))
+    assert not torch.equal(a[0], data.batch(16, 4, 8, 5)[0]) and not torch.equal(a[0], data.batch(16, 4, 7, 6)[0])
+    parts = [data.batch(16, 2, 7, 5, micro, micros=2)[0] for micro in range(2)]  # the same step in two micro-batches
+    assert torch.equal(torch.cat(parts), a[0])
+
+
+def test_smallest_possible_data(data):
+    tokens = data.meta["train"]["tokens"]
+    idx, targets = data.batch(tokens - 1, 2, 0, 0)  # one window and nothing to spare
+    assert idx.shape == (2, tokens - 1) and torch.equal(idx[0], idx[1])
+
+
+def test_validation_sees_every_token_once(data):
+    n = data.meta["val"]["tokens"]
+    for T, B in ((16, 3), (7, 2), (n - 1, 1)):
+        batches = [data.val_batch(i, T, B) for i in range(data.n_val_batches(T, B))]
+        assert all(idx.shape == targets.shape == (B, T) for idx, targets in batches)
+        whole = np.fromfile("data/a/val.bin", np.uint16)
+        seen = torch.cat([targets.flatten() for _, targets in batches])
+        assert torch.equal(seen[seen >= 0], torch.from_numpy(whole[1:].astype(np.int64)))
+    # A model that gives every token of a uniform guess costs log2(V) bits each, whatever the batches are.
+    V = data.meta["vocab_size"]
+    batches = data.n_val_batches(16, 3)
+    total, count = datasets.validation_sums(lambda idx, targets: math.log(V), data, 16, 3, batches)
+    loss = total / count
+    assert loss == pytest.approx(math.log(V)) and count == n - 1
+    assert data.bits_per_byte(loss) == pytest.approx((n - 1) * math.log2(V) / data.meta["val"]["bytes"])
+    assert data.n_val_batches(16, 3, at_most=2) == 2 < batches and data.n_val_batches(16, 3, at_most=99) == batches
+    # Shared by three processes: all come by equally often, and their sums are the whole.
+    parts, visits = [], []
+    for rank in range(3):
+        parts.append(datasets.validation_sums(lambda idx, targets: float(idx.float().mean()), data, 16, 3, batches,
+                                             lambda: visits.append(rank), rank, 3))
+    alone = datasets.validation_sums(lambda idx, targets: float(idx.float().mean()), data, 16, 3, batches)
+    assert [sum(column) for column in zip(*parts)] == pytest.approx(alone) and parts[0] != parts[1]
+    assert visits.count(0) == visits.count(1) == visits.count(2) == math.ceil(batches / 3)
+
+
+def test_damaged_data(here, monkeypatch):
+    (here / "a.txt").write_text(words(3000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    data = datasets.Dataset.open("data/a")
+    fact, fix = error(lambda _: data.check(400))
+    tokens = data.meta["val"]["tokens"]
+    assert f"val.bin has {tokens} tokens, but block_size=400 needs at least 401" in fact
+    assert fix.startswith("--block_size=") and int(fix.split("=")[1].split(",")[0]) < tokens
+    path = here / "data/a/train.bin"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    assert f"{len(raw) - 1:,} bytes" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+    ids = np.frombuffer(raw, np.uint16).copy()
+    ids[:] = 999
+    path.write_bytes(ids.tobytes())
+    assert "train.bin has the checksum" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+    monkeypatch.setattr(datasets, "HASHED_BYTES", 0)  # as for a file that is too large to be hashed every time
+    assert "has the token 999" in error(lambda _: datasets.Dataset.open("data/a").batch(8, 2, 0, 0))[0]
+    assert "prepare.py" in error(lambda _: datasets.Dataset.open("data/none"))[1]
+    (here / "data/a/meta.json").write_text("{")
+    assert "meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+
+
+@pytest.mark.parametrize("change", [
+    dict(format=2), dict(dtype="float16"), dict(dtype=3), dict(vocab_size="97"), dict(train=[]), dict(source=3),
+    dict(val=dict(tokens=5, bytes=0, sha256="")), dict(tokenizer_sha256=None)])
+def test_a_meta_json_that_was_edited_is_refused(here, change):
+    (here / "a.txt").write_text(words(1000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    path = here / "data/a/meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "data/a/meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/a"))[0]
