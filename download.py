@@ -21,6 +21,7 @@ from config import UserError, note, say
 
 STALL_SECONDS = 30  # no byte for so long is a failure
 TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds
+PROGRESS_BYTES = 1 << 20  # what counts as progress
 
 
 def download(url, path, size=None, sha256=None):
@@ -44,8 +45,9 @@ def download(url, path, size=None, sha256=None):
             part = receive(url, path, size, sha256, by_hand)
             break
         except Interrupted as stop:
-            failures = 1 if stop.have > most else failures + 1  # a cut that came further than the last is progress
-            most = max(most, stop.have)
+            failures += 1
+            if stop.have >= most + PROGRESS_BYTES:
+                failures, most = 1, stop.have
             if failures == TRIES:
                 raise UserError(f"{url}: {stop.why}, {TRIES} times; {stop.have:,} bytes are there",
                                 f"run the same command again, it goes on behind them; or {by_hand}") from None

@@ -228,10 +228,10 @@ def seam(text):
 
     All tokenizers here begin a token at such a space. Text without any (Chinese) is cut at a line end, if it has one.
     """
-    end = text.rfind(" ", 1, -1)
-    while end > len(text) - (1 << 16) and (text[end - 1].isspace() or not text[end + 1].isalpha()):
+    end, near = text.rfind(" ", 1, -1), max(len(text) - (1 << 16), 0)
+    while end > near and (text[end - 1].isspace() or not text[end + 1].isalpha()):
         end = text.rfind(" ", 1, end)
-    if end > len(text) - (1 << 16) and end > 0:
+    if end > near:
         return end
     return text.rfind("\n") + 1 or len(text)
 

@@ -144,17 +144,6 @@ def test_what_people_get_wrong(here):
     assert not list(here.glob("data/*"))  # an error leaves nothing behind
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"text": "a"', "not JSON: "), ("[1]", "no field `text`, but list"),
-    ('{"texts": "a"}', "no field `text`, but texts"), ('{"text": 3}', "not a text but int"),
-    ('{"text": null}', "but null"), ('{"text": "\\ud800"}', "half a character, \\ud800"),
-    ('"text"', "but str")])
-def test_a_bad_line_is_named(here, line, reason):
-    (here / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
-    fact, fix = error(prepare.main, "a.jsonl")
-    assert "a.jsonl, line 3: " in fact and reason in fact and '{"text": "..."}' in fix
-
-
 def test_nothing_that_is_not_ours_is_deleted(here):
     (here / "a.txt").write_text(words(1000))
     for precious in ("data/a.part/mine", "data/a.old/mine", "data/a/tokenizer/mine.py"):

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Sources: which documents there are, and what is said about files that are not what they should be."""
+import gzip
+import json
+
+import pytest
+from conftest import error, words
+
+import prepare
+import sources
+import tokenizer as tokenizers
+
+
+def read(*paths):
+    return ["".join(document.blocks()) for document in sources.documents(paths)]
+
+
+def test_stdlib():
+    documents = list(sources.documents(["stdlib"]))
+    held = [d for d in documents if d.held_out]
+    assert 300 < len(documents) < 700 and 18 < len(held) < 30
+    size = sum(len(b.encode()) for d in documents for b in d.blocks())
+    assert 5e6 < size < 12e6
+    assert 0.03 < sum(len(b.encode()) for d in held for b in d.blocks()) / size < 0.09
+    names = {d.name for d in documents}
+    assert "textwrap.py" in names and not any("test" in n.split("/") or n.startswith("idlelib") for n in names)
+
+
+def test_large_files_are_read_in_blocks(here, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    text = words(5000) + "\u4e2d\u6587\U0001f600" * 500 + "x" * 1000  # characters cut by a block, lines longer than one
+    (here / "a.txt").write_text(text, encoding="utf-8", newline="")
+    assert "".join(sources.text_blocks("a.txt")) == text
+    (here / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "b"}))
+    assert ["".join(d.blocks()) for d in sources.documents(["a.jsonl"])] == [text, "b"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_a_seam_changes_no_token(monkeypatch, kind):
+    """A text cut where sources.py cuts it is encoded as the whole is."""
+    text = "".join(f"{words(300, seed=i)}  \n\t{i} caf\u00e9,  naive\u0308! \u4e2d\u6587\n\n" for i in range(300))
+    tokenizer = tokenizers.train(kind, [text], 400)
+    monkeypatch.setattr(tokenizers, "PART_CHARACTERS", 10**9)  # the whole as one
+    whole, rest, ids = tokenizer.encode(text), text, []
+    while rest:
+        end = sources.seam(rest[:5000]) if len(rest) > 5000 else len(rest)
+        ids, rest = ids + tokenizer.encode(rest[:end]), rest[end:]
+    assert ids == whole
+    monkeypatch.setattr(tokenizers, "PART_CHARACTERS", 10)
+    assert tokenizer.encode(text) == whole
+
+
+def test_seams():
+    assert sources.seam("one two three") == len("one two")
+    assert sources.seam("one two  3\n") == len("one")  # not before a second space, nor before a digit
+    assert sources.seam("\u4e2d\u6587\n\u4e2d\u6587") == 3  # no spaces: after a line
+    assert sources.seam("\u4e2d\u6587") == 2 and sources.seam(" a") == 2 and sources.seam("a ") == 2
+
+
+def test_squad_and_stories(here):
+    paragraph = {"context": " one \n", "qas": [{"question": "?", "answers": [{"text": "one", "answer_start": 1}]}]}
+    (here / "a.json").write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": [paragraph] * 2}]}))
+    assert read("a.json") == ["one", "one"]
+    with gzip.open("a.json.gz", "wb") as file:
+        file.write((here / "a.json").read_bytes())
+    assert read("a.json.gz") == ["one", "one"]
+    (here / "v-valid.txt").write_text("a\n<|endoftext|>\nb\n<|endoftext|>")
+    stories = list(sources.documents([("tinystories", "v-valid.txt")]))
+    assert ["".join(s.blocks()) for s in stories] == ["a", "b", ""] and all(s.held_out for s in stories)
+    (here / "sub").mkdir()
+    (here / "sub/a.json").write_text("{}")  # a folder may hold any .json: only one that is named is read
+    (here / "sub/a.txt").write_text("text")
+    assert read("sub") == ["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fifty inputs that are wrong, and what is said about each
+
+GOOD = b'{"text": "good"}\n'
+SQUAD = '{"data": [{"paragraphs": [{"context": "good"}, %s]}]}'
+ZIPPED = gzip.compress(words(9000).encode())
+WRONG = [
+    ("empty.txt", b"", "there is no text (1 empty documents"),
+    ("bom.txt", b"\xef\xbb\xbf", "there is no text (1 empty documents"),
+    ("latin.txt", b"caf\xe9 " * 5, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+    ("cp1252.md", b"a \x93quote\x94", "cp1252.md is not UTF-8: byte 0x93 at offset 2"),
+    ("utf16.txt", "some text".encode("utf-16"), "utf16.txt is not text: 9 of its first 20 bytes are NUL"),
+    ("utf32.txt", "some text".encode("utf-32"), "utf32.txt is not text"),
+    ("image.txt", b"\x89PNG\r\n" + bytes(94), "image.txt is not text: 94 of its first 100 bytes are NUL"),
+    ("late.txt", b"x" * 3_000_000 + b"\xff", "late.txt is not UTF-8: byte 0xff at offset 3000000"),
+    ("cut.txt", "caf\u00e9".encode()[:-1], "cut.txt is not UTF-8: byte 0xc3 at offset 3"),
+    ("surrogate.py", b"s = '\xed\xa0\x80'", "surrogate.py is not UTF-8: byte 0xed at offset 5"),
+    ("overlong.txt", b"\xc0\xaf", "overlong.txt is not UTF-8: byte 0xc0 at offset 0"),
+    ("one.txt", b"a", "1 bytes of text are too few"),
+    ("notes.docx", b"PK", "notes.docx: none of the kinds that can be read"),
+    ("data.parquet", b"PAR1", "data.parquet: none of the kinds"),
+    ("data.csv", b"a,b", "data.csv: none of the kinds"),
+    ("noending", b"text", "noending: none of the kinds"),
+    ("page.html", b"<html>", "page.html: none of the kinds"),
+    ("not.txt.gz", b"not gzip at all", "cannot read not.txt.gz: Not a gzipped file"),
+    ("cut.txt.gz", ZIPPED[:-99], "cannot read cut.txt.gz"),
+    ("bad.txt.gz", ZIPPED[:99] + b"\0\xff" * 9 + ZIPPED[117:], "cannot read bad.txt.gz"),
+    ("crc.txt.gz", ZIPPED[:-8] + bytes(8), "cannot read crc.txt.gz: CRC check failed"),
+    ("empty.jsonl", b"\n\n", "there is no text"),
+    ("open.jsonl", GOOD + b'{"text": "a"\n', "open.jsonl, line 2: not JSON: Expecting ',' delimiter at column 13"),
+    ("words.jsonl", b"good\n", "words.jsonl, line 1: not JSON"),
+    ("quotes.jsonl", b"{'text': 'a'}\n", "quotes.jsonl, line 1: not JSON"),
+    ("two.jsonl", b'{"text": "a"} {"text": "b"}', "two.jsonl, line 1: not JSON: Extra data at column 15"),
+    ("list.jsonl", b"[1]\n", "list.jsonl, line 1: no field `text`, but list"),
+    ("text.jsonl", b'"text"\n', "text.jsonl, line 1: no field `text`, but str"),
+    ("number.jsonl", b"17\n", "number.jsonl, line 1: no field `text`, but int"),
+    ("null.jsonl", b"null\n", "null.jsonl, line 1: no field `text`, but null"),
+    ("name.jsonl", GOOD + b'\n{"content": "a", "id": 1}', "name.jsonl, line 3: no field `text`, but content, id"),
+    ("int.jsonl", b'{"text": 3}', "int.jsonl, line 1: `text` is not a text but int"),
+    ("none.jsonl", b'{"text": null}', "none.jsonl, line 1: `text` is not a text but null"),
+    ("parts.jsonl", b'{"text": ["a"]}', "parts.jsonl, line 1: `text` is not a text but list"),
+    ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl, line 1: `text` has half a character, \\ud800"),
+    ("deep.jsonl", b'{"text": ' + b"[" * 200_000, "deep.jsonl, line 1: not to be read"),
+    ("digits.jsonl", b'{"text": ' + b"1" * 9000 + b"}", "digits.jsonl, line 1: not to be read"),
+    ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl is not UTF-8: byte 0xe9 at offset 13"),
+    ("pretty.jsonl", b'{\n  "text": "a"\n}\n', "pretty.jsonl, line 1: not JSON"),
+    ("empty.json", b"", "empty.json: not JSON"),
+    ("broken.json", b'{"data": [\n{"paragraphs": [}]}', "broken.json: not JSON: Expecting value at line 2, column 17"),
+    ("list.json", b"[]", "list.json: no field `data`, but list"),
+    ("other.json", b'{"rows": []}', "other.json: no field `data`, but rows"),
+    ("data.json", b'{"data": {"a": 1}}', "data.json: `data` is not a list but dict"),
+    ("article.json", b'{"data": [{"title": "a"}]}', "article.json, data[0]: no field `paragraphs`, but title"),
+    ("paragraph.json", (SQUAD % '{"qas": []}').encode(), "paragraph.json, data[0].paragraphs[1]: no field `context`"),
+    ("string.json", (SQUAD % '"a"').encode(), "string.json, data[0].paragraphs[1]: no field `context`"),
+    ("context.json", (SQUAD % '{"context": 1}').encode(), "paragraphs[1]: `context` is not a text but int"),
+    ("half.json", (SQUAD % '{"context": "\\udc00"}').encode(), "paragraphs[1]: `context` has half a character"),
+    ("none.json", b'{"data": []}', "there is no text"),
+    ("deep.json", b"[" * 200_000, "deep.json: not to be read"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", WRONG, ids=[name for name, _, _ in WRONG])
+def test_wrong(here, name, content, message):
+    (here / name).write_bytes(content)
+    fact, fix = error(prepare.main, name, "--tokenizer=char")
+    assert message in fact and fix and "\n" not in fact + fix
+    assert not list(here.glob("data/*"))  # nothing is left behind
+
+
+def test_there_are_fifty():
+    assert len(WRONG) >= 50
+
+
+def test_what_is_too_long_to_hold(here, monkeypatch):
+    monkeypatch.setattr(sources, "RECORD_CHARACTERS", 1000)
+    monkeypatch.setattr(sources, "JSON_BYTES", 1000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
+    (here / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 3000 + b'"}')
+    assert "a.jsonl: number 2 of the texts between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
+    (here / "a.json").write_bytes(b" " * 2000)
+    assert "a .json file is read whole, up to" in error(prepare.main, "a.json")[0]
