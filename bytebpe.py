@@ -90,9 +90,14 @@ class ByteBPETokenizer:
         """
         import regex  # what tiktoken itself depends on
         pattern = self.pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+        # It may know more of Unicode than tiktoken's engine: a character that is a letter only to it is hidden from it.
+        alphabet = {bytes([byte]): byte for byte in range(256)}
+        engine = tiktoken().Encoding("words", pat_str=r"[\p{L}\p{N}\s]", mergeable_ranks=alphabet, special_tokens={})
+        new = [c for c in set(text) if unicodedata.category(c) == "Cn" and not engine.encode_ordinary(c)]
+        shown = text.translate({ord(c): "\ufffe" for c in new})
         ranks = []
-        for match in regex.finditer(pattern, text):
-            if piece := match.group().encode().translate(None, self.missing):
+        for match in regex.finditer(pattern, shown):
+            if piece := text[match.start():match.end()].encode().translate(None, self.missing):
                 ranks += self.encoding._encode_single_piece(piece)
         return np.array(ranks, dtype=np.uint32)
 

@@ -153,7 +153,10 @@ class SentencePieceTokenizer:
     @classmethod
     def load(cls, folder, kind="bpe"):
         with open(os.path.join(folder, "tokenizer.model"), "rb") as file:
-            return cls(file.read(), kind)
+            model = file.read()
+        if not model:
+            raise ValueError("tokenizer.model is empty")
+        return cls(model, kind)
 
 
 def train(kind, texts, vocab_size=4096, character_coverage=1.0):

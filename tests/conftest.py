@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -64,6 +65,19 @@ def words(n, seed=0):
         a, b, c = torch.randint(4, (3,), generator=rng).tolist()
         out.append(f"{subjects[a]} {verbs[b]} {subjects[c]}.\n")
     return "".join(out)[:n]
+
+
+def nasty(n, seed=0):
+    """n short strings that are meant to break a tokenizer: all kinds of white space, digits, scripts, characters."""
+    rng = random.Random(seed)
+    bits = """. / ... !\n/ 's 'LL don't 123 1234567 a Z\u00df \u00e9 e\u0301 \u4e2d\u6587 \ud55c\uae00 \u0939\u093f
+        \u00bd \u2167 \u0663 \u017f \u212a \u0130 \ufb01 _ __init__ <|endoftext|> <|im_end| <unk> <0x41>
+        \u2581 \U0001f642 \U0001f468\u200d\U0001f469\u200d\U0001f467""".split()
+    bits += [" ", "  ", "   x", " 1", "  1", "\n", "\r\n", "\n\n\n", "\t", "!\n/", "def f(x):\n    ", "\0", "\x7f"]
+    bits += [*"\u00a0\u0085\x1c\u2028\u3000\ufeff\ufdd0\ue000\U0010ffff\u200b\u202e"]
+    for _ in range(n):
+        others = [chr(rng.randrange(a, b)) for a, b in ((0, 32), (32, 127), (128, 0xD800), (0xE000, 0x110000))]
+        yield "".join(rng.choice(bits if rng.random() < 0.8 else others) for _ in range(rng.randrange(14)))
 
 
 def prepare_words(folder):

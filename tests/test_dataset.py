@@ -121,3 +121,62 @@ def test_a_meta_json_that_was_edited_is_refused(here, change):
     path = here / "data/a/meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "data/a/meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --inspect
+
+@pytest.fixture
+def prepared(here):
+    rows = [f"row {i}: {words(60, seed=i)}" for i in range(30)]
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    prepare.main(["a.jsonl", "--vocab_size=330"])
+    return here / "data/a"
+
+
+def test_inspect_shows_counts_the_report_and_a_border(prepared, capsys):
+    capsys.readouterr()
+    prepare.main(["--inspect", "data/a"])
+    out = capsys.readouterr()
+    meta = json.loads((prepared / "meta.json").read_text())
+    assert out.out.count("--- <|endoftext|> ---") >= 1 and "row " in out.out
+    assert all(line in out.err for line in meta["report"]) and "330 tokens, uint16" in out.err
+    assert f"train.bin: {meta['train']['tokens']:,} tokens, 30 documents" in out.err
+
+
+@pytest.mark.parametrize("damage, named", [
+    ("bit", "has the checksum"), ("short", "bytes, but meta.json says"), ("id", "has the token 60000"),
+    ("documents", "holds 30 documents, but meta.json says 29"), ("bytes", "bytes, but meta.json says"),
+    ("tokenizer", "is another tokenizer"), ("gone", "has 0 bytes"), ("meta", "meta.json cannot be read"),
+    ("model", "tokenizer.model is empty")])
+@pytest.mark.parametrize("large", [False, True])
+def test_inspect_finds_every_damage(prepared, monkeypatch, damage, named, large):
+    if large:  # too large to be hashed whenever it is opened
+        monkeypatch.setattr(datasets, "HASHED_BYTES", 0)
+    elif damage == "id":
+        named = "has the checksum"
+    path, meta = prepared / "train.bin", json.loads((prepared / "meta.json").read_text())
+    raw = bytearray(path.read_bytes())
+    if damage in ("bit", "id"):
+        raw[1000:1002] = (60_000).to_bytes(2, "little") if damage == "id" else bytes([raw[1000] ^ 1, raw[1001]])
+        path.write_bytes(raw)
+    elif damage == "short":
+        path.write_bytes(raw[:-2])
+    elif damage in ("documents", "bytes"):
+        meta["train"][damage] -= 1
+        (prepared / "meta.json").write_text(json.dumps(meta))
+    elif damage == "tokenizer":
+        config = prepared / "tokenizer/config.json"
+        config.write_text(config.read_text() + " ")
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "meta":
+        (prepared / "meta.json").write_text("{")
+    else:
+        (prepared / "tokenizer/tokenizer.model").write_bytes(b"")
+    assert named in error(prepare.main, "--inspect", "data/a")[0]
+
+
+def test_inspect_wants_a_folder(here):
+    assert "--inspect wants one folder" in error(prepare.main, "--inspect")[0]
+    assert "no prepared data in nowhere" in error(prepare.main, "--inspect", "nowhere")[0]

@@ -2,11 +2,13 @@
 """Data: what is written, how it is split, how it is read back, and what people get wrong."""
 import gzip
 import json
+import random
 
 import numpy as np
 import pytest
-from conftest import error, words
+from conftest import ROOT, error, words
 
+import bench
 import dataset as datasets
 import prepare
 import tokenizer as tokenizers
@@ -168,3 +170,37 @@ def test_ids_that_do_not_fit_are_never_written():
     assert prepare.packed([np.array([1]), np.array([65535])], np.dtype("<u2"), 1 << 16).tolist() == [1, 65535]
     with pytest.raises(ValueError, match="70000"):
         prepare.packed([np.array([1]), np.array([70000])], np.dtype("<u2"), 1 << 16)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "unigram"])
+def test_the_number_of_threads_changes_nothing(here, kind, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 5000)
+    rows = [words(random.Random(i).randrange(10, 4000), seed=i) for i in range(250)]
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    made = []
+    for threads in (1, 2, 5):
+        prepare.main(["a.jsonl", f"--tokenizer={kind}", "--vocab_size=330", f"--num_proc={threads}"])
+        made.append({path.name: path.read_bytes() for path in (here / "data/a").rglob("*") if path.is_file()})
+    assert made[0] == made[1] == made[2] and len(made[0]) >= 5
+
+
+@pytest.mark.parametrize("setting", ["--min_words=-1", "--num_proc=-1", "--character_coverage=0",
+                                     "--character_coverage=1.1", "--val_fraction=0"])
+def test_settings_out_of_range(here, setting):
+    (here / "a.txt").write_text(words(1000))
+    assert setting[2:].split("=")[0] in error(prepare.main, "a.txt", setting)[0]
+
+
+def test_memory_does_not_grow_with_the_text(here):
+    """64 MB of short documents and 64 MB in one: less than 70 MB beyond what a small text takes. (2 GB: README.)"""
+    line = words(400).replace("\n", " ")
+    with open("a.jsonl", "w", encoding="utf-8") as file:
+        for i in range(160_000):
+            file.write(json.dumps({"text": f"{i} {line}"}) + "\n")
+    with open("b.txt", "w", encoding="utf-8") as file:
+        for i in range(160_000):
+            file.write(f"{i} {line}\n")
+    (here / "c.txt").write_text(words(3000))
+    peaks = [bench.measure([ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=2"])[1]
+             for name in ("a.jsonl", "b.txt", "c.txt")]
+    assert max(peaks) < peaks[2] + 100e6, peaks

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from conftest import error, words
+from conftest import error, nasty, words
 
 import tokenizer as tokenizers
 from tokenizer import END_OF_TEXT, SPECIAL
@@ -18,6 +18,50 @@ NASTY = ["", " ", "  two  spaces ", "\ttab\t\t", "line\r\nline\rline\n\n\n", "a\
 @pytest.fixture(scope="module")
 def bpe():
     return tokenizers.train("bpe", [words(20_000), "\tx\r\n  y caf\u00e9 \u4e2d\n" * 20], 400)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_ten_thousand_nasty_strings_come_back(kind):
+    strings = list(nasty(10_000))
+    tokenizer = tokenizers.train(kind, [words(20_000), *(strings if kind == "char" else strings[:500])],
+                                 vocab_size=3000, character_coverage=0.999)
+    for text in [*strings, *NASTY[:-1], "\u2581 " * 1000]:
+        if kind == "char" and not set(text) <= set(tokenizer.characters):
+            continue
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and b"".join(map(tokenizer.token_bytes, ids)) == text.encode(), text
+        assert tokenizer.encode_to_numpy(text).tolist() == ids and not set(ids) & set(tokenizer.special.values())
+
+
+def test_unigram_is_another_vocabulary_and_the_same_on_every_machine(monkeypatch):
+    import os
+    text = [words(20_000), "\tx\r\n  y caf\u00e9 \u4e2d\n" * 20]
+    made = []
+    for processors in (1, 7):
+        monkeypatch.setattr(os, "cpu_count", lambda: processors)
+        made.append(tokenizers.train("unigram", text, 330))
+    assert made[0].model == made[1].model and made[0].kind == "unigram"
+    assert made[0].encode("the old man sees") != tokenizers.train("bpe", text, 330).encode("the old man sees")
+
+
+def test_rare_characters_can_be_left_to_bytes():
+    text = words(20_000) + "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    fact, fix = error(lambda _: tokenizers.train("bpe", [text], 300))
+    assert "320 distinct characters" in fact and "--character_coverage" in fix, fact
+    tokenizer = tokenizers.train("bpe", [text], 300, character_coverage=0.98)
+    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode("\u4e00")) == 3
+    counts = __import__("numpy").bincount([*map(ord, text)], minlength=0x110000)
+    smallest = tokenizers.smallest_vocab(counts, 0.98)
+    assert tokenizers.train("bpe", [text], smallest, character_coverage=0.98).vocab_size == smallest
+    error(lambda _: tokenizers.train("bpe", [text], smallest - 1, character_coverage=0.98))
+
+
+def test_a_sample_is_spread_evenly_and_announced(monkeypatch, capsys):
+    monkeypatch.setattr(tokenizers, "SAMPLE_BYTES", 1_000_000)
+    texts = ["a" * 1_000_000, "b" * 3_000_000, "c"]
+    assert [len(t) for t in tokenizers.sample(texts, 4_000_001)] == [250_000, 750_000, 1]
+    assert "learned from a sample: 1 MB of the 4" in capsys.readouterr().err
+    assert list(tokenizers.sample(texts, 10)) == texts and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -48,9 +92,9 @@ def test_any_ids_can_be_decoded(bpe):
         bpe.decode([rng.randrange(bpe.vocab_size + 50) for _ in range(20)])  # half characters and padding: never raises
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 def test_specials_exist_and_everything_survives_the_disk(kind, tmp_path, bpe):
-    tokenizer = bpe if kind == "bpe" else tokenizers.train("char", ["hello\tworld\r\n \u4e2d\U0001f600"])
+    tokenizer = bpe if kind == "bpe" else tokenizers.train(kind, ["hello\tworld\r\n \u4e2d\U0001f600"] * 9, 300)
     assert list(tokenizer.special) == list(SPECIAL) and len(set(tokenizer.special.values())) == 5
     assert all(tokenizer.token_bytes(i) == b"" for i in tokenizer.special.values())
     tokenizer.save(tmp_path / "t")
@@ -106,3 +150,64 @@ def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     assert "pip install sentencepiece" in error(lambda _: tokenizers.train("bpe", ["hello " * 100], 300))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+@pytest.fixture
+def text(here):
+    (here / "a.txt").write_text(words(20_000) + "caf\u00e9\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_train_then_inspect(here, text, kind, capsys):
+    tokenizers.main(["--train", "--input=a.txt", f"--tokenizer={kind}", "--vocab_size=320", "--out=t"])
+    said = capsys.readouterr().err
+    assert f"t: {kind}, " in said and "next: python prepare.py a.txt --tokenizer=t" in said
+    tokenizers.main(["--inspect", "the caf\u00e9", "--tokenizer=t"])
+    out = capsys.readouterr()
+    ids = tokenizers.load_from("t").encode("the caf\u00e9")
+    assert [int(line.split()[0]) for line in out.out.splitlines()] == ids
+    assert f"{len(ids)} tokens, of " in out.err and "'" in out.out
+    import prepare
+    prepare.main(["a.txt", "--tokenizer=t"])
+    assert "t is not empty" in error(tokenizers.main, "--train", "--input=a.txt", "--out=t")[0]
+
+
+def test_inspect_shows_parts_of_characters_as_bytes(here, text, capsys):
+    tokenizers.main(["--train", "--input=a.txt", "--vocab_size=320", "--out=t"])
+    capsys.readouterr()
+    tokenizers.main(["--inspect=\U0001f642", "--tokenizer=t"])
+    assert capsys.readouterr().out.count("b'\\x") == 4
+
+
+def test_compare(here, text, capsys):
+    tokenizers.main(["--train", "--input=a.txt", "--vocab_size=320", "--out=t"])
+    capsys.readouterr()
+    tokenizers.main(["--compare=bpe,unigram,char,t", "--input=a.txt", "--vocab_size=320"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["tokenizer", "bpe", "unigram", "char", "t"]
+    tokens = {row[0]: int(row[2].replace(",", "")) for row in rows[1:]}
+    assert tokens["char"] == 20_005 and tokens["bpe"] == tokens["t"] < 8000
+    assert all(row[-1] == "exact" for row in rows[1:])
+    assert all(row[3] == f"{20_006 / tokens[row[0]]:.3f}" for row in rows[1:])
+
+
+@pytest.mark.parametrize("argv, fact", [
+    ([], "one thing to do at a time"), (["--train", "--inspect=a"], "one thing to do at a time"),
+    (["a.txt"], "nothing to do with 'a.txt'"), (["--train", "--out=t"], "no text to learn from"),
+    (["--train", "--input=a.txt"], "no folder to write to"), (["--compare=bpe"], "no text to learn from or to compare"),
+    (["--train", "--input=a.txt", "--out=t", "--tokenizer=gpt2"], "'gpt2' is no tokenizer that can be learned"),
+    (["--inspect=a"], "--inspect needs a tokenizer that exists"),
+    (["--inspect=a", "--tokenizer=."], ". holds no tokenizer"),
+    (["--inspect=a", "--tokenizer=nowhere"], "there is no tokenizer 'nowhere'"),
+    (["--train", "--input=none.txt", "--out=t"], "none.txt does not exist"),
+    (["--train", "--input=a.txt", "--out=t", "--vocab_size=20"], "vocab_size=20 is too small")])
+def test_what_people_get_wrong(here, text, argv, fact):
+    assert fact in error(tokenizers.main, *argv)[0]
+
+
+def test_chat_needs_a_chat_model(here, text):
+    tokenizers.main(["--train", "--input=a.txt", "--vocab_size=320", "--out=t"])
+    assert "t has no chat template" in error(tokenizers.main, "--inspect=a", "--chat", "--tokenizer=t")[0]
