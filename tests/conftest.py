@@ -95,6 +95,21 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """A folder with GPT-2's vocabulary where tiktoken looks for it: see TIKTOKEN_CACHE_DIR."""
+    script = ROOT.parent / "shared/scripts/seed_tiktoken.py"
+    if os.environ.get("TIKTOKEN_CACHE_DIR"):
+        return os.environ["TIKTOKEN_CACHE_DIR"]
+    if not script.exists():
+        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder that has it")
+    cache = tmp_path_factory.mktemp("tiktoken")
+    done = subprocess.run([sys.executable, script, cache], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("GPT-2's vocabulary cannot be fetched here")
+    return str(cache)
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A folder with data/words and a finished run in out/words: 40 updates of a tiny model."""
     folder = tmp_path_factory.mktemp("tiny")

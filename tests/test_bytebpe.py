@@ -3,9 +3,7 @@
 import copy
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -210,21 +208,6 @@ def test_more_than_65536_tokens_are_written_as_uint32(here):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tiktoken
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    """A folder with GPT-2's files where tiktoken looks for them."""
-    script = ROOT.parent / "shared/scripts/seed_tiktoken.py"
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        return os.environ["TIKTOKEN_CACHE_DIR"]
-    if not script.exists():
-        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR to a cache that has it")
-    cache = tmp_path_factory.mktemp("tiktoken")
-    done = subprocess.run([sys.executable, script, cache], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("GPT-2's vocabulary cannot be fetched here")
-    return str(cache)
-
 
 def test_gpt2(gpt2, monkeypatch, tmp_path):
     import tiktoken

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """README.md is true: its commands run in their order, its files exist, its line counts and its settings are right."""
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from conftest import ROOT, words
 import bench
 import prepare
 import sample
+import tokenizer
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,12 +32,22 @@ def clone(tmp_path_factory):
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
     (folder / "prompt.txt").write_text("def ", encoding="utf-8")
+    (folder / "shakespeare").mkdir()  # in place of the download: a folder that bears a name is taken for it
+    os.symlink(folder / "shakespeare.txt", folder / "shakespeare/input.txt")
+    for i, name in enumerate(("train-v1.1.json", "dev-v1.1.json")):
+        paragraphs = [{"context": words(400, seed=j), "qas": []} for j in range(i * 100, i * 100 + 100)]
+        (folder / name).write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
+    for i, language in enumerate(("en", "es", "fr", "de", "zh")):
+        (folder / f"{language}.txt").write_text(words(60_000, seed=i), encoding="utf-8")
     os.symlink(ROOT / "tests/reference", folder / "nanoGPT")  # which is not part of this project; this one is
     return folder
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, id=f"{i}: {c[:60]}") for i, c in enumerate(COMMANDS)])
-def test_command(clone, command):
+def test_command(clone, command, request):
+    env = dict(os.environ)
+    if "bench.py prepare" in command:
+        env["TIKTOKEN_CACHE_DIR"] = request.getfixturevalue("gpt2")
     for part in command.split(" && "):
         program, *arguments = shlex.split(part, comments=True)
         if program == "pip":
@@ -60,7 +72,7 @@ def test_command(clone, command):
             quick = shlex.split(QUICK.get(arguments[0], ""))
             quick = [] if "--help" in arguments else quick
             done = subprocess.run([sys.executable, *arguments, *quick], cwd=clone, capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, timeout=300)
+                                  stdin=subprocess.DEVNULL, timeout=300, env=env)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             if target:
                 (clone / target).write_text(done.stdout, encoding="utf-8")
@@ -87,7 +99,8 @@ def test_line_counts_are_right():
 
 
 def test_every_setting_that_is_named_exists():
-    scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig
+    scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig, \
+        tokenizer.TokenizerConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
     ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
     for name in re.findall(r"--([a-z]\w+)", ours):
