@@ -235,14 +235,17 @@ class Leaks:
             at = np.minimum(np.searchsorted(self.keys, grams), len(self.keys) - 1)
             self.found[at[self.keys[at] == grams]] = True
 
+    def seen(self, grams):
+        """For each of some held-out grams: was it found? (n,) bool."""
+        return self.found[np.searchsorted(self.keys, grams)]
+
     def shares(self):
         """[(share of its grams that were found, name)] of every held-out document that has any."""
-        return [(float(self.found[np.searchsorted(self.keys, grams)].mean()), name)
-                for name, grams in zip(self.names, self.held) if len(grams)]
+        return [(float(self.seen(grams).mean()), name) for name, grams in zip(self.names, self.held) if len(grams)]
 
     def share(self):
         """How much of all that is held out was found: a number from 0 to 1."""
-        return float(self.found.mean()) if len(self.found) else 0.0
+        return sum(int(self.seen(grams).sum()) for grams in self.held) / max(self.size, 1)
 
     def report(self):
         shares = sorted(self.shares(), key=lambda share: -share[0])
