@@ -222,19 +222,19 @@ def packed(ids, dtype, vocab_size):
     return np.concatenate(ids, dtype=dtype, casting="unsafe")
 
 
-def encode(texts, tokenizer, leaks, words, dtype, folder, total_bytes, threads):
+def encode(texts, plan, tokenizer, leaks, dtype, folder, threads):
     """Write train.bin and val.bin from what split_texts yields. Returns the counts of both, as meta.json has them.
 
     A few threads encode a megabyte each; tokenizers and arrays work in C, where threads run side by side. What they
     return is written in the order of the text, so that their number changes nothing.
     """
     writers = {side: BinWriter(os.path.join(folder, name)) for side, name in ((TRAIN, "train.bin"), (VAL, "val.bin"))}
-    progress = Progress("encoding", total_bytes)
+    progress = Progress("encoding", plan.bytes)
     start = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
 
     def work(batch):
         """[(side, ids, documents, bytes)] of some texts; their training side is looked through for leaks."""
-        leaks.look(words.grams(BORDER.join(text for side, _, _, text in batch if side == TRAIN)))
+        leaks.look(plan.words.grams(BORDER.join(text for side, _, _, text in batch if side == TRAIN)))
         done = []
         for side in (TRAIN, VAL):
             ids, n_documents, n_bytes = [], 0, 0
@@ -262,7 +262,7 @@ def encode(texts, tokenizer, leaks, words, dtype, folder, total_bytes, threads):
             finish(running.popleft())
     counts = dict(train=writers[TRAIN].close(), val=writers[VAL].close())
     if not counts["train"]["tokens"] or not counts["val"]["tokens"]:
-        raise UserError(f"{total_bytes} bytes of text are too few to train on some and hold some out", "give more text")
+        raise UserError(f"{plan.bytes} bytes of text are too few to train on some and hold some out", "give more text")
     return counts
 
 
@@ -303,7 +303,7 @@ def prepare(sources, settings):
         os.makedirs(part)
         tokenizer.save(os.path.join(part, "tokenizer"))
         texts = split_texts(sources, plan, settings.val_fraction)
-        counts = encode(texts, tokenizer, leaks, plan.words, dtype, part, plan.bytes, threads)
+        counts = encode(texts, plan, tokenizer, leaks, dtype, part, threads)
         origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
         meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
                     source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,

@@ -228,12 +228,19 @@ def smallest_vocab(counts, character_coverage=1.0):
 
 
 def sample(texts, total_bytes):
-    """Of texts with so many bytes in all, as much as a vocabulary is learned from, spread evenly: the start of each."""
-    share = min(1.0, SAMPLE_BYTES / max(total_bytes, 1))
+    """Of texts with so many bytes in all, as much as a vocabulary is learned from, spread evenly over them.
+
+    The start of each long text, and of short ones some, whole: half words would make a vocabulary of half words.
+    """
+    share, due = min(1.0, SAMPLE_BYTES / max(total_bytes, 1)), 0.0
     if share < 1:
         note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the {total_bytes / 1e6:,.0f}")
     for text in texts:
-        yield text[:-int(-len(text) * share // 1)]  # rounded up, so that short texts are in it too
+        due += len(text) * share  # characters that should have been given by now, and were not
+        if due >= min(len(text), 2000):
+            part = text[:round(due)]
+            due -= len(part)
+            yield part
 
 
 def load(folder):
