@@ -32,6 +32,7 @@ GPT2 = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # space before a digit is like white space at an end.
 DIGITS = CONTRACTION + r"|\p{N}%s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LONG_RUN = 20_000  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
+CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
 
 
@@ -66,13 +67,16 @@ class ByteBPETokenizer:
     def encode_to_numpy(self, text):
         return self.encode_with(self.added, text)
 
-    def encode_with(self, wholes, text):
-        """The ids of a text in which some pieces, {text: id}, stand for one token each: a uint32 array."""
+    def encode_with(self, wholes, text, hidden=""):
+        """The ids of a text in which some pieces, {text: id}, stand for one token each: a uint32 array.
+
+        hidden: a character that is taken out of the text between these pieces.
+        """
         if not wholes:
             return self.encode_words(text)
         parts = re.split(alternatives(wholes), text)  # text, whole, text, ..., text
-        return np.concatenate([np.array([wholes[part]], np.uint32) if i % 2 else self.encode_words(part)
-                               for i, part in enumerate(parts)])
+        return np.concatenate([np.array([wholes[part]], np.uint32) if i % 2 else
+                               self.encode_words(part.replace(hidden, "")) for i, part in enumerate(parts)])
 
     def encode_words(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -114,7 +118,7 @@ class ByteBPETokenizer:
         model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing.
         """
         if not self.template:
-            raise UserError(f"the tokenizer {self.name} has no chat template", "the folder of a chat model")
+            raise UserError(f"the tokenizer {self.name} has no chat template", CHAT_FIX)
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
             raise UserError("a message without role or without text", '[{"role": "user", "content": "..."}, ...]')
         wholes = {**self.special, **self.added}
@@ -123,9 +127,7 @@ class ByteBPETokenizer:
         guarded = [{**message, "content": re.sub(alternatives(wholes), lambda found: mark.join(found[0]),
                                                  message["content"])} for message in messages]
         text = render(self.template, messages=guarded, add_generation_prompt=answer, **self.settings)
-        parts = re.split(alternatives(wholes), text)
-        return [i for n, part in enumerate(parts)
-                for i in ([wholes[part]] if n % 2 else self.encode_words(part.replace(mark, "")).tolist())]
+        return self.encode_with(wholes, text, hidden=mark).tolist()
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -228,17 +230,17 @@ def hugging_face_tokenizer(name, path, spec, config, files):
 
     # 2) the tokens: bytes first, then what the merges make, in their order
     alphabet, vocabulary = byte_alphabet(), model["vocab"]
-    tokens = {bytes([byte]): vocabulary[character] for character, byte in alphabet.items() if character in vocabulary}
+    id_of = {bytes([byte]): vocabulary[character] for character, byte in alphabet.items() if character in vocabulary}
     written = {token: bytes(alphabet[character] for character in token) for token in vocabulary
                if all(character in alphabet for character in token)}
     for merge in model["merges"]:
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        tokens.setdefault(written[token], vocabulary[token])
-    ids = np.array(list(tokens.values()), dtype=np.uint32)
+        id_of.setdefault(written[token], vocabulary[token])
+    ids = np.array(list(id_of.values()), dtype=np.uint32)
     unused = {i: written.get(token, token.encode()) for token, i in vocabulary.items()}  # those that no merge makes
-    for i in tokens.values():
+    for i in id_of.values():
         unused.pop(i, None)
-    tokens = {token: rank for rank, token in enumerate(tokens)}
+    rank_of = {token: rank for rank, token in enumerate(id_of)}
 
     # 3) the special tokens, and those that are text but were added after training ("<think>")
     special, added = {}, {}
@@ -259,9 +261,10 @@ def hugging_face_tokenizer(name, path, spec, config, files):
     template = files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), "")
-    unused = {i: token for i, token in unused.items() if i not in special.values() and i not in added.values()}
-    return ByteBPETokenizer("hugging_face", name, pattern, tokens, ids, special, files, added, unused,
-                            normalizer is not None, template, settings)
+    for i in [*special.values(), *added.values()]:
+        unused.pop(i, None)
+    return ByteBPETokenizer("hugging_face", name, pattern, rank_of, ids, special, files, added=added, unused=unused,
+                            nfc=normalizer is not None, template=template, settings=settings)
 
 
 def expression(step, refuse):

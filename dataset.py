@@ -61,11 +61,12 @@ class Dataset:
         return cls(folder, meta, files)
 
     def check_tokenizer(self):
-        """Raises UserError where the tokenizer is not the one that these ids were written with."""
-        size = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"]).vocab_size
-        if size != self.meta["vocab_size"]:
+        """The tokenizer of these ids. Raises UserError where it is not the one that they were written with."""
+        tokenizer = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
+        if tokenizer.vocab_size != self.meta["vocab_size"]:
             raise UserError(f"{self.folder}/meta.json says vocab_size={self.meta['vocab_size']}, but the tokenizer "
-                            f"there has {size} tokens", f"prepare {self.folder} again")
+                            f"there has {tokenizer.vocab_size} tokens", f"prepare {self.folder} again")
+        return tokenizer
 
     def check(self, block_size):
         """Raises UserError where a side is too short for one window of block_size + 1 tokens."""
@@ -203,10 +204,10 @@ def validation_sums(loss_of, data, block_size, batch_size, batches, before_each=
 def inspect(folder, sample_tokens=120):
     """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
     data = Dataset.open(folder)
-    data.check_tokenizer()
-    tokenizer, meta = tokenizers.load_from(folder), data.meta
+    tokenizer, meta = data.check_tokenizer(), data.meta
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     end = tokenizer.special[tokenizers.END_OF_TEXT]
+    drops = getattr(tokenizer, "missing", b"") or getattr(tokenizer, "nfc", False)  # its tokens spell the text nearly
     say(f"{folder}: {', '.join(meta['source'])}\n{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} tokens, "
         f"{meta['dtype']}")
     for side in ("train", "val"):
@@ -222,7 +223,7 @@ def inspect(folder, sample_tokens=120):
             raise UserError(f"{path} has the checksum {digest.hexdigest()[:12]}, but meta.json says "
                             f"{due['sha256'][:12]}", f"it was changed or damaged; prepare {folder} again")
         for what, number in found.items():
-            if number != due[what] and not (what == "bytes" and tokenizer.kind == "hugging_face"):
+            if number != due[what] and not (what == "bytes" and drops):
                 raise UserError(f"{path} holds {number:,} {what}, but meta.json says {due[what]:,}",
                                 f"meta.json or the tokenizer was changed; prepare {folder} again")
         say(f"{path}: {due['tokens']:,} tokens, {due['documents']:,} documents, {due['bytes']:,} bytes of text, "

@@ -82,7 +82,7 @@ def receive(url, path, size, sha256, by_hand):
     version = sha256 or response.headers.get("ETag") or response.headers.get("Last-Modified", "")
     part = f"{path}.{hashlib.sha256(f'{version} {total}'.encode()).hexdigest()[:8]}.part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    if have and (have == total or version or total):
+    if have and (version or total):
         if have == total:
             return part
         response.close()
@@ -132,7 +132,7 @@ def get(url, by_hand, have=0):
     except requests().ReadTimeout:
         raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
     except (requests().RequestException, ValueError) as error:
-        reason = str(error).split("Failed to ")[-1].strip("')\"")
+        reason = f"{type(error).__name__} {str(error)[-120:]}"
         raise UserError(f"{url} cannot be reached: {reason}", f"check the network, or {by_hand}") from None
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)

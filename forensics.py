@@ -17,7 +17,7 @@ import unicodedata
 import numpy as np
 
 GRAM = 13  # words in a row that hardly ever occur twice by chance (Brown et al. 2020, appendix C)
-KEPT = 2_000_000  # so many of the held-out text's are looked for; where it has more, an even share of them
+KEPT = 2_000_000  # so many such runs of the held-out text are looked for; where it has more, an even share of them
 MIX, STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd: multiplication can be undone mod 2^64
 SLICE = 1 << 16  # characters that are worked on at once: so much stays in a processor's cache
 
@@ -110,7 +110,8 @@ class Words:
 
     A word is never made as a string. It becomes a number, the sum of a random number for each of its letters times a
     power of STEP for its place in the word, which arrays can do for all words at once: with running sums over the
-    whole text, the sum over a word is the difference of two of them, divided by the power at its start.
+    whole text, the sum over a word is the difference of two of them, divided by the power at its start. (Thirteen
+    Chinese characters say less than thirteen words: texts in Chinese share them more easily.)
     """
 
     def __init__(self):
@@ -155,7 +156,7 @@ class Words:
         words = [self.numbers(values, starts) for values, starts in self.starts(text)]
         words = np.concatenate(words) if words else np.zeros(0, dtype=np.uint64)
         found = []  # the same again, one level up: words instead of letters, and every window of GRAM of them
-        for start in range(0, len(words) - GRAM + 1, SLICE - GRAM):
+        for start in range(0, len(words) - GRAM + 1, SLICE - GRAM):  # parts overlap, so that no window is lost
             part = words[start:start + SLICE - 1]
             sums = np.cumsum(part * self.power[:len(part)])
             sums[GRAM:] -= sums[:-GRAM].copy()
@@ -174,11 +175,11 @@ class Words:
 
 
 def mixed(numbers):
-    """Spread what the low bits of products know over all bits."""
-    high = numbers >> np.uint64(32)
-    high ^= numbers
-    high *= MIX
-    return high
+    """Spread the difference of two numbers over all their bits (products leave it in the high ones)."""
+    result = numbers >> np.uint64(32)
+    result ^= numbers
+    result *= MIX
+    return result
 
 
 def part_of(numbers, left, right):
@@ -255,6 +256,8 @@ class Leaks:
         lines = [f"leaks: {len(leaked):,} of {len(shares):,} held-out documents share {GRAM} words in a row with the "
                  f"training side, {len(mostly):,} of them more than half of theirs; "
                  f"{self.share():.2%} of all that are held out{part}"]
+        if not shares:
+            return [f"leaks: not looked for, what is held out has no {GRAM} words in a row"]
         if leaked:
-            lines.append("most of all: " + ", ".join(f"{name} ({share:.0%})" for share, name in leaked[:3]))
+            lines.append("most of all: " + ", ".join(f"{name} ({share:.1%})" for share, name in leaked[:3]))
         return lines

@@ -16,8 +16,8 @@ sources.py says which texts there are and how they are read. What is written:
 
 <|endoftext|> stands before every document. The text is read three times, a megabyte at a time: to decide which
 documents are kept and which are held out, to learn a vocabulary, and to encode. Nothing of it is kept in between but
-25 bytes per document, so memory does not grow with the text. The result depends on the text and the settings alone,
-not on the number of threads, and appears under its name when it is whole.
+some 75 bytes per document, so memory does not grow with their length. The result depends on the text and the settings
+alone, not on the number of threads, and appears under its name when it is whole.
 """
 import glob
 import hashlib
@@ -25,12 +25,14 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -39,13 +41,14 @@ import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
 from download import Progress
 from forensics import BORDER, Census, Leaks, Words
-from sources import BLOCK_BYTES, NAMES, documents, fetch
+from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
 
 
 @dataclass
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, with the name of the first source
-    input: list[str] = field(default_factory=list)  # the files of a name that downloads, where you have them already
+    input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
+    text_field: str = "text"  # .jsonl: the field of a line that holds the text
     mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
     tokenizer: str = "bpe"  # bpe, unigram, char: learned from this text; gpt2, ...; or a folder: a run, data/NAME, ...
     vocab_size: int = 0  # bpe, unigram: tokens; 0: 4,096, less for under 400 KB of text; 32,000 suit a few GB
@@ -58,7 +61,7 @@ class PrepareConfig:
 
 MANY = 200  # from this many documents on, whole documents are held out; with fewer, the end of each
 # What config/train_small.py wants of a text: its context, the tokens of its updates, and their number.
-RECIPE_BLOCK_SIZE, RECIPE_TOKENS, RECIPE_STEPS = 256, 12 * 256, 1000
+RECIPE_BLOCK_SIZE, RECIPE_TOKENS, RECIPE_STEPS, LARGE_VOCABULARY = 256, 12 * 256, 1000, 20_000
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. What is kept, and what is held out
@@ -85,14 +88,14 @@ def make_plan(sources, settings):
     """Read everything once: find duplicates, decide what is held out, count characters."""
     census, words, progress = Census(), Words(), Progress("reading")
     keys, sizes, lengths, fates = array("Q"), array("q"), array("q"), array("b")
-    waiting, weight = [], 0  # texts that are counted together: an array of ten numbers is no faster than a loop
+    waiting, weight = [], 0  # short texts are counted together: a call of numpy costs as much as a thousand characters
 
     def count(text):
         words.learn(census.add(text))
 
     with ThreadPoolExecutor(1) as aside:  # counts while this thread reads and hashes
         counting = aside.submit(count, "")
-        for document in documents(sources):
+        for document in documents(sources, settings.text_field):
             digest, size, length, n_words = hashlib.sha256(), 0, 0, 0
             for block in document.blocks():
                 raw = block.encode()
@@ -113,7 +116,8 @@ def make_plan(sources, settings):
             lengths.append(length)
             side = CUT if document.held_out is None else VAL if document.held_out else TRAIN
             fates.append(SKIP if n_words < settings.min_words or size == 0 else side)
-            census.add_length(size)
+            if size:
+                census.add_length(size)
         counting.result()
         count("".join(waiting))
 
@@ -124,30 +128,34 @@ def make_plan(sources, settings):
     fate[order[1:][keys[order[1:]] == keys[order[:-1]]]] = SKIP
     kept = np.flatnonzero(fate != SKIP)
     if not len(kept):
-        raise UserError(f"there is no text ({empty} empty documents, {dropped - empty} with fewer than "
-                        f"{settings.min_words} words)", "give a file with text, or a smaller --min_words")
-    if len(kept) >= MANY or (fate[kept] != CUT).any():  # otherwise each is cut near its end
+        few = f", {dropped - empty} with fewer than {settings.min_words} words" if settings.min_words else ""
+        raise UserError(f"there is no text ({empty} empty documents{few})",
+                        "give a file with text" + ", or a smaller --min_words" * bool(few))
+    if (fate[kept] == TRAIN).all() or (fate[kept] == VAL).all():
+        fate[kept] = CUT  # a source that has one side only leaves the other to us
+    undecided = kept[fate[kept] == CUT]
+    if len(undecided) >= MANY:  # otherwise each is cut near its end
         # A number in [0, 1) from the text itself decides: the same text is on the same side wherever it stands.
-        fraction = np.where(fate == CUT, keys / 2.0**64, fate == TRAIN)
-        fate[fate == CUT] = np.where(fraction[fate == CUT] < settings.val_fraction, VAL, TRAIN)
-        fate[kept[fraction[kept].argmin()]] = VAL  # so that neither side is ever empty
-        fate[kept[fraction[kept].argmax()]] = TRAIN
+        fraction = keys[undecided] / 2.0**64
+        fate[undecided] = np.where(fraction < settings.val_fraction, VAL, TRAIN)
+        fate[undecided[fraction.argmin()]] = VAL  # so that neither side is ever empty
+        fate[undecided[fraction.argmax()]] = TRAIN
     duplicates, short = len(order) - len(kept), dropped - empty
     return Plan(fate, np.array(lengths), census, words, int(sizes[kept].sum()), len(kept), duplicates, empty, short)
 
 
-def split_texts(sources, plan, val_fraction, wanted=(TRAIN, VAL)):
+def split_texts(sources, plan, settings, wanted=(TRAIN, VAL)):
     """Read it again: yields (TRAIN or VAL, the document's name, does it start here, text), for the sides wanted.
 
     What stands before `cut` in a document is for training, what stands after it is held out.
     """
-    for i, document in enumerate(documents(sources)):
+    for i, document in enumerate(documents(sources, settings.text_field)):
         if i >= len(plan.fate):
             raise UserError(f"{document.name} appeared while the text was being read", "run the command again")
         fate, length = int(plan.fate[i]), int(plan.length[i])
         if fate != CUT and fate not in wanted:
             continue
-        cut = length if fate == TRAIN else 0 if fate == VAL else length - math.ceil(length * val_fraction)
+        cut = length if fate == TRAIN else 0 if fate == VAL else length - math.ceil(length * settings.val_fraction)
         near = cut - (length - cut) // 2  # a line end that is not further away than this is the better place
         position, fresh = 0, {TRAIN, VAL}  # fresh: the sides that have nothing of this document yet
         for block in document.blocks():
@@ -168,24 +176,28 @@ def split_texts(sources, plan, val_fraction, wanted=(TRAIN, VAL)):
 def learn_tokenizer(sources, plan, settings, existing=None):
     """(the tokenizer, the leaks to look for). A vocabulary is learned from the training side alone (char: from all)."""
     kind, leaks = settings.tokenizer, Leaks()
-    wanted = (VAL,) if existing or kind == "char" else (TRAIN, VAL)
+    learning = not existing and kind != "char"
 
     def training_texts():
-        for side, name, _, text in split_texts(sources, plan, settings.val_fraction, wanted):
+        """The training side, which a vocabulary may see; on the way, the held-out side is given to `leaks`."""
+        for side, name, _, text in split_texts(sources, plan, settings, (TRAIN, VAL) if learning else (VAL,)):
             if side == TRAIN:
                 yield text
             else:
                 leaks.hold(name, plan.words.grams(text))
 
-    if TRAIN in wanted:
+    if learning:
         # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
         smallest = tokenizers.smallest_vocab(plan.census.counts, settings.character_coverage)
         vocab_size = settings.vocab_size or max(smallest + 64, min(4096, plan.bytes // 100))
         sample = tokenizers.sample(training_texts(), plan.bytes)
         tokenizer = tokenizers.train(kind, sample, vocab_size, settings.character_coverage)
     else:
-        deque(training_texts(), maxlen=0)  # nothing to learn, but the held-out side is to be seen
+        for _ in training_texts():
+            pass
         tokenizer = existing or tokenizers.train("char", map(chr, np.flatnonzero(plan.census.counts)))
+        if settings.vocab_size and settings.vocab_size != tokenizer.vocab_size:
+            note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
     leaks.freeze()
     return tokenizer, leaks
 
@@ -216,7 +228,7 @@ class BinWriter:
 
 def packed(ids, dtype, vocab_size):
     """Arrays of ids as one of the type that is written. An id beyond the vocabulary is a mistake of ours."""
-    largest = max(int(part.max()) for part in ids if part.size)
+    largest = max((int(part.max()) for part in ids if part.size), default=0)
     if largest >= vocab_size:  # numpy would wrap 70000 to 4464 in uint16 without a word
         raise ValueError(f"id {largest} does not fit into a vocabulary of {vocab_size}")
     return np.concatenate(ids, dtype=dtype, casting="unsafe")
@@ -302,7 +314,7 @@ def prepare(sources, settings):
     try:
         os.makedirs(part)
         tokenizer.save(os.path.join(part, "tokenizer"))
-        texts = split_texts(sources, plan, settings.val_fraction)
+        texts = split_texts(sources, plan, settings)
         counts = encode(texts, plan, tokenizer, leaks, dtype, part, threads)
         origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
         meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
@@ -317,7 +329,7 @@ def prepare(sources, settings):
         raise
     shutil.rmtree(out + ".old", ignore_errors=True)
     if os.path.exists(out):
-        note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
+        note(f"{out} is replaced{what_it_held(out)}; runs that were trained on it cannot be resumed with this")
         os.replace(out, out + ".old")
     os.replace(part, out)
     shutil.rmtree(out + ".old", ignore_errors=True)
@@ -334,10 +346,12 @@ OURS = {"train.bin", "val.bin", "meta.json", "tokenizer", "config.json", "vocab.
 
 def folder_to_write(sources, settings):
     """--out, or data/NAME after the first source. What is about to be replaced must be ours."""
-    path = os.path.normpath(sources[0])
+    path = os.path.normpath(urlsplit(sources[0]).path if is_url(sources[0]) else sources[0])
     if glob.has_magic(path) and not os.path.exists(path):
         path = os.path.dirname(path.split("*")[0])  # 'letters/*.txt' -> letters
-    out = os.path.normpath(settings.out or os.path.join("data", os.path.basename(path).split(".")[0] or "text"))
+    name = os.path.basename(path.removesuffix(".gz"))
+    name = os.path.splitext(name)[0] if kind(name) in (*KINDS, ".json") else name
+    out = os.path.normpath(settings.out or os.path.join("data", name.lstrip(".") or "text"))
     out = os.path.realpath(out) if os.path.islink(out) else out
     for folder in (out, out + ".part", out + ".old"):
         held = os.path.join(folder, "tokenizer")
@@ -350,13 +364,26 @@ def folder_to_write(sources, settings):
     return out
 
 
+def what_it_held(out):
+    """" (it held ...)", from a meta.json that may be damaged."""
+    try:
+        with open(os.path.join(out, "meta.json"), encoding="utf-8") as file:
+            return f" (it held {', '.join(json.load(file)['source'])})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def report(plan, leaks, tokenizer, counts):
     """What a reader should know about this text before a model is trained on it: a list of lines."""
     dropped = [f"{n:,} {what}" for n, what in ((plan.duplicates, "exact duplicates"), (plan.empty, "empty ones"),
                                                (plan.short, "with too few words")) if n]
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
+    lacks = getattr(tokenizer, "missing", b"")
+    if lacks and (n := sum(int(plan.census.counts[byte]) for byte in lacks if byte < 128)):
+        dropped.append(f"{n:,} control characters that this vocabulary has no token for")
     return [f"{plan.documents:,} documents, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
-            *plan.census.report(), *leaks.report(),
+            *(f"of all that was read, {line}" if dropped and i == 0 else line for i, line in
+              enumerate(plan.census.report())), *leaks.report(),
             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token",
             *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} documents, "
               f"{counts[side]['bytes']:,} bytes of text" for side in ("train", "val"))]
@@ -364,14 +391,20 @@ def report(plan, leaks, tokenizer, counts):
 
 def next_command(out, meta, settings):
     """What to type after preparing: the small recipe, with a context and a length that fit the text."""
-    name = os.path.relpath(out, "data")
+    inside = os.path.abspath(out).startswith(os.path.abspath("data") + os.sep)
+    name = os.path.relpath(out, "data") if inside else os.path.abspath(out)
     longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
     block = "" if longest >= RECIPE_BLOCK_SIZE else f" --block_size={1 << max(longest.bit_length() - 1, 0)}"
     steps = round(10 * meta["train"]["tokens"] / RECIPE_TOKENS)  # ten times through the text: more is learning by heart
     short = "" if steps >= RECIPE_STEPS else f" --max_iters={max(steps, 50)} --eval_interval={max(steps // 5, 10)}"
-    target = "" if name == "stdlib" else f" --dataset={name} --out_dir=out/{os.path.basename(out)}"
+    target = shlex.join([f"--dataset={name}", f"--out_dir=out/{os.path.basename(out)}"])
+    target = "" if name == "stdlib" else " " + target
     if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
-        return f"python train.py --init_from={settings.tokenizer}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
+        start = shlex.quote(f"--init_from={settings.tokenizer}")
+        return f"python train.py {start}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
+    if meta["vocab_size"] > LARGE_VOCABULARY:
+        note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
+             "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
     return f"python train.py config/train_small.py{target}{block}{short}"
 
 

@@ -2,14 +2,15 @@
 """
 Sources: where texts come from. Files, folders, names that everyone trains on, and addresses on the web.
 
-    for document in documents(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"]):
-        for block in document.blocks():  # texts of about a megabyte
+    sources, origins = fetch(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"])
+    for document in documents(sources):
+        for block in document.blocks():  # texts of about a megabyte at most
             ...
 
     .txt .md .py         one document per file
     .jsonl               one per line, {"text": "..."}
     .json                SQuAD's layout: every paragraph's `context` is one
-    .gz of these         the same; a folder is searched for all but .json, to the bottom
+    .gz of these         the same; a folder is searched to the bottom, for all but .json, which may be anything
 
 Nothing is read before it is needed, nothing is kept after it was given, and what is wrong with a file is said with
 the place where it is wrong.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from config import UserError
+from config import UserError, note
 from download import download, file_sha256
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
@@ -117,7 +118,11 @@ def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads"
     for source in sources:
         known = source in NAMES and not os.path.exists(source)
         if known and inputs:
-            resolved += [(source, path) for path in inputs]
+            due = {remote.sha256 for remote in NAMES[source]}
+            for path in inputs:
+                if os.path.isfile(path) and file_sha256(path) not in due:
+                    note(f"{path} is none of the files that {source} is made of, by its sha256; it is taken as it is")
+                resolved.append((source, path))
         elif known:
             for remote in NAMES[source]:
                 where = urlsplit(remote.url).path
@@ -137,25 +142,25 @@ def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads"
     return resolved, origins
 
 
-def documents(sources):
+def documents(sources, text_field="text"):
     """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
 
-    sources: paths, "stdlib", or what `fetch` returns.
+    sources: paths, "stdlib", or what `fetch` returns. text_field: the field of a .jsonl line that holds the text.
     """
     for source in sources:
         name, path = source if isinstance(source, tuple) else (None, source)
         if path == "stdlib":
             yield from stdlib_documents()
             continue
-        for path in files(path):
+        for file in files(path):
             if name == "tinystories":
-                yield from story_documents(path)
-            elif kind(path) == ".jsonl":
-                yield from jsonl_documents(path)
-            elif kind(path) == ".json":
-                yield from squad_documents(path)
+                yield from story_documents(file)
+            elif kind(file) == ".jsonl":
+                yield from jsonl_documents(file, text_field)
+            elif kind(file) == ".json":
+                yield from squad_documents(file)
             else:
-                yield Document(path, lambda path=path: text_blocks(path))
+                yield Document(file, lambda file=file: text_blocks(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +182,8 @@ def files(source):
         found = glob.glob(os.path.join(glob.escape(source), "**", "*"), recursive=True)
     else:
         found = glob.glob(source, recursive=True)
-    found = sorted(path for path in found if os.path.isfile(path) and kind(path) in KINDS)
+    wanted = (*KINDS, ".json") if ".json" in source and not os.path.isdir(source) else KINDS
+    found = sorted(path for path in found if os.path.isfile(path) and kind(path) in wanted)
     if not found:
         here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
         raise UserError(f"{source} {here} {', '.join(KINDS)} file (or .gz of these)",
@@ -194,7 +200,7 @@ def decoded(path):
                 raw = file.read(BLOCK_BYTES)
                 if offset == 0 and raw.count(0) > len(raw) // 100:
                     raise UserError(f"{path} is not text: {raw.count(0)} of its first {len(raw)} bytes are NUL",
-                                    "save it as UTF-8 text, or leave it out")
+                                    f"iconv -f utf-16 -t utf-8 {path} > utf8.txt if it is UTF-16; or leave it out")
                 text = decoder.decode(raw, final=not raw)
                 offset += len(raw)
                 if text:
@@ -240,35 +246,36 @@ def records(path, separator):
     """The texts between the separators of a file, one after the other, without the separators."""
     rest, number = "", 0
     for text in decoded(path):
-        *whole, rest = (rest + text).split(separator)
-        yield from whole
-        number += len(whole)
+        *ended, rest = (rest + text).split(separator)
+        yield from ended
+        number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
             raise UserError(f"{path}: number {number + 1} of the texts between {separator!r} has more than "
                             f"{RECORD_CHARACTERS >> 20} million characters", "split it, or give it as a .txt file")
     yield rest
 
 
-def whole(name, text, held_out=None):
+def in_memory(name, text, held_out=None):
     """A document that is in memory already."""
     return Document(name, lambda: iter([text]), held_out)
 
 
-def jsonl_documents(path):
-    """One document per line of JSON; the text is in the field `text`."""
+def jsonl_documents(path, text_field):
+    """One document per line of JSON; the text is in one field."""
     for number, line in enumerate(records(path, "\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield whole(where, jsonl_text(line, where))
+            yield in_memory(where, jsonl_text(line, where, text_field))
 
 
-def jsonl_text(line, where):
-    fix = 'every line must be like {"text": "..."}; mend the line or delete it'
+def jsonl_text(line, where, text_field):
+    fix = f'every line must be like {{"{text_field}": "..."}}; mend the line or delete it'
     row = parse_json(line, where, fix)
-    if not isinstance(row, dict) or "text" not in row:
+    if not isinstance(row, dict) or text_field not in row:
         has = ", ".join(row) if isinstance(row, dict) else kind_of(row)
-        raise UserError(f"{where}: no field `text`, but {has}", fix)
-    return check_text(row["text"], where, "text", fix)
+        texts = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+        raise UserError(f"{where}: no field `{text_field}`, but {has}", f"--text_field={texts[0]}" if texts else fix)
+    return check_text(row[text_field], where, text_field, fix)
 
 
 def parse_json(text, where, fix, **options):
@@ -312,7 +319,7 @@ def squad_documents(path):
             where = f"{path}, data[{i}].paragraphs[{j}]"
             if not isinstance(paragraph, dict) or "context" not in paragraph:
                 raise UserError(f"{where}: no field `context`", fix)
-            yield whole(where, check_text(paragraph["context"], where, "context", fix).strip())
+            yield in_memory(where, check_text(paragraph["context"], where, "context", fix).strip())
 
 
 def member(value, name, where, fix):
@@ -328,4 +335,4 @@ def member(value, name, where, fix):
 def story_documents(path):
     """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each side."""
     for number, story in enumerate(records(path, "<|endoftext|>"), 1):
-        yield whole(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))
+        yield in_memory(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))

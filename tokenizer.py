@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""
+r"""
 Tokenizers: text to ids and back, without loss.
 
     python tokenizer.py --train --input=notes.txt --tokenizer=bpe --vocab_size=4096 --out=data/my-tokenizer
@@ -27,14 +27,16 @@ All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, sp
 not for characters (an emoji may be spread over four tokens), so text is put together by joining token_bytes and
 decoding the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
 
-The special tokens below exist in every vocabulary and are put in by id alone: text that merely contains the characters
-"<|endoftext|>" is encoded as these characters, so no document and no user can forge one.
+Special tokens (<|endoftext|> in every vocabulary, and in those that are learned here all of SPECIAL) are put in by id
+alone: text that merely contains the characters "<|endoftext|>" is encoded as these characters, so no document and no
+user can forge one.
 """
 import hashlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ import numpy as np
 
 import bytebpe
 from config import UserError, command_line, load as load_settings, note, say
+from forensics import code_points
 from sources import documents, fetch
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
@@ -50,7 +53,8 @@ SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  #
 LEARNED = ("bpe", "unigram", "char")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
-BETWEEN_WORDS, PART_CHARACTERS = re.compile(r"(?<=\S)(?= [^\W\d_])"), 2000  # a space is always the start of a piece
+BETWEEN_WORDS = re.compile(r"(?<=\S)(?= [^\W\d_])")  # in front of a space between words a piece always begins
+PART_CHARACTERS = 2000  # a text is encoded in parts of about this length
 
 
 class CharTokenizer:
@@ -94,11 +98,6 @@ class CharTokenizer:
             return cls("".join(json.load(file)))
 
 
-def code_points(text):
-    """The numbers of the characters of a text: (n,) uint32."""
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-
-
 class SentencePieceTokenizer:
     """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
 
@@ -130,7 +129,7 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_spaced(self, text):
-        """The ids of a text without the mark. A long one is cut between words, where no piece can be: twice as fast."""
+        """The ids of a text without the mark. A long one is encoded in parts, cut between words: twice as fast."""
         parts, start = [], 0
         while start < len(text):
             cut = BETWEEN_WORDS.search(text, start + PART_CHARACTERS)
@@ -191,9 +190,11 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
                         f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
                         f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
                         f"{character_coverage:g}, or --tokenizer=char")
-    if vocab_size > 1_000_000 or not any(line.strip() for line in lines):
-        raise UserError(f"vocab_size={vocab_size} for {sum(map(len, lines))} characters of text (white space included)",
-                        "a --vocab_size of at most a million, more text, or --tokenizer=char")
+    if vocab_size > 1_000_000:
+        raise UserError(f"vocab_size={vocab_size} is more than a million", "--vocab_size=32000 suits a few GB of text")
+    if not any(line.strip() for line in lines):
+        raise UserError(f"nothing to learn a vocabulary from: {sum(map(len, lines))} characters, all white space",
+                        "more text, or --tokenizer=char")
     model = io.BytesIO()
     sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size,
@@ -277,11 +278,11 @@ def load_from(path, sha256=None):
 
 def is_ours(folder):
     """Is this config.json the one that `save` writes? A Hugging Face folder has one too, about the model."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            return "kind" in json.load(file)
+    except (OSError, ValueError, TypeError):
         return False
-    with open(path, "rb") as file:
-        return b'"kind"' in file.read()
 
 
 def get(name):
@@ -339,7 +340,7 @@ class TokenizerConfig:
     inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the model's chat format
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small (bpe, unigram and char are learned there)
     # With what:
-    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text; can be repeated
+    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
     tokenizer: str = ""  # --train: bpe (the default), unigram or char; --inspect: gpt2, ..., or a folder that holds one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
@@ -349,9 +350,10 @@ class TokenizerConfig:
 
 def main(argv):
     settings, _, bare = load_settings(TokenizerConfig, argv)
+    settings.input, bare = (settings.input + bare, []) if settings.train or settings.compare else (settings.input, bare)
     if bare or bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
-        raise UserError(f"nothing to do with {bare[0]!r}" if bare else "one thing to do at a time",
-                        '--train, --inspect="a text" or --compare=bpe,gpt2, each with what --help says about it')
+        raise UserError(f"what is to be done with {bare[0]!r}?" if bare else "one thing at a time is to be done",
+                        '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     if settings.inspect:
         inspect(settings)
         return
@@ -369,8 +371,8 @@ def main(argv):
         raise UserError(f"{settings.out} is not empty", "--out=ANOTHER_FOLDER")
     tokenizer = learn(kind, settings, sources, total)
     tokenizer.save(settings.out)
-    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens, learned from {total:,} bytes of text\n"
-        f"next: python prepare.py {settings.input[0]} --tokenizer={settings.out}")
+    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens, learned from {total:,} bytes, with those that prepare.py "
+        "will hold out\nnext: " + shlex.join(["python", "prepare.py", *settings.input, f"--tokenizer={settings.out}"]))
 
 
 def blocks(sources):
@@ -387,7 +389,7 @@ def inspect(settings):
         raise UserError("--inspect needs a tokenizer that exists", "--tokenizer=gpt2, or a folder: data/stdlib")
     tokenizer = get(settings.tokenizer)
     if settings.chat and not isinstance(tokenizer, bytebpe.ByteBPETokenizer):
-        raise UserError(f"the tokenizer {settings.tokenizer} has no chat template", "the folder of a chat model")
+        raise UserError(f"the tokenizer {settings.tokenizer} has no chat template", bytebpe.CHAT_FIX)
     ids = (tokenizer.chat([dict(role="user", content=settings.inspect)]) if settings.chat
            else tokenizer.encode(settings.inspect))
     names = {i: name for name, i in tokenizer.special.items()}
@@ -398,15 +400,18 @@ def inspect(settings):
         except UnicodeDecodeError:  # a part of a character
             print(f"{i:7} {piece!r}")
     size = len(settings.inspect.encode())
-    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}, for {size} bytes: {size / max(len(ids), 1):.2f} bytes each")
+    each = "" if settings.chat else f" for {size} bytes: {size / max(len(ids), 1):.2f} bytes each"
+    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}{each}")
 
 
 def compare(settings, sources, total):
     """One row per tokenizer: how many tokens it needs for the text, how fast, and whether the text comes back."""
     say(f"{total:,} bytes of text; bpe, unigram and char are learned from it")
     print(f"{'tokenizer':24} {'vocabulary':>10} {'tokens':>12} {'bytes per token':>15} {'MB/s':>6}  round trip")
-    for name in settings.compare.split(","):
-        tokenizer = learn(name, settings, sources, total) if name in LEARNED else get(name)
+    names = [name.strip() for name in settings.compare.split(",")]
+    existing = {name: get(name) for name in names if name not in LEARNED}
+    for name in names:
+        tokenizer = existing[name] if name in existing else learn(name, settings, sources, total)
         tokens = seconds = lost = 0
         for block in blocks(sources):
             start = time.perf_counter()

@@ -260,6 +260,6 @@ def help_text(cls):
             if line.startswith("#"):
                 parts.append("\n" + line)
             elif name in owner.__annotations__ and name not in seen:  # (a class may override what it inherits)
-                parts.append("--" + line)
+                parts.append("--" + line.replace("field(default_factory=list)", "[]"))  # repeat the setting for several
                 seen.add(name)
     return "\n".join(parts)

@@ -184,6 +184,14 @@ def test_what_cannot_be_the_same_is_refused_by_name(tmp_path, changes, named):
     assert named in fact and "tokenizer.json" in fact and "byte-level BPE" in fix
 
 
+def test_what_a_vocabulary_cannot_spell_is_said(here, capsys):
+    folder(here / "model")
+    (here / "a.txt").write_text((words(500) + "\x04\x06") * 9)
+    prepare.main(["a.txt", "--tokenizer=model"])
+    assert "dropped: 18 control characters that this vocabulary has no token for" in capsys.readouterr().err
+    prepare.main(["--inspect", "data/a"])
+
+
 def test_damaged_files(tmp_path):
     path = folder(tmp_path / "a", added_tokens=[], config={"eos_token": None})
     assert "names no special token for the end of a text" in error(lambda _: bytebpe.from_hugging_face(path))[0]

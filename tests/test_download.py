@@ -291,7 +291,10 @@ def test_files_that_are_there_already(here, server, contents, capsys):
         (here / path.rsplit("/", 1)[1]).write_bytes(raw)
     server.shutdown()
     prepare.main(["squad", "--input=train-v1.1.json", "--input=dev-v1.1.json", "--tokenizer=char"])
-    assert len(sum(texts("data/squad"), [])) == 220
+    assert len(sum(texts("data/squad"), [])) == 220 and "by its sha256" not in capsys.readouterr().err
+    (here / "other.json").write_bytes(squad(["one", "two"] * 3, "9"))
+    prepare.main(["squad", "--input=other.json", "--tokenizer=char", "--out=data/other"])
+    assert "other.json is none of the files that squad is made of" in capsys.readouterr().err
     prepare.main(["tinystories", "--input=TinyStories-train.txt", "--input=TinyStories-valid.txt", "--tokenizer=char"])
     assert len(sum(texts("data/tinystories"), [])) == 300
     prepare.main(["dev-v2.0.json", "--tokenizer=char", "--out=data/dev"])  # SQuAD's layout, by path

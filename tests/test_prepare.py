@@ -159,7 +159,7 @@ def test_nothing_that_is_not_ours_is_deleted(here):
 
 def test_texts_that_hold_nothing_to_learn_a_vocabulary_from(here):
     (here / "blank.txt").write_text("\n" * 5000)
-    assert "characters of text" in error(prepare.main, "blank.txt", "--vocab_size=300")[0]
+    assert "4750 characters, all white space" in error(prepare.main, "blank.txt", "--vocab_size=300")[0]
     (here / "a.txt").write_text(words(1000))
     assert "vocab_size=1000000000000000019884624838656" in error(prepare.main, "a.txt", "--vocab_size=1e30")[0]
     (here / "deep.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
@@ -204,3 +204,36 @@ def test_memory_does_not_grow_with_the_text(here):
     peaks = [bench.measure([ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=2"])[1]
              for name in ("a.jsonl", "b.txt", "c.txt")]
     assert max(peaks) < peaks[2] + 100e6, peaks
+
+
+def test_names_and_quoting(here, capsys):
+    """A dot in a name is part of it, and what is printed can be pasted."""
+    for name in ("book.en.txt", "book.es.txt.gz", "my notes (2).txt"):
+        with (gzip.open if name.endswith("gz") else open)(here / name, "wt", encoding="utf-8") as file:
+            file.write(words(3000))
+        prepare.main([name, "--tokenizer=char"])
+    assert sorted(p.name for p in (here / "data").iterdir()) == ["book.en", "book.es", "my notes (2)"]
+    said = capsys.readouterr().err
+    assert "'--dataset=my notes (2)' '--out_dir=out/my notes (2)'" in said
+    prepare.main(["book.en.txt", "--tokenizer=char", "--out=data/book.es"])
+    assert "data/book.es is replaced (it held book.es.txt.gz)" in capsys.readouterr().err
+
+
+def test_another_field(here):
+    (here / "a.jsonl").write_text(json.dumps({"question": words(600), "id": 3}) + "\n")
+    fact, fix = error(prepare.main, "a.jsonl", "--tokenizer=char")
+    assert "no field `text`, but question, id" in fact and fix == "--text_field=question"
+    prepare.main(["a.jsonl", "--tokenizer=char", fix])
+    assert "".join(read(here / "data/a", "train") + read(here / "data/a", "val")) == words(600)
+
+
+def test_a_text_beside_one_with_sides_of_its_own_is_cut(here):
+    (here / "a.txt").write_text(words(1000))
+    plan = prepare.make_plan(["stdlib", "a.txt"], prepare.PrepareConfig())
+    assert plan.fate[-1] == prepare.CUT and {prepare.TRAIN, prepare.VAL} <= set(plan.fate[:-1].tolist())
+
+
+def test_settings_without_effect_are_named(here, capsys):
+    (here / "a.txt").write_text(words(1000))
+    prepare.main(["a.txt", "--tokenizer=char", "--vocab_size=100"])
+    assert "--vocab_size has no effect here: this vocabulary has" in capsys.readouterr().err

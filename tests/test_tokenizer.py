@@ -198,14 +198,14 @@ def test_compare(here, text, capsys):
 
 
 @pytest.mark.parametrize("argv, fact", [
-    ([], "one thing to do at a time"), (["--train", "--inspect=a"], "one thing to do at a time"),
-    (["a.txt"], "nothing to do with 'a.txt'"), (["--train", "--out=t"], "no text to learn from"),
+    ([], "one thing at a time"), (["--train", "--inspect=a"], "one thing at a time"),
+    (["a.txt"], "what is to be done with 'a.txt'?"), (["--train", "--out=t"], "no text to learn from"),
     (["--train", "--input=a.txt"], "no folder to write to"), (["--compare=bpe"], "no text to learn from or to compare"),
     (["--train", "--input=a.txt", "--out=t", "--tokenizer=gpt2"], "'gpt2' is no tokenizer that can be learned"),
     (["--inspect=a"], "--inspect needs a tokenizer that exists"),
     (["--inspect=a", "--tokenizer=."], ". holds no tokenizer"),
     (["--inspect=a", "--tokenizer=nowhere"], "there is no tokenizer 'nowhere'"),
-    (["--train", "--input=none.txt", "--out=t"], "none.txt does not exist"),
+    (["--train", "none.txt", "--out=t"], "none.txt does not exist"),
     (["--train", "--input=a.txt", "--out=t", "--vocab_size=20"], "vocab_size=20 is too small")])
 def test_what_people_get_wrong(here, text, argv, fact):
     assert fact in error(tokenizers.main, *argv)[0]
