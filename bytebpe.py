@@ -115,17 +115,21 @@ class ByteBPETokenizer:
         """The ids of a conversation in this model's own format. messages: [{"role": "user", "content": "..."}, ...].
 
         answer: end with the beginning of the assistant's turn. The format is a Jinja template that came with the
-        model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing.
+        model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing (unless
+        the template itself makes a special token out of parts of it).
         """
         if not self.template:
             raise UserError(f"the tokenizer {self.name} has no chat template", CHAT_FIX)
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
             raise UserError("a message without role or without text", '[{"role": "user", "content": "..."}, ...]')
         wholes = {**self.special, **self.added}
-        text = str(messages)
-        mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in text)  # a noncharacter, in no real text
-        guarded = [{**message, "content": re.sub(alternatives(wholes), lambda found: mark.join(found[0]),
-                                                 message["content"])} for message in messages]
+        said = "".join(texts_in(messages))
+        mark = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in said), None)  # a noncharacter, in no text
+        if mark is None or any(len(text) == 1 and text in said for text in wholes):
+            raise UserError("a message contains characters that cannot be told from a special token of this model",
+                            "leave them out")
+        forged = re.compile(alternatives(wholes))
+        guarded = changed(messages, lambda text: forged.sub(lambda found: mark.join(found[0]), text))
         text = render(self.template, messages=guarded, add_generation_prompt=answer, **self.settings)
         return self.encode_with(wholes, text, hidden=mark).tolist()
 
@@ -135,6 +139,22 @@ class ByteBPETokenizer:
         for name, content in {**self.files, "config.json": json.dumps(about, indent=1).encode()}.items():
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(content)
+
+
+def changed(value, change):
+    """Lists and dicts with every text in them changed."""
+    if isinstance(value, dict):
+        return {key: changed(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [changed(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def texts_in(value):
+    """All texts in lists and dicts."""
+    found = []
+    changed(value, found.append)
+    return found
 
 
 def alternatives(texts):
@@ -199,14 +219,14 @@ def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError for what is not byte-level BPE, naming what it is."""
     path = os.path.join(folder, "tokenizer.json")
     files = {}
-    for name in PARTS:
-        if os.path.exists(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), "rb") as file:
-                files[name] = file.read()
     try:
+        for name in PARTS:
+            if os.path.exists(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), "rb") as file:
+                    files[name] = file.read()
         spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
         return hugging_face_tokenizer(os.path.basename(os.path.abspath(folder)), path, spec, config, files)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or of an unknown layout: {type(error).__name__}: {error}",
                         "take the folder's tokenizer files from its source again") from None
 
@@ -259,10 +279,17 @@ def hugging_face_tokenizer(name, path, spec, config, files):
 
     # 4) the chat format
     template = files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
+    if not isinstance(template, (str, list)):
+        refuse(f"a chat template that is {template!r}")
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), "")
     for i in [*special.values(), *added.values()]:
         unused.pop(i, None)
+    if model.get("ignore_merges") and unused:
+        refuse(f"ignore_merges with {len(unused)} tokens that no merge makes")
+    if not all(isinstance(i, int) and 0 <= i < 1 << 24
+               for i in [*vocabulary.values(), *special.values(), *added.values()]):
+        refuse("an id that is not a number from 0 to 16,777,215")
     return ByteBPETokenizer("hugging_face", name, pattern, rank_of, ids, special, files, added=added, unused=unused,
                             nfc=normalizer is not None, template=template, settings=settings)
 

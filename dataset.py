@@ -145,10 +145,12 @@ class Dataset:
 
 def check_meta(meta):
     """Raises ValueError, KeyError or TypeError where a meta.json is not as `prepare` writes it."""
-    counts = [meta[side][key] for side in ("train", "val") for key in ("tokens", "bytes")]
+    counts = [meta[side][key] for side in ("train", "val") for key in ("tokens", "bytes", "documents")]
     texts = [meta["tokenizer_sha256"], *meta["source"], *(meta[side]["sha256"] for side in ("train", "val"))]
     if meta["format"] != 1 or meta["dtype"] not in ("uint16", "uint32") or not all(isinstance(t, str) for t in texts):
         raise ValueError("not format 1")
+    if not all(isinstance(line, str) for line in meta["report"]) or not 0 <= meta["leaked"] <= 1:
+        raise ValueError("the report is damaged")
     if not all(isinstance(n, int) and n > 0 for n in (*counts, meta["vocab_size"])):
         raise ValueError("a count is not a positive number")
 
@@ -228,7 +230,10 @@ def inspect(folder, sample_tokens=120):
                                 f"meta.json or the tokenizer was changed; prepare {folder} again")
         say(f"{path}: {due['tokens']:,} tokens, {due['documents']:,} documents, {due['bytes']:,} bytes of text, "
             f"{due['bytes'] / due['tokens']:.2f} per token: as meta.json says")
-    for line in meta.get("report", []):
+    if meta["special"] != tokenizer.special:
+        raise UserError(f"{folder}/meta.json and the tokenizer there do not name the same special tokens",
+                        f"meta.json was changed; prepare {folder} again")
+    for line in meta["report"]:
         say(line)
     # A window around the border between two documents, if there is one.
     ids = data.tokens("train", 0, min(1 << 20, meta["train"]["tokens"]))

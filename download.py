@@ -14,6 +14,7 @@ The rules that make it dependable:
 """
 import hashlib
 import os
+import re
 import shutil
 import time
 
@@ -38,7 +39,10 @@ def download(url, path, size=None, sha256=None):
                             f"delete {path}, and it is fetched again")
         note(f"{path} is there, from {url}: delete it to fetch it again")
         return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "work in a folder that can be written to") from None
     failures, most = 0, 0
     while True:
         try:
@@ -75,20 +79,25 @@ def receive(url, path, size, sha256, by_hand):
 
     response = get(url, by_hand)
     length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdigit() else size
+    total = int(length) if re.fullmatch("[0-9]{1,15}", length) else size
     if size and total != size:
         raise UserError(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due",
                         f"--mirror=ANOTHER_HOST, or {by_hand}")
-    version = sha256 or response.headers.get("ETag") or response.headers.get("Last-Modified", "")
-    part = f"{path}.{hashlib.sha256(f'{version} {total}'.encode()).hexdigest()[:8]}.part"
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
+    version = "" if version.startswith("W/") else version  # a weak one does not promise the same bytes
+    part = f"{path}.{hashlib.sha256(f'{sha256 or version} {total}'.encode()).hexdigest()[:8]}.part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    if have and (version or total):
-        if have == total:
-            return part
+    if have and have == total and (sha256 or version):
+        return part
+    if have and (sha256 or version) and have < (total or have + 1):
         response.close()
-        response = get(url, by_hand, have)
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server does not continue: from the start
+        response = get(url, by_hand, have, version)
+        due = f"bytes {have}-" + (f"{total - 1}/{total}" if total else "")
+        if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(due):
+            have = 0  # the server has another file by now, or does not continue: from the start
+            response = get(url, by_hand) if response.status_code == 206 else response
+    else:
+        have = 0
     free = shutil.disk_usage(os.path.dirname(path)).free
     shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
     say(f"{url}: {shown}" + f", {have:,} bytes of it are here" * bool(have))
@@ -98,12 +107,13 @@ def receive(url, path, size, sha256, by_hand):
     progress = Progress("fetching", total or 0, have)
     try:
         with open(part, "ab" if have else "wb") as file:
+            lock(file, path)
             for piece in response.raw.stream(1 << 16, decode_content=False):
                 if have == 0:
                     refuse_web_page(url, piece, by_hand)
                 have += len(piece)
-                if size and have > size:
-                    raise UserError(f"{url}: the server sends more than the {size:,} bytes that are due",
+                if total and have > total:
+                    raise UserError(f"{url}: the server sends more than the {total:,} bytes that are due",
                                     f"--mirror=ANOTHER_HOST, or {by_hand}")
                 file.write(piece)
                 progress.add(len(piece))
@@ -112,7 +122,8 @@ def receive(url, path, size, sha256, by_hand):
     except urllib3.exceptions.ReadTimeoutError:
         raise Interrupted(f"no byte came for {STALL_SECONDS} seconds", have) from None
     except urllib3.exceptions.HTTPError:
-        raise Interrupted(f"the connection ended after {have:,}" + f" of {total:,} bytes" * bool(total), have) from None
+        end = f" of {total:,}" if total else ""
+        raise Interrupted(f"the connection ended after {have:,}{end} bytes", have) from None
     except OSError as error:
         raise UserError(f"cannot write {part}: {error.strerror}", "make room, and run the same command again") from None
     if total and have < total:
@@ -122,9 +133,22 @@ def receive(url, path, size, sha256, by_hand):
     return part
 
 
-def get(url, by_hand, have=0):
-    """The server's answer to a request for the bytes from `have` on; its body is not read yet."""
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+def lock(file, path):
+    """Keep other processes from writing the same file; where the system cannot (Windows), go on without."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return
+    except BlockingIOError:
+        raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
+
+
+def get(url, by_hand, have=0, version=""):
+    """The server's answer to a request for the bytes from `have` on of this version; its body is not read yet."""
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
     try:
         response = requests().get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests().TooManyRedirects:
@@ -136,9 +160,9 @@ def get(url, by_hand, have=0):
         raise UserError(f"{url} cannot be reached: {reason}", f"check the network, or {by_hand}") from None
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)
-    if response.status_code == 416:  # the part is no part of what the server has now
+    if response.status_code == 416 and have:  # the part is no part of what the server has now
         return get(url, by_hand)
-    if not response.ok:
+    if response.status_code not in ((200, 206) if have else (200,)):
         raise UserError(f"{url}: the server answers {response.status_code} {response.reason}",
                         f"check the address, or {by_hand}")
     if url.startswith("https:") and not response.url.startswith("https:"):

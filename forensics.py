@@ -17,7 +17,7 @@ import unicodedata
 import numpy as np
 
 GRAM = 13  # words in a row that hardly ever occur twice by chance (Brown et al. 2020, appendix C)
-KEPT = 2_000_000  # so many such runs of the held-out text are looked for; where it has more, an even share of them
+KEPT = 500_000  # so many such runs of the held-out text are looked for; where it has more, an even share of them
 MIX, STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd: multiplication can be undone mod 2^64
 SLICE = 1 << 16  # characters that are worked on at once: so much stays in a processor's cache
 
@@ -29,7 +29,9 @@ TO_BYTE = {ord(character): byte for byte, character in WINDOWS.items()}
 
 
 def code_points(text):
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    """The numbers of the characters of a text: (n,) uint16, or uint32 where one is beyond 65,535."""
+    raw = text.encode("utf-16-le")
+    return np.frombuffer(raw, "<u2") if len(raw) == 2 * len(text) else np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 class Census:
@@ -138,7 +140,7 @@ class Words:
         while start < len(text):
             end = min(start + SLICE, len(text))
             if end < len(text):
-                end = text.rfind(" ", start, end) + 1 or end  # not in the middle of a word
+                end = max(text.rfind(" ", start, end), text.rfind("\n", start, end)) + 1 or end  # not in a word
             points = code_points(text[start:end])
             values = self.value.take(points)
             letter = values != 0
@@ -200,7 +202,9 @@ class Leaks:
         self.keys = None
 
     def hold(self, name, grams):
-        """Take in a held-out document, or the next part of the one before."""
+        """Take in a held-out document, or the next part of the one before. One without any is not kept."""
+        if not len(grams):
+            return
         if self.names[-1:] == [name]:
             self.size -= len(self.held[-1])
             grams = np.concatenate([self.held.pop(), grams])
@@ -236,28 +240,23 @@ class Leaks:
             at = np.minimum(np.searchsorted(self.keys, grams), len(self.keys) - 1)
             self.found[at[self.keys[at] == grams]] = True
 
-    def seen(self, grams):
-        """For each of some held-out grams: was it found? (n,) bool."""
-        return self.found[np.searchsorted(self.keys, grams)]
-
     def shares(self):
-        """[(share of its grams that were found, name)] of every held-out document that has any."""
-        return [(float(self.seen(grams).mean()), name) for name, grams in zip(self.names, self.held) if len(grams)]
-
-    def share(self):
-        """How much of all that is held out was found: a number from 0 to 1."""
-        return sum(int(self.seen(grams).sum()) for grams in self.held) / max(self.size, 1)
+        """[(share of its grams that were found, name, number of grams)] of every held-out document that has any."""
+        return [(float(self.found[np.searchsorted(self.keys, grams)].mean()), name, len(grams))
+                for name, grams in zip(self.names, self.held)]
 
     def report(self):
+        """(lines for a reader, the share of all that is held out and was found: a number from 0 to 1)."""
         shares = sorted(self.shares(), key=lambda share: -share[0])
+        if not shares:
+            return [f"leaks: not looked for, what is held out has no {GRAM} words in a row"], 0.0
         leaked = [share for share in shares if share[0] > 0]
         mostly = [share for share in shares if share[0] > 0.5]
+        whole = sum(share * n for share, _, n in shares) / self.size
         part = f" (looked for 1 in {(1 << 64) // self.limit})" if self.limit < 1 << 64 else ""
         lines = [f"leaks: {len(leaked):,} of {len(shares):,} held-out documents share {GRAM} words in a row with the "
-                 f"training side, {len(mostly):,} of them more than half of theirs; "
-                 f"{self.share():.2%} of all that are held out{part}"]
-        if not shares:
-            return [f"leaks: not looked for, what is held out has no {GRAM} words in a row"]
+                 f"training side, {len(mostly):,} of them more than half of theirs; {whole:.2%} of all that are held "
+                 f"out{part}"]
         if leaked:
-            lines.append("most of all: " + ", ".join(f"{name} ({share:.1%})" for share, name in leaked[:3]))
-        return lines
+            lines.append("most of all: " + ", ".join(f"{name} ({share:.1%})" for share, name, _ in leaked[:3]))
+        return lines, whole

@@ -32,14 +32,13 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import numpy as np
 
 import dataset as datasets
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
-from download import Progress
+from download import Progress, lock
 from forensics import BORDER, Census, Leaks, Words
 from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
 
@@ -246,7 +245,8 @@ def encode(texts, plan, tokenizer, leaks, dtype, folder, threads):
 
     def work(batch):
         """[(side, ids, documents, bytes)] of some texts; their training side is looked through for leaks."""
-        leaks.look(plan.words.grams(BORDER.join(text for side, _, _, text in batch if side == TRAIN)))
+        train = "".join(BORDER * starts + text for side, _, starts, text in batch if side == TRAIN)
+        leaks.look(plan.words.grams(train))
         done = []
         for side in (TRAIN, VAL):
             ids, n_documents, n_bytes = [], 0, 0
@@ -273,6 +273,8 @@ def encode(texts, plan, tokenizer, leaks, dtype, folder, threads):
         while running:
             finish(running.popleft())
     counts = dict(train=writers[TRAIN].close(), val=writers[VAL].close())
+    if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
+        raise UserError("the text changed while it was being read", "run the command again")
     if not counts["train"]["tokens"] or not counts["val"]["tokens"]:
         raise UserError(f"{plan.bytes} bytes of text are too few to train on some and hold some out", "give more text")
     return counts
@@ -298,9 +300,9 @@ def prepare(sources, settings):
     """Write data/NAME. Everything goes into a folder beside it first, so that what bears the name is whole."""
     started = time.monotonic()
     check_limits(settings, {"min_words num_proc": (0, 1 << 30)})
-    if not (0 < settings.val_fraction < 1 and 0 < settings.character_coverage <= 1):
-        raise UserError(f"val_fraction={settings.val_fraction} or character_coverage={settings.character_coverage} is "
-                        "not between 0 and 1", "--val_fraction=0.05 --character_coverage=1.0")
+    if not (0 < settings.val_fraction < 1 and 0.98 <= settings.character_coverage <= 1):
+        raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1, or character_coverage="
+                        f"{settings.character_coverage} not from 0.98 to 1", "--val_fraction=0.05")
     out = folder_to_write(sources, settings)
     existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
     sources, origins = fetch(sources, settings.input, settings.mirror)
@@ -310,29 +312,34 @@ def prepare(sources, settings):
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     threads = settings.num_proc or os.cpu_count() or 1
     part = out + ".part"
-    shutil.rmtree(part, ignore_errors=True)
+    guard = lock_folder(out)
     try:
+        shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
         tokenizer.save(os.path.join(part, "tokenizer"))
         texts = split_texts(sources, plan, settings)
         counts = encode(texts, plan, tokenizer, leaks, dtype, part, threads)
         origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
+        lines, leaked = report(plan, leaks, tokenizer, counts)
         meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
                     source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
-                    report=report(plan, leaks, tokenizer, counts), leaked=leaks.share())
+                    report=lines, leaked=leaked)
         with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
+        shutil.rmtree(out + ".old", ignore_errors=True)
+        if os.path.exists(out):
+            note(f"{out} is replaced{what_it_held(out)}; runs that were trained on it cannot be resumed with this")
+            os.replace(out, out + ".old")
+        os.replace(part, out)
+        shutil.rmtree(out + ".old", ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"cannot write {part}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
+            raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
         raise
-    shutil.rmtree(out + ".old", ignore_errors=True)
-    if os.path.exists(out):
-        note(f"{out} is replaced{what_it_held(out)}; runs that were trained on it cannot be resumed with this")
-        os.replace(out, out + ".old")
-    os.replace(part, out)
-    shutil.rmtree(out + ".old", ignore_errors=True)
+    finally:
+        os.unlink(guard.name)
+        guard.close()
 
     seconds = time.monotonic() - started
     say("\n" + "\n".join([f"{out}: {', '.join(origins)}", *meta["report"],
@@ -340,28 +347,54 @@ def prepare(sources, settings):
     return out, meta
 
 
-OURS = {"train.bin", "val.bin", "meta.json", "tokenizer", "config.json", "vocab.json", "tokenizer.model",
-        "encoding.json", "encoding.tiktoken", *tokenizers.bytebpe.PARTS}
+OURS = {"train.bin", "val.bin", "meta.json"}
+TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
+                   *tokenizers.bytebpe.PARTS}
 
 
 def folder_to_write(sources, settings):
     """--out, or data/NAME after the first source. What is about to be replaced must be ours."""
-    path = os.path.normpath(urlsplit(sources[0]).path if is_url(sources[0]) else sources[0])
+    path = os.path.normpath(sources[0].split("?")[0] if is_url(sources[0]) else sources[0])
     if glob.has_magic(path) and not os.path.exists(path):
         path = os.path.dirname(path.split("*")[0])  # 'letters/*.txt' -> letters
     name = os.path.basename(path.removesuffix(".gz"))
     name = os.path.splitext(name)[0] if kind(name) in (*KINDS, ".json") else name
     out = os.path.normpath(settings.out or os.path.join("data", name.lstrip(".") or "text"))
     out = os.path.realpath(out) if os.path.islink(out) else out
+    if os.path.ismount(out) or os.path.abspath(out) == os.getcwd():
+        raise UserError(f"{out} cannot be replaced by another folder", "--out=data/ANOTHER_NAME")
     for folder in (out, out + ".part", out + ".old"):
-        held = os.path.join(folder, "tokenizer")
-        found = {"a file of this name"} if os.path.isfile(folder) else set()
-        found = set(os.listdir(folder)) if os.path.isdir(folder) else found
-        other = sorted((found | set(os.listdir(held) if os.path.isdir(held) else ())) - OURS)
-        if other:
-            raise UserError(f"{folder} holds something other than prepared data: {other[0]}",
-                            "--out=data/ANOTHER_NAME")
+        if other := not_ours(folder):
+            raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
     return out
+
+
+def not_ours(folder):
+    """The first thing in a folder that no prepare.py wrote, or an empty text."""
+    if not os.path.isdir(folder):
+        return "a file of this name" if os.path.lexists(folder) else ""
+    try:
+        for entry in os.scandir(folder):
+            inside = os.scandir(entry) if entry.name == "tokenizer" and entry.is_dir(follow_symlinks=False) else None
+            if inside is None and not (entry.name in OURS and entry.is_file(follow_symlinks=False)):
+                return entry.name
+            for file in inside or ():
+                if not (file.name in TOKENIZER_FILES and file.is_file(follow_symlinks=False)):
+                    return file.name
+    except OSError as error:
+        return f"{error.strerror}"
+    return ""
+
+
+def lock_folder(out):
+    """A file beside the folder, held until it is written: no two processes write the same one."""
+    try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        file = open(out + ".lock", "wb")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
+    lock(file, out)
+    return file
 
 
 def what_it_held(out):
@@ -374,19 +407,21 @@ def what_it_held(out):
 
 
 def report(plan, leaks, tokenizer, counts):
-    """What a reader should know about this text before a model is trained on it: a list of lines."""
+    """What a reader should know about this text before a model is trained on it: lines, and the share that leaks."""
     dropped = [f"{n:,} {what}" for n, what in ((plan.duplicates, "exact duplicates"), (plan.empty, "empty ones"),
                                                (plan.short, "with too few words")) if n]
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
     lacks = getattr(tokenizer, "missing", b"")
     if lacks and (n := sum(int(plan.census.counts[byte]) for byte in lacks if byte < 128)):
         dropped.append(f"{n:,} control characters that this vocabulary has no token for")
+    census, (about_leaks, leaked) = plan.census.report(), leaks.report()
+    if dropped:
+        census[0] = f"of all that was read, {census[0]}"
     return [f"{plan.documents:,} documents, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
-            *(f"of all that was read, {line}" if dropped and i == 0 else line for i, line in
-              enumerate(plan.census.report())), *leaks.report(),
+            *census, *about_leaks,
             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token",
             *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} documents, "
-              f"{counts[side]['bytes']:,} bytes of text" for side in ("train", "val"))]
+              f"{counts[side]['bytes']:,} bytes of text" for side in ("train", "val"))], leaked
 
 
 def next_command(out, meta, settings):

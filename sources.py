@@ -35,7 +35,7 @@ KINDS = (".txt", ".md", ".py", ".jsonl")
 NOT_READABLE = f"none of the kinds that can be read: {', '.join(KINDS)}, .json, or .gz of these"
 BLOCK_BYTES = 1 << 20
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
-JSON_BYTES = 200 << 20  # and so is a .json file
+JSON_CHARACTERS = 200 << 20  # and so is a .json file
 
 
 @dataclass
@@ -116,6 +116,10 @@ def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads"
         raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
     resolved, origins = [], []
     for source in sources:
+        try:
+            urlsplit(source)
+        except ValueError as error:
+            raise UserError(f"{source} is no address: {error}", "https://HOST/FILE.txt") from None
         known = source in NAMES and not os.path.exists(source)
         if known and inputs:
             due = {remote.sha256 for remote in NAMES[source]}
@@ -178,11 +182,8 @@ def files(source):
         if kind(source) not in (*KINDS, ".json"):
             raise UserError(f"{source}: {NOT_READABLE}", f"rename it to {source}.txt if it is plain text")
         return [source]
-    if os.path.isdir(source):
-        found = glob.glob(os.path.join(glob.escape(source), "**", "*"), recursive=True)
-    else:
-        found = glob.glob(source, recursive=True)
     wanted = (*KINDS, ".json") if ".json" in source and not os.path.isdir(source) else KINDS
+    found = list(walk(source)) if os.path.isdir(source) else glob.glob(source, recursive=True)
     found = sorted(path for path in found if os.path.isfile(path) and kind(path) in wanted)
     if not found:
         here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
@@ -191,11 +192,22 @@ def files(source):
     return found
 
 
+def walk(folder):
+    """The paths of all files below a folder, each once, however links lead there."""
+    def unreadable(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}", "change its permissions, or move it away")
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if (real := os.path.realpath(os.path.join(parent, name))) not in seen
+                      and not seen.add(real)]
+        yield from (os.path.join(parent, name) for name in names)
+
+
 def decoded(path):
     """Read a UTF-8 file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are."""
     decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
             while True:
                 raw = file.read(BLOCK_BYTES)
                 if offset == 0 and raw.count(0) > len(raw) // 100:
@@ -230,16 +242,20 @@ def text_blocks(path):
 
 
 def seam(text):
-    """The last place where a text can be cut without a token noticing: in front of a space between two words.
+    """The last place where a text can be cut without a token noticing: in front of a single space.
 
-    All tokenizers here begin a token at such a space. Text without any (Chinese) is cut at a line end, if it has one.
+    All tokenizers here begin a token at such a space. Text without any (Chinese) is cut where a line begins.
     """
-    end, near = text.rfind(" ", 1, -1), max(len(text) - (1 << 16), 0)
-    while end > near and (text[end - 1].isspace() or not text[end + 1].isalpha()):
+    near = max(len(text) - (1 << 16), 0)
+    end = text.rfind(" ", 1, -1)
+    while end > near and (text[end - 1].isspace() or text[end + 1].isspace()):
         end = text.rfind(" ", 1, end)
     if end > near:
         return end
-    return text.rfind("\n") + 1 or len(text)
+    end = text.rfind("\n", 0, -1)
+    while end >= near and text[end + 1].isspace():
+        end = text.rfind("\n", 0, end)
+    return end + 1 if end >= near else len(text)
 
 
 def records(path, separator):
@@ -307,12 +323,8 @@ def kind_of(value):
 def squad_documents(path):
     """The paragraphs of a file in SQuAD's layout (Rajpurkar et al. 2016): data[i].paragraphs[j].context."""
     fix = '{"data": [{"paragraphs": [{"context": "..."}]}]} can be read, or a .jsonl file with {"text": "..."} lines'
-    size = os.path.getsize(path)
-    if size > JSON_BYTES:
-        raise UserError(f"{path} has {size / 1e6:,.0f} MB: a .json file is read whole, up to {JSON_BYTES / 1e6:.0f} MB",
-                        'write it as a .jsonl file, with one {"text": "..."} per line')
     # The questions, four fifths of the file, are dropped while it is being read.
-    content = parse_json("".join(decoded(path)), path, fix,
+    content = parse_json("".join(bounded(decoded(path), path)), path, fix,
                          object_hook=lambda fields: {k: v for k, v in fields.items() if k != "qas"})
     for i, article in enumerate(member(content, "data", path, fix)):
         for j, paragraph in enumerate(member(article, "paragraphs", f"{path}, data[{i}]", fix)):
@@ -320,6 +332,17 @@ def squad_documents(path):
             if not isinstance(paragraph, dict) or "context" not in paragraph:
                 raise UserError(f"{where}: no field `context`", fix)
             yield in_memory(where, check_text(paragraph["context"], where, "context", fix).strip())
+
+
+def bounded(texts, path):
+    """The same texts, up to JSON_CHARACTERS in all."""
+    total = 0
+    for text in texts:
+        total += len(text)
+        if total > JSON_CHARACTERS:
+            raise UserError(f"{path} has more than {JSON_CHARACTERS / 1e6:.0f} million characters, and a .json file is "
+                            "read whole", 'write it as a .jsonl file, with one {"text": "..."} per line')
+        yield text
 
 
 def member(value, name, where, fix):

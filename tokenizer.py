@@ -190,6 +190,9 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
                         f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
                         f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
                         f"{character_coverage:g}, or --tokenizer=char")
+    if not 0.98 <= character_coverage <= 1:
+        raise UserError(f"character_coverage={character_coverage} is out of range: 0.98 to 1",
+                        "--character_coverage=0.9995")
     if vocab_size > 1_000_000:
         raise UserError(f"vocab_size={vocab_size} is more than a million", "--vocab_size=32000 suits a few GB of text")
     if not any(line.strip() for line in lines):
@@ -204,7 +207,8 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
         allow_whitespace_only_pieces=True,  # so that an indentation is one token
         split_by_unicode_script=False,  # so that "(self," can be one: 7% fewer tokens on Python
         split_digits=True,  # 2026 is four tokens: numbers are spelled alike wherever they stand
-        character_coverage=character_coverage, byte_fallback=True,  # what has no piece is spelled in bytes
+        character_coverage=character_coverage, byte_fallback=True,  # what has no piece is spelled in bytes, but
+        required_chars=SPACE_MARK,  # a space must have one: as bytes, the mark would come back in its place
         control_symbols=list(SPECIAL), unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # text never becomes a control symbol
         num_threads=16,  # a fixed number: unigram adds up in another order with another, and learns other pieces
         max_sentence_length=1 << 16, minloglevel=2)
@@ -223,9 +227,11 @@ def smallest_vocab(counts, character_coverage=1.0):
     counts = counts.copy()
     counts[ord(SPACE_MARK)] += counts[ord(" ")]
     counts[[ord(" "), 0]] = 0  # a space is written as the mark; NUL never has a piece
-    falling = np.sort(counts[counts > 0])[::-1]
+    order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
+    falling = counts[order]
     before = (np.cumsum(falling) - falling) / max(falling.sum(), 1)  # the share of all that come before it
-    return int((before < character_coverage).sum()) + 256 + len(SPECIAL) + 1
+    taken = set(order[before < character_coverage].tolist()) | {ord(SPACE_MARK)}  # the mark always has one
+    return len(taken) + 256 + len(SPECIAL) + 1
 
 
 def sample(texts, total_bytes):
@@ -253,7 +259,7 @@ def load(folder):
             return SentencePieceTokenizer.load(folder, kind)
         return {"char": CharTokenizer.load, "tiktoken": bytebpe.load_tiktoken,
                 "hugging_face": bytebpe.from_hugging_face}[kind](folder)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, IndexError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
                         "take the folder tokenizer/ from a copy, or prepare the data again") from None
 
@@ -267,11 +273,10 @@ def load_from(path, sha256=None):
         if os.path.exists(os.path.join(folder, "tokenizer.json")) and not is_ours(folder):
             return bytebpe.from_hugging_face(folder)
         if os.path.exists(os.path.join(folder, "config.json")):
-            tokenizer, found = load(folder), fingerprint(folder)
-            if sha256 and found != sha256:
+            if sha256 and (found := fingerprint(folder)) != sha256:
                 raise UserError(f"{folder} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
                                 "take the folder tokenizer/ from a copy, or prepare the data again")
-            return tokenizer
+            return load(folder)
     raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                     "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
 
@@ -309,8 +314,10 @@ def fingerprint(folder):
     """A sha256 over all that `save` wrote: two tokenizers with the same one give the same ids."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(file.read())
+        if os.path.isfile(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as file:
+                content = file.read()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
@@ -361,6 +368,8 @@ def main(argv):
         raise UserError("no text to learn from or to compare on", "--input=FILE")
     sources, _ = fetch(settings.input)
     total = sum(len(block.encode()) for block in blocks(sources))
+    if not total:
+        raise UserError("there is no text in it", "--input=FILE with text")
     if settings.compare:
         compare(settings, sources, total)
         return
@@ -370,9 +379,13 @@ def main(argv):
     if os.path.isdir(settings.out) and os.listdir(settings.out):
         raise UserError(f"{settings.out} is not empty", "--out=ANOTHER_FOLDER")
     tokenizer = learn(kind, settings, sources, total)
-    tokenizer.save(settings.out)
-    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens, learned from {total:,} bytes, with those that prepare.py "
-        "will hold out\nnext: " + shlex.join(["python", "prepare.py", *settings.input, f"--tokenizer={settings.out}"]))
+    try:
+        tokenizer.save(settings.out)
+    except OSError as error:
+        raise UserError(f"cannot write {settings.out}: {error.strerror}", "--out=ANOTHER_FOLDER") from None
+    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens from {total:,} bytes (with what prepare.py "
+        "will hold out)")
+    say("next: " + shlex.join(["python", "prepare.py", *settings.input, f"--tokenizer={settings.out}"]))
 
 
 def blocks(sources):

@@ -66,6 +66,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part, head = body[start:], {"ETag": server.version} if name != "anonymous" else {}
         if start:
             head["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        if name == "part":  # a part, though the whole was asked for
+            return self.answer(206, body[:100], **{"Content-Range": f"bytes 0-99/{len(body)}"})
+        if name == "mixed" and start:  # a part of another version than the one that was begun
+            return self.answer(206, bytes(len(part)), **{**head, "Content-Range": f"bytes {start}-9999999/10000000"})
+        if name == "chunks":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"1000\r\nhello")
+            self.close_connection = True
+            return
         if name == "packed":
             head["Content-Encoding"] = "br"
         length = int(argument) if name == "length" else len(part)
@@ -180,6 +191,24 @@ def test_a_file_that_changed_is_begun_anew(here, server):
     assert open(fetch(server), "rb").read() == TEXT[::-1]
 
 
+def test_a_part_of_another_version_is_not_added(here, server):
+    server.mode = "cut:30000"
+    error(lambda _: fetch(server))
+    server.mode = "mixed"
+    assert open(fetch(server), "rb").read() == TEXT
+
+
+def test_two_at_once(here, server):
+    server.mode = "cut:30000"
+    error(lambda _: fetch(server))
+    part, = (here / "down").iterdir()
+    with open(part, "ab") as file:
+        download.lock(file, "x")
+        server.mode = ""
+        assert "another process is writing down/a.txt" in error(lambda _: fetch(server))[0]
+    assert open(fetch(server), "rb").read() == TEXT
+
+
 def test_a_server_without_ranges_or_names_for_its_versions(here, server):
     for first, then in (("cut:30000", "norange"), ("anonymous", "anonymous")):
         shutil.rmtree("down", ignore_errors=True)
@@ -195,7 +224,9 @@ def test_a_server_without_ranges_or_names_for_its_versions(here, server):
     ("status:500", "500 Internal Server Error, 5 times"), ("status:429", "429 Too Many Requests, 5 times"),
     ("circle", "from address to address without end"),
     ("login", "gives a web page and not a text"), ("page", "gives a web page and not a text"),
-    ("packed", "sends it packed (br)"), ("garbled", "its sha256 is"), ("length:12", "a file of 12 bytes, but 200,000"),
+    ("part", "206 Partial Content"), ("chunks", "the connection ended after"), ("status:416", "416"),
+    ("status:300", "300 Multiple Choices"), ("packed", "sends it packed (br)"),
+    ("garbled", "its sha256 is"), ("length:12", "a file of 12 bytes, but 200,000"),
     ("endless", "more than the 200,000 bytes that are due")])
 def test_what_servers_do(here, server, mode, due):
     server.mode = mode

@@ -86,12 +86,12 @@ def test_planted_duplicates_and_leaks(here, capsys):
     tokenizer, leaks = prepare.learn_tokenizer(["a.jsonl"], plan, settings)
     texts = prepare.split_texts(["a.jsonl"], plan, settings)
     prepare.encode(texts, plan, tokenizer, leaks, np.dtype("<u2"), ".", threads=2)
-    found = {int(name.rsplit(" ", 1)[1]) - 1: share for share, name in leaks.shares() if share > 0}
+    found = {int(name.rsplit(" ", 1)[1]) - 1: share for share, name, _ in leaks.shares() if share > 0}
     assert set(found) == set(leaked)  # precision 1, recall 1
     for i, share in leaked.items():  # and how much: grams of a passage, of all grams of its document
         n = len(documents[i])
         assert found[i] == pytest.approx((int(n * share) - GRAM + 1) / (n - GRAM + 1), abs=0.01)
-    assert f"leaks: 30 of {len(held_out)} held-out documents share 13 words" in " ".join(leaks.report())
+    assert f"leaks: 30 of {len(held_out)} held-out documents share 13 words" in " ".join(leaks.report()[0])
 
 
 def prepare_side(text):
@@ -109,8 +109,9 @@ def test_where_there_is_too_much_an_even_sample_is_looked_for(monkeypatch):
     leaks.freeze()
     assert 400 < len(leaks.keys) <= 1000 and leaks.limit <= 1 << 58
     leaks.look(grams[:25_000])
-    assert leaks.share() == pytest.approx(0.5, abs=0.08) and "(looked for 1 in " in leaks.report()[0]
-    shares = dict((name, share) for share, name in leaks.shares())
+    lines, whole = leaks.report()
+    assert whole == pytest.approx(0.5, abs=0.08) and "(looked for 1 in " in lines[0]
+    shares = dict((name, share) for share, name, _ in leaks.shares())
     assert all(share == (int(name.split()[1]) < 25) for name, share in shares.items())
 
 
@@ -121,7 +122,7 @@ def test_a_long_document_is_one_document():
     leaks.hold("short", np.zeros(0, np.uint64))
     leaks.freeze()
     leaks.look(np.arange(100, 150, dtype=np.uint64))
-    assert leaks.shares() == [(0.5, "long")]
+    assert leaks.shares() == [(0.5, "long", 100)] and leaks.report()[1] == 0.5
 
 
 def test_census():

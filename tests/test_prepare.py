@@ -134,7 +134,7 @@ def test_what_people_get_wrong(here):
     assert "no text was named" in error(prepare.main)[0]
     (here / "good.txt").write_text(words(1000))
     assert "val_fraction=1.5" in error(prepare.main, "good.txt", "--val_fraction=1.5")[0]
-    assert "holds something other than prepared data" in error(prepare.main, "good.txt", "--out=.")[0]
+    assert ". cannot be replaced" in error(prepare.main, "good.txt", "--out=.")[0]
     assert "a file of this name" in error(prepare.main, "good.txt", "--out=good.txt")[0]
     assert "'gpt5'" in error(prepare.main, "good.txt", "--tokenizer=gpt5")[0]
     (here / "a.txt").write_text("a")
@@ -237,3 +237,47 @@ def test_settings_without_effect_are_named(here, capsys):
     (here / "a.txt").write_text(words(1000))
     prepare.main(["a.txt", "--tokenizer=char", "--vocab_size=100"])
     assert "--vocab_size has no effect here: this vocabulary has" in capsys.readouterr().err
+
+
+def test_folders_that_only_look_like_ours(here):
+    """Names alone do not make a folder ours: a model's tokenizer.json, a folder named like a file."""
+    (here / "a.txt").write_text(words(1000))
+    for precious in ("hf/tokenizer.json", "o/train.bin/photo.jpg", "p/tokenizer/tokenizer/thesis.doc"):
+        (here / precious).parent.mkdir(parents=True)
+        (here / precious).write_text("precious")
+        out = precious.split("/")[0]
+        assert "other than prepared data" in error(prepare.main, "a.txt", f"--out={out}", "--tokenizer=char")[0]
+        assert (here / precious).read_text() == "precious"
+
+
+def test_two_into_one_folder(here):
+    (here / "a.txt").write_text(words(1000))
+    guard = prepare.lock_folder("data/a")
+    assert "another process is writing data/a" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
+    guard.close()
+    prepare.main(["a.txt", "--tokenizer=char"])
+    assert [p.name for p in (here / "data").iterdir()] == ["a"]
+
+
+def test_a_text_that_changes_while_it_is_read(here, monkeypatch):
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": words(100, seed=i)}) + "\n" for i in range(9)))
+    learn = prepare.learn_tokenizer
+    for change in (lambda rows: rows[:-1], lambda rows: rows + rows[:1],
+                   lambda rows: [rows[0][:-4] + '"}\n', *rows[1:]]):
+        def learn_and_change(*args):
+            made = learn(*args)
+            rows = (here / "a.jsonl").read_text().splitlines(keepends=True)
+            (here / "a.jsonl").write_text("".join(change(rows)))
+            return made
+        monkeypatch.setattr(prepare, "learn_tokenizer", learn_and_change)
+        assert "while " in error(prepare.main, "a.jsonl", "--tokenizer=char")[0]
+    assert not list(here.glob("data/*"))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_space_that_is_rare_comes_back(here, kind):
+    """It has a piece of its own, whatever the coverage, and wherever it first occurs."""
+    (here / "zh.txt").write_text("\u4e2d\u6587\u5b57\n" * 9000 + "a b", encoding="utf-8")
+    prepare.main(["zh.txt", f"--tokenizer={kind}", "--character_coverage=0.9995", "--vocab_size=300"])
+    assert "".join(read(here / "data/zh", "train") + read(here / "data/zh", "val")).endswith("a b")
+    prepare.main(["--inspect", "data/zh"])

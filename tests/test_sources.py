@@ -148,9 +148,23 @@ def test_there_are_fifty():
 
 def test_what_is_too_long_to_hold(here, monkeypatch):
     monkeypatch.setattr(sources, "RECORD_CHARACTERS", 1000)
-    monkeypatch.setattr(sources, "JSON_BYTES", 1000)
+    monkeypatch.setattr(sources, "JSON_CHARACTERS", 1000)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
     (here / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 3000 + b'"}')
     assert "a.jsonl: number 2 of the texts between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
     (here / "a.json").write_bytes(b" " * 2000)
-    assert "a .json file is read whole, up to" in error(prepare.main, "a.json")[0]
+    assert "and a .json file is read whole" in error(prepare.main, "a.json")[0]
+
+
+def test_links_that_lead_in_circles(here):
+    (here / "loop").mkdir()
+    (here / "loop/a.txt").write_text("text")
+    for name in "bc":
+        (here / "loop" / name).symlink_to(here / "loop", target_is_directory=True)
+    assert read("loop") == ["text"] * 2 or read("loop") == ["text"]
+
+
+def test_capitals_and_addresses_that_are_none(here):
+    (here / "A.TXT.GZ").write_bytes(gzip.compress(b"text"))
+    assert read("A.TXT.GZ") == ["text"]
+    assert "is no address" in error(prepare.main, "http://[x/a.txt")[0]
