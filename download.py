@@ -106,8 +106,12 @@ def receive(url, path, size, sha256, by_hand):
                         f"{free / 1e6:,.1f} MB", "make room, or work in a folder on another disk")
     progress = Progress("fetching", total or 0, have)
     try:
-        with open(part, "ab" if have else "wb") as file:
+        with open(part, "ab") as file:
             lock(file, path)
+            if not have:
+                file.truncate(0)
+            elif file.tell() != have:
+                raise Interrupted("another process went on with it", file.tell())
             for piece in response.raw.stream(1 << 16, decode_content=False):
                 if have == 0:
                     refuse_web_page(url, piece, by_hand)

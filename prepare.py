@@ -19,6 +19,7 @@ documents are kept and which are held out, to learn a vocabulary, and to encode.
 some 75 bytes per document, so memory does not grow with their length. The result depends on the text and the settings
 alone, not on the number of threads, and appears under its name when it is whole.
 """
+import contextlib
 import glob
 import hashlib
 import json
@@ -338,8 +339,9 @@ def prepare(sources, settings):
             raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
         raise
     finally:
-        os.unlink(guard.name)
         guard.close()
+        with contextlib.suppress(OSError):
+            os.unlink(guard.name)
 
     seconds = time.monotonic() - started
     say("\n" + "\n".join([f"{out}: {', '.join(origins)}", *meta["report"],
@@ -398,7 +400,7 @@ def lock_folder(out):
 
 
 def what_it_held(out):
-    """" (it held ...)", from a meta.json that may be damaged."""
+    """' (it held ...)', from a meta.json that may be damaged."""
     try:
         with open(os.path.join(out, "meta.json"), encoding="utf-8") as file:
             return f" (it held {', '.join(json.load(file)['source'])})"
