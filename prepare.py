@@ -329,7 +329,7 @@ def prepare(sources, settings):
             json.dump(meta, file, indent=1)
         shutil.rmtree(out + ".old", ignore_errors=True)
         if os.path.exists(out):
-            note(f"{out} is replaced{what_it_held(out)}; runs that were trained on it cannot be resumed with this")
+            note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
             os.replace(out, out + ".old")
         os.replace(part, out)
         shutil.rmtree(out + ".old", ignore_errors=True)
@@ -397,15 +397,6 @@ def lock_folder(out):
         raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
     lock(file, out)
     return file
-
-
-def what_it_held(out):
-    """' (it held ...)', from a meta.json that may be damaged."""
-    try:
-        with open(os.path.join(out, "meta.json"), encoding="utf-8") as file:
-            return f" (it held {', '.join(json.load(file)['source'])})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def report(plan, leaks, tokenizer, counts):
