@@ -202,7 +202,8 @@ class Leaks:
         self.keys = None
 
     def hold(self, name, grams):
-        """Take in a held-out document, or the next part of the one before. One without any is not kept."""
+        """Take in a held-out document, or the next part of the one before. Where nothing is kept, it is forgotten."""
+        grams = self.sampled(grams)
         if not len(grams):
             return
         if self.names[-1:] == [name]:
@@ -210,11 +211,12 @@ class Leaks:
             grams = np.concatenate([self.held.pop(), grams])
             self.names.pop()
         self.names.append(name)
-        self.held.append(self.sampled(grams))
+        self.held.append(grams)
         self.size = self.size + len(self.held[-1])
         while self.size > KEPT:
             self.limit //= 2
-            self.held = [self.sampled(grams) for grams in self.held]
+            fewer = [(name, some) for name, grams in zip(self.names, self.held) if len(some := self.sampled(grams))]
+            self.names, self.held = [name for name, _ in fewer], [some for _, some in fewer]
             self.size = sum(map(len, self.held))
 
     def sampled(self, grams):
