@@ -160,7 +160,7 @@ def get(url, by_hand, have=0, version=""):
     except requests().ReadTimeout:
         raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
     except (requests().RequestException, ValueError) as error:
-        reason = f"{type(error).__name__} {str(error)[-120:]}"
+        reason = str(error).split(": ")[-1].strip("()'\"")  # the innermost of many: [Errno 111] Connection refused
         raise UserError(f"{url} cannot be reached: {reason}", f"check the network, or {by_hand}") from None
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)

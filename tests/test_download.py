@@ -236,7 +236,8 @@ def test_what_servers_do(here, server, mode, due):
 
 
 def test_other_errors(here, server, monkeypatch):
-    assert "cannot be reached" in error(lambda _: download.download("http://127.0.0.1:9/a.txt", "down/a.txt"))[0]
+    fact, _ = error(lambda _: download.download("http://127.0.0.1:9/a.txt", "down/a.txt"))
+    assert fact == "http://127.0.0.1:9/a.txt cannot be reached: [Errno 111] Connection refused"
     assert "cannot be reached" in error(lambda _: download.download("http://[::1", "down/a.txt"))[0]
     server.files["/empty.txt"] = b""
     assert "the server sent nothing" in error(lambda _: fetch(server, "/empty.txt"))[0]
