@@ -200,6 +200,29 @@ def validation_sums(loss_of, data, block_size, batch_size, batches, before_each=
     return total, count
 
 
+# All that prepare.py writes into a folder, and into tokenizer/ in it.
+OURS = {"train.bin", "val.bin", "meta.json"}
+TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
+                   *tokenizers.bytebpe.PARTS}
+
+
+def not_ours(folder):
+    """The first thing in a folder that no prepare.py wrote, or an empty text."""
+    if not os.path.isdir(folder):
+        return "a file of this name" if os.path.lexists(folder) else ""
+    try:
+        for entry in os.scandir(folder):
+            inside = os.scandir(entry) if entry.name == "tokenizer" and entry.is_dir(follow_symlinks=False) else None
+            if inside is None and not (entry.name in OURS and entry.is_file(follow_symlinks=False)):
+                return entry.name
+            for file in inside or ():
+                if not (file.name in TOKENIZER_FILES and file.is_file(follow_symlinks=False)):
+                    return file.name
+    except OSError as error:
+        return f"{error.strerror}"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # python prepare.py --inspect data/NAME
 

@@ -212,7 +212,7 @@ class Leaks:
             self.names.pop()
         self.names.append(name)
         self.held.append(grams)
-        self.size = self.size + len(self.held[-1])
+        self.size += len(grams)
         while self.size > KEPT:
             self.limit //= 2
             fewer = [(name, some) for name, grams in zip(self.names, self.held) if len(some := self.sampled(grams))]
@@ -236,6 +236,7 @@ class Leaks:
             table[part_of(self.keys, *shift)] = True
 
     def look(self, grams):
+        """Mark which of these training grams are held out."""
         for table, shift in zip(self.tables, self.shifts):
             grams = grams.take(np.flatnonzero(table.take(part_of(grams, *shift))))
         if len(grams):

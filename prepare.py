@@ -349,11 +349,6 @@ def prepare(sources, settings):
     return out, meta
 
 
-OURS = {"train.bin", "val.bin", "meta.json"}
-TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
-                   *tokenizers.bytebpe.PARTS}
-
-
 def folder_to_write(sources, settings):
     """--out, or data/NAME after the first source. What is about to be replaced must be ours."""
     path = os.path.normpath(sources[0].split("?")[0] if is_url(sources[0]) else sources[0])
@@ -366,26 +361,9 @@ def folder_to_write(sources, settings):
     if os.path.ismount(out) or os.path.abspath(out) == os.getcwd():
         raise UserError(f"{out} cannot be replaced by another folder", "--out=data/ANOTHER_NAME")
     for folder in (out, out + ".part", out + ".old"):
-        if other := not_ours(folder):
+        if other := datasets.not_ours(folder):
             raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
     return out
-
-
-def not_ours(folder):
-    """The first thing in a folder that no prepare.py wrote, or an empty text."""
-    if not os.path.isdir(folder):
-        return "a file of this name" if os.path.lexists(folder) else ""
-    try:
-        for entry in os.scandir(folder):
-            inside = os.scandir(entry) if entry.name == "tokenizer" and entry.is_dir(follow_symlinks=False) else None
-            if inside is None and not (entry.name in OURS and entry.is_file(follow_symlinks=False)):
-                return entry.name
-            for file in inside or ():
-                if not (file.name in TOKENIZER_FILES and file.is_file(follow_symlinks=False)):
-                    return file.name
-    except OSError as error:
-        return f"{error.strerror}"
-    return ""
 
 
 def lock_folder(out):
