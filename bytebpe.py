@@ -49,7 +49,7 @@ class ByteBPETokenizer:
     def __init__(self, kind, name, pattern, tokens, ids, special, files, added={}, unused={}, nfc=False, template="",
                  settings={}):
         self.kind, self.name, self.pattern, self.ids, self.files, self.nfc = kind, name, pattern, ids, files, nfc
-        self.special, self.added, self.template, self.settings = special, added, template, settings
+        self.special, self.added, self.template, self.settings, self.ranks = special, added, template, settings, tokens
         # (Special tokens are ours to put in, but without any, tiktoken looks for an empty one behind every character.)
         self.encoding = tiktoken().Encoding(name, pat_str=pattern, mergeable_ranks=tokens,
                                             special_tokens={"<|unused|>": max(tokens.values()) + 1})

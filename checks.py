@@ -159,19 +159,28 @@ def windows(settings):
 
 
 def load_start(settings, given, data):
-    """The checkpoint that init_from names; its shape becomes that of this run, where no other is asked for."""
-    start = runtime.load_checkpoint(runtime.checkpoint_path(settings.init_from))
+    """The checkpoint of the RUN that init_from names; its shape becomes that of this run. Its context may be cut."""
+    start, tokenizer = runtime.read_run(settings.init_from)
+    if not tokenizer.special:
+        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: "
+                        "no data prepared here have its ids", "sample.py and export.py read it; or train a new one")
     if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        same = tokenizer.name if tokenizer.kind == "tiktoken" else settings.init_from
         raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
                         f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
-                        f"python prepare.py YOUR_TEXT --out={data.folder} --tokenizer={settings.init_from}")
+                        f"python prepare.py YOUR_TEXT --out={data.folder} --tokenizer={same}")
+    was = start["settings"]
     for field in fields(GPTConfig):
-        was, now = start["settings"][field.name], getattr(settings, field.name)
-        if field.name in given and now != was and field.name != "dropout":
-            raise UserError(f"{settings.init_from} has {field.name}={was}, but {field.name}={now} is asked for",
-                            f"leave {field.name} out: the shape comes with the weights")
-        if field.name not in given:
-            setattr(settings, field.name, was)
+        name, now = field.name, getattr(settings, field.name)
+        cut = name == "block_size" and now < was[name]
+        if name in given and now != was[name] and name != "dropout" and not cut:
+            raise UserError(f"{settings.init_from} has {name}={was[name]}, but {name}={now} is asked for",
+                            f"leave {name} out: the shape comes with the weights")
+        if name not in given:
+            setattr(settings, name, was[name])
+    positions = "transformer.wpe.weight"
+    if positions in start["model"]:
+        start["model"][positions] = start["model"][positions][:settings.block_size]
     return start
 
 

@@ -110,7 +110,7 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    speed = config.rope_theta ** (-torch.arange(half) / half)  # turns ever more slowly: 1 down to ~1 / rope_theta
+    speed = 1 / config.rope_theta ** (torch.arange(half) / half)  # turns ever more slowly: 1 down to ~1 / rope_theta
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
 
@@ -147,6 +147,16 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def mask(self, T):
+        """Which keys each of T new queries may see, (T, past + T); None where the attention finds that out by itself.
+
+        It does without a past, where query i sees keys 0..i; and one new token sees everything. Several new tokens
+        after a past need it spelled out: row i of tril(past) is true up to column past + i.
+        """
+        if self.length == 0 or T == 1:
+            return None
+        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.k.device).tril(self.length)
+
 
 class Attention(nn.Module):
     """Causal self-attention (Vaswani 2017, arXiv 1706.03762), with grouped queries (Ainslie 2023, arXiv 2305.13245).
@@ -180,17 +190,13 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        # Without a past, query i sees keys 0..i: is_causal. One new token sees everything: no mask. Several new tokens
-        # after a past need the mask spelled out, because is_causal would count from the first key: row i of tril(past)
-        # is true up to column past + i.
-        past, mask = 0, None
+        mask = None
         if cache is not None:
-            past = cache.length
             k, v = cache.extend(self.layer, k, v)  # (B, n_kv_head, past + T, head_dim)
-        if past > 0 and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, past + T)
+            mask = cache.mask(T)  # (T, past + T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=past == 0, dropout_p=self.dropout if self.training else 0.0,
+            q, k, v, attn_mask=mask, is_causal=mask is None and (cache is None or cache.length == 0),
+            dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again: (B, T, n_head * head_dim)
         return F.dropout(self.c_proj(y), self.dropout, self.training)

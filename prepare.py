@@ -408,6 +408,9 @@ def next_command(out, meta, settings):
     if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
         start = shlex.quote(f"--init_from={settings.tokenizer}")
         return f"python train.py {start}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
+    if any(os.path.exists(os.path.join(settings.tokenizer, f"model.safetensors{end}")) for end in ("", ".index.json")):
+        start = shlex.quote(f"--init_from={settings.tokenizer}")  # a Hugging Face model, whose context may be long
+        return f"python train.py {start}{target}{block or ' --block_size=256'} --learning_rate=1e-4{short}"
     if meta["vocab_size"] > LARGE_VOCABULARY:
         note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
              "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")

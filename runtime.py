@@ -18,12 +18,15 @@ import shutil
 import struct
 import zipfile
 import zlib
+from dataclasses import asdict
 
 import torch
+from torch.nn import functional as F
 
+import huggingface
 import tokenizer as tokenizers
 from config import UserError, note, warn
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, resolve, round_up
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -56,6 +59,15 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
+    state = load_file(path)
+    needed = {"settings": dict, "model": dict, "step": int, "tokenizer_sha256": str, "source": list}
+    if state.get("format") != 1 or not all(isinstance(state.get(name), kind) for name, kind in needed.items()):
+        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
+    return state
+
+
+def load_file(path):
+    """The dict in a .pt file, of this project or another."""
     try:
         with zipfile.ZipFile(path) as archive:  # that is what it is, and torch.load does not look at the checksums
             bad = archive.testzip()
@@ -70,11 +82,7 @@ def load_checkpoint(path):
     except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError, LookupError,
             AttributeError, TypeError) as error:  # one flipped bit can mean anything to a reader
         raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
-    needed = {"settings": dict, "model": dict, "step": int, "tokenizer_sha256": str, "source": list}
-    if not isinstance(state, dict) or state.get("format") != 1 or not all(
-            isinstance(state.get(name), kind) for name, kind in needed.items()):
-        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def checkpoints(run):
@@ -212,26 +220,43 @@ def checkpoint_path(run, which="best"):
     """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which='last' the newest."""
     if os.path.isfile(run):
         return run
-    best, numbered = os.path.join(run, "best.pt"), checkpoints(run)
+    best, numbered, nanogpt = os.path.join(run, "best.pt"), checkpoints(run), os.path.join(run, "ckpt.pt")
     if which == "best" and os.path.exists(best):
         return best
-    if numbered:
-        return numbered[-1]
-    raise UserError(f"there is no trained run in {run} (no best.pt, no ckpt_*.pt)",
-                    f"python train.py config/train_small.py --out_dir={run}")
+    if numbered or os.path.exists(nanogpt):
+        return [nanogpt, *numbered][-1]
+    raise UserError(f"there is no trained model in {run} (no best.pt, no ckpt_*.pt, no config.json of a Hugging Face "
+                    "model)", f"python train.py config/train_small.py --out_dir={run}")
+
+
+def read_run(run, which="best"):
+    """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
+
+    Whatever it was, it comes as a checkpoint of this project, with `path` added.
+    """
+    if huggingface.is_folder(run):
+        checkpoint, tokenizer = huggingface.read(run)
+        return checkpoint | {"path": run}, tokenizer
+    path = checkpoint_path(run, which)
+    state = load_file(path)
+    if "model_args" in state:
+        checkpoint, tokenizer = from_nanogpt(state, path)
+    else:
+        checkpoint = load_checkpoint(path)
+        tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
+    return checkpoint | {"path": path}, tokenizer
 
 
 def load_run(run, which="best", device="cpu"):
     """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN."""
-    path = checkpoint_path(run, which)
-    checkpoint = load_checkpoint(path)
+    checkpoint, tokenizer = read_run(run, which)
+    path = checkpoint["path"]
     try:
         model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
     except (AssertionError, KeyError, TypeError) as error:
         raise UserError(f"{path} describes no model that can be built: {error}", "use another checkpoint") from None
     load_weights(model, checkpoint.pop("model"), path)
-    tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
-    return model.to(device).eval(), tokenizer, checkpoint | {"path": path}
+    return model.to(device).eval(), tokenizer, checkpoint
 
 
 def load_weights(model, weights, path):
@@ -255,87 +280,52 @@ def load_optimizers(optimizers, states, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face: the same models under other names
+# nanoGPT's checkpoints
 
-
-def hugging_face_config(theirs):
-    """The GPTConfig for a Hugging Face config.json (a dict): gpt2, llama or qwen3. Raises UserError for all else."""
-    kind = theirs.get("model_type")
+def from_nanogpt(state, path):
+    """(checkpoint of ours, tokenizer) of nanoGPT's ckpt.pt. The names of the weights are the same."""
     try:
-        if kind == "gpt2":
-            refuse(theirs, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-            mlp = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}[theirs["activation_function"]]
-            return GPTConfig(
-                block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], n_layer=theirs["n_layer"],
-                n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_inner=theirs.get("n_inner") or 0, mlp=mlp,
-                bias=True, tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs["layer_norm_epsilon"])
-        if kind in ("llama", "qwen3"):
-            rope = theirs.get("rope_parameters") or {}  # (transformers 4 had rope_theta and rope_scaling instead)
-            refuse(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
-            refuse({**rope, **(theirs.get("rope_scaling") or {})}, rope_type="default")
-            return GPTConfig(
-                block_size=theirs["max_position_embeddings"], vocab_size=theirs["vocab_size"],
-                n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
-                n_kv_head=theirs.get("num_key_value_heads") or 0, n_embd=theirs["hidden_size"],
-                head_dim=theirs.get("head_dim") or (128 if kind == "qwen3" else 0), n_inner=theirs["intermediate_size"],
-                pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=kind == "qwen3",
-                tie_weights=theirs.get("tie_word_embeddings", False), norm_eps=theirs["rms_norm_eps"],
-                rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0))
-    except KeyError as error:
-        raise UserError(f"this {kind} config.json lacks or has an unknown {error}", "use another model") from None
-    raise UserError(f"model_type={kind} is none of gpt2, llama and qwen3", "use a model of one of these")
+        args, weights = dict(state["model_args"]), state["model"]
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+        data = state.get("config", {}).get("dataset", "")
+        tokenizer = nanogpt_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
+        # It rounds the vocabulary of GPT-2 up to 50,304 in the model; the tokens that do not exist are cut off here.
+        args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
+        config = GPTConfig(**args, mlp="gelu_exact")
+        rows = round_up(config.vocab_size, 64)
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            matrix = weights[name][:rows]
+            weights[name] = F.pad(matrix, (0, 0, 0, rows - matrix.size(0)))
+        return dict(format=1, step=state.get("iter_num", 0), model=weights, source=[data or path],
+                    settings=asdict(resolve(config)), tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
+    except (AssertionError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} looks like nanoGPT's, but does not describe a model: {type(error).__name__}: {error}",
+                        "use another checkpoint") from None
 
 
-def refuse(theirs, **only):
-    """Raises UserError where a setting has another value than the only one that this model has; missing is fine."""
-    for name, value in only.items():
-        if theirs.get(name, value) != value:
-            raise UserError(f"{name}={theirs[name]} is not supported, only {value}", "use another model")
-
-
-LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
-    "transformer.wte.weight": ["model.embed_tokens.weight"],
-    "transformer.ln_f.weight": ["model.norm.weight"],
-    "lm_head.weight": ["lm_head.weight"],
-    "ln_1.weight": ["input_layernorm.weight"],
-    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
-    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
-    "attn.c_proj.weight": ["self_attn.o_proj.weight"],
-    "ln_2.weight": ["post_attention_layernorm.weight"],
-    "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "mlp.c_proj.weight": ["mlp.down_proj.weight"],
-}
-
-
-def hugging_face_names(name, config):
-    """(their tensors that stand one above the other in our tensor `name`, whether theirs are transposed).
-
-    GPT-2's names are ours, but its linear layers are transposed: (in, out), as in the TensorFlow original. Llama and
-    Qwen3 keep apart what is one product here: q, k and v, and the gate and the value of the MLP.
+def nanogpt_tokenizer(folder, data, vocab_size):
+    """What the ids of a nanoGPT checkpoint mean: it does not say, so the characters are looked for where it keeps them.
     """
-    if config.pos == "learned":
-        return [name], name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    if not name.startswith("transformer.h."):
-        return LLAMA_NAMES[name], False
-    layer, tail = name.removeprefix("transformer.h.").split(".", 1)
-    return [f"model.layers.{layer}.{theirs}" for theirs in LLAMA_NAMES[tail]], False
+    for path in (os.path.join(folder, "meta.pkl"), os.path.join(folder, "..", "data", data, "meta.pkl")):
+        if os.path.exists(path):
+            try:
+                with open(path, "rb") as file:
+                    characters = PlainUnpickler(file).load()["itos"]
+                characters = [characters[i] for i in range(vocab_size)]
+                if any(not isinstance(c, str) or len(c) != 1 for c in characters):
+                    raise ValueError("not one character per id")
+                return tokenizers.CharTokenizer("".join(characters), special=())
+            except Exception as error:  # a pickle is a program; this one may do no more than make a dict
+                raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}",
+                                "run nanoGPT's own prepare.py for these data again") from None
+    if vocab_size in (50257, 50304):
+        return tokenizers.get("gpt2")
+    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and nanoGPT does not write into it what they "
+                    "mean", f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {os.path.join(folder, 'meta.pkl')}")
 
 
-def load_hugging_face(model, theirs):
-    """Copy the tensors {name: tensor} of a Hugging Face model into ours. Raises UserError for the first one missing."""
-    weights = {}
-    for name, ours in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_weights:
-            name = "transformer.wte.weight"
-        parts, transposed = hugging_face_names(name, model.config)
-        missing = [part for part in parts if part not in theirs]
-        if missing:
-            raise UserError(f"the model has no tensor {missing[0]}", "use a complete one")
-        value = torch.cat([theirs[part].T if transposed else theirs[part] for part in parts]).to(ours.dtype)
-        if name in ("transformer.wte.weight", "lm_head.weight"):  # our padding of the vocabulary
-            value = torch.cat((value, value.new_zeros(ours.size(0) - value.size(0), value.size(1))))
-        weights[name] = value
-    if model.config.tie_weights:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    load_weights(model, weights, "the model")
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers, and nothing that could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of characters does not need")

@@ -5,6 +5,7 @@ Sampling: let a trained model write, in the terminal.
     python sample.py                                        # the newest run under out/; asks for prompts in a terminal
     python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
+    python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder; a conversation
 
 The text goes to standard output as it is written, everything else to standard error. A model gives a score to every
 token of its vocabulary, and there are two steps from there to text, which make up this file:
@@ -22,6 +23,7 @@ from typing import Literal
 
 import torch
 
+import bytebpe
 import machine
 import runtime
 import tokenizer as tokenizers
@@ -41,6 +43,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: tokens that were used get less likely
     stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
     ignore_eos: bool = False  # go on after the end-of-text token
+    chat: bool = False  # the prompt is a message to a chat model, in its own format; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
     # the model: a RUN (run folder or checkpoint file), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
@@ -148,25 +151,36 @@ class TextStream:
 # The terminal
 
 
-def write(model, tokenizer, prompt, settings, seed):
-    """Print the prompt and its continuation as it comes. Returns the number of tokens."""
-    end = tokenizer.special[tokenizers.END_OF_TEXT]
-    ids, size = tokenizer.encode(prompt) or [end], model.config.block_size  # nothing goes before a prompt
+def write(model, tokenizer, ids, settings, seed):
+    """Print the continuation of the prompt `ids` as it comes. Returns (the text, the number of tokens)."""
+    size, ends = model.config.block_size, tokenizers.ends(tokenizer)
     if len(ids) > size:
         note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size:,} are ignored")
         ids = ids[-size:]
     stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
-    print(prompt, end="", flush=True)
+    text = []
+
+    def show(new, end=""):
+        text.append(new)
+        print(new, end=end, flush=True)
+
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     for token in model.generate(idx, settings.max_new_tokens, make_pick(settings, ids, seed)):
         n += 1
-        if token.item() == end and not settings.ignore_eos:
+        if token.item() in ends and not settings.ignore_eos:
             break
-        print(stream.push(token.item()), end="", flush=True)
+        show(stream.push(token.item()))
         if stream.stopped:
             break
-    print(stream.finish(), flush=True)
-    return n
+    show(stream.finish(), end="\n")
+    return "".join(text), n
+
+
+def begin(prompt, tokenizer):
+    """Print the prompt; the ids that the model goes on from: nothing goes before a prompt."""
+    print(prompt, end="", flush=True)
+    nothing = tokenizer.special.get(tokenizers.END_OF_TEXT)  # what stands before every document
+    return tokenizer.encode(prompt) or ([nothing] if nothing is not None else tokenizer.encode("\n"))
 
 
 LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1),
@@ -192,38 +206,41 @@ def main(argv):
     prompt = read_prompt(settings.prompt or settings.start)
     device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
-    say(f"{run['path']}: {model.n_params():,} parameters, {run['step']} updates on {', '.join(run['source'])}")
+    say(f"{run['path']}: {model.n_params():,} parameters, " + (
+        f"{run['step']} updates on {', '.join(run['source'])}" if run["step"] else "a Hugging Face model"))
     seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
     dtype, _ = machine.choose_dtype(settings.dtype, device)
 
-    ask = not prompt and sys.stdin.isatty() and sys.stdout.isatty()
-    if ask:
-        say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
+    said = []  # the conversation so far, with --chat
+    if settings.chat and not getattr(tokenizer, "template", ""):
+        raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX)
+
+    def answer(prompt, seed):
+        message = dict(role="user", content=prompt)
+        for i in range(settings.num_samples):
+            ids = tokenizer.chat([*said, message]) if settings.chat else begin(prompt, tokenizer)
+            started = time.perf_counter()
+            text, n = write(model, tokenizer, ids, settings, seed + i)
+            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
+        said.extend((message, dict(role="assistant", content=text)))
+
     with machine.autocast(device, dtype):
+        if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            answer(prompt, seed)
+            return
+        say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
         while True:
-            if ask:
-                try:
-                    prompt = input("> ")
-                except EOFError:
-                    say()
-                    return
-            for i in range(settings.num_samples):
-                started = time.perf_counter()
-                try:
-                    n = write(model, tokenizer, prompt, settings, seed + i)
-                except UserError as error:
-                    if not ask:
-                        raise
-                    say(f"error: {error.fact}")  # one bad prompt need not end the conversation
-                    break
-                except KeyboardInterrupt:
-                    if not ask:
-                        raise
-                    say("\n(stopped; Ctrl-D ends)")
-                    break
-                say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
-            if not ask:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                say()
                 return
+            try:
+                answer(prompt, seed)
+            except UserError as error:
+                say(f"error: {error.fact}")  # one bad prompt need not end the conversation
+            except KeyboardInterrupt:
+                say("\n(stopped; Ctrl-D ends)")
             seed += settings.num_samples
 
 

@@ -100,6 +100,8 @@ NAMES = {
                     Remote(TINY_STORIES + "TinyStories-valid.txt", 19_447_282,
                            "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")],
 }
+LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "public domain", "squad": "CC BY-SA 4.0",
+            "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
 
 
 def is_url(source):

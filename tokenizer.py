@@ -38,6 +38,8 @@ import os
 import re
 import shlex
 import shutil
+import struct
+import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -54,6 +56,7 @@ LEARNED = ("bpe", "unigram", "char")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 BETWEEN_WORDS = re.compile(r"(?<=\S)(?= [^\W\d_])")  # in front of a space between words a piece always begins
+SCORE_STEPS = 64  # scores of unigram pieces are multiples of 1/64: float32 then adds some 30,000 of them exactly
 PART_CHARACTERS = 2000  # a text is encoded in parts of about this length
 
 
@@ -62,12 +65,12 @@ class CharTokenizer:
 
     kind = "char"
 
-    def __init__(self, characters):
+    def __init__(self, characters, special=SPECIAL):
         self.characters = characters
-        self.special = {name: i for i, name in enumerate(SPECIAL)}
-        self.vocab_size = len(SPECIAL) + len(characters)
+        self.special = {name: i for i, name in enumerate(special)}
+        self.vocab_size = len(special) + len(characters)
         self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
-        self.table[code_points(characters)] = np.arange(len(SPECIAL), self.vocab_size)
+        self.table[code_points(characters)] = np.arange(len(special), self.vocab_size)
 
     def encode(self, text):
         return self.encode_to_numpy(text).tolist()
@@ -82,7 +85,8 @@ class CharTokenizer:
         return ids
 
     def token_bytes(self, i):
-        return self.characters[i - len(SPECIAL)].encode() if len(SPECIAL) <= i < self.vocab_size else b""
+        first = len(self.special)
+        return self.characters[i - first].encode() if first <= i < self.vocab_size else b""
 
     def decode(self, ids):
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
@@ -94,8 +98,10 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, folder):
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            special = list(json.load(file)["special"])
         with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as file:
-            return cls("".join(json.load(file)))
+            return cls("".join(json.load(file)), special)
 
 
 class SentencePieceTokenizer:
@@ -213,9 +219,26 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
         num_threads=16,  # a fixed number: unigram adds up in another order with another, and learns other pieces
         max_sentence_length=1 << 16, minloglevel=2)
     tokenizer = SentencePieceTokenizer(model.getvalue(), kind)
+    if kind == "unigram":
+        tokenizer = SentencePieceTokenizer(round_scores(tokenizer), kind)
     if tokenizer.vocab_size < vocab_size:
         note(f"the text is too small for {vocab_size:,} tokens: the vocabulary has {tokenizer.vocab_size:,}")
     return tokenizer
+
+
+def round_scores(tokenizer):
+    """The bytes of a unigram model whose scores are multiples of 1 / SCORE_STEPS.
+
+    Often two ways to cut a text are equally likely (the same pieces in another order), and then the rounding of their
+    sums decides. Where sums are exact, every program that reads this model decides alike.
+    """
+    model, at = bytearray(tokenizer.model), 0
+    for i in range(tokenizer.vocab_size):
+        piece, score = tokenizer.processor.id_to_piece(i).encode(), tokenizer.processor.get_score(i)
+        field = bytes([0x0A, len(piece)]) + piece + b"\x15"  # in the file: the piece, and the score as a float32
+        at = model.index(field + struct.pack("<f", score), at) + len(field)
+        struct.pack_into("<f", model, at, round(score * SCORE_STEPS) / SCORE_STEPS)
+    return bytes(model)
 
 
 def smallest_vocab(counts, character_coverage=1.0):
@@ -269,25 +292,28 @@ def load_from(path, sha256=None):
 
     sha256: the fingerprint of the one that is meant; another is refused.
     """
-    for folder in (path, os.path.join(path, "tokenizer")):
-        if os.path.exists(os.path.join(folder, "tokenizer.json")) and not is_ours(folder):
-            return bytebpe.from_hugging_face(folder)
-        if os.path.exists(os.path.join(folder, "config.json")):
+    for folder in (path, os.path.join(path, "tokenizer")):  # (an exported Hugging Face folder holds ours as well)
+        if is_ours(folder):
             if sha256 and (found := fingerprint(folder)) != sha256:
                 raise UserError(f"{folder} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
                                 "take the folder tokenizer/ from a copy, or prepare the data again")
             return load(folder)
+    if os.path.exists(os.path.join(path, "tokenizer.json")):
+        return bytebpe.from_hugging_face(path)
     raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                     "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
 
 
 def is_ours(folder):
-    """Is this config.json the one that `save` writes? A Hugging Face folder has one too, about the model."""
+    """Is there a config.json as `save` writes it (maybe damaged)? A Hugging Face folder has one about the model."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            return "kind" in json.load(file)
-    except (OSError, ValueError, TypeError):
+            about = json.load(file)
+        return "kind" in about or "model_type" not in about
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def get(name):
@@ -310,6 +336,12 @@ def copy(source, target, sha256):
         shutil.copytree(os.path.join(source, "tokenizer"), os.path.join(target, "tokenizer"))
 
 
+def ends(tokenizer):
+    """The ids after which a text, or an answer in a chat, is over. (nanoGPT's characters have none.)"""
+    names = END_OF_TEXT, getattr(tokenizer, "settings", {}).get("eos_token")
+    return {tokenizer.special[name] for name in names if name in tokenizer.special}
+
+
 def fingerprint(folder):
     """A sha256 over all that `save` wrote: two tokenizers with the same one give the same ids."""
     digest = hashlib.sha256()
@@ -319,6 +351,13 @@ def fingerprint(folder):
                 content = file.read()
             digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def fingerprint_of(tokenizer):
+    """The fingerprint of the folder that `save` would write."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return fingerprint(folder)
 
 
 def write_config(folder, tokenizer):

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, words
 
 import bench
+import export
 import prepare
 import sample
 import tokenizer
@@ -100,7 +101,7 @@ def test_line_counts_are_right():
 
 def test_every_setting_that_is_named_exists():
     scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig, \
-        tokenizer.TokenizerConfig
+        tokenizer.TokenizerConfig, export.ExportConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
     ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
     for name in re.findall(r"--([a-z]\w+)", ours):

@@ -4,10 +4,12 @@ import os
 import pickle
 
 import torch
-from conftest import error, random_model
+from conftest import error, prepare_words, random_model
 
 import machine
 import runtime
+import sample
+import train
 
 
 def whole(**state):
@@ -131,4 +133,87 @@ def test_one_place_reads_checkpoints():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py")]:
         source = path.read_text(encoding="utf-8")
         assert "weights_only=False" not in source and "pickle.load" not in source
-        assert ("torch.load(" in source) == (path.name == "runtime.py")
+        # (readback.py reads nothing but what export.py has just written, and imports nothing of ours)
+        assert ("torch.load(" in source) == (path.name in ("runtime.py", "readback.py"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# nanoGPT's checkpoints
+
+
+def nanogpt(folder, vocab_size=65, data="shakespeare_char", rows=None, characters=None):
+    """A ckpt.pt as nanoGPT writes it, and its characters in data/. Returns our model with the same weights."""
+    model = random_model(vocab_size=vocab_size, mlp="gelu_exact")
+    rows = rows or vocab_size
+    weights = {"_orig_mod." + name: tensor for name, tensor in model.state_dict().items()}
+    for name in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
+        weights[name] = weights[name][:rows].clone()
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    c = model.config
+    args = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
+                vocab_size=rows, dropout=0.0)
+    os.makedirs(folder / "out")
+    torch.save(dict(model=weights, optimizer={}, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.5),
+                    config=dict(dataset=data, learning_rate=1e-3)), folder / "out/ckpt.pt")
+    if characters:
+        os.makedirs(folder / "data" / data)
+        with open(folder / "data" / data / "meta.pkl", "wb") as file:
+            pickle.dump(dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
+                             stoi={c: i for i, c in enumerate(characters)}), file)
+    return model
+
+
+def test_nanogpts_checkpoint(here, capsys):
+    """Characters are found where nanoGPT keeps them; the logits are those of the weights, and sample.py writes."""
+    characters = "\n !abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    model = nanogpt(here, len(characters), characters=characters)
+    loaded, tokenizer, run = runtime.load_run("out")
+    idx = torch.randint(len(characters), (2, 24))
+    with torch.no_grad():
+        assert torch.equal(model(idx), loaded(idx))
+    assert run["step"] == 7 and run["source"] == ["shakespeare_char"]
+    assert tokenizer.encode("\n a!") == [0, 1, 3, 2] and tokenizer.decode([3, 4]) == "ab"
+    for prompt in ("--prompt=abc", "--prompt="):
+        sample.main(["out/ckpt.pt", prompt, "--max_new_tokens=5", "--seed=1"])
+        assert "[5 tokens" in capsys.readouterr().err
+    fact, _ = error(train.main, "--init_from=out", f"--dataset={prepared(here)}")
+    assert "a character model of nanoGPT, which has no end-of-text token" in fact
+
+
+def prepared(here):
+    prepare_words(here)
+    return "words"
+
+
+def test_nanogpts_checkpoint_with_gpt2s_vocabulary(here, gpt2, monkeypatch):
+    """Its 50,304 rows are cut to the 50,257 tokens that exist."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2)
+    model = nanogpt(here, 50257, "openwebtext", rows=50304)
+    loaded, tokenizer, _ = runtime.load_run("out")
+    assert loaded.config.vocab_size == 50257 and tokenizer.decode(tokenizer.encode("don't")) == "don't"
+    idx = torch.randint(50257, (1, 24))
+    with torch.no_grad():
+        assert torch.equal(model(idx), loaded(idx))
+
+
+def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
+    nanogpt(here)
+    fact, fix = error(lambda _: runtime.load_run("out"))
+    assert "has 65 tokens" in fact and "copy nanoGPT's data/shakespeare_char/meta.pkl to out/meta.pkl" in fix
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("hacked",)
+    for content, expected in ((pickle.dumps(Code()), "asks for posix.mkdir"), (b"x", "meta.pkl cannot be used"),
+                              (pickle.dumps(dict(itos={0: "ab"})), "meta.pkl cannot be used"),
+                              (pickle.dumps(dict(itos={i: "ab" for i in range(65)})), "not one character per id")):
+        (here / "out/meta.pkl").write_bytes(content)
+        assert expected in error(lambda _: runtime.load_run("out"))[0]
+    assert not os.path.exists("hacked")
+    (here / "out/meta.pkl").write_bytes(pickle.dumps(dict(itos={i: chr(97 + i) for i in range(65)})))
+    state = torch.load("out/ckpt.pt")
+    for change, expected in ((dict(model_args={}), "looks like nanoGPT's"), (dict(model=[]), "looks like nanoGPT's"),
+                             (dict(model_args={**state["model_args"], "n_head": 5}), "looks like nanoGPT's"),
+                             (dict(model_args={**state["model_args"], "n_layer": 3}), "has no transformer.h.2.ln_1")):
+        torch.save({**state, **change}, "out/ckpt.pt")
+        assert expected in error(lambda _: runtime.load_run("out"))[0]

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Export: the model for other people's programs, each file proven before it is announced.
+
+    python export.py                                        # the newest run under out/, in all formats
+    python export.py out/small --format=hf                  # exports/small/hf/, for transformers, CTranslate2, ...
+    python export.py out/small --format=onnx --out=exports/mine
+    python export.py SmolLM2-135M --format=hf --dtype=bfloat16
+
+hf            hf/          Hugging Face: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, with its tokenizer
+onnx          model.onnx   one graph with a cache of keys and values, in the naming of the optimum tools
+torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
+pt2           model.pt2    ids to logits, torch.export's format, which comes after TorchScript
+
+An export is a translation, and translations have mistakes: a transposed matrix, an epsilon, a length that was frozen
+when the graph was recorded. So each file is written under another name, read back in a process that has nothing of this
+project (readback.py), and compared with the model: the logits on real text, at lengths from 1 to the whole context and
+for several texts at once, and the 64 likeliest tokens one after the other. Only then does it get its name. Exit code 1:
+it differs by more than it may.
+"""
+import contextlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+import dataset as datasets
+import huggingface
+import runtime
+from config import UserError, command_line, load, note, say
+from sources import LICENCES
+
+# By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
+# or 1e-4 where that is more. A wrong epsilon is a hundred times as much.
+TOLERANCE, RELATIVE = 1e-4, 1e-5
+HERE = os.path.dirname(os.path.abspath(__file__))
+FILES = {"hf": "hf", "onnx": "model.onnx", "torchscript": "model.ts", "pt2": "model.pt2"}
+PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+@dataclass
+class ExportConfig:
+    format: list[str] = field(default_factory=lambda: ["all"])  # hf, onnx, torchscript, pt2; several times; or all
+    out: str = ""  # the folder to write into; exports/NAME of the run by default
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the tensors in hf; auto: as they came
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
+    out_dir: str = ""  # the RUN; by default the newest below out/
+    init_from: str = ""  # the RUN as well
+    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graphs: what the model does, recorded
+
+
+class Logits(nn.Module):
+    """input_ids (B, T) -> logits (B, T, vocab_size), and nothing else."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids)
+
+
+class GrowingCache:
+    """A KVCache for a graph: nothing is written in place, keys and values are joined to new, longer ones.
+
+    A graph records what was done with one example, so what depends on a length must not be an `if`: the mask is always
+    spelled out, also for a past of 0.
+    """
+
+    def __init__(self, past):
+        self.past, self.present, self.length = past, [], past[0].size(2)
+
+    def extend(self, layer, k, v):
+        k, v = (torch.cat((self.past[2 * layer + i], new), dim=2) for i, new in enumerate((k, v)))
+        self.present += [k, v]
+        return k, v
+
+    def mask(self, T):
+        keys = self.present[-1].size(2)
+        return torch.ones(T, keys, dtype=torch.bool).tril(self.length)
+
+
+class LogitsAndCache(nn.Module):
+    """input_ids (B, T) and, for each layer, keys and values (B, n_kv_head, past, head_dim) -> the logits and the same
+    with past + T positions."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, *past):
+        cache = GrowingCache(past)
+        logits = self.model(input_ids, cache=cache)
+        return logits, *cache.present
+
+
+def write_onnx(model, path):
+    config, B, T, past = model.config, 2, 3, 4  # an example; 0 and 1 would be taken for constants
+    names = [f"{layer}.{what}" for layer in range(config.n_layer) for what in ("key", "value")]
+    batch, length, before = (torch.export.Dim(name) for name in ("batch", "length", "past"))
+    example = [torch.zeros(B, config.n_kv_head, past, config.head_dim) for _ in names]
+    program = torch.onnx.export(
+        LogitsAndCache(model), (torch.zeros(B, T, dtype=torch.long), *example), dynamo=True, verbose=False,
+        input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)), external_data=False)
+    program.save(path, external_data=False)
+
+
+def write_torchscript(model, path):
+    traced = torch.jit.trace(Logits(model), torch.zeros(2, 8, dtype=torch.long), check_trace=False)
+    save_whole(torch.jit.save, traced, path)
+
+
+def write_pt2(model, path):
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.block_size)
+    program = torch.export.export(Logits(model), (torch.zeros(2, 8, dtype=torch.long),),
+                                  dynamic_shapes=({0: batch, 1: length},))
+    save_whole(torch.export.save, program, path)
+
+
+def save_whole(save, what, path):
+    """By way of the memory: on a full disk, torch's own writer ends the process."""
+    buffer = io.BytesIO()
+    save(what, buffer)
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
+WRITE = {"onnx": write_onnx, "torchscript": write_torchscript, "pt2": write_pt2}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what torch says about itself while it records: deprecations, packages that are not there."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+def real_text(run, tokenizer, n):
+    """At least n token ids of real text: held-out data where they are here, else this file itself."""
+    try:
+        data = datasets.Dataset.open(os.path.join("data", run["settings"].get("dataset") or "none"))
+        same = data.meta["tokenizer_sha256"] == run["tokenizer_sha256"]
+        ids = data.tokens("val", 0, min(n, data.meta["val"]["tokens"])).tolist() if same else []
+    except UserError:
+        ids = []
+    if not ids:
+        with open(__file__, encoding="utf-8") as file:
+            text = file.read()
+        known = getattr(tokenizer, "characters", None)
+        ids = tokenizer.encode("".join(c for c in text if known is None or c in known))
+    ids = ids or [0]
+    return ids * (n // len(ids) + 1)
+
+
+def ask(model, run, tokenizer):
+    """The questions that every format has to answer, and the model's own answers: two dicts, see readback.answer."""
+    size, vocab_size = model.config.block_size, model.config.vocab_size
+    most = max(1, int(2e9 / (4 * vocab_size)))  # tokens whose logits take 2 GB
+    lengths = sorted({1, min(7, size), min(size, most)})
+    if most < size:
+        note(f"compared up to {most:,} tokens: the logits of a context of {size:,} would take more than 2 GB")
+    ids = real_text(run, tokenizer, max(4 * lengths[-1], 20_000))
+    batches = [torch.tensor(ids[:B * T]).view(B, T) for T in lengths for B in (1, 3) if B * T <= most]
+    positions = [torch.linspace(0, idx.size(1) - 1, min(idx.size(1), 256)).long() for idx in batches]
+    n = min(64, max(1, size - 8))
+    prompt = torch.tensor([ids[:max(1, min(32, size - n))]])
+    lines = tokenizer.decode(ids[:20_000]).split("\n")
+    lines = [line for line in lines if not any(name in line for name in tokenizer.special)]  # which text never becomes
+    with torch.inference_mode():
+        logits = [model(idx)[:, at] for idx, at in zip(batches, positions)]
+    for _ in range(2):  # as there: the second time counts
+        started = time.perf_counter()
+        tokens = torch.cat(list(model.generate(prompt, n)), dim=1)[0]
+        rate = n / (time.perf_counter() - started)
+    questions = dict(batches=batches, positions=positions, prompt=prompt, n=n, lines=lines)
+    return questions, dict(logits=logits, tokens=tokens, tokens_per_second=rate,
+                           ids=[tokenizer.encode(line) for line in lines])
+
+
+def prove(path, questions, folder):
+    """The answers of an export, from a process that cannot import this project."""
+    asked, answered = os.path.join(folder, "questions"), os.path.join(folder, "answers")
+    torch.save(questions, asked)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-I", os.path.join(HERE, "readback.py"), path, asked, answered],
+                          capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {last[:300]}",
+                        "python bench.py doctor, and report this with what it prints", code=1)
+    return runtime.load_file(answered)
+
+
+def compare(model, questions, ours, theirs):
+    """(the largest difference of a logit, the comparison in words, whether it passes)."""
+    difference = max((a - b).abs().max().item() for a, b in zip(ours["logits"], theirs["logits"]))
+    allowed = max(TOLERANCE, RELATIVE * max(logits.abs().max().item() for logits in ours["logits"]))
+    passes = difference <= allowed  # (a NaN is not)
+    what, n = f"logits within {difference:.1e} ({allowed:.1e} is allowed)", questions["n"]
+    differs = (ours["tokens"] != theirs["tokens"]).nonzero().flatten().tolist()
+    if differs:
+        at = differs[0]
+        with torch.inference_mode():
+            scores = model(torch.cat((questions["prompt"], ours["tokens"][None, :at]), dim=1))[0, -1]
+        gap = (scores[ours["tokens"][at]] - scores[theirs["tokens"][at]]).item()
+        what += f", greedy token {at + 1} of {n} is the first that differs, by {gap:.1e} in the logit"
+        passes = passes and gap <= 2 * allowed  # else it is no tie
+    else:
+        what += f", the same {n} greedy tokens"
+    if theirs["ids"] is not None:
+        wrong = sum(a != b for a, b in zip(ours["ids"], theirs["ids"]))
+        what += f", {f'other ids in {wrong}' if wrong else 'the same ids in all'} of {len(ours['ids']):,} lines of text"
+        passes = passes and not wrong
+    return difference, what, passes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def licence(source):
+    return next((text for name, text in LICENCES.items() if source.split()[0] == name), "that of its owner")
+
+
+def model_card(name, model, run, rows):
+    """README.md of an export: what this is, from what it was made, how good it is, and how to use it."""
+    c, settings = model.config, run["settings"]
+    switches = f"pos={c.pos} norm={c.norm} mlp={c.mlp} qk_norm={c.qk_norm} bias={c.bias} tie_weights={c.tie_weights}"
+    facts = {
+        "shape": f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads of {c.head_dim}"
+                 + (f" ({c.n_kv_head} of keys and values)" if c.n_kv_head != c.n_head else "")
+                 + f", MLP {c.n_inner}, context {c.block_size:,}, vocabulary {c.vocab_size:,}",
+        "switches": switches,
+        "parameters": f"{model.n_params():,}"}
+    if run["step"]:
+        facts["data"] = "; ".join(f"{source} (licence: {licence(source)})" for source in run["source"])
+    else:
+        facts["weights"] = f"{os.path.basename(os.path.abspath(run['path']))}, a Hugging Face model (its own licence)"
+    if settings.get("init_from", "auto") not in ("auto", "scratch", "resume"):
+        facts["started from"] = f"the weights of {os.path.basename(settings['init_from'].rstrip(os.sep))}"
+    if run["step"] and "batch_size" in settings:
+        tokens = run["step"] * settings["batch_size"] * settings["gradient_accumulation_steps"] * c.block_size
+        facts["tokens seen"] = f"{tokens:,} in {run['step']:,} updates"
+    if "val_loss" in run:
+        facts["held-out loss"] = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
+    facts = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+| | |
+|---|---|
+{facts}
+
+Each file was read back by the library that it is made for, without the program that wrote it, and compared with the
+model on real text, in float32; the last column is the largest difference of a logit.
+
+{table(rows)}
+
+## Use
+
+Hugging Face (`pip install torch transformers`), in the folder hf:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (cls.from_pretrained("hf") for cls in (AutoTokenizer, AutoModelForCausalLM))
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+ONNX: `input_ids` (batch, length) and, per layer, `past_key_values.N.key` and `.value` (batch, {c.n_kv_head}, past,
+{c.head_dim}), float32, of length 0 at first; `logits` and `present.N.key`, `.value` come out, which are the past of
+the next step. TorchScript and pt2: `torch.jit.load("model.ts")(ids)` and
+`torch.export.load("model.pt2").module()(ids)` are the logits of all positions. Token ids: `hf/tokenizer.json`.
+"""
+
+
+def table(rows):
+    lines = [f"| {row['format']} | {row['size'] / 1e6:,.1f} MB | {row['load']:.2f} s | {row['rate']:,.0f} | "
+             f"{row['difference']} |" for row in rows]
+    return "\n".join(["| format | size | load time | tokens/s | largest difference |", "|---|---|---|---|---|", *lines])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def size_of(path):
+    files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
+    return sum(map(os.path.getsize, files))
+
+
+def choose_formats(settings, model, tokenizer):
+    """The formats to write, after every check that needs no writing. Raises UserError."""
+    asked = [name for entry in settings.format for name in entry.split(",")]
+    formats = list(FILES) if "all" in asked else list(dict.fromkeys(asked))
+    for name in formats:
+        if name not in FILES:
+            raise UserError(f"there is no format {name!r}", f"--format={', '.join(FILES)} or all")
+    missing = [package for name in formats for package in PACKAGES.get(name, ()) if not find_spec(package)]
+    if missing:
+        raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
+                        f"pip install {' '.join(missing)}; or --format=pt2, which needs none")
+    if "hf" in formats:
+        try:
+            huggingface.their_kind(model.config)
+            huggingface.tokenizer_files(tokenizer, model.config.block_size)
+        except UserError as error:
+            if "all" not in asked:
+                raise
+            note(f"no hf: {error.fact}")
+            formats.remove("hf")
+    if model.config.block_size < 8 and set(formats) & set(WRITE):
+        raise UserError(f"block_size={model.config.block_size} is too short to record a graph, which takes 8 tokens",
+                        "--format=hf")
+    if "onnx" in formats and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
+        raise UserError("an ONNX file cannot be larger than 2 GB, and this model is", "--format=hf or pt2")
+    return formats
+
+
+def check_room(out, formats):
+    """Before anything is written: what an export would replace must be an export."""
+    target = os.path.join(out, "hf")
+    if "hf" in formats and os.path.isdir(target):
+        others = sorted(set(os.listdir(target)) - huggingface.WRITTEN - {"README.md"})
+        if others:
+            raise UserError(f"{target} holds {others[0]}, which no export has written, and would be replaced",
+                            "--out=ANOTHER_FOLDER")
+
+
+def main(argv):
+    settings, _, runs = load(ExportConfig, argv)
+    named = runtime.choose_run(runs, settings)
+    started = time.perf_counter()
+    model, tokenizer, run = runtime.load_run(named, settings.checkpoint)
+    run["load_seconds"] = time.perf_counter() - started
+    formats = choose_formats(settings, model, tokenizer)
+    folder = os.path.abspath(run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]))
+    out = settings.out or os.path.join("exports", os.path.basename(folder))
+    check_room(out, formats)
+    dtype = getattr(torch, run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype)
+    say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
+    part = os.path.join(out, ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # what a kill left
+        os.makedirs(part)
+        return export(model, tokenizer, run, formats, dtype, out, part)
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) and "write" not in str(error):
+            raise
+        raise UserError(f"cannot write {out}: {getattr(cause, 'strerror', None) or error}",
+                        "make room, or --out=ANOTHER_FOLDER; what was there before is unchanged", code=1) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export(model, tokenizer, run, formats, dtype, out, part):
+    """Write each format into the folder `part`, prove it, and move it to `out`. Returns the exit code."""
+    with torch.no_grad():
+        for p in model.parameters():  # the weights as they will be in the file, also for the comparison
+            p.copy_(p.to(dtype))
+    questions, ours = ask(model, run, tokenizer)
+    rows = [dict(format=os.path.basename(run["path"]) + ", here", size=size_of(run["path"]), load=run["load_seconds"],
+                 rate=ours["tokens_per_second"], difference="")]
+    proven = []
+    for name in formats:
+        path = os.path.join(part, FILES[name])
+        if name == "torchscript":
+            note("PyTorch has deprecated TorchScript; pt2 is what comes after it")
+        if name == "hf":
+            huggingface.write(path, model, tokenizer, dtype, run.get("generation"))
+        else:
+            with quiet():
+                WRITE[name](model, path)
+        theirs = prove(path, questions, part)
+        difference, what, passes = compare(model, questions, ours, theirs)
+        say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
+        if passes:
+            proven.append(name)
+            rows.append(dict(format=FILES[name], size=size_of(path), load=theirs["load_seconds"],
+                             rate=theirs["tokens_per_second"], difference=f"{difference:.1e}"))
+    card = model_card(os.path.basename(out), model, run, rows)
+    for name in proven:
+        target = os.path.join(out, FILES[name])
+        if name == "hf":
+            write_text(os.path.join(part, "hf", "README.md"), card)
+            shutil.rmtree(target, ignore_errors=True)
+        os.replace(os.path.join(part, FILES[name]), target)
+    if proven:
+        write_text(os.path.join(part, "README.md"), card)
+        os.replace(os.path.join(part, "README.md"), os.path.join(out, "README.md"))
+        print(table(rows))
+        say(f"{out}: {', '.join(FILES[name] for name in proven)}, README.md")
+    return 0 if proven == formats else 1
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    command_line(main)

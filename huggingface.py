@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Hugging Face folders, both ways: the same models under other names.
+
+    checkpoint, tokenizer = read("SmolLM2-135M")    # config.json and *.safetensors, as a checkpoint of this project
+    write("exports/small/hf", model, tokenizer)     # a folder for AutoModelForCausalLM and AutoTokenizer
+
+Three architectures of the library transformers are this project's GPT with other names for its parts: GPT-2, Llama and
+Qwen3. So there are three things to translate, each by one table or rule that serves both directions: the settings
+(KINDS), the tensors (`their_names`, `parts`), and, outwards only, the tokenizer: a tokenizer.json from which the
+library `tokenizers` makes the same ids as ours. (bytebpe.py reads such files.) What would not be exactly the same is
+refused.
+"""
+import glob
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+
+import torch
+
+import bytebpe
+import tokenizer as tokenizers
+from config import UserError
+from model import GPT, GPTConfig, resolve
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The settings
+
+LLAMA = {  # their name of a setting: ours
+    "max_position_embeddings": "block_size", "vocab_size": "vocab_size", "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd",
+    "head_dim": "head_dim", "intermediate_size": "n_inner", "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_weights"}
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu")
+KINDS = {  # by model_type: the class; the settings; what they are where they are missing; our switches that it needs;
+    "gpt2": dict(  # and what config.json may not say otherwise, because this model does not have it
+        cls="GPT2LMHeadModel",
+        names={"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+               "n_embd": "n_embd", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps",
+               "tie_word_embeddings": "tie_weights"},
+        default=dict(n_inner=0, tie_word_embeddings=True),
+        ours=dict(pos="learned", norm="layernorm", qk_norm=False),
+        only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)),
+    "llama": dict(
+        cls="LlamaForCausalLM", names=LLAMA,
+        default=dict(num_key_value_heads=0, head_dim=0, tie_word_embeddings=False),
+        ours=dict(MODERN, qk_norm=False),
+        only=dict(hidden_act="silu")),
+    "qwen3": dict(
+        cls="Qwen3ForCausalLM", names=LLAMA,
+        default=dict(num_key_value_heads=0, head_dim=128, tie_word_embeddings=False),
+        ours=dict(MODERN, qk_norm=True, bias=False),
+        only=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)),
+}
+GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # theirs: ours; the first is GPT-2's
+
+
+def our_config(theirs):
+    """The GPTConfig for a config.json (a dict). Raises UserError for what this model does not have."""
+    def refuse(settings, **only):
+        for name, value in only.items():
+            if settings.get(name, value) != value:
+                raise UserError(f"config.json says {name}={settings[name]}; this model has only {value}",
+                                "use another model")
+
+    kind = KINDS.get(theirs.get("model_type"))
+    if kind is None:
+        raise UserError(f"config.json says model_type={theirs.get('model_type')}, which is none of {', '.join(KINDS)}",
+                        "use a model of one of these")
+    if theirs.get("quantization_config"):
+        raise UserError("the model is quantized: config.json has a quantization_config", "use one that is not")
+    refuse(theirs, **kind["only"])
+    try:
+        both = {**kind["default"], **{name: value for name, value in theirs.items() if value is not None}}
+        shape = {ours: both[name] for name, ours in kind["names"].items()} | kind["ours"]
+        if shape["pos"] == "learned":
+            shape.update(mlp=GELU[theirs["activation_function"]], bias=True)
+        else:
+            # transformers 5 keeps everything about rope in rope_parameters; 4 had rope_theta and rope_scaling.
+            rope = {**(theirs.get("rope_parameters") or {}), **(theirs.get("rope_scaling") or {})}
+            rope["rope_type"] = rope.get("type") or rope.get("rope_type") or "default"
+            refuse(rope, rope_type="default", partial_rotary_factor=1.0)
+            refuse({"layer_types": set(theirs.get("layer_types") or ["full_attention"])},
+                   layer_types={"full_attention"})
+            shape["rope_theta"] = float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0)
+            shape["bias"] = bool(theirs.get("attention_bias", False))
+            refuse(theirs, mlp_bias=shape["bias"])
+        return resolve(GPTConfig(**shape))
+    except KeyError as error:
+        raise UserError(f"config.json lacks or has an unknown {error}", "use another model") from None
+    except (AssertionError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json describes no model that can be built: {error}", "use another model") from None
+
+
+def their_kind(config):
+    """gpt2, llama or qwen3, by the switches of a GPTConfig. Raises UserError that names the one that none of them has.
+    """
+    kind = "gpt2" if config.pos == "learned" else "qwen3" if config.qk_norm else "llama"
+    needed = dict(KINDS[kind]["ours"])
+    if kind == "gpt2":
+        needed.update(n_kv_head=config.n_head, head_dim=config.n_embd // config.n_head)
+        if config.mlp == "swiglu":
+            needed["mlp"] = "gelu or gelu_exact"
+    if kind == "llama" and config.n_embd % config.n_head:  # (which Qwen3ForCausalLM does not ask for)
+        needed["n_embd"] = f"a multiple of n_head={config.n_head}"
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise UserError(f"{name}={getattr(config, name)}: with pos={config.pos}, transformers has "
+                            f"{KINDS[kind]['cls']}, where {name} is {value}",
+                            "--format=onnx, pt2 or torchscript, which hold every model")
+    return kind
+
+
+def their_config(config, dtype, ends):
+    """The config.json (a dict) of a GPTConfig. ends: {"bos_token_id": id, "eos_token_id": id}."""
+    kind = their_kind(config)
+    theirs = {name: getattr(config, ours) for name, ours in KINDS[kind]["names"].items()}
+    if kind == "gpt2":
+        theirs["activation_function"] = next(name for name, ours in GELU.items() if ours == config.mlp)
+        theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
+    else:
+        theirs.update(hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
+                      attention_bias=config.bias, mlp_bias=config.bias)
+    return dict(architectures=[KINDS[kind]["cls"]], model_type=kind, dtype=dtype, **ends, **theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tensors
+
+LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
+    "transformer.wte": ["model.embed_tokens"],
+    "transformer.ln_f": ["model.norm"],
+    "lm_head": ["lm_head"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
+
+
+def their_names(name, config):
+    """The names of their tensors that stand one above the other in our tensor `name`.
+
+    GPT-2's are ours. Llama and Qwen3 keep apart what is one product here: q, k and v; gate and value of the MLP.
+    """
+    if config.pos == "learned":
+        return [name]
+    stem, what = name.rsplit(".", 1)  # weight or bias
+    if not stem.startswith("transformer.h."):
+        return [f"{theirs}.{what}" for theirs in LLAMA_NAMES[stem]]
+    layer, stem = stem.removeprefix("transformer.h.").split(".", 1)
+    return [f"model.layers.{layer}.{theirs}.{what}" for theirs in LLAMA_NAMES[stem]]
+
+
+def parts(name, tensor, config):
+    """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
+
+    The padding of the vocabulary is left out. GPT-2's linear layers are stored transposed: (in, out), as in the
+    TensorFlow original.
+    """
+    if name in ("transformer.wte.weight", "lm_head.weight"):
+        tensor = tensor[:config.vocab_size]
+    names, sizes = their_names(name, config), [tensor.size(0)]
+    if len(names) == 3:
+        sizes = [config.n_head * config.head_dim] + [config.n_kv_head * config.head_dim] * 2
+    elif len(names) == 2:
+        sizes = [config.n_inner] * 2
+    transposed = config.pos == "learned" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return [(theirs, view.T if transposed else view) for theirs, view in zip(names, tensor.split(sizes))]
+
+
+def their_weights(model, dtype=torch.float32):
+    """{their name: tensor}: tied weights once, and zero biases where the class has some and the model has none."""
+    config, weights = model.config, {}
+    for name, ours in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_weights:
+            continue
+        for theirs, view in parts(name, ours, config):
+            weights[theirs] = view.to(dtype, copy=True).contiguous().cpu()
+            if config.pos == "learned" and not config.bias and name.startswith(("transformer.h.", "transformer.ln_f")):
+                weights[theirs.removesuffix("weight") + "bias"] = torch.zeros(ours.size(0), dtype=dtype)
+    return weights
+
+
+def our_weights(theirs, config, where):
+    """Their tensors {name: tensor} under our names, as a state_dict of GPT(config), in float32.
+
+    Raises UserError that names every tensor that is missing, misshapen, of a type without a fraction, or unknown.
+    """
+    with torch.device("meta"):  # shapes alone
+        ours = GPT(config).state_dict()
+    prefix = "transformer." if config.pos == "learned" else "model."
+    if not any(name.startswith(prefix) for name in theirs):  # saved without the head that predicts: GPT-2's own file
+        theirs = {name if name.startswith("lm_head.") else prefix + name: value for name, value in theirs.items()}
+    weights, wrong, seen = {}, [], {"lm_head.weight"} if config.tie_weights else set()
+    for name, shape in ours.items():
+        if name == "lm_head.weight" and config.tie_weights:
+            weights[name] = weights["transformer.wte.weight"]
+            continue
+        weights[name] = torch.zeros(shape.shape)  # the padding of the vocabulary stays zero
+        for part, view in parts(name, weights[name], config):
+            seen.add(part)
+            if part not in theirs:
+                wrong.append(f"no {part} {tuple(view.shape)}")
+            elif theirs[part].shape != view.shape:
+                wrong.append(f"{part} is {tuple(theirs[part].shape)}, not {tuple(view.shape)}")
+            elif theirs[part].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                wrong.append(f"{part} is {theirs[part].dtype}")
+            else:
+                view.copy_(theirs[part])
+    wrong += [f"{name} is unknown" for name in theirs if name not in seen and not name.endswith(BUFFERS)]
+    if wrong:
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise UserError(f"{where} does not hold what its config.json says: {'; '.join(wrong[:20])}{more}",
+                        "take its files from their source again, all of one model")
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder
+
+def is_folder(path):
+    """Is this a Hugging Face folder, rather than a run? It has their weights, or a config.json with a model_type."""
+    if any(os.path.exists(os.path.join(path, "model.safetensors" + end)) for end in ("", ".index.json")):
+        return True
+    try:
+        return "model_type" in read_json(os.path.join(path, "config.json"))
+    except UserError:
+        return False
+
+
+def read_json(path, missing=None):
+    """The dict in a JSON file. Raises UserError where it is none; `missing` stands for a file that does not exist."""
+    try:
+        if missing is not None and not os.path.exists(path):
+            return missing
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError("no object {...}")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+                        "take the folder's files from their source again") from None
+
+
+def read(folder):
+    """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is a dict like ours, in float32, on the CPU.
+
+    Beside what a checkpoint has: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
+    """
+    theirs = read_json(os.path.join(folder, "config.json"))
+    config = our_config(theirs)
+    tensors = read_tensors(folder)
+    if config.n_layer > len(tensors):
+        raise UserError(f"config.json says {config.n_layer:,} layers, but {folder} has only {len(tensors):,} tensors",
+                        "take its files from their source again, all of one model")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    weights = our_weights(tensors, config, folder)
+    tokenizer = tokenizers.load_from(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+                        f"{config.vocab_size:,}", "take its files from their source again, all of one model")
+    generation = read_json(os.path.join(folder, "generation_config.json"), missing={
+        name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs})
+    return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder], generation=generation,
+                dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32",
+                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
+
+
+def read_tensors(folder):
+    """All tensors {name: tensor} of model.safetensors, or of the files that model.safetensors.index.json names."""
+    safetensors = needs("safetensors", "Hugging Face folders")
+    index, single = os.path.join(folder, "model.safetensors.index.json"), os.path.join(folder, "model.safetensors")
+    if os.path.exists(single):
+        files = ["model.safetensors"]
+    elif os.path.exists(index):
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        has = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
+        raise UserError(f"{folder} has no model.safetensors" + (f", only {', '.join(has[:3])}" if has else ""),
+                        "take a folder with safetensors; transformers writes it with save_pretrained" if has
+                        else "take the folder's files from their source again")
+    tensors = {}
+    for name in files:
+        path = os.path.join(folder, os.path.basename(name))
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing, one of {len(files)} files", "take it from the folder's source") \
+                from None
+        except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}", "take it from the folder's source again") from None
+    return tensors
+
+
+def needs(package, what):
+    """Import an optional package. Raises UserError with the command that installs it."""
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UserError(f"{what} need the package {package}", f"pip install {package}") from None
+
+
+def write(folder, model, tokenizer, dtype=torch.float32, generation=None):
+    """Write a folder from which AutoModelForCausalLM and AutoTokenizer load this model. Raises UserError, OSError."""
+    safetensors = needs("safetensors", "Hugging Face folders")
+    from safetensors.torch import save_file
+    end = tokenizer.special.get(tokenizers.END_OF_TEXT)
+    start, stop = ((tokenizer.special.get(getattr(tokenizer, "settings", {}).get(name), end))
+                   for name in ("bos_token", "eos_token"))
+    ends = dict(bos_token_id=start, eos_token_id=stop)
+    config = their_config(model.config, str(dtype).removeprefix("torch."), ends)
+    files = tokenizer_files(tokenizer, model.config.block_size)
+    generation = generation or dict(ends, pad_token_id=stop, do_sample=True, temperature=0.8, top_k=50)
+    os.makedirs(folder, exist_ok=True)
+    for name, value in {"config.json": config, "generation_config.json": generation}.items():
+        files[name] = json.dumps(value, indent=1).encode()
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    if tokenizer.kind != "hugging_face":  # so that the folder comes back with the very same one
+        tokenizer.save(os.path.join(folder, "tokenizer"))
+    path = os.path.join(folder, "model.safetensors")
+    try:
+        save_file(their_weights(model, dtype), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from None
+    shutil.copymode(os.path.join(folder, "config.json"), path)  # it would be for its owner alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer, as a tokenizer.json
+
+WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer", *bytebpe.PARTS}
+
+
+def tokenizer_files(tokenizer, context):
+    """{name: bytes}: tokenizer.json and tokenizer_config.json. Raises UserError for what they cannot hold.
+
+    The class is always PreTrainedTokenizerFast, which takes tokenizer.json as it is: those that are named after a model
+    put a pre-tokenizer of their own in the place of the one written there.
+    """
+    if tokenizer.kind == "hugging_face":
+        files = {name: content for name, content in tokenizer.files.items() if name in bytebpe.PARTS}
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    else:
+        make = {"char": char_json, "bpe": bpe_json, "unigram": unigram_json, "tiktoken": byte_json}[tokenizer.kind]
+        files = {"tokenizer.json": json.dumps(make(tokenizer), ensure_ascii=False).encode()}
+        end = tokenizers.END_OF_TEXT if tokenizers.END_OF_TEXT in tokenizer.special else None
+        settings = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=end, model_max_length=context,
+                        clean_up_tokenization_spaces=False)
+        settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {**files, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+
+
+def spec(model, special, pre_tokenizer=None, decoder=None):
+    """A whole tokenizer.json: nothing is normalized, nothing is put before or behind the text."""
+    added = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+             for text, i in sorted(special.items(), key=lambda item: item[1])]
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                pre_tokenizer=pre_tokenizer, post_processor=None, decoder=decoder, model=model)
+
+
+def split(regex, behavior="Isolated"):
+    return dict(type="Split", pattern=dict(Regex=regex), behavior=behavior, invert=False)
+
+
+FUSE = dict(type="Fuse")
+ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
+BYTES_AND_TEXT = dict(type="Sequence", decoders=[dict(type="ByteFallback"), FUSE])
+
+
+def char_json(tokenizer):
+    """Every character is a word. One that has no id is an error there too."""
+    vocabulary = {c: i for i, c in enumerate(tokenizer.characters, len(tokenizer.special))} | tokenizer.special
+    return spec(dict(type="WordLevel", vocab=vocabulary, unk_token="<no such character>"), tokenizer.special,
+                split(r"[\s\S]"), FUSE)
+
+
+def bpe_json(tokenizer):
+    """SentencePiece's BPE: the whole text is one word, and a space is a character like others, not U+2581."""
+    processor = tokenizer.processor
+    pieces, scores = readable_pieces(tokenizer), [processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    normal = [i for i in range(tokenizer.vocab_size)
+              if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    order = [pieces[i] for i in sorted(normal, key=lambda i: -scores[i])]  # the highest score is merged first
+    merges, unreachable = merges_of(order)
+    if unreachable:
+        raise UserError(f"{len(unreachable)} pieces of this tokenizer, such as {unreachable[0]!r}, are made in a way "
+                        "that tokenizer.json cannot describe", "--format=onnx, pt2 or torchscript")
+    return spec(dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                     fuse_unk=False, byte_fallback=True, ignore_merges=False,
+                     vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges),
+                tokenizer.special, decoder=BYTES_AND_TEXT)
+
+
+def unigram_json(tokenizer):
+    """SentencePiece's unigram model: the same scores, and the likeliest way to cut the text."""
+    processor, pieces = tokenizer.processor, readable_pieces(tokenizer)
+    scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    if any(score * tokenizers.SCORE_STEPS % 1 for score in scores):
+        raise UserError("this unigram tokenizer was learned by an older version of this project: its scores cannot be "
+                        "added exactly, and other programs would cut some texts otherwise",
+                        "learn it anew; or --format=onnx, pt2 or torchscript")
+    # Text that spells the name of a byte must not find it in the vocabulary. Before a digit a piece ends anyway.
+    return spec(dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores))),
+                {pieces[0]: 0, **tokenizer.special}, split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"), BYTES_AND_TEXT)
+
+
+def readable_pieces(tokenizer):
+    """SentencePiece's pieces with spaces for its U+2581, so that a real U+2581 has none and is spelled in bytes."""
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(i).replace(tokenizers.SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]
+    pieces[0] = "<|unk|>"  # (id 0, which no text becomes: "<unk>" in a text is text)
+    return pieces
+
+
+def byte_json(tokenizer):
+    """tiktoken's encodings: bytes are written as visible characters."""
+    visible = {byte: character for character, byte in bytebpe.byte_alphabet().items()}
+    tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    merges, unreachable = merges_of(tokens)
+
+    def shown(token):
+        return "".join(visible[byte] for byte in token)
+
+    if tokenizer.name not in ENCODINGS:
+        raise UserError(f"the regular expression of {tokenizer.name} was not compared with the library's, only "
+                        f"those of {', '.join(ENCODINGS)}", "--format=onnx, pt2 or torchscript")
+    # In the library's dialect, {1,3}+ would repeat, and $ is the end of every line. Without the marks that only save
+    # time ("++" never gives back what it took) both mean the same.
+    regex = re.sub(r"([+*?}])\+", r"\1", tokenizer.pattern).replace("$", r"\z")
+    is_gpt2 = regex.replace(r"\s+\z|\s+(?!\S)|\s", r"\s+(?!\S)|\s+") == bytebpe.GPT2  # which ByteLevel has by itself
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=is_gpt2)
+    steps = byte_level if is_gpt2 else dict(type="Sequence", pretokenizers=[split(regex), byte_level])
+    return spec(dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                     fuse_unk=False, byte_fallback=False, ignore_merges=bool(unreachable),  # a whole word is a token
+                     vocab={shown(token): tokenizer.ranks[token] for token in tokens} | tokenizer.special,
+                     merges=[(shown(a), shown(b)) for a, b in merges]),
+                tokenizer.special, steps, dict(byte_level, use_regex=True))
+
+
+def merges_of(order):
+    """The pairs that BPE joins, in their order, from its tokens (text or bytes) in the order of their ranks.
+
+    A token is made by joining what the merges before it make of its characters or bytes. Returns ([(left, right)],
+    the tokens that are longer than one character or byte and cannot be made so).
+    """
+    rank, merges, unreachable = {token: i for i, token in enumerate(order)}, [], []
+    for limit, token in enumerate(order):
+        symbols = [token[i:i + 1] for i in range(len(token))]
+        while len(symbols) > 2:
+            ranks = [rank.get(a + b, limit) for a, b in zip(symbols, symbols[1:])]
+            best = min(ranks)
+            if best >= limit:
+                break
+            at = ranks.index(best)
+            symbols[at:at + 2] = [symbols[at] + symbols[at + 1]]
+        if len(symbols) == 2:
+            merges.append(tuple(symbols))
+        elif len(symbols) > 2:
+            unreachable.append(token)
+    return merges, unreachable

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Reading an export back: what other people's programs do with it. Nothing of this project is imported here.
+
+    python -I readback.py exports/small/model.onnx questions.pt answers.pt
+
+export.py runs this after writing a file, in a process of its own that cannot see this folder (-I), and compares the
+answers with those of the model. It is also where to look up how each format is read: one function per format. Each
+returns a step: step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids that come after
+the past; the past is None at the beginning, and afterwards whatever the step before returned.
+"""
+import sys
+import time
+
+import torch
+
+
+def open_hugging_face(path):
+    """A folder, read by transformers."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def step(idx, past):
+        out = model(idx, past_key_values=past, use_cache=True)
+        return out.logits, out.past_key_values
+    return step
+
+
+def open_onnx(path):
+    """A graph with a cache, run by onnxruntime: keys and values go in, and come out longer."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]  # input_ids, past_key_values.0.key, ...
+    heads, head_dim = (session.get_inputs()[1].shape[i] for i in (1, 3))
+
+    def step(idx, past):
+        if past is None:  # a past of length 0
+            past = [torch.zeros(idx.size(0), heads, 0, head_dim).numpy()] * (len(names) - 1)
+        logits, *present = session.run(None, dict(zip(names, [idx.numpy(), *past])))
+        return torch.from_numpy(logits), present
+    return step
+
+
+def open_torchscript(path):
+    return without_cache(torch.jit.load(path))
+
+
+def open_pt2(path):
+    """A program of torch.export."""
+    return without_cache(torch.export.load(path).module())
+
+
+def without_cache(forward):
+    """A step for a graph that keeps nothing: it reads the whole text again each time."""
+    def step(idx, past):
+        idx = idx if past is None else torch.cat((past, idx), dim=1)
+        return forward(idx), idx
+    return step
+
+
+def greedy(step, prompt, n):
+    """The n likeliest tokens after the prompt (1, T), one after the other: (n,)."""
+    tokens, new, past = [], prompt, None
+    for _ in range(n):
+        logits, past = step(new, past)
+        new = logits[:, -1].argmax(dim=-1, keepdim=True)
+        tokens.append(new.item())
+    return torch.tensor(tokens)
+
+
+OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the file's ending; a folder is Hugging Face's
+
+
+@torch.no_grad()
+def answer(path, questions):
+    """questions: batches [idx (B, T)], their positions [(n,)] at which logits are asked for; prompt, n; lines of text.
+
+    Returns a dict: logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids, of the lines.
+    """
+    ending = path.rpartition(".")[2]
+    started = time.perf_counter()
+    step = OPEN.get(ending, open_hugging_face)(path)
+    load_seconds = time.perf_counter() - started
+    logits = [step(idx, None)[0][:, at] for idx, at in zip(questions["batches"], questions["positions"])]
+    prompt, n = questions["prompt"], questions["n"]
+    tokens = greedy(step, prompt, n)
+    started = time.perf_counter()
+    greedy(step, prompt, n)  # once more: the first time, some of them still compile something
+    rate = n / (time.perf_counter() - started)
+    ids = None
+    if ending not in OPEN:
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        ids = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in questions["lines"]]
+    return dict(logits=logits, tokens=tokens, load_seconds=load_seconds, tokens_per_second=rate, ids=ids)
+
+
+if __name__ == "__main__":
+    path, questions, answers = sys.argv[1:]
+    torch.save(answer(path, torch.load(questions)), answers)

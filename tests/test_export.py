@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""export.py: every format survives, proves itself, and is refused by name where it cannot hold a model."""
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, error, random_model, script
+
+import export
+import huggingface
+import model as model_file
+import readback
+import runtime
+import tokenizer as tokenizers
+
+for package in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))))  # 101 tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any model
+
+
+def random_shape(rng):
+    """A tiny configuration with every switch at random and sizes that nobody would choose."""
+    head, kv = rng.choice([(1, 1), (2, 1), (3, 3), (4, 2), (6, 3)])
+    shape = dict(n_layer=rng.choice([1, 2]), n_head=head, n_kv_head=kv, head_dim=rng.choice([2, 6, 10]),
+                 n_embd=rng.choice([7, 20, 33]), n_inner=rng.choice([0, 5, 31]), block_size=rng.choice([8, 21, 70]),
+                 vocab_size=rng.choice([101, 127, 128, 129]), pos=rng.choice(["learned", "rope"]),
+                 norm=rng.choice(["layernorm", "rmsnorm"]), mlp=rng.choice(["gelu", "gelu_exact", "swiglu"]),
+                 qk_norm=rng.random() < 0.5, bias=rng.random() < 0.5, tie_weights=rng.random() < 0.5,
+                 rope_theta=rng.choice([500.0, 10000.0]), norm_eps=rng.choice([1e-3, 1e-6]))
+    if rng.random() < 0.6:  # most of them are no model of transformers: make this one
+        shape.update(rng.choice([
+            dict(pos="learned", norm="layernorm", mlp=rng.choice(["gelu", "gelu_exact"]), qk_norm=False, head_dim=0,
+                 n_kv_head=0, n_embd=5 * head),
+            dict(FAMILIES["llama"], n_kv_head=kv, n_embd=7 * head, bias=shape["bias"], rope_theta=shape["rope_theta"]),
+            dict(FAMILIES["modern"], bias=False)]))
+    return shape
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models_survive_every_format_that_can_hold_them(here, seed):
+    shape = random_shape(random.Random(seed))
+    model = random_model(seed, **shape)
+    run = dict(settings={}, tokenizer_sha256="")
+    questions, ours = export.ask(model, run, CHARACTERS)
+    assert {idx.size(1) for idx in questions["batches"]} == {1, 7, shape["block_size"]}
+    assert ours["logits"][0].std() > 0.1
+    formats = ["hf", "pt2", "torchscript"] + ["onnx"] * (seed % 2)  # (onnx takes its time)
+    for name in formats:
+        path = str(here / export.FILES[name])
+        try:
+            if name == "hf":
+                huggingface.write(path, model, CHARACTERS)
+            else:
+                with export.quiet():
+                    export.WRITE[name](model, path)
+        except export.UserError as refusal:
+            assert name == "hf"
+            switch, value = re.match(r"(\w+)=(\w+): ", refusal.fact).groups()
+            assert str(getattr(model.config, switch)) == value
+            continue
+        _, what, passes = export.compare(model, questions, ours, readback.answer(path, questions))
+        assert passes, f"{name} of {shape}: {what}"
+
+
+def test_random_models_cover_every_switch():
+    shapes = [random_shape(random.Random(seed)) for seed in range(12)]
+    for name, values in dict(pos=2, norm=2, mlp=3, qk_norm=2, bias=2, tie_weights=2, block_size=3).items():
+        assert len({shape[name] for shape in shapes}) == values, name
+    kinds = set()
+    for shape in shapes:
+        with contextlib.suppress(export.UserError):
+            kinds.add(huggingface.their_kind(model_file.resolve(model_file.GPTConfig(**shape))))
+    assert kinds == {"gpt2", "llama", "qwen3"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A trained run
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    """tiny_run's model in all formats, as a user exports it: (the folder, what was printed)."""
+    out = tmp_path_factory.mktemp("exports") / "words"
+    done = script("export.py", "out/words", f"--out={out}", cwd=tiny_run)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_trained_run_in_every_format(tiny_run, exported):
+    """The same greedy text as sample.py everywhere; nothing else lies in the folder; the card has the facts."""
+    out, done = exported
+    assert sorted(os.listdir(out)) == ["README.md", "hf", "model.onnx", "model.pt2", "model.ts"]
+    assert done.stderr.count("the same 24 greedy tokens") == 4 and "the same ids in all of" in done.stderr
+    assert done.stderr.count("TorchScript") == 1
+    assert len(re.findall(r"^\| .* MB \| [\d.]+ s \| [\d,]+ \|", done.stdout, re.M)) == 5
+    text = script("sample.py", "out/words", "--prompt=the", "--temperature=0", "--max_new_tokens=25", "--ignore_eos",
+                  cwd=tiny_run).stdout.rstrip("\n")
+    model, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
+    prompt = torch.tensor([tokenizer.encode("the")])
+    for name, file in export.FILES.items():
+        path = str(out / file)
+        reader = readback.OPEN.get(path.rpartition(".")[2], readback.open_hugging_face)
+        with torch.no_grad():
+            ids = readback.greedy(reader(path), prompt, 25)
+        assert "the" + tokenizer.decode(ids.tolist()) == text, name
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card == (out / "hf/README.md").read_text(encoding="utf-8")
+    for fact in (f"{model.n_params():,}", "2 layers, 32 wide", "words.txt", f"{run['val_loss']:.4f} nats per token",
+                 f"{run['val_bpb']:.4f} bits per byte", f"{40 * 4 * 32:,} in 40 updates"):
+        assert fact in card, fact
+
+
+def test_formats_are_read_without_this_project(exported, tmp_path):
+    """TorchScript and pt2 in a process that cannot import this folder, several lengths up to the context."""
+    out, _ = exported
+    code = ("import sys, torch\n"
+            "model = torch.jit.load(sys.argv[1]) if sys.argv[1].endswith('.ts') else "
+            "torch.export.load(sys.argv[1]).module()\n"
+            "shapes = [(1, 1), (3, 7), (2, 32)]\n"
+            "print([list(model(torch.zeros(*shape, dtype=torch.long)).shape[:2]) for shape in shapes])\n"
+            "assert not any('OpenLLM' in name or name in ('model', 'config', 'runtime') for name in sys.modules)\n"
+            "try: model(torch.zeros(1, 33, dtype=torch.long))\n"
+            "except Exception as error: print('too long')\n")
+    for file in ("model.ts", "model.pt2"):
+        done = subprocess.run([sys.executable, "-I", "-c", code, out / file], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.stdout == "[[1, 1], [3, 7], [2, 32]]\ntoo long\n", done.stderr
+
+
+def test_the_onnx_graph_has_the_names_of_optimum(exported):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(exported[0] / "model.onnx")
+    pairs = [f"{layer}.{what}" for layer in range(2) for what in ("key", "value")]
+    assert [entry.name for entry in session.get_inputs()] == [
+        "input_ids", *(f"past_key_values.{pair}" for pair in pairs)]
+    assert [entry.name for entry in session.get_outputs()] == ["logits", *(f"present.{pair}" for pair in pairs)]
+    assert [entry.shape[1:2] + entry.shape[3:] for entry in session.get_inputs()[1:]] == [[2, 16]] * 4
+
+
+def test_the_onnx_cache_at_every_border(exported, tiny_run):
+    """A past of 0, 1 or more, and 1 or more tokens after it, for one text and for three, equal the whole at once."""
+    model = runtime.load_run(str(tiny_run / "out/words"))[0]
+    step = readback.open_onnx(str(exported[0] / "model.onnx"))
+    for B in (1, 3):
+        for past, T in ((0, 1), (0, 32), (1, 1), (1, 5), (5, 1), (7, 9), (31, 1)):
+            idx = torch.randint(model.config.vocab_size, (B, past + T))
+            before = step(idx[:, :past], None)[1] if past else None
+            with torch.no_grad():
+                assert (step(idx[:, past:], before)[0] - model(idx)[:, past:]).abs().max() < 1e-4, (B, past, T)
+
+
+def test_the_ten_line_loader_of_the_readme(tiny_run, tmp_path):
+    """PyTorch native: best.pt without runtime.py."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "best.pt" in block)
+    assert code.count("\n") <= 10
+    code = code.replace("out/small", str(tiny_run / "out/words"))
+    done = subprocess.run([sys.executable, "-c", code + "\nprint(logits.double().sum().item())"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer, _ = runtime.load_run(str(tiny_run / "out/words"))
+    with torch.no_grad():
+        expected = model(torch.tensor([tokenizer.encode("the")])).double().sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Others' programs
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "modern"])
+def test_ctranslate2_accepts_the_folder(here, family):
+    """A runtime by neither transformers nor this project converts the folder, and gives the same tokens."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    from ctranslate2.converters import TransformersConverter
+    model = random_model(vocab_size=101, **FAMILIES[family])
+    huggingface.write("hf", model, CHARACTERS)
+    TransformersConverter("hf").convert("converted")
+    text = "the old man"
+    ids, names = CHARACTERS.encode(text), json.loads((here / "hf/tokenizer.json").read_text())["model"]["vocab"]
+    names = {i: name for name, i in names.items()}
+    generator = ctranslate2.Generator("converted")
+    logits = torch.from_numpy(numpy.array(generator.forward_batch([[names[i] for i in ids]])))
+    with torch.no_grad():
+        assert (logits - model(torch.tensor([ids]))).abs().max() < 1e-4
+    tokens = [token.item() for token in model.generate(torch.tensor([ids]), 10)]
+    found = generator.generate_batch([[names[i] for i in ids]], max_length=10, sampling_topk=1, end_token=[],
+                                     include_prompt_in_result=False)
+    assert found[0].sequences_ids[0][:10] == tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can go wrong
+
+
+def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys):
+    """A mistake in one format (an epsilon): exit code 1, that file is not there, the others are."""
+    write = export.WRITE["pt2"]
+
+    def mistaken(model, path):
+        model.transformer.ln_f.eps, eps = 1e-2, model.transformer.ln_f.eps
+        write(model, path)
+        model.transformer.ln_f.eps = eps
+    monkeypatch.setitem(export.WRITE, "pt2", mistaken)
+    with contextlib.chdir(tiny_run):
+        assert export.main(["out/words", "--format=pt2,torchscript", f"--out={here}/x"]) == 1
+    assert sorted(os.listdir("x")) == ["README.md", "model.ts"]
+    assert "pt2: logits within" in (said := capsys.readouterr().err) and "not the same, so it is not kept" in said
+
+
+def test_other_ids_and_other_tokens_are_noticed():
+    model = random_model()
+    questions, ours = export.ask(model, dict(settings={}, tokenizer_sha256=""), CHARACTERS)
+    same = dict(ours)
+    assert export.compare(model, questions, ours, same)[2]
+    assert not export.compare(model, questions, ours, dict(same, ids=[[1]] + ours["ids"][1:]))[2]
+    other = ours["tokens"].clone()
+    other[3] = (other[3] + 1) % 100
+    what, passes = export.compare(model, questions, ours, dict(same, tokens=other))[1:]
+    assert "greedy token 4 of 16 is the first that differs" in what and not passes
+    assert not export.compare(model, questions, ours, dict(same, logits=[ours["logits"][0] * torch.nan]))[2]
+
+
+def test_errors(tiny_run, here, monkeypatch):
+    run = str(tiny_run / "out/words")
+    assert error(export.main, run, "--format=gguf")[0] == "there is no format 'gguf'"
+    assert "there is no run nowhere" in error(export.main, "nowhere")[0]
+    (here / "empty").mkdir()
+    assert "there is no trained model in empty" in error(export.main, "empty")[0]
+    (here / "mine/hf").mkdir(parents=True)
+    (here / "mine/hf/thesis.txt").write_text("x")
+    assert "mine/hf holds thesis.txt" in error(export.main, run, "--out=mine", "--format=hf")[0]
+    (here / "file").write_text("x")
+    assert "cannot write file" in error(export.main, run, "--out=file", "--format=pt2")[0]
+    for package in ("onnx", "onnxruntime", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    fact, fix = error(export.main, run, "--out=y")
+    assert fact == "these exports need packages that are not installed: transformers, onnx, onnxruntime"
+    assert fix.startswith("pip install transformers onnx onnxruntime; ") and not os.path.exists("y")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert error(lambda _: huggingface.read_tensors("y"))[1] == "pip install safetensors"
+    assert os.listdir(here / "mine/hf") == ["thesis.txt"] and not os.path.exists("exports")
+
+
+def save_run(folder, tiny_run, **shape):
+    """A run folder with a random model of that shape, and tiny_run's tokenizer."""
+    import shutil
+    _, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
+    model = random_model(vocab_size=tokenizer.vocab_size, **shape)
+    os.makedirs(folder)
+    settings = {**run["settings"], **vars(model.config)}
+    runtime.save_checkpoint(f"{folder}/best.pt", {**run, "settings": settings, "model": model.state_dict()})
+    shutil.copytree(tiny_run / "out/words/tokenizer", f"{folder}/tokenizer")
+
+
+def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
+    save_run("a", tiny_run, norm="rmsnorm")
+    assert error(export.main, "a", "--format=hf")[0].startswith("norm=rmsnorm: ")
+    assert export.choose_formats(export.ExportConfig(), *runtime.load_run("a")[:2]) == ["onnx", "torchscript", "pt2"]
+    assert "note: no hf: norm=rmsnorm" in capsys.readouterr().err
+    save_run("b", tiny_run, block_size=4)
+    assert "block_size=4 is too short" in error(export.main, "b", "--format=onnx")[0]
+    model, tokenizer, _ = runtime.load_run("a")
+    model.huge = torch.nn.Parameter(torch.empty(1).expand(600_000_000), requires_grad=False)
+    assert "larger than 2 GB" in error(lambda _: export.choose_formats(
+        export.ExportConfig(format=["onnx"]), model, tokenizer))[0]
+
+
+@pytest.mark.parametrize("format", export.FILES)
+def test_a_full_disk(tiny_run, here, format):
+    """Wherever the writing stops, there is one error, what was there before stays, and nothing else is left."""
+    (here / "x").mkdir()
+    (here / "x/README.md").write_text("before")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    done = subprocess.run([sys.executable, ROOT / "export.py", tiny_run / "out/words", f"--out={here}/x",
+                           f"--format={format}"], capture_output=True, text=True, preexec_fn=limit, cwd=here)
+    assert done.returncode == 1 and done.stderr.count("error: cannot write") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(here / "x") == ["README.md"] and (here / "x/README.md").read_text() == "before"
+
+
+def test_a_type_of_16_bits(tiny_run, here):
+    """--dtype: the tensors of hf/ have it, and what comes back are the rounded weights."""
+    with contextlib.chdir(tiny_run):
+        assert export.main(["out/words", "--format=hf", "--dtype=bfloat16", f"--out={here}/x"]) == 0
+    tensors = huggingface.read_tensors("x/hf")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((here / "x/hf/config.json").read_text())["dtype"] == "bfloat16"
+    with contextlib.chdir(here):  # a folder keeps its type
+        assert export.main(["x/hf", "--format=hf", "--out=y"]) == 0
+    again = huggingface.read_tensors("y/hf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
