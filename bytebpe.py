@@ -131,7 +131,10 @@ class ByteBPETokenizer:
         forged = re.compile(alternatives(wholes))
         guarded = changed(messages, lambda text: forged.sub(lambda found: mark.join(found[0]), text))
         text = render(self.template, messages=guarded, add_generation_prompt=answer, **self.settings)
-        return self.encode_with(wholes, text, hidden=mark).tolist()
+        ids = self.encode_with(wholes, text, hidden=mark).tolist()
+        if not ids:
+            raise UserError("the chat template makes nothing of these messages", CHAT_FIX)
+        return ids
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -221,7 +224,7 @@ def from_hugging_face(folder):
     files = {}
     try:
         for name in PARTS:
-            if os.path.exists(os.path.join(folder, name)):
+            if os.path.isfile(os.path.join(folder, name)):
                 with open(os.path.join(folder, name), "rb") as file:
                     files[name] = file.read()
         spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))

@@ -19,7 +19,9 @@ for several texts at once, and the 64 likeliest tokens one after the other. Only
 it differs by more than it may.
 """
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -52,7 +54,8 @@ PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript"
 class ExportConfig:
     format: list[str] = field(default_factory=lambda: ["all"])  # hf, onnx, torchscript, pt2; several times; or all
     out: str = ""  # the folder to write into; exports/NAME of the run by default
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the tensors in hf; auto: as they came
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
+    # keep weights of 16 bits as float32 numbers)
     # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the RUN as well
@@ -218,7 +221,8 @@ def prove(path, questions, folder):
 
 def compare(model, questions, ours, theirs):
     """(the largest difference of a logit, the comparison in words, whether it passes)."""
-    difference = max((a - b).abs().max().item() for a, b in zip(ours["logits"], theirs["logits"]))
+    pairs = zip(ours["logits"], theirs["logits"])
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()  # (of torch: a NaN stays one)
     allowed = max(TOLERANCE, RELATIVE * max(logits.abs().max().item() for logits in ours["logits"]))
     passes = difference <= allowed  # (a NaN is not)
     what, n = f"logits within {difference:.1e} ({allowed:.1e} is allowed)", questions["n"]
@@ -244,10 +248,10 @@ def compare(model, questions, ours, theirs):
 
 
 def licence(source):
-    return next((text for name, text in LICENCES.items() if source.split()[0] == name), "that of its owner")
+    return next((text for name, text in LICENCES.items() if source.split()[:1] == [name]), "that of its owner")
 
 
-def model_card(name, model, run, rows):
+def model_card(name, model, run, measured):
     """README.md of an export: what this is, from what it was made, how good it is, and how to use it."""
     c, settings = model.config, run["settings"]
     switches = f"pos={c.pos} norm={c.norm} mlp={c.mlp} qk_norm={c.qk_norm} bias={c.bias} tie_weights={c.tie_weights}"
@@ -282,7 +286,7 @@ pipeline_tag: text-generation
 Each file was read back by the library that it is made for, without the program that wrote it, and compared with the
 model on real text, in float32; the last column is the largest difference of a logit.
 
-{table(rows)}
+{measured}
 
 ## Use
 
@@ -303,8 +307,9 @@ the next step. TorchScript and pt2: `torch.jit.load("model.ts")(ids)` and
 
 
 def table(rows):
-    lines = [f"| {row['format']} | {row['size'] / 1e6:,.1f} MB | {row['load']:.2f} s | {row['rate']:,.0f} | "
-             f"{row['difference']} |" for row in rows]
+    """{file: what was measured} as Markdown."""
+    lines = [f"| {file} | {row['size'] / 1e6:,.1f} MB | {row['load']:.2f} s | {row['rate']:,.0f} | "
+             f"{row['difference']} |" for file, row in rows.items()]
     return "\n".join(["| format | size | load time | tokens/s | largest difference |", "|---|---|---|---|---|", *lines])
 
 
@@ -318,40 +323,81 @@ def size_of(path):
 
 def choose_formats(settings, model, tokenizer):
     """The formats to write, after every check that needs no writing. Raises UserError."""
-    asked = [name for entry in settings.format for name in entry.split(",")]
-    formats = list(FILES) if "all" in asked else list(dict.fromkeys(asked))
-    for name in formats:
-        if name not in FILES:
+    asked = list(dict.fromkeys(name for entry in settings.format for name in entry.split(",")))
+    for name in asked:
+        if name not in (*FILES, "all"):
             raise UserError(f"there is no format {name!r}", f"--format={', '.join(FILES)} or all")
+    formats = list(FILES) if "all" in asked else asked
     missing = [package for name in formats for package in PACKAGES.get(name, ()) if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
                         f"pip install {' '.join(missing)}; or --format=pt2, which needs none")
-    if "hf" in formats:
+    holds = []
+    for name in formats:
         try:
-            huggingface.their_kind(model.config)
-            huggingface.tokenizer_files(tokenizer, model.config.block_size)
+            check_format(name, model, tokenizer)
+            holds.append(name)
         except UserError as error:
             if "all" not in asked:
                 raise
-            note(f"no hf: {error.fact}")
-            formats.remove("hf")
-    if model.config.block_size < 8 and set(formats) & set(WRITE):
+            note(f"no {name}: {error.fact}")
+    if not holds:
+        raise UserError("no format can hold this model", "see the notes above")
+    return holds
+
+
+def check_format(name, model, tokenizer):
+    """Raises UserError where this format cannot hold this model."""
+    if name == "hf":
+        huggingface.their_kind(model.config)
+        huggingface.tokenizer_files(tokenizer, model.config.block_size)
+    elif model.config.block_size < 8:
         raise UserError(f"block_size={model.config.block_size} is too short to record a graph, which takes 8 tokens",
                         "--format=hf")
-    if "onnx" in formats and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
+    elif name == "onnx" and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
         raise UserError("an ONNX file cannot be larger than 2 GB, and this model is", "--format=hf or pt2")
-    return formats
 
 
-def check_room(out, formats):
-    """Before anything is written: what an export would replace must be an export."""
-    target = os.path.join(out, "hf")
-    if "hf" in formats and os.path.isdir(target):
-        others = sorted(set(os.listdir(target)) - huggingface.WRITTEN - {"README.md"})
+def earlier(out, formats, weights):
+    """The rows of export.json: what was exported to `out` before and stays. Raises UserError where that does not fit.
+
+    Nothing is replaced that no export has written, and models are not mixed: the other formats must have these weights.
+    """
+    path = os.path.join(out, "export.json")
+    before = huggingface.read_json(path, missing={})
+    rows = before.get("rows") or {}
+    for file in [FILES[name] for name in formats] + ["README.md"]:
+        if os.path.lexists(os.path.join(out, file)) and not (file in rows or file == "README.md" and rows):
+            raise UserError(f"{os.path.join(out, file)} is there, and no export has written it", "--out=ANOTHER_FOLDER")
+    if os.path.isdir(os.path.join(out, "hf")) and "hf" in formats:
+        others = sorted(set(os.listdir(os.path.join(out, "hf"))) - huggingface.WRITTEN - {"README.md"})
         if others:
-            raise UserError(f"{target} holds {others[0]}, which no export has written, and would be replaced",
+            raise UserError(f"{out}/hf holds {others[0]}, which no export has written, and would be replaced",
                             "--out=ANOTHER_FOLDER")
+    stays = {file: row for file, row in rows.items() if file not in [FILES[name] for name in formats]}
+    if stays and before.get("weights") != weights:
+        raise UserError(f"{out} holds exports of other weights: {', '.join(stays)}",
+                        "--format=all, which replaces them; or --out=ANOTHER_FOLDER")
+    return stays
+
+
+def publish(new, target, aside):
+    """Give a proven export its name. Of a folder, the one before is put aside first, and comes back if that fails."""
+    if os.path.isdir(target):
+        os.replace(target, aside)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if os.path.isdir(aside):
+            os.replace(aside, target)
+        raise
+
+
+def fingerprint(model):
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy())
+    return digest.hexdigest()
 
 
 def main(argv):
@@ -363,39 +409,52 @@ def main(argv):
     formats = choose_formats(settings, model, tokenizer)
     folder = os.path.abspath(run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]))
     out = settings.out or os.path.join("exports", os.path.basename(folder))
-    check_room(out, formats)
-    dtype = getattr(torch, run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype)
+    dtype = settings.dtype if settings.dtype != "auto" else run["dtype"] if os.path.isdir(run["path"]) else "float32"
+    dtype = getattr(torch, dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # as they will be in the files, and as they will be compared
+            rounded = p.to(dtype).float()
+            if not torch.isfinite(rounded).all():
+                raise UserError(f"{name} has a weight of {p[~torch.isfinite(rounded)][0].item():g}, which is no number "
+                                f"in {settings.dtype}", "--dtype=bfloat16 or float32; or another checkpoint")
+            p.copy_(rounded)
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
     part = os.path.join(out, ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)  # what a kill left
-        os.makedirs(part)
-        return export(model, tokenizer, run, formats, dtype, out, part)
+        os.makedirs(out, exist_ok=True)
+        with runtime.RunFolder(out):
+            if os.path.isdir(os.path.join(part, "before")) and not os.path.exists(os.path.join(out, "hf")):
+                os.replace(os.path.join(part, "before"), os.path.join(out, "hf"))  # killed while it was put aside
+            stays = earlier(out, formats, fingerprint(model))
+            shutil.rmtree(part, ignore_errors=True)  # what a kill left
+            os.makedirs(part)
+            try:
+                return export(model, tokenizer, run, formats, dtype, out, part, stays)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except ImportError as error:
+        raise UserError(f"a package that exports need is broken: {error}", "install it anew, in a new environment") \
+            from None
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) and "write" not in str(error):
             raise
         raise UserError(f"cannot write {out}: {getattr(cause, 'strerror', None) or error}",
-                        "make room, or --out=ANOTHER_FOLDER; what was there before is unchanged", code=1) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+                        "make room, or --out=ANOTHER_FOLDER; the same command begins again", code=1) from None
 
 
-def export(model, tokenizer, run, formats, dtype, out, part):
+def export(model, tokenizer, run, formats, dtype, out, part, stays):
     """Write each format into the folder `part`, prove it, and move it to `out`. Returns the exit code."""
-    with torch.no_grad():
-        for p in model.parameters():  # the weights as they will be in the file, also for the comparison
-            p.copy_(p.to(dtype))
     questions, ours = ask(model, run, tokenizer)
-    rows = [dict(format=os.path.basename(run["path"]) + ", here", size=size_of(run["path"]), load=run["load_seconds"],
-                 rate=ours["tokens_per_second"], difference="")]
-    proven = []
+    native = dict(size=size_of(run["path"]), load=run["load_seconds"], rate=ours["tokens_per_second"], difference="")
+    rows, proven = {}, []
     for name in formats:
         path = os.path.join(part, FILES[name])
         if name == "torchscript":
             note("PyTorch has deprecated TorchScript; pt2 is what comes after it")
         if name == "hf":
-            huggingface.write(path, model, tokenizer, dtype, run.get("generation"))
+            generation = run["generation"] if os.path.isdir(run["path"]) else None
+            huggingface.write(path, model, tokenizer, dtype, generation)
         else:
             with quiet():
                 WRITE[name](model, path)
@@ -404,19 +463,21 @@ def export(model, tokenizer, run, formats, dtype, out, part):
         say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
         if passes:
             proven.append(name)
-            rows.append(dict(format=FILES[name], size=size_of(path), load=theirs["load_seconds"],
-                             rate=theirs["tokens_per_second"], difference=f"{difference:.1e}"))
-    card = model_card(os.path.basename(out), model, run, rows)
-    for name in proven:
-        target = os.path.join(out, FILES[name])
-        if name == "hf":
-            write_text(os.path.join(part, "hf", "README.md"), card)
-            shutil.rmtree(target, ignore_errors=True)
-        os.replace(os.path.join(part, FILES[name]), target)
+            rows[FILES[name]] = dict(size=size_of(path), load=theirs["load_seconds"], rate=theirs["tokens_per_second"],
+                                     difference=f"{difference:.1e}")
     if proven:
+        rows |= stays
+        measured = table({os.path.basename(run["path"]) + ", here": native} | rows)
+        card = model_card(os.path.basename(os.path.abspath(out)), model, run, measured)
         write_text(os.path.join(part, "README.md"), card)
+        write_text(os.path.join(part, "export.json"), json.dumps(dict(weights=fingerprint(model), rows=rows), indent=1))
+        os.replace(os.path.join(part, "export.json"), os.path.join(out, "export.json"))  # first: these names are ours
+        for name in proven:
+            if name == "hf":
+                write_text(os.path.join(part, "hf", "README.md"), card)
+            publish(os.path.join(part, FILES[name]), os.path.join(out, FILES[name]), os.path.join(part, "before"))
         os.replace(os.path.join(part, "README.md"), os.path.join(out, "README.md"))
-        print(table(rows))
+        print(measured)
         say(f"{out}: {', '.join(FILES[name] for name in proven)}, README.md")
     return 0 if proven == formats else 1
 

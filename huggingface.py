@@ -42,18 +42,21 @@ KINDS = {  # by model_type: the class; the settings; what they are where they ar
                "tie_word_embeddings": "tie_weights"},
         default=dict(n_inner=0, tie_word_embeddings=True),
         ours=dict(pos="learned", norm="layernorm", qk_norm=False),
-        only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)),
+        only=dict(is_causal=True, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                  add_cross_attention=False)),
     "llama": dict(
         cls="LlamaForCausalLM", names=LLAMA,
         default=dict(num_key_value_heads=0, head_dim=0, tie_word_embeddings=False),
         ours=dict(MODERN, qk_norm=False),
-        only=dict(hidden_act="silu")),
+        only=dict(is_causal=True, hidden_act="silu")),
     "qwen3": dict(
         cls="Qwen3ForCausalLM", names=LLAMA,
         default=dict(num_key_value_heads=0, head_dim=128, tie_word_embeddings=False),
         ours=dict(MODERN, qk_norm=True, bias=False),
-        only=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)),
+        only=dict(is_causal=True, hidden_act="silu", attention_bias=False, use_sliding_window=False)),
 }
+GPT2_ALIASES = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",  # what transformers prefers,
+                "num_attention_heads": "n_head", "hidden_size": "n_embd"}  # where a file has both
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # theirs: ours; the first is GPT-2's
 
 
@@ -65,7 +68,7 @@ def our_config(theirs):
                 raise UserError(f"config.json says {name}={settings[name]}; this model has only {value}",
                                 "use another model")
 
-    kind = KINDS.get(theirs.get("model_type"))
+    kind = KINDS.get(str(theirs.get("model_type")))
     if kind is None:
         raise UserError(f"config.json says model_type={theirs.get('model_type')}, which is none of {', '.join(KINDS)}",
                         "use a model of one of these")
@@ -74,24 +77,36 @@ def our_config(theirs):
     refuse(theirs, **kind["only"])
     try:
         both = {**kind["default"], **{name: value for name, value in theirs.items() if value is not None}}
-        shape = {ours: both[name] for name, ours in kind["names"].items()} | kind["ours"]
+        shape = {ours: checked(name, both[name], getattr(GPTConfig, ours)) for name, ours in kind["names"].items()}
+        shape.update(kind["ours"])
         if shape["pos"] == "learned":
+            refuse(theirs, **{alias: theirs[name] for alias, name in GPT2_ALIASES.items() if alias in theirs})
             shape.update(mlp=GELU[theirs["activation_function"]], bias=True)
         else:
             # transformers 5 keeps everything about rope in rope_parameters; 4 had rope_theta and rope_scaling.
-            rope = {**(theirs.get("rope_parameters") or {}), **(theirs.get("rope_scaling") or {})}
-            rope["rope_type"] = rope.get("type") or rope.get("rope_type") or "default"
-            refuse(rope, rope_type="default", partial_rotary_factor=1.0)
+            rope, scaling = (theirs.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+            for settings in (rope, scaling):
+                refuse(settings, rope_type="default", type="default", partial_rotary_factor=1.0)
             refuse({"layer_types": set(theirs.get("layer_types") or ["full_attention"])},
                    layer_types={"full_attention"})
-            shape["rope_theta"] = float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0)
-            shape["bias"] = bool(theirs.get("attention_bias", False))
+            theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+            shape["rope_theta"] = checked("rope_theta", theta, 1.0)
+            shape["bias"] = checked("attention_bias", theirs.get("attention_bias", False), True)
             refuse(theirs, mlp_bias=shape["bias"])
         return resolve(GPTConfig(**shape))
     except KeyError as error:
         raise UserError(f"config.json lacks or has an unknown {error}", "use another model") from None
-    except (AssertionError, TypeError, ValueError, AttributeError) as error:
+    except (AssertionError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"config.json describes no model that can be built: {error}", "use another model") from None
+
+
+def checked(name, value, like):
+    """The value of a setting. Raises ValueError where it is of another type than `like`, or a number out of range."""
+    if type(like) is float and type(value) is int:
+        value = float(value)
+    if type(value) is not type(like) or type(like) is float and not 0 < value < 1e12:
+        raise ValueError(f"{name}={value!r}")
+    return value
 
 
 def their_kind(config):
@@ -194,18 +209,20 @@ def our_weights(theirs, config, where):
 
     Raises UserError that names every tensor that is missing, misshapen, of a type without a fraction, or unknown.
     """
-    with torch.device("meta"):  # shapes alone
-        ours = GPT(config).state_dict()
+    try:
+        with torch.device("meta"):  # shapes alone
+            ours = GPT(config).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"config.json describes no model that can be built: {str(error)[:100]!r}",
+                        "use another model") from None
     prefix = "transformer." if config.pos == "learned" else "model."
     if not any(name.startswith(prefix) for name in theirs):  # saved without the head that predicts: GPT-2's own file
         theirs = {name if name.startswith("lm_head.") else prefix + name: value for name, value in theirs.items()}
-    weights, wrong, seen = {}, [], {"lm_head.weight"} if config.tie_weights else set()
-    for name, shape in ours.items():
-        if name == "lm_head.weight" and config.tie_weights:
-            weights[name] = weights["transformer.wte.weight"]
-            continue
-        weights[name] = torch.zeros(shape.shape)  # the padding of the vocabulary stays zero
-        for part, view in parts(name, weights[name], config):
+    wrong, seen = [], set()
+    for name, tensor in ours.items():
+        for part, view in parts(name, tensor, config):
+            if name == "lm_head.weight" and config.tie_weights and part not in theirs:
+                continue
             seen.add(part)
             if part not in theirs:
                 wrong.append(f"no {part} {tuple(view.shape)}")
@@ -213,13 +230,23 @@ def our_weights(theirs, config, where):
                 wrong.append(f"{part} is {tuple(theirs[part].shape)}, not {tuple(view.shape)}")
             elif theirs[part].dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 wrong.append(f"{part} is {theirs[part].dtype}")
-            else:
-                view.copy_(theirs[part])
     wrong += [f"{name} is unknown" for name in theirs if name not in seen and not name.endswith(BUFFERS)]
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise UserError(f"{where} does not hold what its config.json says: {'; '.join(wrong[:20])}{more}",
                         "take its files from their source again, all of one model")
+    weights = {}
+    for name, tensor in ours.items():
+        weights[name] = torch.zeros(tensor.shape)  # the padding of the vocabulary stays zero
+        for part, view in parts(name, weights[name], config):
+            if part in theirs:
+                view.copy_(theirs[part])
+    if config.tie_weights:
+        tied = weights["transformer.wte.weight"]
+        if "lm_head.weight" in theirs and not torch.equal(weights["lm_head.weight"], tied):
+            raise UserError(f"{where}: config.json says that lm_head.weight is the embedding, and it is not",
+                            'set "tie_word_embeddings" to false there, if the file is right')
+        weights["lm_head.weight"] = tied
     return weights
 
 
@@ -239,8 +266,10 @@ def is_folder(path):
 def read_json(path, missing=None):
     """The dict in a JSON file. Raises UserError where it is none; `missing` stands for a file that does not exist."""
     try:
-        if missing is not None and not os.path.exists(path):
-            return missing
+        if not os.path.isfile(path):  # (nor a pipe, which would make us wait)
+            if missing is not None:
+                return missing
+            raise ValueError("no such file")
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
         if not isinstance(value, dict):
@@ -282,7 +311,10 @@ def read_tensors(folder):
     if os.path.exists(single):
         files = ["model.safetensors"]
     elif os.path.exists(index):
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of file names", "take it from the folder's source again")
+        files = sorted(set(weight_map.values()))
     else:
         has = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
         raise UserError(f"{folder} has no model.safetensors" + (f", only {', '.join(has[:3])}" if has else ""),
@@ -292,6 +324,8 @@ def read_tensors(folder):
     for name in files:
         path = os.path.join(folder, os.path.basename(name))
         try:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
         except FileNotFoundError:
@@ -414,14 +448,14 @@ def unigram_json(tokenizer):
                         "learn it anew; or --format=onnx, pt2 or torchscript")
     # Text that spells the name of a byte must not find it in the vocabulary. Before a digit a piece ends anyway.
     return spec(dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores))),
-                {pieces[0]: 0, **tokenizer.special}, split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"), BYTES_AND_TEXT)
+                tokenizer.special, split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"), BYTES_AND_TEXT)
 
 
 def readable_pieces(tokenizer):
     """SentencePiece's pieces with spaces for its U+2581, so that a real U+2581 has none and is spelled in bytes."""
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i).replace(tokenizers.SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]
-    pieces[0] = "<|unk|>"  # (id 0, which no text becomes: "<unk>" in a text is text)
+    pieces[0] = "<unk\uffff>"  # id 0, which no text becomes: "<unk>" in a text is text, and U+FFFF is in none
     return pieces
 
 

@@ -163,8 +163,8 @@ class RunFolder:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {self.path}",
-                            "wait for it or stop it; --out_dir=out/ANOTHER for a run of its own") from None
+            raise UserError(f"another process is at work in {self.path}",
+                            "wait for it or stop it; or give this one a folder of its own") from None
         except OSError as error:
             note(f"{self.path} cannot be locked ({error.strerror}): do not train in it twice at the same time")
 
@@ -253,8 +253,9 @@ def load_run(run, which="best", device="cpu"):
     path = checkpoint["path"]
     try:
         model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f"{path} describes no model that can be built: {error}", "use another checkpoint") from None
+    except (AssertionError, LookupError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{path} describes no model that can be built here: {what}", "use another model") from None
     load_weights(model, checkpoint.pop("model"), path)
     return model.to(device).eval(), tokenizer, checkpoint
 
@@ -262,8 +263,9 @@ def load_run(run, which="best", device="cpu"):
 def load_weights(model, weights, path):
     """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen."""
     for name, expected in model.state_dict().items():
-        if name not in weights or weights[name].shape != expected.shape:
-            has = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
+        found = getattr(weights.get(name), "shape", None)
+        if found != expected.shape:
+            has = f"{name} of shape {tuple(found)}" if found is not None else f"no {name}"
             raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",
                             "use the settings that the checkpoint was trained with")
     model.load_state_dict(weights, strict=False)

@@ -309,7 +309,8 @@ def is_ours(folder):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             about = json.load(file)
-        return "kind" in about or "model_type" not in about
+        return "model_type" not in about and ("kind" in about or not os.path.exists(
+            os.path.join(folder, "tokenizer.json")))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, TypeError):

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -102,7 +103,7 @@ def exported(tiny_run, tmp_path_factory):
 def test_a_trained_run_in_every_format(tiny_run, exported):
     """The same greedy text as sample.py everywhere; nothing else lies in the folder; the card has the facts."""
     out, done = exported
-    assert sorted(os.listdir(out)) == ["README.md", "hf", "model.onnx", "model.pt2", "model.ts"]
+    assert sorted(os.listdir(out)) == ["README.md", "export.json", "hf", "model.onnx", "model.pt2", "model.ts"]
     assert done.stderr.count("the same 24 greedy tokens") == 4 and "the same ids in all of" in done.stderr
     assert done.stderr.count("TorchScript") == 1
     assert len(re.findall(r"^\| .* MB \| [\d.]+ s \| [\d,]+ \|", done.stdout, re.M)) == 5
@@ -217,7 +218,7 @@ def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys):
     monkeypatch.setitem(export.WRITE, "pt2", mistaken)
     with contextlib.chdir(tiny_run):
         assert export.main(["out/words", "--format=pt2,torchscript", f"--out={here}/x"]) == 1
-    assert sorted(os.listdir("x")) == ["README.md", "model.ts"]
+    assert sorted(os.listdir("x")) == ["README.md", "export.json", "model.ts"]
     assert "pt2: logits within" in (said := capsys.readouterr().err) and "not the same, so it is not kept" in said
 
 
@@ -231,7 +232,10 @@ def test_other_ids_and_other_tokens_are_noticed():
     other[3] = (other[3] + 1) % 100
     what, passes = export.compare(model, questions, ours, dict(same, tokens=other))[1:]
     assert "greedy token 4 of 16 is the first that differs" in what and not passes
-    assert not export.compare(model, questions, ours, dict(same, logits=[ours["logits"][0] * torch.nan]))[2]
+    for i in range(len(ours["logits"])):  # a NaN in one place
+        logits = [logits.clone() for logits in ours["logits"]]
+        logits[i][0, 0, 0] = torch.nan
+        assert not export.compare(model, questions, ours, dict(same, logits=logits))[2]
 
 
 def test_errors(tiny_run, here, monkeypatch):
@@ -240,9 +244,14 @@ def test_errors(tiny_run, here, monkeypatch):
     assert "there is no run nowhere" in error(export.main, "nowhere")[0]
     (here / "empty").mkdir()
     assert "there is no trained model in empty" in error(export.main, "empty")[0]
+    assert error(export.main, run, "--format=all,gguf")[0] == "there is no format 'gguf'"
     (here / "mine/hf").mkdir(parents=True)
     (here / "mine/hf/thesis.txt").write_text("x")
-    assert "mine/hf holds thesis.txt" in error(export.main, run, "--out=mine", "--format=hf")[0]
+    for file, format in (("mine/hf", "hf"), ("README.md", "pt2"), ("model.ts", "torchscript")):
+        if "." in file:
+            (here / file).write_text("mine")
+        fact, _ = error(export.main, run, "--out=mine" if "mine" in file else "--out=.", f"--format={format}")
+        assert fact.endswith(f"{file} is there, and no export has written it")
     (here / "file").write_text("x")
     assert "cannot write file" in error(export.main, run, "--out=file", "--format=pt2")[0]
     for package in ("onnx", "onnxruntime", "transformers"):
@@ -255,11 +264,11 @@ def test_errors(tiny_run, here, monkeypatch):
     assert os.listdir(here / "mine/hf") == ["thesis.txt"] and not os.path.exists("exports")
 
 
-def save_run(folder, tiny_run, **shape):
+def save_run(folder, tiny_run, spoil=0.1, **shape):
     """A run folder with a random model of that shape, and tiny_run's tokenizer."""
-    import shutil
     _, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
     model = random_model(vocab_size=tokenizer.vocab_size, **shape)
+    model.transformer.wpe.weight.data[2, 3] = spoil
     os.makedirs(folder)
     settings = {**run["settings"], **vars(model.config)}
     runtime.save_checkpoint(f"{folder}/best.pt", {**run, "settings": settings, "model": model.state_dict()})
@@ -273,6 +282,7 @@ def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
     assert "note: no hf: norm=rmsnorm" in capsys.readouterr().err
     save_run("b", tiny_run, block_size=4)
     assert "block_size=4 is too short" in error(export.main, "b", "--format=onnx")[0]
+    assert export.choose_formats(export.ExportConfig(), *runtime.load_run("b")[:2]) == ["hf"]
     model, tokenizer, _ = runtime.load_run("a")
     model.huge = torch.nn.Parameter(torch.empty(1).expand(600_000_000), requires_grad=False)
     assert "larger than 2 GB" in error(lambda _: export.choose_formats(
@@ -282,8 +292,9 @@ def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
 @pytest.mark.parametrize("format", export.FILES)
 def test_a_full_disk(tiny_run, here, format):
     """Wherever the writing stops, there is one error, what was there before stays, and nothing else is left."""
-    (here / "x").mkdir()
-    (here / "x/README.md").write_text("before")
+    with contextlib.chdir(tiny_run):
+        assert export.main(["out/words", f"--format={format}", f"--out={here}/x"]) == 0
+    before = files(here / "x")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
@@ -291,7 +302,53 @@ def test_a_full_disk(tiny_run, here, format):
                            f"--format={format}"], capture_output=True, text=True, preexec_fn=limit, cwd=here)
     assert done.returncode == 1 and done.stderr.count("error: cannot write") == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert os.listdir(here / "x") == ["README.md"] and (here / "x/README.md").read_text() == "before"
+    assert files(here / "x") == before
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_replaces_what(tiny_run, here, monkeypatch):
+    """Formats are added to a folder and replaced in it, of one model; a failure at the last moment loses nothing."""
+    with contextlib.chdir(tiny_run):
+        run = ["out/words", f"--out={here}/x"]
+        assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
+        card = (here / "x/README.md").read_text()
+        assert "| hf |" in card and "| model.ts |" in card and "| best.pt, here |" in card
+        (here / "x/hf/thesis.txt").write_text("x")
+        assert "holds thesis.txt" in error(export.main, *run, "--format=hf")[0]
+        (here / "x/hf/thesis.txt").unlink()
+        before = files(here / "x")
+        replace = os.replace
+
+        def stopped(source, target):
+            if source.endswith(".part/hf"):
+                raise KeyboardInterrupt
+            replace(source, target)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", stopped)
+            export.main([*run, "--format=hf"])
+        after = files(here / "x")
+        assert before.keys() == after.keys()
+        assert all(after[path] == before[path] for path in before if path.name != "export.json")  # (its times)
+        (here / "x/.part").mkdir()
+        os.replace(here / "x/hf", here / "x/.part/before")  # a kill between the two
+        assert export.main([*run, "--format=torchscript"]) == 0
+        assert (here / "x/hf/model.safetensors").exists() and not (here / "x/.part").exists()
+        with runtime.RunFolder(f"{here}/x"):
+            assert "another process is at work in" in error(export.main, *run, "--format=hf")[0]
+    save_run("other", tiny_run)
+    assert "holds exports of other weights: hf" in error(export.main, "other", "--out=x", "--format=torchscript")[0]
+    assert export.main(["other", "--out=x", "--format=hf,torchscript"]) == 0
+
+
+def test_weights_that_are_no_numbers(tiny_run, here):
+    for value, dtype in ((7e4, "float16"), (torch.inf, "auto"), (torch.nan, "bfloat16")):
+        shutil.rmtree("a", ignore_errors=True)
+        save_run("a", tiny_run, spoil=value)
+        fact, _ = error(export.main, "a", "--format=hf", f"--dtype={dtype}")
+        assert fact.startswith("transformer.wpe.weight has a weight of ") and not os.path.exists("exports")
 
 
 def test_a_type_of_16_bits(tiny_run, here):

@@ -55,7 +55,7 @@ def tensors_of(folder):
 def test_out_and_in_and_out_again(here, name, dtype):
     """The same tensors, bit for bit, and the same settings; between them, the same logits as the model's."""
     model = folder_of(here / "a", dtype=dtype, **{k: v for k, v in HOLDABLE[name].items() if k != "vocab_size"})
-    loaded, tokenizer, run = runtime.load_run("a")
+    loaded, _, run = runtime.load_run("a")
     idx = torch.randint(101, (2, 24))
     with torch.no_grad():
         assert torch.equal(model(idx), loaded(idx))
@@ -107,6 +107,14 @@ def test_files_as_others_write_them(here, kind):
             assert (runtime.load_run("a")[0](idx) - expected).abs().max() < 1e-5
 
 
+def test_gpt2_with_two_names_for_a_setting(here):
+    folder_of(here / "a")
+    edit(here / "a/config.json", num_attention_heads=4, hidden_size=32)
+    runtime.load_run("a")
+    edit(here / "a/config.json", num_attention_heads=2)
+    assert "num_attention_heads=2; this model has only 4" in error(lambda _: runtime.load_run("a"))[0]
+
+
 def tensors_of_all(folder):
     from safetensors.torch import load_file
     return {name: tensor for path in folder.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
@@ -134,10 +142,22 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
     assert "attention_bias" in settings(model_type="qwen3", attention_bias=True)
     assert "mlp_bias=False; this model has only True" in settings(attention_bias=True)
     assert "rope_type=yarn; this model has only default" in settings(rope_parameters=dict(rope_type="yarn"))
-    assert "rope_type=llama3" in settings(rope_scaling=dict(type="llama3"))
+    assert "type=llama3" in settings(rope_scaling=dict(type="llama3"))
     assert "partial_rotary_factor=0.5" in settings(rope_parameters=dict(partial_rotary_factor=0.5))
     assert "sliding_attention" in settings(layer_types=["full_attention", "sliding_attention"])
+    assert "rope_type=linear" in settings(rope_parameters=dict(rope_type="linear"),
+                                          rope_scaling=dict(rope_type="default"))
+    assert "rope_type=linear" in settings(rope_parameters=dict(rope_type="linear", type="default"))
+    assert "is_causal=False" in settings(is_causal=False)
     assert "hidden_act=gelu" in settings(hidden_act="gelu")
+    for name, value in dict(rms_norm_eps="1e-5", num_hidden_layers=2.0, head_dim=True, tie_word_embeddings="false",
+                            vocab_size=10**30, max_position_embeddings=10**40, hidden_size=[32], model_type=["llama"],
+                            rope_parameters=[3], layer_types=[[]], attention_bias="no").items():
+        assert settings(**{name: value}), name
+    for theta in (0, -5, float("nan"), 10**400, "1"):
+        assert "describes no model" in settings(rope_parameters=dict(rope_theta=theta))
+    assert "describes no model" in settings(rms_norm_eps=float("nan"))
+    assert "can be built here" in settings(max_position_embeddings=10**13)
     assert "quantized" in settings(quantization_config=dict(bits=4))
     assert "lacks or has an unknown 'hidden_size'" in settings(hidden_size="DELETE")
     assert "describes no model" in settings(num_hidden_layers="two")
@@ -158,6 +178,8 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
     assert f"no {q} (32, 32)" in fact and "no model.norm.weight (32,)" in fact  # each of them
     assert f"{q} is (31, 32), not (32, 32)" in tensors(**{q: good[q][1:].clone()})
     assert f"{q} is torch.int8" in tensors(**{q: good[q].to(torch.int8)})
+    head = torch.ones_like(good["model.embed_tokens.weight"])
+    assert "says that lm_head.weight is the embedding, and it is not" in tensors(**{"lm_head.weight": head})
     assert "extra is unknown" in tensors(extra=torch.ones(1))
     assert "q_proj.bias is unknown" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
 
@@ -172,6 +194,13 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
     assert "model-1.safetensors is missing, one of 1 files" in wrong(shards)
     index = []
     assert "model.safetensors.index.json cannot be read" in wrong(shards)
+    for names in ([1], None, {"a": 1}, {"a": ["m"]}, {"a": 1, "b": "m"}):
+        index = dict(weight_map=names)
+        assert "has no weight_map of file names" in wrong(shards)
+    index = dict(weight_map=dict(a="../good/model.safetensors"))  # not outside of the folder
+    assert "bad/model.safetensors is missing" in wrong(shards)
+    assert "config.json cannot be read: no such file" in wrong(lambda folder: [
+        (folder / "config.json").unlink(), os.mkfifo(folder / "config.json")])  # and no waiting
     assert "holds no tokenizer" in wrong(lambda folder: [(folder / "tokenizer.json").unlink(),
                                                          shutil.rmtree(folder / "tokenizer")])
     assert "generation_config.json cannot be read" in wrong(

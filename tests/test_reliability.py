@@ -403,7 +403,7 @@ def test_two_runs_in_one_folder(lab):  # row 21
     while not os.path.exists(lab.run / "ckpt_00000005.pt"):
         time.sleep(0.02)
     assert lab.start().wait() == 2
-    assert "error: another process is training in out/words" in said(lab.path)
+    assert "error: another process is at work in out/words" in said(lab.path)
     assert first.wait() == 0
     lab.finish()
 
