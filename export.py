@@ -43,7 +43,7 @@ from config import UserError, command_line, load, note, say
 from sources import LICENCES
 
 # By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
-# or 1e-4 where that is more. A wrong epsilon is a hundred times as much.
+# or 1e-4 where that is more.
 TOLERANCE, RELATIVE = 1e-4, 1e-5
 HERE = os.path.dirname(os.path.abspath(__file__))
 FILES = {"hf": "hf", "onnx": "model.onnx", "torchscript": "model.ts", "pt2": "model.pt2"}
@@ -52,7 +52,7 @@ PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript"
 
 @dataclass
 class ExportConfig:
-    format: list[str] = field(default_factory=lambda: ["all"])  # hf, onnx, torchscript, pt2; several times; or all
+    format: list[str] = field(default_factory=list)  # hf, onnx, torchscript, pt2, may be given several times; none: all
     out: str = ""  # the folder to write into; exports/NAME of the run by default
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
     # keep weights of 16 bits as float32 numbers)
@@ -121,6 +121,8 @@ def write_onnx(model, path):
         input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)), external_data=False)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in which file each came from: paths of this machine
     program.save(path, external_data=False)
 
 
@@ -165,12 +167,12 @@ def quiet():
 
 def real_text(run, tokenizer, n):
     """At least n token ids of real text: held-out data where they are here, else this file itself."""
-    try:
-        data = datasets.Dataset.open(os.path.join("data", run["settings"].get("dataset") or "none"))
-        same = data.meta["tokenizer_sha256"] == run["tokenizer_sha256"]
-        ids = data.tokens("val", 0, min(n, data.meta["val"]["tokens"])).tolist() if same else []
-    except UserError:
-        ids = []
+    ids, dataset = [], run["settings"].get("dataset")
+    if dataset:
+        with contextlib.suppress(UserError):  # the data may be gone
+            data = datasets.Dataset.open(os.path.join("data", dataset))
+            if data.meta["tokenizer_sha256"] == run["tokenizer_sha256"]:
+                ids = data.tokens("val", 0, min(n, data.meta["val"]["tokens"])).tolist()
     if not ids:
         with open(__file__, encoding="utf-8") as file:
             text = file.read()
@@ -205,17 +207,16 @@ def ask(model, run, tokenizer):
                            ids=[tokenizer.encode(line) for line in lines])
 
 
-def prove(path, questions, folder):
-    """The answers of an export, from a process that cannot import this project."""
-    asked, answered = os.path.join(folder, "questions"), os.path.join(folder, "answers")
-    torch.save(questions, asked)
+def prove(path, asked):
+    """The answers of an export to the questions in the file `asked`, from a process that cannot import this project."""
+    answered = asked + ".answers"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run([sys.executable, "-I", os.path.join(HERE, "readback.py"), path, asked, answered],
                           capture_output=True, text=True, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {last[:300]}",
-                        "python bench.py doctor, and report this with what it prints", code=1)
+                        "make room if the disk is full; else python bench.py doctor, and report this", code=1)
     return runtime.load_file(answered)
 
 
@@ -248,61 +249,78 @@ def compare(model, questions, ours, theirs):
 
 
 def licence(source):
-    return next((text for name, text in LICENCES.items() if source.split()[:1] == [name]), "that of its owner")
+    return next((text for name, text in LICENCES.items() if source.split()[:1] == [name]), "not known here")
 
 
-def model_card(name, model, run, measured):
-    """README.md of an export: what this is, from what it was made, how good it is, and how to use it."""
+USE = {  # of each file: how it is read
+    "hf": """Hugging Face (`pip install torch transformers`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_length={length})[0]))
+```
+
+(It samples, with the temperature in generation_config.json; `do_sample=False` takes the likeliest tokens.) With OpenLLM
+itself: `python sample.py FOLDER`, and `python train.py --init_from=FOLDER` to go on training.""",
+    "model.onnx": """ONNX: `input_ids` (batch, length) and, per layer, `past_key_values.N.key` and `.value` (batch,
+{c.n_kv_head}, past, {c.head_dim}), float32, of length 0 at first; `logits` come out, and `present.N.key` and `.value`,
+which are the past of the next step. Past and length together are at most {c.block_size:,}. There is no mask for
+padding: the texts of a batch have the same length.""",
+    "model.ts": """TorchScript: `torch.jit.load("model.ts")(ids)` are the logits of all positions; ids (batch, length),
+at most {c.block_size:,} tokens.""",
+    "model.pt2": """torch.export: `torch.export.load("model.pt2").module()(ids)`, the same."""}
+
+
+def model_card(name, model, run, dtype, rows, measured, prompt, folder="hf"):
+    """README.md of an export: what this is, from what it was made, how good it is, and how to use it.
+
+    folder: where hf is, seen from the card; rows: the files that it tells how to use.
+    """
     c, settings = model.config, run["settings"]
-    switches = f"pos={c.pos} norm={c.norm} mlp={c.mlp} qk_norm={c.qk_norm} bias={c.bias} tie_weights={c.tie_weights}"
     facts = {
         "shape": f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads of {c.head_dim}"
                  + (f" ({c.n_kv_head} of keys and values)" if c.n_kv_head != c.n_head else "")
                  + f", MLP {c.n_inner}, context {c.block_size:,}, vocabulary {c.vocab_size:,}",
-        "switches": switches,
+        "switches": f"pos={c.pos} norm={c.norm} mlp={c.mlp} qk_norm={c.qk_norm} bias={c.bias} "
+                    f"tie_weights={c.tie_weights}",
         "parameters": f"{model.n_params():,}"}
-    if run["step"]:
-        facts["data"] = "; ".join(f"{source} (licence: {licence(source)})" for source in run["source"])
-    else:
+    if os.path.isdir(run["path"]):
         facts["weights"] = f"{os.path.basename(os.path.abspath(run['path']))}, a Hugging Face model (its own licence)"
+    else:
+        facts["data"] = "; ".join(f"{source} (licence: {licence(source)})" for source in run["source"])
+    if dtype != torch.float32:
+        facts["numbers"] = str(dtype).removeprefix("torch.") + (
+            "" if os.path.isdir(run["path"]) else ", rounded; the held-out loss was measured before that")
     if settings.get("init_from", "auto") not in ("auto", "scratch", "resume"):
         facts["started from"] = f"the weights of {os.path.basename(settings['init_from'].rstrip(os.sep))}"
-    if run["step"] and "batch_size" in settings:
+    if "batch_size" in settings:
         tokens = run["step"] * settings["batch_size"] * settings["gradient_accumulation_steps"] * c.block_size
         facts["tokens seen"] = f"{tokens:,} in {run['step']:,} updates"
     if "val_loss" in run:
         facts["held-out loss"] = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
     facts = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n" if "hf" in rows else ""
+    threads = torch.get_num_threads()
+    length = min(60, c.block_size)
+    use = "\n\n".join(text.format(c=c, prompt=prompt, length=length, folder=folder) for file, text in USE.items() if file in rows)
+    return f"""{head}# {name}
 
 | | |
 |---|---|
 {facts}
 
 Each file was read back by the library that it is made for, without the program that wrote it, and compared with the
-model on real text, in float32; the last column is the largest difference of a logit.
+model on real text, in float32; the last column is the largest difference of a logit. (Times with {threads} threads, of
+the machine that wrote it.)
 
 {measured}
 
 ## Use
 
-Hugging Face (`pip install torch transformers`), in the folder hf:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = (cls.from_pretrained("hf") for cls in (AutoTokenizer, AutoModelForCausalLM))
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-
-ONNX: `input_ids` (batch, length) and, per layer, `past_key_values.N.key` and `.value` (batch, {c.n_kv_head}, past,
-{c.head_dim}), float32, of length 0 at first; `logits` and `present.N.key`, `.value` come out, which are the past of
-the next step. TorchScript and pt2: `torch.jit.load("model.ts")(ids)` and
-`torch.export.load("model.pt2").module()(ids)` are the logits of all positions. Token ids: `hf/tokenizer.json`.
+{use}
 """
 
 
@@ -317,16 +335,17 @@ def table(rows):
 
 
 def size_of(path):
-    files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
-    return sum(map(os.path.getsize, files))
+    if os.path.isfile(path):
+        return os.path.getsize(path)
+    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 
 def choose_formats(settings, model, tokenizer):
     """The formats to write, after every check that needs no writing. Raises UserError."""
-    asked = list(dict.fromkeys(name for entry in settings.format for name in entry.split(",")))
+    asked = list(dict.fromkeys(name for entry in settings.format for name in entry.split(","))) or ["all"]
     for name in asked:
         if name not in (*FILES, "all"):
-            raise UserError(f"there is no format {name!r}", f"--format={', '.join(FILES)} or all")
+            raise UserError(f"there is no format {name!r}", f"--format={','.join(FILES)}, or all")
     formats = list(FILES) if "all" in asked else asked
     missing = [package for name in formats for package in PACKAGES.get(name, ()) if not find_spec(package)]
     if missing:
@@ -411,6 +430,7 @@ def main(argv):
     out = settings.out or os.path.join("exports", os.path.basename(folder))
     dtype = settings.dtype if settings.dtype != "auto" else run["dtype"] if os.path.isdir(run["path"]) else "float32"
     dtype = getattr(torch, dtype)
+    model.requires_grad_(False)  # else what the graphs give would want gradients too
     with torch.no_grad():
         for name, p in model.named_parameters():  # as they will be in the files, and as they will be compared
             rounded = p.to(dtype).float()
@@ -435,11 +455,8 @@ def main(argv):
     except ImportError as error:
         raise UserError(f"a package that exports need is broken: {error}", "install it anew, in a new environment") \
             from None
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) and "write" not in str(error):
-            raise
-        raise UserError(f"cannot write {out}: {getattr(cause, 'strerror', None) or error}",
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}",
                         "make room, or --out=ANOTHER_FOLDER; the same command begins again", code=1) from None
 
 
@@ -447,7 +464,8 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
     """Write each format into the folder `part`, prove it, and move it to `out`. Returns the exit code."""
     questions, ours = ask(model, run, tokenizer)
     native = dict(size=size_of(run["path"]), load=run["load_seconds"], rate=ours["tokens_per_second"], difference="")
-    rows, proven = {}, []
+    asked, rows, proven = os.path.join(part, "questions"), {}, []
+    save_whole(torch.save, questions, asked)
     for name in formats:
         path = os.path.join(part, FILES[name])
         if name == "torchscript":
@@ -458,7 +476,7 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
         else:
             with quiet():
                 WRITE[name](model, path)
-        theirs = prove(path, questions, part)
+        theirs = prove(path, asked)
         difference, what, passes = compare(model, questions, ours, theirs)
         say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
         if passes:
@@ -468,13 +486,16 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
     if proven:
         rows |= stays
         measured = table({os.path.basename(run["path"]) + ", here": native} | rows)
-        card = model_card(os.path.basename(os.path.abspath(out)), model, run, measured)
+        prompt = next((line[:min(40, model.config.block_size // 4)] for line in questions["lines"] if line.strip()), "")
+        about = os.path.basename(os.path.abspath(out)), model, run, dtype
+        card = model_card(*about, rows, measured, prompt)
         write_text(os.path.join(part, "README.md"), card)
         write_text(os.path.join(part, "export.json"), json.dumps(dict(weights=fingerprint(model), rows=rows), indent=1))
         os.replace(os.path.join(part, "export.json"), os.path.join(out, "export.json"))  # first: these names are ours
         for name in proven:
             if name == "hf":
-                write_text(os.path.join(part, "hf", "README.md"), card)
+                inner = model_card(*about, {"hf": rows["hf"]}, measured, prompt, folder=".")
+                write_text(os.path.join(part, "hf", "README.md"), inner)
             publish(os.path.join(part, FILES[name]), os.path.join(out, FILES[name]), os.path.join(part, "before"))
         os.replace(os.path.join(part, "README.md"), os.path.join(out, "README.md"))
         print(measured)

@@ -34,8 +34,10 @@ LLAMA = {  # their name of a setting: ours
     "head_dim": "head_dim", "intermediate_size": "n_inner", "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_weights"}
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu")
-KINDS = {  # by model_type: the class; the settings; what they are where they are missing; our switches that it needs;
-    "gpt2": dict(  # and what config.json may not say otherwise, because this model does not have it
+# By model_type: the class of transformers; its settings; what they are where config.json leaves them out; the switches
+# of ours that make it; and what config.json may not say otherwise, because this model does not have it.
+KINDS = {
+    "gpt2": dict(
         cls="GPT2LMHeadModel",
         names={"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
                "n_embd": "n_embd", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps",
@@ -137,7 +139,10 @@ def their_config(config, dtype, ends):
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:
         theirs.update(hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
-                      attention_bias=config.bias, mlp_bias=config.bias)
+                      rope_theta=config.rope_theta,  # (where transformers 4 and others look for it)
+                      attention_bias=config.bias)
+    if kind == "llama":
+        theirs["mlp_bias"] = config.bias
     return dict(architectures=[KINDS[kind]["cls"]], model_type=kind, dtype=dtype, **ends, **theirs)
 
 

@@ -2,12 +2,14 @@
 """
 Reading an export back: what other people's programs do with it. Nothing of this project is imported here.
 
-    python -I readback.py exports/small/model.onnx questions.pt answers.pt
+    step = open_onnx("exports/small/model.onnx")
+    ids = greedy(step, torch.tensor([[1, 2, 3]]), 50)       # the 50 likeliest tokens after these three
 
-export.py runs this after writing a file, in a process of its own that cannot see this folder (-I), and compares the
-answers with those of the model. It is also where to look up how each format is read: one function per format. Each
-returns a step: step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids that come after
-the past; the past is None at the beginning, and afterwards whatever the step before returned.
+Here one can look up how each format is read: one function per format. And export.py runs this file after writing one,
+in a process of its own that cannot see this folder (python -I), and compares the answers with those of the model.
+
+Each function returns a step: step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids
+that come after the past; the past is None at the beginning, and afterwards whatever the step before returned.
 """
 import sys
 import time

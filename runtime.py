@@ -312,8 +312,8 @@ def nanogpt_tokenizer(folder, data, vocab_size):
         if os.path.exists(path):
             try:
                 with open(path, "rb") as file:
-                    characters = PlainUnpickler(file).load()["itos"]
-                characters = [characters[i] for i in range(vocab_size)]
+                    itos = PlainUnpickler(file).load()["itos"]
+                characters = [itos[i] for i in range(vocab_size)]
                 if any(not isinstance(c, str) or len(c) != 1 for c in characters):
                     raise ValueError("not one character per id")
                 return tokenizers.CharTokenizer("".join(characters), special=())

@@ -45,7 +45,7 @@ class SampleConfig:
     ignore_eos: bool = False  # go on after the end-of-text token
     chat: bool = False  # the prompt is a message to a chat model, in its own format; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
-    # the model: a RUN (run folder or checkpoint file), given bare or by one of nanoGPT's names
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the RUN as well
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
@@ -207,7 +207,8 @@ def main(argv):
     device = machine.choose_device(settings.device)
     model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
     say(f"{run['path']}: {model.n_params():,} parameters, " + (
-        f"{run['step']} updates on {', '.join(run['source'])}" if run["step"] else "a Hugging Face model"))
+        "a Hugging Face model" if os.path.isdir(run["path"]) else
+        f"{run['step']} updates on {', '.join(run['source'])}"))
     seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
     dtype, _ = machine.choose_dtype(settings.dtype, device)
 

@@ -118,10 +118,20 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
             ids = readback.greedy(reader(path), prompt, 25)
         assert "the" + tokenizer.decode(ids.tolist()) == text, name
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert card == (out / "hf/README.md").read_text(encoding="utf-8")
+    inner = (out / "hf/README.md").read_text(encoding="utf-8")
+    assert inner.startswith("---\n") and "model.pt2" not in inner.split("## Use")[1]
     for fact in (f"{model.n_params():,}", "2 layers, 32 wide", "words.txt", f"{run['val_loss']:.4f} nats per token",
                  f"{run['val_bpb']:.4f} bits per byte", f"{40 * 4 * 32:,} in 40 updates"):
         assert fact in card, fact
+
+
+def test_the_commands_of_the_card(exported):
+    """The Python in it runs, in the folder of the card; that in hf too."""
+    for folder in (exported[0], exported[0] / "hf"):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
 
 
 def test_formats_are_read_without_this_project(exported, tmp_path):
@@ -131,6 +141,7 @@ def test_formats_are_read_without_this_project(exported, tmp_path):
             "model = torch.jit.load(sys.argv[1]) if sys.argv[1].endswith('.ts') else "
             "torch.export.load(sys.argv[1]).module()\n"
             "shapes = [(1, 1), (3, 7), (2, 32)]\n"
+            "model(torch.zeros(1, 1, dtype=torch.long)).numpy()\n"  # nothing wants gradients
             "print([list(model(torch.zeros(*shape, dtype=torch.long)).shape[:2]) for shape in shapes])\n"
             "assert not any('OpenLLM' in name or name in ('model', 'config', 'runtime') for name in sys.modules)\n"
             "try: model(torch.zeros(1, 33, dtype=torch.long))\n"
