@@ -305,7 +305,8 @@ def model_card(name, model, run, dtype, rows, measured, prompt, folder="hf"):
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n" if "hf" in rows else ""
     threads = torch.get_num_threads()
     length = min(60, c.block_size)
-    use = "\n\n".join(text.format(c=c, prompt=prompt, length=length, folder=folder) for file, text in USE.items() if file in rows)
+    use = "\n\n".join(text.format(c=c, prompt=prompt, length=length, folder=folder)
+                      for file, text in USE.items() if file in rows)
     return f"""{head}# {name}
 
 | | |
