@@ -99,4 +99,4 @@ def answer(path, questions):
 
 if __name__ == "__main__":
     path, questions, answers = sys.argv[1:]
-    torch.save(answer(path, torch.load(questions)), answers)
+    torch.save(answer(path, torch.load(questions, weights_only=True)), answers)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+Our tokenizers as a tokenizer.json, from which the library `tokenizers` (and so transformers) makes the same ids.
+
+    files = tokenizer_files(tokenizer, context=1024)    # {"tokenizer.json": bytes, "tokenizer_config.json": bytes}
+
+Such a file describes a tokenizer in three steps: how the text is cut into words, by which model a word becomes tokens,
+and how tokens become text again. Each kind of ours has a function here that says it in these terms. The other
+direction, reading the files of others, is in bytebpe.py.
+"""
+import json
+import re
+
+import bytebpe
+import tokenizer as tokenizers
+from config import UserError
+
+GRAPHS = "--format=onnx, pt2 or torchscript"  # what is left to someone whose tokenizer is refused
+
+
+def tokenizer_files(tokenizer, context):
+    """{name: bytes}: tokenizer.json and tokenizer_config.json. Raises UserError for what they cannot hold.
+
+    The class is always PreTrainedTokenizerFast, which takes tokenizer.json as it is: those that are named after a model
+    put a pre-tokenizer of their own in the place of the one written there.
+    """
+    if tokenizer.kind == "hugging_face":
+        files = {name: content for name, content in tokenizer.files.items() if name in bytebpe.PARTS}
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    else:
+        make = {"char": char_json, "bpe": bpe_json, "unigram": unigram_json, "tiktoken": byte_json}[tokenizer.kind]
+        files = {"tokenizer.json": json.dumps(make(tokenizer), ensure_ascii=False).encode()}
+        end = tokenizers.END_OF_TEXT if tokenizers.END_OF_TEXT in tokenizer.special else None
+        settings = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=end, model_max_length=context,
+                        clean_up_tokenization_spaces=False)
+        settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {**files, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+
+
+def spec(model, special, pre_tokenizer=None, decoder=None):
+    """A whole tokenizer.json: nothing is normalized, nothing is put before or behind the text."""
+    added = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+             for text, i in sorted(special.items(), key=lambda item: item[1])]
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                pre_tokenizer=pre_tokenizer, post_processor=None, decoder=decoder, model=model)
+
+
+def split(regex, behavior="Isolated"):
+    return dict(type="Split", pattern=dict(Regex=regex), behavior=behavior, invert=False)
+
+
+FUSE = dict(type="Fuse")
+ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
+BYTES_AND_TEXT = dict(type="Sequence", decoders=[dict(type="ByteFallback"), FUSE])
+
+
+def char_json(tokenizer):
+    """Every character is a word. One that has no id is an error there too."""
+    vocabulary = {c: i for i, c in enumerate(tokenizer.characters, len(tokenizer.special))} | tokenizer.special
+    return spec(dict(type="WordLevel", vocab=vocabulary, unk_token="<no such character>"), tokenizer.special,
+                split(r"[\s\S]"), FUSE)
+
+
+def bpe_json(tokenizer):
+    """SentencePiece's BPE: the whole text is one word, and a space is a character like others, not U+2581."""
+    processor = tokenizer.processor
+    pieces, scores = readable_pieces(tokenizer), [processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    normal = [i for i in range(tokenizer.vocab_size)
+              if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    order = [pieces[i] for i in sorted(normal, key=lambda i: -scores[i])]  # the highest score is merged first
+    merges, unreachable = merges_of(order)
+    if unreachable:
+        raise UserError(f"{len(unreachable)} pieces of this tokenizer, such as {unreachable[0]!r}, are made in a way "
+                        "that tokenizer.json cannot describe", GRAPHS)
+    model = bpe_model({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True)
+    return spec(model, tokenizer.special, decoder=BYTES_AND_TEXT)
+
+
+def unigram_json(tokenizer):
+    """SentencePiece's unigram model: the same scores, and the likeliest way to cut the text."""
+    processor, pieces = tokenizer.processor, readable_pieces(tokenizer)
+    scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    if any(score * tokenizers.SCORE_STEPS % 1 for score in scores):
+        raise UserError("this unigram tokenizer was learned by an older version of this project: its scores cannot be "
+                        "added exactly, and other programs would cut some texts otherwise",
+                        f"learn it anew; or {GRAPHS}")
+    # Text that spells the name of a byte must not find it in the vocabulary. Before a digit a piece ends anyway.
+    return spec(dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores))),
+                tokenizer.special, split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"), BYTES_AND_TEXT)
+
+
+def readable_pieces(tokenizer):
+    """SentencePiece's pieces with spaces for its U+2581, so that a real U+2581 has none and is spelled in bytes."""
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(i).replace(tokenizers.SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]
+    pieces[0] = "<unk\uffff>"  # id 0, which no text becomes: "<unk>" in a text is text, and U+FFFF is in none
+    return pieces
+
+
+def byte_json(tokenizer):
+    """tiktoken's encodings: bytes are written as visible characters."""
+    visible = {byte: character for character, byte in bytebpe.byte_alphabet().items()}
+    tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    merges, unreachable = merges_of(tokens)
+
+    def shown(token):
+        return "".join(visible[byte] for byte in token)
+
+    if tokenizer.name not in ENCODINGS:
+        raise UserError(f"the regular expression of {tokenizer.name} was not compared with the library's, only "
+                        f"those of {', '.join(ENCODINGS)}", GRAPHS)
+    # In the library's dialect, {1,3}+ would repeat, and $ is the end of every line. Without the marks that only save
+    # time ("++" never gives back what it took) both mean the same.
+    regex = re.sub(r"([+*?}])\+", r"\1", tokenizer.pattern).replace("$", r"\z")
+    is_gpt2 = regex.replace(r"\s+\z|\s+(?!\S)|\s", r"\s+(?!\S)|\s+") == bytebpe.GPT2  # which ByteLevel has by itself
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=is_gpt2)
+    steps = byte_level if is_gpt2 else dict(type="Sequence", pretokenizers=[split(regex), byte_level])
+    vocabulary = {shown(token): tokenizer.ranks[token] for token in tokens} | tokenizer.special
+    model = bpe_model(vocabulary, [(shown(a), shown(b)) for a, b in merges],
+                      ignore_merges=bool(unreachable))  # a word that is a token as a whole needs no merges
+    return spec(model, tokenizer.special, steps, dict(byte_level, use_regex=True))
+
+
+def bpe_model(vocabulary, merges, byte_fallback=False, ignore_merges=False):
+    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                fuse_unk=False, byte_fallback=byte_fallback, ignore_merges=ignore_merges, vocab=vocabulary,
+                merges=merges)
+
+
+def merges_of(order):
+    """The pairs that BPE joins, in their order, from its tokens (text or bytes) in the order of their ranks.
+
+    A token is made by joining what the merges before it make of its characters or bytes. Returns ([(left, right)],
+    the tokens that are longer than one character or byte and cannot be made so).
+    """
+    rank, merges, unreachable = {token: i for i, token in enumerate(order)}, [], []
+    for limit, token in enumerate(order):
+        symbols = [token[i:i + 1] for i in range(len(token))]
+        while len(symbols) > 2:
+            ranks = [rank.get(a + b, limit) for a, b in zip(symbols, symbols[1:])]
+            best = min(ranks)
+            if best >= limit:
+                break
+            at = ranks.index(best)
+            symbols[at:at + 2] = [symbols[at] + symbols[at + 1]]
+        if len(symbols) == 2:
+            merges.append(tuple(symbols))
+        elif len(symbols) > 2:
+            unreachable.append(token)
+    return merges, unreachable
