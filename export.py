@@ -40,6 +40,7 @@ import dataset as datasets
 import huggingface
 import runtime
 from config import UserError, command_line, load, note, say
+from model import KVCache
 from sources import LICENCES
 
 # By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
@@ -77,7 +78,7 @@ class Logits(nn.Module):
         return self.model(input_ids)
 
 
-class GrowingCache:
+class GrowingCache(KVCache):
     """A KVCache for a graph: nothing is written in place, keys and values are joined to new, longer ones.
 
     A graph records what was done with one example, so what depends on a length must not be an `if`: the mask is always

@@ -17,6 +17,7 @@ whole before its parts, begin at class GPT.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -119,7 +120,7 @@ def rotate(x, cos, sin):
     """Turn channel i with channel i + head_dim / 2 by the angle of the position (Su 2021, arXiv 2104.09864).
 
     The product of a rotated query and a rotated key depends on the distance of their positions alone, which is how
-    the model knows order without a vector per position. x: (B, heads, T, head_dim); cos, sin: (T, head_dim / 2).
+    the model knows order without a vector per position. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -130,14 +131,32 @@ class KVCache:
 
     Sized once for `capacity` positions, so that nothing is allocated or copied as the text grows. `length` counts the
     positions that hold something: every layer writes after it, and GPT.trunk advances it once all layers have written.
-    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers.
+    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers, taken as they are filled.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_kv_head, capacity or config.block_size, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+
+    def row(self, i):
+        """Row i as a cache of its own, in the same memory and with a length of its own."""
+        row = copy.copy(self)
+        row.k, row.v = self.k[:, i:i + 1], self.v[:, i:i + 1]
+        return row
+
+    def positions(self, T):
+        """Where in the text T new tokens stand."""
+        return slice(self.length, self.length + T)
+
+    def attend(self, layer, q, k, v):
+        """Attention of T new tokens to the past and themselves: q (B, n_head, T, head_dim), k and v (B, n_kv_head, ...).
+        """
+        k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
+        mask = self.mask(q.size(2))  # (T, past + T)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and self.length == 0,
+                                              enable_gqa=k.size(1) != q.size(1))  # (B, n_head, T, head_dim)
 
     def extend(self, layer, k, v):
         """Write k, v (B, n_kv_head, T, head_dim) after the past. Returns past and new together."""
@@ -156,6 +175,10 @@ class KVCache:
         if self.length == 0 or T == 1:
             return None
         return torch.ones(T, self.length + T, dtype=torch.bool, device=self.k.device).tril(self.length)
+
+    def advance(self, T):
+        """All layers have written T new positions."""
+        self.length += T
 
 
 class Attention(nn.Module):
@@ -190,14 +213,12 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        mask = None
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, n_kv_head, past + T, head_dim)
-            mask = cache.mask(T)  # (T, past + T)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and (cache is None or cache.length == 0),
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
+        if cache is None:
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
+        else:
+            y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again: (B, T, n_head * head_dim)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -293,17 +314,18 @@ class GPT(nn.Module):
         T, past = idx.size(1), cache.length if cache is not None else 0
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
+        at = cache.positions(T) if cache is not None else slice(0, T)
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[past:past + T]  # (T, C) added to every row
+            x = x + self.transformer.wpe.weight[at]  # (T, C) added to every row
         else:
-            rotation = self.rope_cos[past:past + T], self.rope_sin[past:past + T]  # (T, head_dim / 2) each
+            rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)  # (1, T, head_dim / 2) each
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, rotation, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return x
 
     def logits(self, x):

@@ -18,6 +18,7 @@ import codecs
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,19 +31,26 @@ import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
 
 
-@dataclass
-class SampleConfig:
-    prompt: str = ""  # the text to continue, as it stands; FILE:path reads it from a file
-    start: str = ""  # the same, by nanoGPT's name
-    num_samples: int = 1  # how many texts to write, one after the other
-    max_new_tokens: int = 128  # longest text, in tokens
+@dataclass(eq=False)
+class Sampling:
+    # how tokens are chosen from their scores, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
     top_k: int = 50  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
     min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1: tokens that were used get less likely
+    repetition_penalty: float = 1.0  # above 1: tokens that were used, in the prompt too, get less likely
+    presence_penalty: float = 0.0  # taken from the score of every token that was written already; OpenAI's
+    frequency_penalty: float = 0.0  # the same, once for each time that it was written
     stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
     ignore_eos: bool = False  # go on after the end-of-text token
+
+
+@dataclass
+class SampleConfig(Sampling):
+    prompt: str = ""  # the text to continue, as it stands; FILE:path reads it from a file
+    start: str = ""  # the same, by nanoGPT's name
+    num_samples: int = 1  # how many texts to write, one after the other
+    max_new_tokens: int = 128  # longest text, in tokens
     chat: bool = False  # the prompt is a message to a chat model, in its own format; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
     # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
@@ -84,29 +92,56 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
-def penalize(logits, used, penalty):
-    """Make the ids in `used` less likely: scores above 0 are divided by the penalty, others multiplied by it.
+def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0):
+    """Make tokens that were used less likely. logits: (..., V); prompt, written: ids.
 
-    logits: (..., V); used: ids, in any order and number; penalty 1 does nothing (CTRL, arXiv 1909.05858).
+    repetition divides the scores above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
+    1909.05858). presence is taken from the score of what was written, frequency for each time (OpenAI's API).
     """
-    if penalty == 1.0 or not used:
-        return logits
-    ids = torch.tensor(sorted(set(used)), device=logits.device)
-    scores = logits[..., ids]
-    return logits.index_copy(-1, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
+    counts = Counter(written)
+    if repetition != 1.0 and (prompt or written):
+        ids = torch.tensor(sorted(counts.keys() | set(prompt)), device=logits.device)
+        scores = logits[..., ids]
+        logits = logits.index_copy(-1, ids, torch.where(scores > 0, scores / repetition, scores * repetition))
+    if (presence or frequency) and written:
+        ids = torch.tensor(list(counts), device=logits.device)
+        less = torch.tensor([presence + frequency * n for n in counts.values()], device=logits.device)
+        logits = logits.index_add(-1, ids, -less.expand(*logits.shape[:-1], -1))
+    return logits
 
 
-def make_pick(settings, prompt, seed):
-    """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written."""
-    generator, used = torch.Generator().manual_seed(seed), list(prompt)
+def draw(logits, generator):
+    """One token of each row (B, V) by its probability: (B,).
+
+    Laid side by side, the probabilities of all tokens make a line of length 1; a random point on it is the choice.
+    In float64, where a vocabulary of 50,000 adds up to 1 but for 1e-12. (A point in (0, 1], and the first token whose
+    end is not before it: one of probability 0 has no length, so it is never met.)
+    """
+    ends = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    point = (1 - torch.rand(logits.size(0), 1, dtype=torch.float64, generator=generator)) * ends[:, -1:]
+    return torch.searchsorted(ends, point)[:, 0]
+
+
+def make_pick(settings, prompt, seed, bias=None):
+    """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
+
+    settings: a Sampling. bias: {id: what to add to its score}.
+    """
+    generator, written = torch.Generator().manual_seed(seed), []
 
     def pick(logits):
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(logits.sum()):
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
-        logits = penalize(logits.cpu(), used, settings.repetition_penalty)
-        logits = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-        token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]  # (1,)
-        used.append(token.item())
+        logits = penalize(logits.cpu(), prompt, written, settings.repetition_penalty, settings.presence_penalty,
+                          settings.frequency_penalty)
+        if bias:
+            logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
+        if settings.temperature == 0:
+            token = logits.argmax(dim=-1)  # (1,): of equal scores the lowest id
+        else:
+            token = draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p),
+                         generator)
+        written.append(token.item())
         return token
     return pick
 
@@ -138,10 +173,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self.held + new
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        if found:  # of several the one that is complete first, however the text came in tokens; then the longest
             self.stopped, self.held = True, ""
-            return text[:min(found)]
+            return text[:min(found)[1]]
         keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - keep:]
         return text[:len(text) - keep]
@@ -184,7 +219,8 @@ def begin(prompt, tokenizer):
 
 
 LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1),
-          "min_p": (0, 1), "repetition_penalty": (0.01, 100), "seed": (0, 2**62)}
+          "min_p": (0, 1), "repetition_penalty": (0.01, 100), "presence_penalty frequency_penalty": (-100, 100),
+          "seed": (0, 2**62)}
 
 
 def read_prompt(prompt):

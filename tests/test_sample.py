@@ -12,7 +12,7 @@ from conftest import ROOT, error, script
 
 import sample
 import tokenizer as tokenizers
-from sample import TextStream, filter_logits, penalize
+from sample import TextStream, draw, filter_logits, penalize
 
 
 def kept(logits, **settings):
@@ -51,8 +51,42 @@ def test_filters_work_on_rows():
 
 def test_penalty():
     logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
-    assert penalize(logits, [0, 1, 1], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
-    assert penalize(logits, [], 2.0) is logits and penalize(logits, [0], 1.0) is logits
+    assert penalize(logits, [0, 1, 1], [], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
+    assert penalize(logits, [0], [1, 1], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
+    assert penalize(logits, [], [], 2.0) is logits and penalize(logits, [0], [1]) is logits
+
+
+def test_penalties_by_brute_force():
+    rng = random.Random(0)
+    for _ in range(200):
+        V = rng.randint(2, 12)
+        scores = [rng.gauss(0, 3) for _ in range(V)]
+        prompt, written = ([rng.randrange(V) for _ in range(rng.randrange(8))] for _ in range(2))
+        repetition, presence, frequency = rng.uniform(0.5, 2), rng.uniform(-2, 2), rng.uniform(-2, 2)
+        wanted = []
+        for i, score in enumerate(scores):
+            if i in prompt + written:
+                score = score / repetition if score > 0 else score * repetition
+            wanted.append(score - presence * (i in written) - frequency * written.count(i))
+        found = penalize(torch.tensor([scores]), prompt, written, repetition, presence, frequency)
+        assert torch.allclose(found, torch.tensor([wanted]), atol=1e-5)
+
+
+def test_tokens_are_drawn_by_their_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(logits.expand(200_000, -1), generator)
+    share = drawn.bincount(minlength=6) / len(drawn)
+    assert torch.allclose(share, logits[0].softmax(0), atol=0.004)  # three standard deviations
+    for point, wanted in ((0.0, 4), (1 - 2**-53, 1)):  # the ends of what torch.rand gives: no token of probability 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *size, **_: torch.full(size, point, dtype=torch.float64))
+            assert draw(logits, None).tolist() == [wanted]
+
+
+def test_a_bias_decides():
+    pick = sample.make_pick(sample.SampleConfig(), [], 0, {3: 100.0})
+    assert [pick(torch.randn(1, 9)).item() for _ in range(20)] == [3] * 20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +130,9 @@ def test_stop_strings_never_leak():
             if ends:
                 break
         assert whole == (text[:min(ends)] if ends else text), (text, stops)
+        stream = TextStream(Bytes(), stops)  # and the same when it comes in larger pieces
+        pieces = [stream.give(text[i:i + 3]) for i in range(0, len(text), 3)]
+        assert "".join(pieces) + stream.finish() == whole, (text, stops)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

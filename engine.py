@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+The engine: many requests at once, one model.
+
+    engine = Engine(model, tokenizer, rows=16)
+    requests = [Request(ids=tokenizer.encode("def "), max_tokens=64, seed=i) for i in range(100)]
+    engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
+    print(requests[0].text, requests[0].finish_reason)
+
+To make one token, a processor reads every weight of the model once, and spends its time on the reading. For sixteen
+texts it can read them once as well: that is why a server puts requests together. Texts begin and end at different
+times, so the engine has a fixed number of rows, each with its own cache of keys and values; a request takes a free row,
+and gives it back when it ends. One step of the engine:
+
+1. requests that were cancelled or are late leave, waiting ones take the free rows;
+2. every row that is writing gets its next token: one batch through the model;
+3. a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
+
+Whatever a request gets does not depend on its neighbours: prompts are read alone, in parts that are cut at the same
+places every time; attention works on each row alone; every row has its own random numbers. What is left are the matrix
+products of step 2, where the same row may get other last bits among 3 rows than among 5 (another kernel adds in another
+order). So the engine finds out at its start which numbers of rows give the same bits, and uses no others: see `steady`.
+
+A prompt and its answer have to fit into the context together; `submit` refuses what does not.
+"""
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import tokenizer as tokenizers
+from config import print_error
+from model import KVCache
+from sample import Sampling, TextStream, make_pick
+
+CHUNK = 128  # prompt tokens that are read in one step
+
+
+class Token(NamedTuple):
+    """A token and what the model thought of it, before temperature and filters: natural logarithms of probabilities."""
+    id: int
+    logprob: float | None  # None for the first of a text, which nothing predicts
+    top: list  # the likeliest ones, [(id, logprob), ...]
+
+
+class Event(NamedTuple):
+    """News of a request: what came since the last event; finish_reason stands in the last one alone.
+
+    stop: an end-of-text token or a stop string; length: max_tokens; timeout: the deadline; cancelled; error.
+    """
+    request: "Request"
+    text: str
+    tokens: list
+    finish_reason: str
+
+
+@dataclass(eq=False)
+class Request(Sampling):
+    ids: list[int] = field(default_factory=list)  # the prompt
+    max_tokens: int = 128  # 0: only score the prompt
+    seed: int = 0
+    logit_bias: dict = field(default_factory=dict)  # {id: what to add to its score}
+    logprobs: int | None = None  # keep each token with its log-probability, and so many of the likeliest
+    prompt_logprobs: bool = False  # those of the prompt, too
+    deadline: float = float("inf")  # of time.monotonic()
+    streams: bool = False  # an event for every token, and not just one at the end
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    cancelled: bool = False  # may be set by anyone at any time
+    # the answer
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
+    n: int = 0  # tokens that were computed, an end-of-text token included
+    finish_reason: str = ""
+    submitted: float = 0.0  # time.monotonic()
+    first: float | None = None  # when its first token was there
+    # the engine's own, from the moment on in which it gets a row
+    cache: KVCache | None = None
+    read: int = 0  # prompt tokens that are in the cache
+    next: int | None = None  # the last token, which is not in the cache yet
+    pick: Callable | None = None
+    stream: TextStream | None = None
+    held: list[Token] = field(default_factory=list)  # tokens of which no event has told
+
+
+class Rows:
+    """The caches of several rows as one, for a batch of one new token each: every row attends to its own past."""
+
+    def __init__(self, caches):
+        self.caches = caches
+        self.length = max(cache.length for cache in caches)
+
+    def positions(self, T):
+        return torch.tensor([[cache.length] for cache in self.caches], device=self.caches[0].k.device)  # (B, 1)
+
+    def attend(self, layer, q, k, v):
+        return torch.cat([cache.attend(layer, q[i:i + 1], k[i:i + 1], v[i:i + 1])
+                          for i, cache in enumerate(self.caches)])  # (B, n_head, 1, head_dim)
+
+    def advance(self, T):
+        for cache in self.caches:
+            cache.advance(T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same bits whatever the number of rows
+
+
+def product(layer, x):
+    """nn.Linear in the type of its weights. In float32 on a CPU by oneDNN instead of PyTorch's own choice, MKL.
+
+    Measured for the matrices of openllm-small: oneDNN gives a row the same bits among 2 to 16 rows (MKL only among 4, 8
+    and 12 to 16), and takes 85 instead of 104 us for two rows of 512 x 2048, 125 instead of 264 for sixteen.
+    """
+    x = x.to(layer.weight.dtype)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def prepare(model, dtype):
+    """Have the model's matrix products done by `product`, with weights that are in `dtype` once and for all.
+
+    The same numbers as autocast, which would convert all weights at every step.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+            layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+            layer.forward = partial(product, layer)
+    return model
+
+
+@torch.inference_mode()
+def steady(model, rows):
+    """The numbers of rows among which a row gets the same bits as among all `rows`, and wherever it stands.
+
+    Each shape of a matrix is tried on its own, with numbers that cancel: half of them are the negative of the other
+    half, shuffled, so that what is left of a sum is nothing but its rounding, and tells the order in which it was added
+    up. (Ordinary numbers hide it: rounded to bfloat16, the results of two orders are nearly always the same.) Then the
+    whole model, with random tokens. [1] where even the place in a batch matters: then rows are computed one by one.
+    """
+    config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator).to(device)
+
+    def scores(tokens):
+        caches = [KVCache(config, 1, 1, device, model.dtype()) for _ in tokens]
+        return model.logits(model.trunk(tokens, Rows(caches)))
+
+    trials = [(scores, tokens)]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
+        N, K = layer.weight.shape
+        shuffled = torch.randperm(K // 2, generator=generator)
+        w, x = torch.randn(N, K // 2, generator=generator), torch.randn(rows, K // 2, generator=generator)
+        w, x = torch.cat((w, w[:, shuffled]), dim=1), torch.cat((x, -x[:, shuffled]), dim=1)
+        w, x = (F.pad(tensor, (0, K % 2)).to(layer.weight) for tensor in (w, x))  # (N, K), (rows, K)
+        bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
+        trials.append((partial(product, SimpleNamespace(weight=w, bias=bias)), x))
+
+    counts = set(range(1, rows + 1))
+    for compute, x in trials:
+        among_all = compute(x)
+        if not torch.equal(compute(x.flip(0)).flip(0), among_all):
+            return [1]
+        counts = {n for n in counts if torch.equal(compute(x[:n]), among_all[:n])}
+    return sorted(counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Requests on the rows of one model, which is the engine's from here on.
+
+    submit and `cancelled` are for any thread; step, run and complete for one.
+    """
+
+    def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32):
+        self.model, self.tokenizer, self.ends = prepare(model, dtype), tokenizer, tokenizers.ends(tokenizer)
+        self.device, self.rows, self.max_queue = model.lm_head.weight.device, rows, max_queue
+        self.counts = steady(model, rows)
+        memory = KVCache(model.config, rows, None, self.device, model.dtype())
+        self.free = [memory.row(i) for i in range(rows)]
+        self.spare = KVCache(model.config, 1, 1, self.device, model.dtype())  # for the rows that only fill up a batch
+        self.waiting, self.running, self.news = deque(), [], threading.Condition()
+        self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
+        self.stopping = False
+
+    def submit(self, *requests):
+        """Queue the requests, all or none. Raises ValueError where one cannot fit, queue.Full where there is no room.
+        """
+        size = self.model.config.block_size
+        for request in requests:
+            # The last token is not read any more, so one token fits behind a full context.
+            if not request.ids or len(request.ids) > size or len(request.ids) + max(1, request.max_tokens) > size + 1:
+                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
+        with self.news:
+            if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
+                raise queue.Full
+            for request in requests:
+                request.submitted = time.monotonic()
+                self.waiting.append(request)
+            self.news.notify()
+
+    def complete(self, requests):
+        """Submit the requests and work until all are done."""
+        self.submit(*requests)
+        while self.waiting or self.running:
+            self.step()
+        return requests
+
+    def run(self):
+        """Work until `stopping`; what is left then is cancelled. Raises where the model fails three steps in a row."""
+        failures = 0
+        while not self.stopping:
+            with self.news:
+                self.news.wait_for(lambda: self.waiting or self.running or self.stopping)
+            try:
+                self.step()
+                failures = 0
+            except Exception:
+                print_error(traceback.format_exc())
+                failures += 1
+                for request in list(self.running):  # the others will not feel it
+                    self.finish(request, "error")
+                if failures == 3 or self.device.type == "cuda":  # (after an error, a GPU does nothing more)
+                    self.stop("error")
+                    raise
+        self.stop("cancelled")
+
+    def stop(self, reason="cancelled"):
+        """End every request; none is accepted any more."""
+        with self.news:
+            self.stopping = True
+            left = [*self.running, *self.waiting]
+            self.waiting.clear()
+            self.news.notify()
+        for request in left:
+            self.finish(request, reason)
+
+    @torch.inference_mode()
+    def step(self):
+        # 1. Who leaves, who comes?
+        now = time.monotonic()
+        with self.news:
+            everyone = [*self.running, *self.waiting]
+        for request in everyone:
+            if request.cancelled or now > request.deadline:
+                self.finish(request, "cancelled" if request.cancelled else "timeout")
+        while self.free and self.waiting:
+            with self.news:
+                request = self.waiting.popleft()
+            request.cache = self.free.pop()
+            request.pick = make_pick(request, request.ids, request.seed, request.logit_bias)
+            request.stream = TextStream(self.tokenizer, request.stop)
+            self.running.append(request)
+
+        # 2. A token for every row that is writing.
+        writing = [request for request in self.running if request.next is not None]
+        for i in range(0, len(writing), self.counts[-1]):
+            self.write(writing[i:i + self.counts[-1]])
+
+        # 3. Some of the prompts, the oldest first.
+        room = CHUNK
+        for request in [request for request in self.running if request.read < len(request.ids)]:
+            part = request.ids[request.read:request.read + CHUNK]
+            if len(part) > room:
+                break
+            self.read(request, part)
+            room -= len(part)
+        self.steps += 1
+
+    def write(self, requests):
+        """The next token of each request, from the one before it."""
+        n = next(count for count in self.counts if count >= len(requests))
+        fill = n - len(requests)  # rows that only make the number right
+        ids = [request.next for request in requests] + [0] * fill
+        caches = [request.cache for request in requests] + [self.spare] * fill
+        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(caches))  # (n, 1, C)
+        self.spare.length = 0
+        logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
+        for i, request in enumerate(requests):
+            self.choose(request, logits[i:i + 1])
+
+    def read(self, request, part):
+        """The next part of a prompt; behind its end, the first token."""
+        x = self.model.trunk(torch.tensor([part], device=self.device), request.cache)  # (1, T, C)
+        request.read += len(part)
+        self.prompt_tokens += len(part)
+        if request.prompt_logprobs:
+            known = request.ids[request.read - len(part) + 1:request.read + 1]  # what came next is in the prompt
+            logits = self.model.logits(x[0, :len(known)]).float()  # (T, vocab_size)
+            request.prompt_tokens += [Token(request.ids[0], None, [])] if not request.prompt_tokens else []
+            request.prompt_tokens += judge(logits, known, request.logprobs or 0)
+        if request.read == len(request.ids):
+            if request.max_tokens == 0:
+                self.finish(request, "length")
+            else:
+                self.choose(request, self.model.logits(x[:, -1]).float())
+
+    def choose(self, request, logits):
+        """One token from scores (1, vocab_size), and what follows from it."""
+        try:
+            token = request.pick(logits).item()
+        except Exception as error:  # scores that are not finite: this request's alone
+            print_error(f"a request failed: {getattr(error, 'fact', error)}")
+            return self.finish(request, "error")
+        request.first = request.first or time.monotonic()
+        request.n += 1
+        self.completion_tokens += 1
+        if token in self.ends and not request.ignore_eos:
+            return self.finish(request, "stop")
+        if request.logprobs is not None:
+            request.held += judge(logits, [token], request.logprobs)
+        text = request.stream.push(token)
+        request.text += text
+        request.next = token
+        if request.stream.stopped or request.n == request.max_tokens:
+            return self.finish(request, "stop" if request.stream.stopped else "length", text)
+        if request.streams and (text or request.held):
+            self.tell(request, text)
+
+    def finish(self, request, reason, text=""):
+        """The last event of a request; its row is free again."""
+        if request in self.running:
+            self.running.remove(request)
+            request.cache.length = 0
+            self.free.append(request.cache)
+            rest = request.stream.finish()
+            if request.stream.stopped and reason == "length":  # (the stop string was complete with the last bytes)
+                reason = "stop"
+            request.text += rest
+            text += rest
+        elif request in self.waiting:
+            with self.news:
+                self.waiting.remove(request)
+        self.cancelled += reason == "cancelled"
+        request.finish_reason = reason
+        self.tell(request, text, reason)
+
+    def tell(self, request, text, reason=""):
+        tokens, request.held = request.held, []
+        request.tokens += tokens
+        request.events.put(Event(request, text, tokens, reason))
+
+
+def judge(logits, ids, top):
+    """Tokens with their log-probabilities. logits: (T, vocab_size), of which those at t predict ids[t]; ids: T ids."""
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs[range(len(ids)), ids].tolist()
+    best = logprobs.topk(min(top, logprobs.size(-1)))
+    return [Token(i, p, list(zip(also, their))) for i, p, also, their in
+            zip(ids, chosen, best.indices.tolist(), best.values.tolist())]

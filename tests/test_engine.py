@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The engine: the same text whoever the neighbours are; requests that come, go, fail, wait and do not fit."""
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+from conftest import FAMILIES, nasty, random_model, words
+from torch.nn import functional as F
+
+import engine
+import tokenizer as tokenizers
+from engine import CHUNK, Engine, Request, Rows, steady
+from model import GPT, KVCache
+
+
+class Numbers:
+    """A tokenizer whose tokens are their numbers."""
+
+    special = {}
+
+    def token_bytes(self, i):
+        return b"%d " % i
+
+
+def make(seed=0, rows=8, dtype=torch.float32, max_queue=float("inf"), **shape):
+    return Engine(random_model(seed, **{"block_size": 48, **shape}), Numbers(), rows, max_queue, dtype)
+
+
+def a_request(rng, vocab_size=100, **more):
+    """Any request: its length, settings and seed by chance."""
+    ids = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 30))]
+    settings = dict(temperature=rng.choice([0, 0.7, 1, 2]), top_k=rng.choice([0, 5, 50]), top_p=rng.choice([1, 0.8]),
+                    repetition_penalty=rng.choice([1, 1.3]), presence_penalty=rng.choice([0, 0.5]))
+    return Request(**{**dict(ids=ids, max_tokens=rng.randint(1, 18), seed=rng.randrange(2**40), **settings), **more})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_does_not_depend_on_its_neighbours(family, dtype):
+    """Five requests, each alone and then among others that come and go: the same text, and log-probabilities, bit for
+    bit."""
+    rng, neighbours = random.Random(family), make(dtype=dtype, **FAMILIES[family])
+    for _ in range(5):
+        settings = dict(temperature=1.0, top_k=0, logprobs=3, prompt_logprobs=True)
+        ids, seed = a_request(rng).ids, rng.randrange(2**40)
+        alone = Request(ids=ids, max_tokens=18, seed=seed, **settings)
+        neighbours.complete([alone])
+        among = Request(ids=ids, max_tokens=18, seed=seed, **settings)
+        others = [a_request(rng) for _ in range(14)]
+        neighbours.submit(*others[:rng.randrange(10)])
+        for _ in range(rng.randrange(6)):
+            neighbours.step()
+        neighbours.complete([*others[10:12], among, *others[12:]])
+        assert among.tokens == alone.tokens and among.prompt_tokens == alone.prompt_tokens
+        assert among.text == alone.text and len(alone.tokens) == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [32, 256, 512])
+def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
+    """What `steady` found with its own tokens holds for others, with a past."""
+    model = random_model(n_embd=width, vocab_size=512, bias=width != 256)
+    rows = Engine(model, Numbers(), 16, dtype=dtype)
+    assert rows.counts[-1] == 16 or rows.counts == [1]
+    torch.manual_seed(1)
+    ids, pasts = torch.randint(512, (16, 1)), torch.randint(512, (16, 9))
+
+    def scores(n):
+        caches = [KVCache(model.config, 1, dtype=model.dtype()) for _ in range(n)]
+        for i, cache in enumerate(caches):
+            model.trunk(pasts[i:i + 1, :1 + i % 9], cache)
+        return model.logits(model.trunk(ids[:n], Rows(caches)))
+
+    with torch.inference_mode():
+        whole = scores(16)
+        assert all(torch.equal(scores(n), whole[:n]) for n in rows.counts if rows.counts != [1])
+
+
+def test_rows_that_differ_are_filled_up(monkeypatch):
+    """Where only some numbers of rows give the same bits, no other is ever computed; nowhere: one row at a time."""
+    sizes = []
+    for counts in ([3, 6, 8], [8], [1]):
+        monkeypatch.setattr(engine, "steady", lambda *_: counts)
+        rows = make()
+        trunk = rows.model.trunk
+        rows.model.trunk = lambda idx, cache: sizes.append(idx.size(0)) or trunk(idx, cache)
+        requests = rows.complete([a_request(random.Random(i), temperature=0) for i in range(8)])
+        assert set(sizes) <= {1, *counts} and set(counts) & set(sizes)
+        sizes.clear()
+        for request in requests:
+            assert request.text == greedy(random_model(block_size=48), request)
+
+
+def test_the_engine_looks_at_the_bits(monkeypatch):
+    """A model whose rows depend on their number, and on their place, is noticed."""
+    model, trunk = engine.prepare(random_model(), torch.float32), GPT.trunk
+    number = lambda self, idx, cache: trunk(self, idx, cache) * (1 + 1e-6 * (idx.size(0) == 3))  # noqa: E731
+    monkeypatch.setattr(GPT, "trunk", number)
+    assert 3 not in steady(model, 8) and 8 in steady(model, 8)
+    place = lambda self, idx, cache: trunk(self, idx, cache) + torch.arange(idx.size(0))[:, None, None]  # noqa: E731
+    monkeypatch.setattr(GPT, "trunk", place)
+    assert steady(model, 8) == [1]
+
+
+def greedy(model, request):
+    """The text by GPT.generate, with the penalties of the request."""
+    pick = engine.make_pick(request, request.ids, request.seed)
+    ids = [token.item() for token in model.generate(torch.tensor([request.ids]), request.max_tokens, pick)]
+    return "".join(f"{i} " for i in ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_generate_writes(family):
+    requests = [a_request(random.Random(i), temperature=0) for i in range(12)]
+    make(**FAMILIES[family]).complete(requests)
+    model = random_model(block_size=48, **FAMILIES[family])
+    assert [request.text for request in requests] == [greedy(model, request) for request in requests]
+
+
+def test_log_probabilities_are_the_models_own():
+    model, rng = random_model(block_size=300), random.Random(0)
+    ids = [rng.randrange(100) for _ in range(CHUNK + 40)]  # read in two parts
+    request = Request(ids=ids, max_tokens=9, seed=1, temperature=2.0, top_k=3, logprobs=4, prompt_logprobs=True)
+    make(block_size=300).complete([request])
+    everything = ids + [token.id for token in request.tokens]
+    with torch.no_grad():
+        wanted = F.log_softmax(model(torch.tensor([everything[:-1]]))[0], dim=-1)
+    found = request.prompt_tokens + request.tokens
+    assert [token.id for token in found] == everything and found[0].logprob is None
+    for token, row in zip(found[1:], wanted):
+        assert abs(token.logprob - row[token.id].item()) < 1e-4
+        best = row.topk(4)
+        assert [i for i, _ in token.top] == best.indices.tolist()
+        assert torch.allclose(torch.tensor([p for _, p in token.top]), best.values, atol=1e-4)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others():
+    rows = make(block_size=1000)
+    writer = Request(ids=[1], max_tokens=50, ignore_eos=True)
+    reader = Request(ids=[2] * (3 * CHUNK + 1), max_tokens=1)
+    rows.submit(writer)
+    rows.step()
+    rows.submit(reader)
+    for step in range(1, 5):
+        before, read = writer.n, reader.read
+        rows.step()
+        assert writer.n == before + 1 and reader.read - read <= CHUNK
+        assert bool(reader.finish_reason) == (step == 4)
+    short = [Request(ids=[3] * 40, max_tokens=1) for _ in range(5)]  # 3 x 40 fit into a step, and 40 more do not
+    rows.submit(*short)
+    rows.step()
+    assert [bool(request.finish_reason) for request in short] == [True] * 3 + [False] * 2
+
+
+def test_a_row_has_no_memory_of_who_had_it_before():
+    rows, rng = make(rows=1), random.Random(3)
+    first = rows.complete([a_request(rng, seed=5)])[0]
+    for _ in range(5):
+        rows.complete([a_request(rng)])
+    again = Request(**{name: getattr(first, name) for name in (
+        "ids", "max_tokens", "seed", "temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty")})
+    assert rows.complete([again])[0].text == first.text
+
+
+def test_what_does_not_fit_is_refused():
+    """Prompt and answer have to fit together; the last token is not read, so a full context has room for one more."""
+    rows = make(block_size=16)
+    for length, new in ((17, 1), (16, 2), (10, 8), (0, 1)):
+        with pytest.raises(ValueError):
+            rows.submit(Request(ids=[1] * length, max_tokens=new))
+    requests = [Request(ids=[1] * n, max_tokens=m, temperature=0) for n, m in ((16, 1), (16, 0), (1, 16), (15, 2))]
+    rows.complete(requests)
+    assert [request.n for request in requests] == [1, 0, 16, 2]
+    assert {request.finish_reason for request in requests} == {"length"}
+    assert requests[2].text == greedy(random_model(block_size=16), requests[2])
+
+
+def test_the_queue_takes_all_or_none():
+    rows = make(rows=2, max_queue=2)
+    one, *more = (Request(ids=[1], max_tokens=3) for _ in range(6))
+    rows.submit(*more[:3])
+    with pytest.raises(queue.Full):
+        rows.submit(*more[3:])
+    assert len(rows.waiting) == 3
+    rows.submit(more[3])
+    with pytest.raises(queue.Full):
+        rows.submit(one)
+
+
+def test_cancelled_and_late_requests_leave():
+    rows = make(rows=2)
+    running, late, queued, fine = (Request(ids=[1, 2], max_tokens=30, streams=True) for _ in range(4))
+    late.deadline = time.monotonic() + 0.2
+    rows.submit(running, late, queued, fine)
+    for _ in range(3):
+        rows.step()
+    running.cancelled = queued.cancelled = True
+    time.sleep(0.2)
+    rows.step()
+    assert running.finish_reason == queued.finish_reason == "cancelled" and late.finish_reason == "timeout"
+    assert queued.n == 0 and rows.cancelled == 2
+    rows.complete([])
+    assert fine.finish_reason == "length" and fine.n == 30 and len(rows.free) == 2
+    events = [late.events.get() for _ in range(late.events.qsize())]
+    assert "".join(event.text for event in events) == late.text != ""
+    assert [event.finish_reason for event in events] == [""] * (len(events) - 1) + ["timeout"]
+
+
+def test_a_failure_ends_its_own_requests_alone(capsys):
+    rows, worker = make(rows=2), None
+    trunk, broken = rows.model.trunk, threading.Event()
+
+    def sometimes(idx, cache):
+        if broken.is_set():
+            raise RuntimeError("a wire is loose")
+        return trunk(idx, cache)
+
+    rows.model.trunk = sometimes
+    failed = []
+
+    def work():
+        try:
+            rows.run()
+        except RuntimeError as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    fine = Request(ids=[1], max_tokens=3)
+    rows.submit(fine)
+    assert fine.events.get(timeout=10).finish_reason == "length"
+    broken.set()
+    rows.submit(doomed := Request(ids=[1], max_tokens=3))
+    assert doomed.events.get(timeout=10).finish_reason == "error"
+    broken.clear()
+    rows.submit(fine := Request(ids=[1], max_tokens=3))
+    assert fine.events.get(timeout=10).finish_reason == "length" and len(rows.free) == 2
+    broken.set()
+    three = [Request(ids=[1], max_tokens=3) for _ in range(6)]  # two at a time: three failing steps in a row
+    rows.submit(*three)
+    worker.join(10)
+    assert failed and "a wire is loose" in capsys.readouterr().err
+    assert {request.events.get(timeout=1).finish_reason for request in three} == {"error"}
+    with pytest.raises(queue.Full):
+        rows.submit(Request(ids=[1], max_tokens=3))
+
+
+def test_scores_that_are_not_finite_fail_one_request():
+    rows = make()
+    logits = rows.model.logits
+    rows.model.logits = lambda x: logits(x) * (float("nan") if x.dim() == 2 and broken else 1.0)
+    broken = True
+    bad = rows.complete([Request(ids=[1], max_tokens=3)])[0]
+    broken = False
+    good = rows.complete([Request(ids=[1], max_tokens=3)])[0]
+    assert bad.finish_reason == "error" and good.finish_reason == "length" and len(rows.free) == 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    text = "".join(nasty(1000, seed=1)) + words(20_000) + "\u4e2d\u6587 \U0001f468\u200d\U0001f469 caf\u00e9 " * 50
+    return [tokenizers.train("char", [text]), tokenizers.train("bpe", [text], 4000),
+            tokenizers.train("unigram", [text], 4000)]
+
+
+class Script:
+    """Stands where a request's pick is: writes the ids that it was given."""
+
+    def __init__(self, ids):
+        self.ids = iter(ids)
+
+    def __call__(self, logits):
+        return torch.tensor([next(self.ids)])
+
+
+def test_text_is_put_together_right(kinds, monkeypatch):
+    """Any ids, any script, any stop string: what is streamed is the whole, without half a character or half a stop."""
+    rng = random.Random(0)
+    for tokenizer in kinds:
+        rows = Engine(random_model(vocab_size=tokenizer.vocab_size, block_size=200), tokenizer, 8)
+        tails = ["", "\U0001f642 caf\u00e9", "\u4e2d\u6587"]
+        texts = ["".join(nasty(3, seed=i)) + rng.choice(tails) for i in range(40)]
+        known = [tokenizer.encode("".join(c for c in text if tokenizer.kind != "char" or c in tokenizer.characters))
+                 for text in texts]
+        chance = [[rng.randrange(5, tokenizer.vocab_size) for _ in range(rng.randint(1, 40))] for _ in range(40)]
+        scripts = [ids for ids in known + chance if ids]
+        whole = [b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace") for ids in scripts]
+        stops = [[text[a:a + rng.randint(1, 4)] for a in (rng.randrange(len(text)), rng.randrange(len(text)))]
+                 if i % 2 and text else [] for i, text in enumerate(whole)]
+        plan = iter(scripts)
+        monkeypatch.setattr(engine, "make_pick", lambda *_: Script(next(plan)))
+        requests = [Request(ids=[1], max_tokens=len(ids), stop=stop, streams=True, logprobs=0)
+                    for ids, stop in zip(scripts, stops)]
+        rows.complete(requests)
+        for request, ids, text, stop in zip(requests, scripts, whole, stops):
+            events = [request.events.get() for _ in range(request.events.qsize())]
+            assert "".join(event.text for event in events) == request.text
+            ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
+            wanted = text[:ends[0] - max(len(s) for s in stop if text[:ends[0]].endswith(s))] if ends else text
+            assert request.text == wanted and request.finish_reason == ("stop" if ends else "length")
+            assert [token.id for token in request.tokens] == ids[:request.n]
+            if "\ufffd" not in text:
+                assert not any("\ufffd" in event.text for event in events)
