@@ -7,6 +7,7 @@ Measurements: every number in the README that is not a line of a training log co
     python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
     python bench.py prepare --peer=../nanoGPT   # how fast is text prepared, beside nanoGPT's own scripts?
     python bench.py languages en.txt fr.txt     # what does each language lose by sharing a vocabulary?
+    python bench.py serve               # how fast is the server with 1, 4 and 16 clients? (bench_serve.py)
 
 Each prints what it measured on standard output, and on which machine.
 """
@@ -37,6 +38,7 @@ import runtime
 import sample
 import tokenizer as tokenizers
 import train
+from bench_serve import serve
 from config import UserError, check_limits, command_line, load, say
 from model import GPT, GPTConfig, KVCache, PRESETS
 from sources import fetch
@@ -51,11 +53,15 @@ class BenchConfig:
     seed: int = 1337  # of the samples
     checkpoint: Literal["best", "last"] = "best"  # of a run folder
     device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # serve: of matrix products
+    prompt: int = 32  # serve: tokens of a prompt
+    new_tokens: int = 64  # serve: tokens of an answer
+    requests: int = 4  # serve: requests of each client, one after the other
     peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
     dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there
     steps: int = 200  # parity: updates to compare; languages: updates of each run
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
-    repeats: int = 3  # prepare: pairs of processes
+    repeats: int = 3  # prepare: pairs of processes; serve: rounds
     vocab_size: int = 4096  # languages: tokens of each vocabulary
     character_coverage: float = 0.9995  # languages: share of the characters that get a token
 
@@ -431,7 +437,7 @@ def languages(settings, files):
               f"{alone_shared:.3f} |")
 
 
-BENCHES = {bench.__name__: bench for bench in (syntax, parity, doctor, prepare, languages)}
+BENCHES = {bench.__name__: bench for bench in (syntax, parity, doctor, prepare, languages, serve)}
 
 
 def main(argv):

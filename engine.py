@@ -135,8 +135,9 @@ def prepare(model, dtype):
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-            layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+            for name, tensor in list(layer.named_parameters()):
+                if tensor.dtype != dtype:  # (a head that is tied to the embedding gets a matrix of its own)
+                    setattr(layer, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
             layer.forward = partial(product, layer)
     return model
 
@@ -239,13 +240,17 @@ class Engine:
                     raise
         self.stop("cancelled")
 
-    def stop(self, reason="cancelled"):
+    def end(self):
+        """Have run() return. For any thread."""
+        with self.news:
+            self.stopping = True
+            self.news.notify()
+
+    def stop(self, reason):
         """End every request; none is accepted any more."""
         with self.news:
             self.stopping = True
             left = [*self.running, *self.waiting]
-            self.waiting.clear()
-            self.news.notify()
         for request in left:
             self.finish(request, reason)
 

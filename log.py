@@ -30,7 +30,7 @@ class Log:
         self.rewrite(header, before)
 
     def rewrite(self, header, before=math.inf):
-        rows, self.curve, last = self.read() if before else [], [], 0
+        rows, self.curve, last = read_rows(self.path, self.unwritten) if before else [], [], 0
         try:
             with open(self.path + ".part", "w", encoding="utf-8") as file:
                 file.write(json.dumps(header) + "\n")
@@ -44,15 +44,6 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}", "make room; the same command continues",
                             code=1) from None
-
-    def read(self):
-        """The rows of the file, one at a time; half a line, which a kill may leave at the end, is none."""
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in itertools.chain(file, self.unwritten.splitlines(keepends=True)):
-                    row = parse_row(line)
-                    if row:
-                        yield row
 
     def write(self, row):
         """Add a row. Where the disk is full, it waits in memory for the next: the run is worth more than its log."""
@@ -74,6 +65,16 @@ class Log:
                 os.replace(picture + ".part", picture)
         except OSError as error:
             warn(f"cannot write {self.path}: {error.strerror}; going on")
+
+
+def read_rows(path, unwritten=""):
+    """The rows of a log.jsonl, one at a time; half a line, which a kill may leave at the end, is none."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in itertools.chain(file, unwritten.splitlines(keepends=True)):
+                row = parse_row(line)
+                if row:
+                    yield row
 
 
 def parse_row(line):

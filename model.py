@@ -151,8 +151,7 @@ class KVCache:
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
-        """Attention of T new tokens to the past and themselves: q (B, n_head, T, head_dim), k and v (B, n_kv_head, ...).
-        """
+        """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         mask = self.mask(q.size(2))  # (T, past + T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and self.length == 0,

@@ -136,7 +136,7 @@ def make_pick(settings, prompt, seed, bias=None):
                           settings.frequency_penalty)
         if bias:
             logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
-        if settings.temperature == 0:
+        if settings.temperature == 0 or settings.top_k == 1:
             token = logits.argmax(dim=-1)  # (1,): of equal scores the lowest id
         else:
             token = draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p),

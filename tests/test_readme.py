@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """README.md is true: its commands run in their order, its files exist, its line counts and its settings are right."""
+import contextlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+import requests
 from conftest import ROOT, words
 
 import bench
 import export
 import prepare
 import sample
+import serve
 import tokenizer
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").strip().split("\n") if line.strip()]
+PROGRAMS = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "127.0.0.1:8000" in block]
 # The README's own words for trying a long command in seconds.
 QUICK = dict(re.findall(r"`(\w+\.py)` in seconds: `([^`]+)`", README))
 
@@ -28,7 +34,8 @@ QUICK = dict(re.findall(r"`(\w+\.py)` in seconds: `([^`]+)`", README))
 def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, and the text files that a reader is supposed to have."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests",
+                 ROOT / "serve.html"]:
         os.symlink(path, folder / path.name)
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
@@ -44,6 +51,30 @@ def clone(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def serving(clone, *arguments, expect=200):
+    """A server on a free port; its address. It has to end well."""
+    server = subprocess.Popen([sys.executable, "serve.py", *arguments, "--port=0"], cwd=clone, text=True,
+                              stderr=subprocess.PIPE)
+    port = re.search(r":(\d+) is open", server.stderr.readline())[1]
+    address = f"http://127.0.0.1:{port}"
+    threading.Thread(target=server.stderr.read, daemon=True).start()  # its log, or it would wait for us to read it
+    while requests.get(f"{address}/health").json() == {"status": "loading"}:
+        time.sleep(0.1)
+    try:
+        assert requests.get(f"{address}/model-info").status_code == expect
+        yield address
+    finally:
+        server.terminate()
+        assert server.wait(timeout=20) == 0
+
+
+@pytest.fixture(scope="module")
+def address(clone):
+    with serving(clone) as address:
+        yield address
+
+
 @pytest.mark.parametrize("command", [pytest.param(c, id=f"{i}: {c[:60]}") for i, c in enumerate(COMMANDS)])
 def test_command(clone, command, request):
     env = dict(os.environ)
@@ -55,6 +86,18 @@ def test_command(clone, command, request):
             assert arguments[:2] == ["install", "-r"] and (ROOT / arguments[2]).exists()
         elif program == "pytest":  # this is it; CI runs the very same line
             assert command.strip() in (ROOT / ".ci/run").read_text(encoding="utf-8")
+        elif program == "curl":
+            address = request.getfixturevalue("address")
+            line = part.replace("http://127.0.0.1:8000", address)
+            done = subprocess.run(["bash", "-c", line], cwd=clone, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, done.stdout + done.stderr
+        elif program == "head":
+            assert subprocess.run(["bash", "-c", part], cwd=clone).returncode == 0
+        elif arguments == ["serve.py"]:
+            request.getfixturevalue("address")  # which stays for the lines after it
+        elif arguments[:1] == ["serve.py"]:
+            with serving(clone, *arguments[1:], expect=401):
+                pass
         elif program == "torchrun":
             quick = shlex.split(QUICK["train.py"])
             arguments = [argument.replace("FIRST", "127.0.0.1") for argument in arguments]
@@ -79,8 +122,16 @@ def test_command(clone, command, request):
                 (clone / target).write_text(done.stdout, encoding="utf-8")
 
 
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split("\n")[0])
+def test_program(clone, address, program):
+    """The programs that are shown for the server, as they stand."""
+    done = subprocess.run([sys.executable, "-c", program.replace("http://127.0.0.1:8000", address)], cwd=clone,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout) > 5, done.stdout + done.stderr
+
+
 def test_there_are_commands_and_quick_variants():
-    assert len(COMMANDS) >= 8 and set(QUICK) >= {"train.py", "sample.py", "bench.py"}
+    assert len(COMMANDS) >= 8 and len(PROGRAMS) == 3 and set(QUICK) >= {"train.py", "sample.py", "bench.py"}
     assert COMMANDS[0] == "pip install -r requirements.txt && python train.py config/train_small.py"
 
 
@@ -101,7 +152,7 @@ def test_line_counts_are_right():
 
 def test_every_setting_that_is_named_exists():
     scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig, \
-        tokenizer.TokenizerConfig, export.ExportConfig
+        tokenizer.TokenizerConfig, export.ExportConfig, serve.ServeConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
     ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
     for name in re.findall(r"--([a-z]\w+)", ours):

@@ -1,0 +1,22 @@
+# A server for one trained run:
+#     docker build -t openllm .
+#     docker run -p 8000:8000 -v "$PWD/out/small:/model:ro" -e OPENLLM_API_KEY=secret openllm
+FROM python:3.11-slim
+
+# For PyTorch without CUDA, a tenth of the size: --build-arg PIP_EXTRA_INDEX_URL=... with the address that
+# pytorch.org/get-started shows for "CPU".
+ARG PIP_EXTRA_INDEX_URL
+
+WORKDIR /app
+COPY requirements.txt .
+# jinja2 is for chat formats, safetensors for the weights of a Hugging Face folder.
+RUN pip install --no-cache-dir -r requirements.txt jinja2==3.1.6 safetensors==0.8.0
+COPY . .
+
+RUN useradd --uid 1000 --create-home openllm
+USER 1000
+EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"]
+
+# Who listens to more than 127.0.0.1 needs a key. SIGTERM lets running requests finish.
+ENTRYPOINT ["python", "serve.py", "/model", "--host=0.0.0.0"]

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+The contract of the server: from the JSON of a client to requests for the engine, and from their tokens back to JSON.
+
+    job = Generate({"prompt": "def ", "max_tokens": 20}, served)
+    job.requests                 # for engine.submit; their events come in job.events
+    job.chunks(event)            # what a streaming client gets for an event: a list of JSON objects
+    job.answer()                 # or everything at once, when all are finished
+
+Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, so that programs that were written
+for it work here (as far as they go: whatever would change an answer and is not supported is refused, not ignored).
+
+Everything that comes in is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that
+names the field. A token id beyond the vocabulary would end a process with a GPU for good.
+"""
+import codecs
+import dataclasses
+import difflib
+import json
+import queue
+import secrets
+import time
+
+from config import UserError
+from web import Refuse
+
+MAX_PROMPTS, MAX_CHOICES, MAX_STOPS = 8, 4, 4
+RANGES = {  # name: (lowest, highest), inclusive
+    "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}
+UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the values that change nothing
+    "tools": ([],), "functions": ([],), "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},)}
+OTHER_NAMES = {"max_new_tokens": "max_tokens", "max_length": "max_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def short(value):
+    """A value as an error may show it: a scalar, and not much of it."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a number of very many digits"  # (Python refuses to print more than some 4,000 of them)
+    return json.dumps(value)[:40]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading fields. None, JSON's null, always means the default.
+
+
+def number(body, name, default, kind=float, low=None, high=None):
+    low, high = RANGES[name] if low is None else (low, high)
+    value = body.get(name)
+    if value is None:
+        return default
+    # (type and not isinstance: true is an int to Python. A NaN is not between anything.)
+    if type(value) not in (int, kind) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise Refuse(400, f"{name} must be {what} from {low} to {high}, not {short(value)}", name)
+    return kind(value)
+
+
+def flag(body, name):
+    value = body.get(name)
+    if value is not None and type(value) is not bool:
+        raise Refuse(400, f"{name} must be true or false, not {short(value)}", name)
+    return bool(value)
+
+
+def text(value, name):
+    """A text that can be written as UTF-8: JSON can say half a surrogate pair, which is no character."""
+    if type(value) is not str:
+        raise Refuse(400, f"{name} must be a text, not {short(value)}", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refuse(400, f"{name} holds half a character (a lone surrogate)", name) from None
+    return value
+
+
+def stops(body):
+    value = body.get("stop")
+    found = [] if value is None else value if type(value) is list else [value]
+    if len(found) > MAX_STOPS:
+        raise Refuse(400, f"stop may be {MAX_STOPS} texts, not {len(found)}", "stop")
+    for stop in found:
+        if not 1 <= len(text(stop, "stop")) <= 256:
+            raise Refuse(400, f"a stop text has 1 to 256 characters, not {len(stop)}", "stop")
+    return found
+
+
+def token_ids(value, name, vocab_size):
+    if type(value) is not list:
+        raise Refuse(400, f"{name} must be a list of token ids, not {short(value)}", name)
+    for i in value:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise Refuse(400, f"{name} holds {short(i)}, but token ids go from 0 to {vocab_size - 1}", name)
+    return value
+
+
+def logit_bias(body, vocab_size):
+    value, found = body.get("logit_bias"), {}
+    if value is None:
+        return found
+    if type(value) is not dict or len(value) > 300:
+        raise Refuse(400, "logit_bias must be an object of at most 300 token ids", "logit_bias")
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            raise Refuse(400, f"logit_bias has {short(key)}, but token ids go from 0 to {vocab_size - 1}", "logit_bias")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise Refuse(400, f"logit_bias of {key} must be a number from -100 to 100, not {short(bias)}", "logit_bias")
+        found[int(key)] = float(bias)
+    return found
+
+
+def encode(value, name, tokenizer):
+    try:
+        return tokenizer.encode(text(value, name))
+    except UserError as error:  # a character that a vocabulary of characters does not have
+        raise Refuse(400, error.fact, name) from None
+
+
+def prompt_ids(value, tokenizer):
+    """A prompt, a text or a list of token ids, as ids."""
+    if type(value) not in (str, list):
+        raise Refuse(400, f"prompt must be a text or a list of token ids, not {short(value)}", "prompt")
+    ids = encode(value, "prompt", tokenizer) if type(value) is str else token_ids(value, "prompt", tokenizer.vocab_size)
+    if not ids:
+        raise Refuse(400, "prompt is empty; to start from nothing, give the id of the end-of-text token", "prompt")
+    return ids
+
+
+def check_messages(value):
+    """OpenAI's messages as [{"role", "content"}], the content a text."""
+    if type(value) is not list or not value:
+        raise Refuse(400, "messages must be a list of messages", "messages")
+    found = []
+    for message in value:
+        if type(message) is not dict or message.get("role") not in ("system", "user", "assistant"):
+            raise Refuse(400, "a message must have a role, one of system, user, assistant", "messages")
+        content = message.get("content")
+        if type(content) is list:  # of parts; only texts are understood here
+            parts = [part.get("text") for part in content if type(part) is dict and part.get("type") == "text"]
+            content = "".join(text(part, "messages") for part in parts) if len(parts) == len(content) else None
+        found.append(dict(role=message["role"], content=text(content, "messages")))
+    if found[-1]["role"] == "assistant":
+        raise Refuse(400, "the last message must not be the assistant's", "messages")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three dialects
+
+
+def spell(tokenizer, i):
+    """A token as a text: its own, the name of a special one, or `bytes:\\xe4` where it is not whole characters."""
+    names = {number: name for name, number in tokenizer.special.items()}
+    raw = tokenizer.token_bytes(i)
+    if i in names or not raw:
+        return names.get(i, "")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def generate_defaults():
+    """What /generate takes where a request says nothing: the settings of sample.py."""
+    from sample import Sampling
+    return {"max_tokens": Job.max_tokens} | {field.name: field.default for field in dataclasses.fields(Sampling)
+                                             if field.name in RANGES}
+
+
+class Job:
+    """What the dialects share: the fields of sampling, the check that it fits, and the queue of events."""
+
+    defaults = {}  # where they differ from those of sample.py
+    max_tokens = 128  # by default; None: what is left of the context
+    echo = False
+
+    def __init__(self, body, served):
+        self.served, self.tokenizer, self.body = served, served.tokenizer, body
+        self.requests, self.events = [], queue.SimpleQueue()
+        self.stream, self.created = flag(body, "stream"), time.time()
+        for other, name in OTHER_NAMES.items():
+            if other in body:
+                body.setdefault(name, body.pop(other))
+        self.read()
+
+    def request(self, ids, logprobs, lowest=1, **more):
+        """A request of the engine with the prompt `ids` and the settings of the body."""
+        from engine import Request  # here, since torch takes seconds to import, and the port opens before that
+        body, values = self.body, {"stop": stops(self.body), "ignore_eos": flag(self.body, "ignore_eos")}
+        for field in dataclasses.fields(Request):
+            if field.name in RANGES and field.name not in ("max_tokens", "seed"):
+                default = self.defaults.get(field.name, field.default)
+                values[field.name] = number(body, field.name, default, type(field.default))
+        seed = number(body, "seed", secrets.randbits(32), int)
+        size, name = self.served.context, "messages" if "messages" in body else "prompt"
+        asked = number(body, "max_tokens", None, int, lowest, RANGES["max_tokens"][1])
+        # (A prompt that fills the context can still be scored: that needs no new position.)
+        left = size - len(ids) if not (self.echo and len(ids) == size) else 1
+        if left < 1:
+            raise Refuse(400, f"the {name} has {len(ids)} tokens, and the context of the model is {size}: {len(ids)}/"
+                         f"{size}, no room for an answer", name, "context_length_exceeded")
+        if asked is not None and asked > left:
+            raise Refuse(400, f"the {name} has {len(ids)} tokens: {len(ids)}+{asked}>{size}, the context of the model; "
+                         f"max_tokens={left} would fit", "max_tokens", "context_length_exceeded")
+        new = asked if asked is not None else min(self.max_tokens or left, left)
+        return Request(ids=ids, max_tokens=new, logprobs=logprobs, streams=self.stream, events=self.events,
+                       logit_bias=logit_bias(body, self.tokenizer.vocab_size), deadline=self.served.deadline(),
+                       **{**values, "seed": seed, **more})
+
+    def token(self, token, chat=False):
+        """A token and its alternatives as JSON. (-inf is no JSON.)"""
+        raw = {"token": spell(self.tokenizer, token.id), "logprob": max(token.logprob, -9999.0),
+               "bytes": [*self.tokenizer.token_bytes(token.id)]}
+        top = [{"id": i, "token": spell(self.tokenizer, i), "logprob": max(p, -9999.0)} for i, p in token.top]
+        if chat:
+            return raw | {"top_logprobs": [
+                {"token": t["token"], "logprob": t["logprob"], "bytes": [*self.tokenizer.token_bytes(t["id"])]}
+                for t in top]}
+        return {"id": token.id, **raw, "top": top}
+
+    def failure(self, reason):
+        """The Refuse that stands for a finish_reason that is no answer, or None."""
+        if reason == "cancelled":
+            return Refuse(503, "the server is shutting down")
+        if reason == "timeout":
+            return Refuse(503, "the request took too long", code="timeout")
+        return Refuse(500, "the model failed on this request") if reason == "error" else None
+
+    def last(self):
+        """Chunks after all requests have ended."""
+        return []
+
+
+class Generate(Job):
+    """POST /generate"""
+
+    fields = {"prompt", "stream", "stop", "ignore_eos", "logprobs", "logit_bias", *RANGES}
+
+    def read(self):
+        for name in self.body:
+            if name not in self.fields:
+                near = difflib.get_close_matches(name, [*self.fields, *OTHER_NAMES], 1)
+                hint = f": did you mean {near[0]!r}?" if near else ""
+                raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
+        top = number(self.body, "logprobs", 0, int, 0, 20)
+        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.tokenizer), top or None)]
+
+    def failure(self, reason):
+        return None if reason == "timeout" else super().failure(reason)  # here it is an answer, as far as it goes
+
+    def numbers(self, request):
+        return {"prompt_tokens": len(request.ids), "completion_tokens": request.n, "seed": request.seed,
+                "finish_reason": request.finish_reason, "time": round(time.time() - self.created, 4)}
+
+    def tokens(self, tokens):
+        return {"tokens": [self.token(token) for token in tokens]} if self.requests[0].logprobs else {}
+
+    def answer(self):
+        request, = self.requests
+        return {"generated_text": request.text} | self.numbers(request) | self.tokens(request.tokens)
+
+    def chunks(self, event):
+        chunks = [{"text": event.text} | self.tokens(event.tokens)] if event.text or event.tokens else []
+        return chunks + ([{"text": ""} | self.numbers(event.request)] if event.finish_reason else [])
+
+
+class Completions(Job):
+    """POST /v1/completions: several prompts, several choices each, the prompt's own log-probabilities."""
+
+    defaults = {"temperature": 1.0, "top_k": 0}
+    max_tokens, kind, prefix = 16, "text_completion", "cmpl-"
+
+    def read(self):
+        self.common()
+        prompts = self.body.get("prompt")
+        if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
+            prompts = [prompts]
+        if len(prompts) > MAX_PROMPTS:
+            raise Refuse(400, f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}", "prompt")
+        self.echo = flag(self.body, "echo")
+        top = number(self.body, "logprobs", None, int, 0, 5)
+        self.texts = [text(p, "prompt") if type(p) is str else None for p in prompts]
+        self.choices([prompt_ids(p, self.tokenizer) for p in prompts], top, lowest=0 if self.echo else 1,
+                     prompt_logprobs=self.echo and top is not None)
+
+    def common(self):
+        """The fields that OpenAI's two endpoints share."""
+        for name, harmless in UNSUPPORTED.items():
+            value = self.body.get(name)
+            if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
+                raise Refuse(400, f"{name} is not supported here", name, "unsupported")
+        options = self.body.get("stream_options")
+        if options is not None and (not self.stream or type(options) is not dict):
+            raise Refuse(400, "stream_options is an object, and goes with stream=true alone", "stream_options")
+        self.usage_wanted = flag(options or {}, "include_usage")
+        self.id = self.prefix + secrets.token_hex(12)
+
+    def choices(self, prompts, top, **more):
+        """n requests for each prompt. Choice j has the seed + j, for every prompt: each is what it would be alone."""
+        self.n = number(self.body, "n", 1, int, 1, MAX_CHOICES)
+        self.requests = [self.request(ids, top, **more) for ids in prompts for _ in range(self.n)]
+        for i, request in enumerate(self.requests):
+            if self.body.get("seed") is not None:
+                request.seed = (request.seed + i % self.n) % 2**63
+        self.index = {request: i for i, request in enumerate(self.requests)}
+        self.spelled = {request: codecs.getincrementaldecoder("utf-8")("replace") for request in self.requests}
+        self.offset = dict.fromkeys(self.requests, 0)
+        self.begun = set()
+
+    def frame(self, choices, kind=None, **more):
+        return {"id": self.id, "object": kind or self.kind, "created": int(self.created), "model": self.served.name,
+                "choices": choices, **more}
+
+    def usage(self):
+        prompts = sum(len(request.ids) for request in self.requests[::self.n])
+        new = sum(request.n for request in self.requests)
+        return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+    def choice(self, request, **more):
+        reason = request.finish_reason if more.pop("end", True) else None
+        end = {"seed": request.seed} if reason else {}
+        return {"index": self.index[request], **more, "finish_reason": reason, **end}
+
+    def answer(self):
+        choices = [self.choice(request, text=self.prompt(request) + request.text,
+                               logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
+        return self.frame(choices, usage=self.usage())
+
+    def prompt(self, request):
+        """The prompt as the answer repeats it, with echo."""
+        if not self.echo:
+            return ""
+        given = self.texts[self.index[request] // self.n]
+        return given if given is not None else self.tokenizer.decode(request.ids)
+
+    def logprobs(self, request, tokens):
+        """The older form: four lists. text_offset: where in the text of the choice a token begins."""
+        if request.logprobs is None:
+            return None
+        if self.echo and request not in self.begun:
+            tokens = request.prompt_tokens + tokens
+        self.begun.add(request)
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offset[request])
+            self.offset[request] += len(self.spelled[request].decode(self.tokenizer.token_bytes(token.id)))
+        return {"tokens": [spell(self.tokenizer, token.id) for token in tokens],
+                "token_logprobs": [token.logprob and max(token.logprob, -9999.0) for token in tokens],
+                "top_logprobs": [None if token.logprob is None else
+                                 {spell(self.tokenizer, i): max(p, -9999.0) for i, p in token.top} for token in tokens],
+                "text_offset": offsets}
+
+    def chunks(self, event):
+        request, nothing = event.request, {"usage": None} if self.usage_wanted else {}
+        before = self.prompt(request) if request not in self.begun else ""
+        logprobs = self.logprobs(request, event.tokens)
+        self.begun.add(request)
+        chunks = []
+        if before or event.text or event.tokens:
+            chunks.append(self.choice(request, text=before + event.text, logprobs=logprobs, end=False))
+        if event.finish_reason:
+            chunks.append(self.choice(request, text="", logprobs=None))
+        return [self.frame([chunk], **nothing) for chunk in chunks]
+
+    def last(self):
+        return [self.frame([], usage=self.usage())] if self.usage_wanted else []
+
+
+class Chat(Completions):
+    """POST /v1/chat/completions: messages, which the model's own chat format makes a prompt of."""
+
+    max_tokens, kind, prefix = None, "chat.completion", "chatcmpl-"
+
+    def read(self):
+        self.common()
+        messages = check_messages(self.body.get("messages"))
+        wanted = flag(self.body, "logprobs")
+        top = number(self.body, "top_logprobs", 0, int, 0, 20)
+        if top and not wanted:
+            raise Refuse(400, "top_logprobs goes with logprobs=true alone", "top_logprobs")
+        if not self.served.chat:
+            raise Refuse(400, "this checkpoint has no chat format", "messages", "no_chat_format")
+        try:
+            ids = self.tokenizer.chat(messages)
+        except UserError as error:
+            raise Refuse(400, error.fact, "messages") from None
+        self.choices([ids], top if wanted else None)
+
+    def logprobs(self, request, tokens):
+        return None if request.logprobs is None else {"content": [self.token(token, chat=True) for token in tokens]}
+
+    def answer(self):
+        choices = [self.choice(request, message={"role": "assistant", "content": request.text},
+                               logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
+        return self.frame(choices, usage=self.usage())
+
+    def chunks(self, event):
+        request, nothing = event.request, {"usage": None} if self.usage_wanted else {}
+        chunks = []
+        if request not in self.begun:
+            self.begun.add(request)
+            chunks.append(self.choice(request, delta={"role": "assistant", "content": ""}, logprobs=None, end=False))
+        if event.text or event.tokens:
+            chunks.append(self.choice(request, delta={"content": event.text},
+                                      logprobs=self.logprobs(request, event.tokens), end=False))
+        if event.finish_reason:
+            chunks.append(self.choice(request, delta={}, logprobs=None))
+        return [self.frame([chunk], "chat.completion.chunk", **nothing) for chunk in chunks]
+
+    def last(self):
+        return [self.frame([], "chat.completion.chunk", usage=self.usage())] if self.usage_wanted else []

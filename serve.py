@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+The server: a trained model over HTTP, with nothing but the standard library.
+
+    python serve.py                                 # the newest run under out/, on http://127.0.0.1:8000
+    python serve.py out/small --port=9000 --dtype=bfloat16
+    OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for others too: only with a key
+
+    curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
+
+There are three kinds of threads. One accepts connections. Every connection has one of its own, which reads a request,
+checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. They
+share two queues: requests go one way, events come back the other.
+
+    web.py      connections: everything that can be wrong with HTTP, and a limit on everything
+    api.py      what a request may say, and what the answers look like
+    engine.py   many requests at once on one model
+    serve.html  the page at /
+    serve.py    this file: the settings, the paths, the life of a request and of the process
+
+Two things end a request early: its client hangs up, which is looked for between two tokens, and a deadline. Two things
+end the process: a signal, after which what is running may finish, and a model that fails whatever it is given.
+"""
+import base64
+import contextlib
+import hashlib
+import math
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from queue import Empty, Full
+from typing import Literal
+
+import api
+from config import UserError, check_limits, command_line, load, note, print_error, say
+from web import LOOPBACK, Refuse, Web
+
+# (torch takes seconds to import. What needs it is imported by the engine's thread, when the port is open already.)
+
+
+@dataclass
+class ServeConfig:
+    host: str = "127.0.0.1"  # the address to listen on; this one can be reached from this machine alone
+    port: int = 8000  # 0: any free one
+    rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
+    max_queue: int = 64  # requests that may wait for a row; more are told to come back
+    max_connections: int = 64  # open connections, each with a thread
+    max_body: int = 1 << 20  # bytes of a request
+    header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
+    body_timeout: float = 30  # seconds for its body
+    write_timeout: float = 30  # seconds for which a client may not take what it is sent
+    request_timeout: float = 300  # seconds for an answer
+    drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
+    api_key_file: str = ""  # the key that clients have to send is the first line of this file; or $OPENLLM_API_KEY
+    no_auth: bool = False  # listen on other addresses without a key: whoever reaches the port can use it
+    cors_origin: str = ""  # the pages of this origin may use the server from a browser: https://example.org
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
+    out_dir: str = ""  # the RUN; by default the newest below out/
+    init_from: str = ""  # the RUN as well
+    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+
+
+LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
+          "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6), "drain": (0, 1e6)}
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.html")
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
+DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
+
+
+class Served:
+    """The model that is served, and what there is to say about it."""
+
+    def __init__(self, settings, model, tokenizer, run):
+        import log
+        import machine
+        from engine import Engine
+        path, c = run.get("path", "model"), model.config
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        self.name, self.context, self.timeout = os.path.basename(os.path.normpath(folder)), c.block_size, \
+            settings.request_timeout
+        self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "template", ""))
+        device, parameters = model.lm_head.weight.device, model.n_params()
+        dtype, _ = machine.choose_dtype(settings.dtype, str(device))
+        row = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * dtype.itemsize  # bytes of its keys and values
+        rows = max(1, min(settings.rows, int(min(machine.free_memory(str(device)) / 2, 1e15) // row)))
+        if rows < settings.rows:
+            note(f"rows={rows} instead of {settings.rows}: each can take {row / 1e6:,.0f} MB, and all together no more "
+                 "than half of the free memory")
+        self.engine = Engine(model, tokenizer, rows, settings.max_queue, dtype)
+        curve = [*log.read_rows(os.path.join(folder, "log.jsonl"))]
+        here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
+        self.info = dict(
+            name=self.name, parameters=parameters, step=run.get("step") or None,
+            source=[os.path.basename(source) if os.path.exists(source) else source for source in run.get("source", [])],
+            val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
+            vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+            family=f"{c.pos} {c.norm} {c.mlp}", dtype=str(dtype).removeprefix("torch."), device=str(device),
+            tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")), chat=self.chat, rows=rows,
+            defaults=api.generate_defaults(), curve=[
+                (row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(curve)
+                if "val_loss" in row or i % math.ceil(len(curve) / 500) == 0])
+
+    def deadline(self):
+        return time.monotonic() + self.timeout
+
+
+class Server:
+    """The model, its engine's thread, and the web server around them.
+
+    load() -> (model, tokenizer, run) is called by the engine's thread. state is loading, ok, draining or dead.
+    Raises UserError where the port is taken, or where others could get in without a key.
+    """
+
+    def __init__(self, settings, load):
+        self.settings, self.load, self.served, self.failure = settings, load, None, None
+        self.draining, self.ended = False, threading.Event()
+        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), Counter(), Counter()
+        key = read_key(settings)
+        if not (settings.host in LOOPBACK or key or settings.no_auth):
+            raise UserError(f"host={settings.host} lets others in, and there is no key",
+                            "OPENLLM_API_KEY=... or --api_key_file=FILE; or --no_auth=True, if everyone may use it")
+        self.page, self.policy = read_page()
+        routes = {
+            "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
+            "/model-info": {"GET": self.model_info}, "/info": {"GET": self.model_info},
+            "/v1/models": {"GET": self.models}, "/v1/models/": {"GET": self.models},
+            "/tokenize": {"POST": self.tokenize}, "/detokenize": {"POST": self.detokenize},
+            **{path: {"POST": self.generate} for path in DIALECTS}}
+        self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
+        self.port = self.web.server_port
+        self.threads = [threading.Thread(target=self.work, daemon=True),
+                        threading.Thread(target=self.web.serve_forever, args=(0.1,), daemon=True)]
+
+    @property
+    def engine(self):
+        return self.served and self.served.engine
+
+    @property
+    def state(self):
+        if self.failure:
+            return "dead"
+        return "draining" if self.draining else "ok" if self.served else "loading"
+
+    # The life of the process
+
+    def start(self):
+        for thread in self.threads:
+            thread.start()
+
+    def work(self):
+        """The engine's thread: load the model, then compute whenever there is something to compute."""
+        try:
+            self.served = Served(self.settings, *self.load())
+            say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
+                f"of {self.served.context} tokens")
+            self.engine.run()
+        except Exception as error:
+            self.failure = error
+            if not isinstance(error, UserError):
+                print_error(traceback.format_exc())
+        self.ended.set()
+
+    def stop(self, drain=0):
+        """Give running requests `drain` seconds, end those that are left, hang up on everyone, and close the port."""
+        self.draining = True
+        if not self.failure:
+            self.web.wait_until_idle(drain)
+        if self.engine:
+            self.engine.end()
+            self.web.wait_until_idle(1)  # each request gets its last words
+        self.web.close()
+        if self.engine:
+            self.threads[0].join(10)
+
+    def ready(self):
+        """The model; raises Refuse while there is none."""
+        if self.state != "ok":
+            raise Refuse(503, f"the server is {self.state}", code=self.state)
+        return self.served
+
+    # The life of a request for tokens
+
+    def generate(self, connection):
+        route = connection.find_route()
+        served = self.ready()
+        job = connection.job = DIALECTS[route](connection.read_body(), served)
+        try:
+            served.engine.submit(*job.requests)
+        except Full:
+            raise Refuse(503, "too many requests are waiting", code="overloaded") from None
+        connection.limit(self.settings.request_timeout + 2 * self.settings.write_timeout, socket.SHUT_RDWR)
+        try:
+            if job.stream:
+                self.stream(connection, job)
+            else:
+                for event in (event for events in self.wait(connection, job) for event in events):
+                    if refuse := job.failure(event.finish_reason):
+                        raise refuse
+                connection.respond(200, job.answer())
+        finally:
+            for request in job.requests:
+                request.cancelled = True  # where it is not over yet, the row is free at the next step
+
+    def wait(self, connection, job):
+        """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
+        left = len(job.requests)
+        while left:
+            events = []
+            with contextlib.suppress(Empty):
+                events.append(job.events.get(timeout=0.2))
+                while True:
+                    events.append(job.events.get_nowait())
+            if connection.is_gone():
+                raise ConnectionError
+            left -= sum(bool(event.finish_reason) for event in events)
+            yield events
+
+    def stream(self, connection, job):
+        connection.start_events()
+        for events in self.wait(connection, job):
+            refuse = next(filter(None, (job.failure(event.finish_reason) for event in events)), None)
+            if refuse:
+                connection.send_events(refuse.body)
+                break
+            connection.send_events(*(chunk for event in events for chunk in job.chunks(event)))
+        else:
+            connection.send_events(*job.last())
+        connection.end_events()
+
+    # The other paths
+
+    def health(self, connection):
+        status = 200 if self.state == "ok" else 503
+        connection.respond(status, {"status": self.state})
+        return status
+
+    def model_info(self, connection):
+        connection.respond(200, self.ready().info)
+
+    def models(self, connection):
+        one = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
+        name = connection.path.partition("?")[0].removeprefix("/v1/models").removeprefix("/")
+        if name not in ("", one["id"]):
+            raise Refuse(404, "there is no such model", "model", "model_not_found")
+        connection.respond(200, one if name else {"object": "list", "data": [one]})
+
+    def tokenize(self, connection):
+        tokenizer = self.ready().tokenizer
+        ids = list(map(int, api.encode(connection.read_body().get("text"), "text", tokenizer)))
+        connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
+
+    def detokenize(self, connection):
+        tokenizer = self.ready().tokenizer
+        ids = api.token_ids(connection.read_body().get("ids"), "ids", tokenizer.vocab_size)
+        connection.respond(200, {"text": tokenizer.decode(ids)})
+
+    def playground(self, connection):
+        connection.respond(200, self.page, {
+            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self.policy,
+            "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+
+    # What it tells those who watch
+
+    def answered(self, connection, route, status):
+        """Count the answer, and write a line about it: no prompt, no key, nothing that a client could fake lines with.
+        """
+        requests, now = connection.job.requests if connection.job else [], time.monotonic()
+        with self.lock:
+            self.answers[route, status] += 1
+            for request in requests:
+                for counts, end in ((self.first, request.first), (self.took, now)):
+                    if request.first:
+                        seconds = end - request.submitted
+                        counts.update({"sum": seconds, "count": 1} | {b: 1 for b in BUCKETS if seconds <= b})
+        if (route, status) != ("/health", 200):  # somebody asks every few seconds
+            command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
+            tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
+            say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
+
+    def metrics(self, connection):
+        """For Prometheus: a line per number."""
+        lines, engine = [], self.engine
+
+        def add(name, kind, *values):
+            lines.append(f"# TYPE openllm_{name} {kind}")
+            lines.extend(f"openllm_{name}{labels} {value}" for labels, value in values)
+
+        with self.lock:
+            add("requests_total", "counter", *((f'{{route="{route}",status="{status}"}}', n)
+                                               for (route, status), n in sorted(self.answers.items())))
+            for name, counts in (("first_token_seconds", self.first), ("request_seconds", self.took)):
+                add(name, "histogram", *((f'_bucket{{le="{"+Inf" if b == math.inf else b}"}}', counts[b])
+                                         for b in BUCKETS), ("_sum", counts["sum"]), ("_count", counts["count"]))
+        add("connections", "gauge", ("", len(self.web.connections)))
+        add("requests_running", "gauge", ("", len(engine.running) if engine else 0))
+        add("requests_waiting", "gauge", ("", len(engine.waiting) if engine else 0))
+        for name in ("steps", "cancelled", "prompt_tokens", "completion_tokens"):
+            add(f"{name}_total", "counter", ("", getattr(engine, name) if engine else 0))
+        add("resident_memory_bytes", "gauge", ("", resident_memory()))
+        connection.respond(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
+
+
+def resident_memory():
+    """Bytes of memory that this process holds; 0 where the system does not say (Linux does)."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="utf-8") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def read_key(settings):
+    if not settings.api_key_file:
+        return os.environ.get("OPENLLM_API_KEY", "")
+    try:
+        with open(settings.api_key_file, encoding="utf-8") as file:
+            key = file.readline().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
+                        "--api_key_file=FILE, whose first line is the key") from None
+    if not key:
+        raise UserError(f"the first line of {settings.api_key_file} is empty", "put the key there")
+    return key
+
+
+def read_page():
+    """serve.html, and the policy under which a browser runs nothing but what stands in it, known by its hash."""
+    with open(PAGE, "rb") as file:
+        page = file.read()
+
+    def sha256(tag):
+        inside = re.search(b"<%b>(.*?)</%b>" % (tag, tag), page, re.S)[1]
+        return base64.b64encode(hashlib.sha256(inside).digest()).decode()
+
+    return page, (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{sha256(b'style')}'; "
+                  f"script-src 'sha256-{sha256(b'script')}'; base-uri 'none'; form-action 'none'; "
+                  "frame-ancestors 'none'")
+
+
+def main(argv):
+    settings, _, runs = load(ServeConfig, argv)
+    check_limits(settings, LIMITS)
+
+    def load_model():
+        import machine
+        import runtime
+        device = machine.choose_device(settings.device)
+        return runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
+
+    server, signals = Server(settings, load_model), []
+
+    def on_signal(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        server.ended.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    server.start()
+    say(f"http://{settings.host}:{server.port} is open; loading the model")
+    server.ended.wait()
+    loaded = server.served is not None
+    if signals and loaded:
+        say(f"{signal.Signals(signals[0]).name}: {settings.drain:g} s for what is running; once more to end at once")
+    server.stop(settings.drain if signals else 0)
+    if isinstance(server.failure, UserError):
+        raise server.failure
+    if signals and not loaded:
+        os._exit(128 + signals[0])  # the other thread is at its loading, and would not hear of an ordinary end
+    return 1 if server.failure else 0
+
+
+if __name__ == "__main__":
+    command_line(main)

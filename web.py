@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+HTTP that believes nothing: the standard library's server, with a bound on everything.
+
+    web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
+    web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
+
+Python's http.server is a teaching tool by its own account, and believes what it is sent: a length of -1, a body that
+hides a second request, a header that never ends. Here everything has a limit: the number of connections, the size of a
+body, and the time for each step: to send headers, to send a body, to take the answer. Whatever is beyond its limit, or
+malformed, gets one short answer and is hung up on, since what such a client sends next could mean anything.
+
+Every connection has a thread, which spends its life waiting; sixty-four of them are cheap. Nothing here knows what is
+served: that is serve.py.
+"""
+import contextlib
+import hashlib
+import hmac
+import http
+import json
+import math
+import re
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from config import UserError, print_error
+
+JSON = "application/json"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
+
+
+class Refuse(Exception):
+    """An answer other than the one that was asked for: a status, and the fields of an error as OpenAI has them."""
+
+    def __init__(self, status, message, param=None, code=None, headers=()):
+        super().__init__(message)
+        kind = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
+        self.status, self.headers = status, {"Retry-After": "1"} if status == 503 else dict(headers)
+        self.body = {"error": {"message": message[:300], "type": kind.get(status, "invalid_request_error"),
+                               "param": param, "code": code}}
+
+
+def dump(content):
+    """JSON in ASCII, without the character that a browser could take for the beginning of a tag."""
+    return json.dumps(content, allow_nan=False).replace("<", "\\u003c").encode()
+
+
+def digest(key):
+    return hashlib.sha256(key.encode("latin-1", "replace")).digest()
+
+
+BUSY = dump(Refuse(503, "too many connections").body)
+BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(BUSY), BUSY))
+
+
+class Web(ThreadingHTTPServer):
+    """The listening socket, and the limits that concern connections as such.
+
+    settings: host, port, max_connections, max_body, header_timeout, body_timeout, write_timeout, cors_origin.
+    routes: {path: {method: function of a Connection}}; a path that ends in / stands for all below it. public: those for
+    which no key is needed. answered(connection, route, status) is called after every answer.
+    Raises UserError where the address cannot be listened on.
+    """
+
+    request_queue_size, allow_reuse_address, daemon_threads = 128, True, True
+
+    def __init__(self, settings, routes, public, key, answered):
+        self.settings, self.routes, self.public, self.key, self.answered = settings, routes, public, key, answered
+        self.local = settings.host in LOOPBACK
+        self.room = threading.BoundedSemaphore(settings.max_connections)
+        self.lock, self.busy = threading.Lock(), 0  # connections that are at work on a request
+        self.connections, self.deadlines = set(), {}  # {connection: (time, what to shut down then)}
+        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        try:
+            super().__init__((settings.host, settings.port), Connection)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen on {settings.host}:{settings.port}: {getattr(error, 'strerror', error)}",
+                            f"--port={settings.port + 1}, or --port=0 for a free one") from None
+
+    def server_bind(self):  # HTTPServer's own asks the network for our name, which can take seconds
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, connection, address):
+        if not self.room.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                connection.settimeout(0.1)
+                connection.sendall(BUSY)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1 << 16)  # to close with something unread would take back what was sent
+            return self.shutdown_request(connection)
+        self.connections.add(connection)
+        try:
+            super().process_request(connection, address)  # starts the thread
+        except RuntimeError:  # the system has no more threads
+            self.forget(connection)
+            self.shutdown_request(connection)
+
+    def process_request_thread(self, connection, address):
+        try:
+            super().process_request_thread(connection, address)
+        finally:
+            self.forget(connection)
+
+    def forget(self, connection):
+        self.connections.discard(connection)
+        self.deadlines.pop(connection, None)
+        self.room.release()
+
+    def service_actions(self):
+        """Called at every turn of serve_forever: who is late is not read from any more (SHUT_RD), or cut off.
+
+        (A timeout of the socket would not do: it begins anew with every byte.)
+        """
+        for connection, (deadline, how) in self.deadlines.copy().items():
+            if time.monotonic() > deadline:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(how)
+
+    def handle_error(self, connection, address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that hung up is no error
+            print_error(traceback.format_exc())
+
+    def wait_until_idle(self, seconds):
+        end = time.monotonic() + seconds
+        while self.busy and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def close(self):
+        """Stop listening and hang up on everyone. Call it from another thread than that of serve_forever."""
+        self.shutdown()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+
+
+class Connection(BaseHTTPRequestHandler):
+    """One connection and its thread."""
+
+    protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
+    server_version, sys_version = "openllm", ""
+    wbufsize, disable_nagle_algorithm = -1, True  # what belongs together is sent at once, when it is flushed
+
+    def setup(self):
+        self.timeout = self.server.settings.write_timeout  # of a single read or write
+        super().setup()
+
+    def limit(self, seconds, how=socket.SHUT_RD):
+        """From now on, the other side has so many seconds."""
+        self.server.deadlines[self.connection] = time.monotonic() + seconds, how
+
+    def is_late(self):
+        return time.monotonic() > self.server.deadlines.get(self.connection, (math.inf, 0))[0]
+
+    # 1. Reading a request. http.server reads the lines; what it lets pass is caught here.
+
+    def handle_one_request(self):
+        self.body_read, self.command, self.path, self.requestline = True, "-", "-", ""
+        self.request_version, self.started, self.headers, self.job = "HTTP/1.1", time.monotonic(), {}, None
+        self.limit(self.server.settings.header_timeout)
+        super().handle_one_request()
+
+    def parse_request(self):
+        self.body_read, self.started = False, time.monotonic()
+        if len(self.raw_requestline.split()) != 3:  # two words would be HTTP/0.9, which has no status line
+            self.send_error(400)
+            return False
+        return super().parse_request()
+
+    def handle_expect_100(self):
+        return True  # "continue" is said in read_body, when we know that we want the body
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server complains of itself. Its own page would repeat to the client what the client sent."""
+        self.close_connection, self.body_read = True, False
+        self.respond(code, Refuse(code, http.HTTPStatus(code).phrase).body)
+        self.server.answered(self, "-", code)
+
+    def route(self):
+        """Every request comes through here, whatever its method. The order of the checks is that of trust."""
+        route, status = "-", 200
+        with self.server.lock:
+            self.server.busy += 1
+        try:
+            self.check_headers()
+            route = self.find_route()
+            methods = self.server.routes[route]
+            function = methods.get("GET" if self.command == "HEAD" else self.command)
+            if function is None:
+                allow = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
+                raise Refuse(405, f"{route} takes {allow}", headers={"Allow": allow})
+            if route not in self.server.public:
+                self.check_key()
+            status = function(self) or 200
+        except OSError:  # the client has gone: 499 is nginx's number for an answer that nobody gets
+            self.close_connection, status = True, 499
+        except Exception as error:
+            if not isinstance(error, Refuse):  # a mistake of ours
+                print_error(traceback.format_exc())
+                error = Refuse(500, "the server made a mistake")
+            status = error.status
+            with contextlib.suppress(OSError):
+                self.respond(status, error.body, error.headers)
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+        self.server.answered(self, route, status)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
+
+    def find_route(self):
+        """The key of the routes that the path means. An exact look-up: there are no files here to stray among."""
+        path = self.path.partition("?")[0]
+        below = path[:path.rfind("/") + 1]
+        if path in self.server.routes:
+            return path
+        if below != "/" and below in self.server.routes:
+            return below
+        raise Refuse(404, "there is no such path")
+
+    def check_headers(self):
+        headers = self.headers
+        self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
+        if self.is_late():
+            raise Refuse(408, "the headers took too long")
+        if headers.defects or len(headers.get_all("Host", [])) > 1:  # (after a defect, the parser drops what follows)
+            raise Refuse(400, "malformed headers")
+        host = headers.get("Host")
+        if host is None and self.request_version != "HTTP/1.0":
+            raise Refuse(400, "the Host header is missing")
+        # The name of any site can be made to mean 127.0.0.1, so that its page reaches us from its visitor's browser.
+        if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
+            raise Refuse(403, "this server answers to localhost alone")
+        if self.command == "OPTIONS" and "Origin" in headers and "Access-Control-Request-Method" in headers:
+            raise Refuse(204 if self.allowed_origin() else 403, "this origin is not allowed")
+
+    def allowed_origin(self):
+        """The Origin of the page that asks, if it is the one that may."""
+        origin = self.headers.get("Origin")
+        return origin if origin and origin == self.server.settings.cors_origin else None
+
+    def check_key(self):
+        if self.server.key:
+            scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+            given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
+            # Comparing digests takes the same time for every wrong key, and tells nothing of its length.
+            if not hmac.compare_digest(digest(given), digest(self.server.key)):
+                raise Refuse(401, "a key is needed: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+
+    def read_body(self):
+        """The JSON object that was sent. Nothing is read before it is clear that it is wanted."""
+        headers, settings = self.headers, self.server.settings
+        lengths = headers.get_all("Content-Length", [])
+        if headers.get("Transfer-Encoding") is not None:
+            raise Refuse(400 if lengths else 501, "send a Content-Length, not a Transfer-Encoding")
+        if not lengths:
+            raise Refuse(411, "Content-Length is missing")
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0" and " 5"
+            raise Refuse(400, "bad Content-Length")
+        size = int(lengths[0])
+        if size > settings.max_body:
+            raise Refuse(413, f"the body is larger than {settings.max_body} bytes")
+        if headers.get_content_type() != JSON:  # this keeps out the forms of other sites, too: they cannot send it
+            raise Refuse(415, f"Content-Type must be {JSON}")
+        if headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+            self.wfile.flush()
+        self.limit(settings.body_timeout)
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise Refuse(*((408, "the body took too long") if self.is_late() else
+                           (400, "the body is shorter than its Content-Length")))
+        self.body_read = True
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise Refuse(400, "the body is not JSON") from None
+        if type(body) is not dict:
+            raise Refuse(400, "the body must be a JSON object")
+        return body
+
+    def is_gone(self):
+        """Has the client hung up? (One that only says that it has nothing more to send has, too.)"""
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:  # nothing has come, not even the end
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
+
+    # 2. Answering
+
+    def respond(self, status, content, headers=()):
+        """Send an answer. content: an object, which becomes JSON; or bytes; or None: the caller writes what follows."""
+        headers = {"Content-Type": JSON, "X-Content-Type-Options": "nosniff"} | dict(headers)
+        data = b"" if content is None or status == 204 else content if type(content) is bytes else dump(content)
+        if content is not None:
+            headers["Content-Length"] = str(len(data))
+        if origin := self.allowed_origin():
+            headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            if self.command == "OPTIONS":
+                headers |= {"Access-Control-Allow-Methods": "GET, POST",
+                            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key"}
+        if not self.body_read:  # what is left of the body would be taken for the next request
+            self.close_connection = True
+        if self.close_connection:
+            headers["Connection"] = "close"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+        self.wfile.flush()
+
+    def start_events(self):
+        """Begin to send events: in chunks, or, to a client of HTTP/1.0, until the connection ends."""
+        self.chunked = self.request_version != "HTTP/1.0"
+        self.close_connection |= not self.chunked
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self.respond(200, None, headers | ({"Transfer-Encoding": "chunked"} if self.chunked else {}))
+
+    def send_events(self, *contents):
+        """An event for each: a line `data: JSON` and an empty one."""
+        data = b"".join(b"data: " + (c if type(c) is bytes else dump(c)) + b"\n\n" for c in contents)
+        if data:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+            self.wfile.flush()
+
+    def end_events(self):
+        self.send_events(b"[DONE]")
+        self.wfile.write(b"0\r\n\r\n" if self.chunked else b"")
+        self.wfile.flush()
+
+    def finish(self):
+        """The end of the connection. After an answer that came early, read on for a moment: the system would throw the
+        answer away if its cause was left unread."""
+        if not self.body_read:
+            with contextlib.suppress(OSError):
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_WR)
+                self.limit(1, socket.SHUT_RDWR)
+                left = 4 * self.server.settings.max_body
+                while left > 0 and (data := self.connection.recv(1 << 16)):
+                    left -= len(data)
+        super().finish()
+
+    def log_message(self, *_):
+        pass  # http.server's own lines have whatever the client sent
