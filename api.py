@@ -30,7 +30,7 @@ RANGES = {  # name: (lowest, highest), inclusive
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}
 UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the values that change nothing
     "tools": ([],), "functions": ([],), "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},)}
-OTHER_NAMES = {"max_new_tokens": "max_tokens", "max_length": "max_tokens", "max_completion_tokens": "max_tokens"}
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_length", "max_completion_tokens")  # four names of one field
 
 
 def short(value):
@@ -180,9 +180,6 @@ class Job:
         self.served, self.tokenizer, self.body = served, served.tokenizer, body
         self.requests, self.events = [], queue.SimpleQueue()
         self.stream, self.created = flag(body, "stream"), time.time()
-        for other, name in OTHER_NAMES.items():
-            if other in body:
-                body.setdefault(name, body.pop(other))
         self.read()
 
     def request(self, ids, logprobs, lowest=1, **more):
@@ -195,15 +192,16 @@ class Job:
                 values[field.name] = number(body, field.name, default, type(field.default))
         seed = number(body, "seed", secrets.randbits(32), int)
         size, name = self.served.context, "messages" if "messages" in body else "prompt"
-        asked = number(body, "max_tokens", None, int, lowest, RANGES["max_tokens"][1])
+        limit = next((name for name in MAX_TOKENS if body.get(name) is not None), "max_tokens")
+        asked = number(body, limit, None, int, lowest, RANGES["max_tokens"][1])
         # (A prompt that fills the context can still be scored: that needs no new position.)
         left = size - len(ids) if not (self.echo and len(ids) == size) else 1
         if left < 1:
-            raise Refuse(400, f"the {name} has {len(ids)} tokens, and the context of the model is {size}: {len(ids)}/"
-                         f"{size}, no room for an answer", name, "context_length_exceeded")
+            raise Refuse(400, f"{name} takes {len(ids)}/{size} tokens of the context, and leaves no room for an answer",
+                         name, "context_length_exceeded")
         if asked is not None and asked > left:
-            raise Refuse(400, f"the {name} has {len(ids)} tokens: {len(ids)}+{asked}>{size}, the context of the model; "
-                         f"max_tokens={left} would fit", "max_tokens", "context_length_exceeded")
+            raise Refuse(400, f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; "
+                         f"{limit}={left} would fit", limit, "context_length_exceeded")
         new = asked if asked is not None else min(self.max_tokens or left, left)
         return Request(ids=ids, max_tokens=new, logprobs=logprobs, streams=self.stream, events=self.events,
                        logit_bias=logit_bias(body, self.tokenizer.vocab_size), deadline=self.served.deadline(),
@@ -236,12 +234,12 @@ class Job:
 class Generate(Job):
     """POST /generate"""
 
-    fields = {"prompt", "stream", "stop", "ignore_eos", "logprobs", "logit_bias", *RANGES}
+    fields = {"prompt", "stream", "stop", "ignore_eos", "logprobs", "logit_bias", *MAX_TOKENS, *RANGES}
 
     def read(self):
         for name in self.body:
             if name not in self.fields:
-                near = difflib.get_close_matches(name, [*self.fields, *OTHER_NAMES], 1)
+                near = difflib.get_close_matches(name, sorted(self.fields), 1)
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
         top = number(self.body, "logprobs", 0, int, 0, 20)

@@ -166,6 +166,7 @@ def serve(settings, runs):
           "first token, p50 | p99 |\n|---" + "|---" * 8 + "|")
     for n in CLIENTS:
         first = [1000 * seconds for seconds in sorted(firsts[n])]
-        print(f"| {n} | {statistics.median(rates[n]):.1f} | {middle(tokens[n])} "
-              f"| {statistics.median(tokens[n]) / n:,.0f} | {ratios(tokens[n], alone)} | {ratios(tokens[n], tokens[1])} | {ratios(tokens[n], engines[n])} "
-              f"| {first[len(first) // 2]:.0f} ms | {first[int(len(first) * 0.99)]:.0f} ms |")
+        cells = (n, f"{statistics.median(rates[n]):.1f}", middle(tokens[n]), f"{statistics.median(tokens[n]) / n:,.0f}",
+                 ratios(tokens[n], alone), ratios(tokens[n], tokens[1]), ratios(tokens[n], engines[n]),
+                 f"{first[len(first) // 2]:.0f} ms", f"{first[int(len(first) * 0.99)]:.0f} ms")
+        print("| " + " | ".join(map(str, cells)) + " |")

@@ -98,12 +98,12 @@ def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.
     repetition divides the scores above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
     1909.05858). presence is taken from the score of what was written, frequency for each time (OpenAI's API).
     """
-    counts = Counter(written)
     if repetition != 1.0 and (prompt or written):
-        ids = torch.tensor(sorted(counts.keys() | set(prompt)), device=logits.device)
+        ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
         scores = logits[..., ids]
         logits = logits.index_copy(-1, ids, torch.where(scores > 0, scores / repetition, scores * repetition))
     if (presence or frequency) and written:
+        counts = Counter(written)
         ids = torch.tensor(list(counts), device=logits.device)
         less = torch.tensor([presence + frequency * n for n in counts.values()], device=logits.device)
         logits = logits.index_add(-1, ids, -less.expand(*logits.shape[:-1], -1))

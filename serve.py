@@ -226,14 +226,13 @@ class Server:
     def stream(self, connection, job):
         connection.start_events()
         for events in self.wait(connection, job):
-            refuse = next(filter(None, (job.failure(event.finish_reason) for event in events)), None)
-            if refuse:
-                connection.send_events(refuse.body)
-                break
-            connection.send_events(*(chunk for event in events for chunk in job.chunks(event)))
-        else:
-            connection.send_events(*job.last())
-        connection.end_events()
+            chunks = []
+            for event in events:
+                if refuse := job.failure(event.finish_reason):
+                    return connection.end_events(*chunks, refuse.body)
+                chunks += job.chunks(event)
+            connection.send_events(*chunks)
+        connection.end_events(*job.last())
 
     # The other paths
 

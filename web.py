@@ -14,6 +14,7 @@ Every connection has a thread, which spends its life waiting; sixty-four of them
 served: that is serve.py.
 """
 import contextlib
+import email.errors
 import hashlib
 import hmac
 import http
@@ -32,6 +33,8 @@ from config import UserError, print_error
 
 JSON = "application/json"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
+             email.errors.InvalidHeaderDefect)
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
 
 
@@ -210,9 +213,9 @@ class Connection(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 self.respond(status, error.body, error.headers)
         finally:
+            self.server.answered(self, route, status)
             with self.server.lock:
                 self.server.busy -= 1
-        self.server.answered(self, route, status)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
@@ -228,11 +231,12 @@ class Connection(BaseHTTPRequestHandler):
 
     def check_headers(self):
         headers = self.headers
-        self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
         if self.is_late():
             raise Refuse(408, "the headers took too long")
-        if headers.defects or len(headers.get_all("Host", [])) > 1:  # (after a defect, the parser drops what follows)
+        # Behind a line that is no header, the parser drops all others, a Content-Length too.
+        if len(headers.get_all("Host", [])) > 1 or any(isinstance(defect, MALFORMED) for defect in headers.defects):
             raise Refuse(400, "malformed headers")
+        self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
         host = headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
@@ -259,6 +263,7 @@ class Connection(BaseHTTPRequestHandler):
         """The JSON object that was sent. Nothing is read before it is clear that it is wanted."""
         headers, settings = self.headers, self.server.settings
         lengths = headers.get_all("Content-Length", [])
+        self.body_read = False
         if headers.get("Transfer-Encoding") is not None:
             raise Refuse(400 if lengths else 501, "send a Content-Length, not a Transfer-Encoding")
         if not lengths:
@@ -338,8 +343,8 @@ class Connection(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
             self.wfile.flush()
 
-    def end_events(self):
-        self.send_events(b"[DONE]")
+    def end_events(self, *contents):
+        self.send_events(*contents, b"[DONE]")
         self.wfile.write(b"0\r\n\r\n" if self.chunked else b"")
         self.wfile.flush()
 

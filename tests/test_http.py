@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The server as whoever writes bytes into its port sees it (F): what no client library sends, and 10,000 accidents."""
+import json
+import random
+import re
+import select
+import time
+
+import pytest
+from serving import (  # noqa: F401 (some are fixtures)
+    KEY, ScriptModel, all_logs_fixture, log_fixture, request, script_fixture, script_server_fixture, serving,
+    tiny_model, together, until, well_afterwards_fixture)
+
+PROMPT = {"prompt": "x", "max_tokens": 2}
+BODY = json.dumps(PROMPT).encode()
+HEALTH = request("GET", "/health")
+MB = 1 << 20
+
+
+def post(body=BODY, path="/generate", **headers):
+    return request("POST", path, body, **headers)
+
+
+def with_lines(*lines, body=BODY):
+    """A POST whose headers are these lines, beside Host and Content-Type."""
+    head = [b"POST /generate HTTP/1.1", b"Host: localhost", b"Content-Type: application/json"]
+    return b"\r\n".join([*head, *(line.encode("latin-1") for line in lines), b"", body])
+
+
+def only_answer(client, data, within=1.0):
+    """The answer to these bytes, after which the connection must be closed with nothing more on it."""
+    with client.wire(data) as wire:
+        answer = wire.answer()
+        assert wire.closed(within), "still open, or a second answer"
+        return answer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bodies
+
+
+@pytest.mark.parametrize("body", [
+    b"{", b"", b'"x"', b"[]", b"42", b"null", b"true", b'{"prompt": "\xff\xfe"}', b'{"prompt": "x"} {}', b"\0" * 100,
+    b"{'prompt': 'x'}", b'{"prompt": "x",}', b'{"prompt": "a\nb"}'])
+def test_f1_not_an_object(script, body):
+    answer = script.raw(post(body))
+    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_f1_other_encodings(script, encoding):
+    assert script.raw(post(json.dumps(PROMPT).encode(encoding))).status in (200, 400)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 50_000, b'{"prompt": "x", "seed": ' + b"1" * 10_000 + b"}",
+                                  b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"],
+                         ids=["lists", "objects", "digits", "balanced"])
+def test_f2_deep_and_long(script, body):
+    assert script.raw(post(body)).status == 400
+
+
+def test_f3_the_same_key_twice(script):
+    answer = script.raw(post(b'{"prompt": "a", "prompt": "bb", "max_tokens": 1}'))
+    assert answer.status == 400 or answer.json["prompt_tokens"] == 2  # refused, or the last one
+
+
+@pytest.mark.parametrize("kind, status", [
+    ("text/plain", 415), (None, 415), ("", 415), ("application/x-www-form-urlencoded", 415),
+    ("multipart/form-data; boundary=x", 415), ("application/jsonx", 415), ("text/plain; application/json", 415),
+    ("application/json; charset=utf-8", 200), ("Application/JSON", 200)])
+def test_f4_content_types(script, kind, status):
+    assert script.raw(post(Content_Type=kind)).status == status
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a body ends
+
+
+def test_f5_no_length(script):
+    assert only_answer(script, post(Content_Length=None)).status == 411
+
+
+@pytest.mark.parametrize("length", ["-1", "+5", "5_0", "\u0663".encode().decode("latin-1"), "\xb2", "0x5", "5, 5", "",
+                                    "1" + "0" * 10, "5\r\n 0", "5 5", "5;", "5.0", "1e1"])
+def test_f6_lengths_that_are_none(script, length):
+    assert only_answer(script, with_lines(f"Content-Length: {length}")).status == 400
+
+
+@pytest.mark.parametrize("lines", [
+    ["Content-Length: 30", "Content-Length: 30"], ["Content-Length: 30", "Content-Length: 5"],
+    ["Content-Length: 5", "content-length: 30"], ["Content-Length : 30"], ["Content-Length: 30", "no colon"],
+    ["Content-Length: 30", " folded: yes"], ["Content-Length: 30", ": no name"]], ids=str)
+def test_f7_headers_that_can_be_read_in_two_ways(script, lines):
+    assert only_answer(script, with_lines(*lines)).status == 400
+
+
+SMUGGLED = b"0\r\n\r\n" + HEALTH
+
+
+@pytest.mark.parametrize("lines, status", [
+    (["Transfer-Encoding: chunked"], 501), (["Transfer-Encoding: xchunked"], 501),
+    (["Transfer-Encoding: identity"], 501), (["Transfer-Encoding: "], 501), (["transfer-encoding: gzip, chunked"], 501),
+    (["Transfer-Encoding: chunked", "Content-Length: 5"], 400),
+    (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
+    (["Transfer-Encoding:\x0bchunked"], 400), (["Transfer-Encoding : chunked", "Content-Length: 5"], 400)], ids=str)
+def test_f8_chunks_are_not_taken(script, lines, status):
+    assert only_answer(script, with_lines(*lines, body=SMUGGLED)).status in (status, 501)
+
+
+@pytest.mark.parametrize("path, status", [("/nope", 404), ("/health", 405)])
+def test_f9_no_request_in_a_body(script, path, status):
+    body = HEALTH.ljust(60)
+    assert only_answer(script, post(body, path)).status == status
+    assert only_answer(script, post(body, Content_Type="text/plain")).status == 415
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(HEALTH)
+    assert only_answer(script, get + HEALTH).status in (200, 400)
+
+
+def test_f10_a_body_that_is_only_announced(script):
+    memory, started = script.metric("openllm_resident_memory_bytes"), time.monotonic()
+    assert only_answer(script, post(b"", Content_Length=2**31)).status == 413
+    assert time.monotonic() - started < 0.5
+    assert script.metric("openllm_resident_memory_bytes") - memory < 50 * MB
+
+
+def test_f11_a_body_that_is_too_long(script):
+    large = json.dumps({"prompt": "x" * MB}).encode()
+    for body in large[:MB + 1], large:
+        assert only_answer(script, post(body)).status == 413  # not a reset connection
+    assert script.raw(post(json.dumps({"prompt": "x", "max_tokens": 1}).encode().ljust(MB))).status == 200
+
+
+@pytest.mark.parametrize("sent", [0, 10])
+def test_f12_half_a_body(script, sent):
+    with script.wire(post(b"0123456789"[:sent], Content_Length=100)).end() as wire:
+        assert wire.answer().status == 400
+        assert wire.closed()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who is too slow
+
+
+def drip(wire, data):
+    """A byte at a time; the seconds until the other side has enough."""
+    started = time.monotonic()
+    for at in range(len(data)):
+        wire.send(data[at:at + 1])
+        if select.select([wire.socket], [], [], 0.1)[0]:  # an answer, or the end
+            break
+    return time.monotonic() - started
+
+
+def test_f12_f13_f14_the_slow_are_cut_off(script):
+    """Time is limited as a whole, not for each byte: of a head, of a body, and of doing nothing."""
+    whole = post(b"0123456789", Content_Length=100)  # of which the last 90 bytes never come
+    starts = {"nothing": b"", "half a head": whole[:30], "half a body": whole, "an answered request": HEALTH}
+    wires = {name: script.wire(data) for name, data in starts.items()}
+    wires["an answered request"].answer()
+    idle = [script.wire() for _ in range(8)]
+    with script.wire() as head, script.wire(whole) as body:
+        assert all(1 < took < 3 for took in together([lambda: drip(head, whole), lambda: drip(body, b"x" * 90)]))
+    for name, wire in wires.items():
+        wire.socket.settimeout(0.5)
+        answer = wire.file.read()  # to the end, which must have come
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), (name, answer)
+    assert all(wire.closed(0.5) for wire in idle)
+    assert script.get("/health").status == 200
+
+
+def test_f14_all_connections_are_taken_by_the_silent(script):
+    idle = [script.wire() for _ in range(16)]
+    assert script.raw(HEALTH).status == 503
+    assert until(lambda: script.raw(HEALTH).status == 200, 3)
+    assert all(wire.closed(0.5) for wire in idle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+@pytest.mark.parametrize("head, status", [
+    ("GET /health HTTP/1.1\r\nHost: localhost\r\n" + "".join(f"X-{i}: 1\r\n" for i in range(101)), 431),
+    (f"GET /health HTTP/1.1\r\nHost: localhost\r\nX: {'x' * 65536}\r\n", 431),
+    (f"GET /{'x' * 65536} HTTP/1.1\r\nHost: localhost\r\n", 414)], ids=["headers", "header", "path"])
+def test_f15_too_much(script, head, status):
+    answer = only_answer(script, head.encode() + b"\r\n")
+    assert answer.status == status and answer.error["message"]
+
+
+HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(range(190))  # how TLS begins
+
+
+@pytest.mark.parametrize("data, statuses", [
+    (b"GET /health\r\n\r\n", [400]), (b"GET /health HTTP/2.0\r\n\r\n", [505]),
+    (b"GET /health HTTP/1.1.1\r\n\r\n", [400]), (b"GARBAGE\r\n\r\n", [400]), (HELLO, [400]),
+    (b"\0" * MB, [400, 414]), (b"GET /health HTTP/x.y\r\n\r\n", [400]),
+    (b"GET /health FTP/1.1\r\n\r\n", [400]),
+    (b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n", [400]), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400, 505]),
+    (b"GET /health HTTP/1.1\r\n\r\n", [400]), (b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n", [400, 404])],
+    ids=lambda value: repr(value)[:30])
+def test_f16_not_http(script, data, statuses):
+    with script.wire(data).end() as wire:
+        answer = wire.answer()
+        assert answer.status in statuses and wire.closed()
+    for word in b"GARBAGE", b"FTP", b"1.1.1", b"x.y", b"\xff":
+        assert word not in answer.body
+
+
+def test_f17_many_requests_on_a_connection(script):
+    script.model.say("ok")
+    with script.wire() as wire:
+        for path, status in ("/health", 200), ("/nope", 404), ("/health", 200):
+            assert wire.send(request("GET", path)).answer().status == status
+        assert wire.send(post()).answer().json["generated_text"] == "ok"
+        wire.send(HEALTH + request("GET", "/info") + post() + request("GET", "/v1/models"))  # without waiting
+        assert all(key in wire.answer().json for key in ("status", "name", "generated_text", "data"))
+        assert wire.send(post(b"{}")).answer().status == 400
+        assert wire.send(HEALTH).answer().status == 200
+
+
+def test_f18_the_last_request_of_a_connection(script):
+    script.model.say("ok")
+    for last in (dict(Connection="close"), dict(version="HTTP/1.0"), dict(Connection="Close"),
+                 dict(version="HTTP/1.0", Connection="close")):
+        assert only_answer(script, request("GET", "/health", **last)).status == 200
+        assert only_answer(script, post(**last)).json["generated_text"] == "ok"
+        assert only_answer(script, post(b'{"prompt": "x", "stream": true}', **last)).body.endswith(b"[DONE]\n\n")
+
+
+def test_f19_may_i_send(script, tmp_path):
+    def asked(client, **headers):
+        return client.wire(client.request("POST", "/generate", BODY, Expect="100-continue", **headers)[:-len(BODY)])
+    with asked(script) as wire:
+        assert wire.answer().status == 100
+        assert wire.send(BODY).answer().status == 200
+    with asked(script, Content_Length=3 * 10**9) as wire:
+        assert wire.answer().status == 413 and wire.closed()
+    with asked(script, Content_Type="text/plain") as wire:
+        assert wire.answer().status == 415 and wire.closed()
+    path = tmp_path / "key"
+    path.write_text(KEY, encoding="utf-8")
+    with serving(ScriptModel(), key=KEY, api_key_file=str(path)) as client:
+        with asked(client, Authorization=None) as wire:
+            assert wire.answer().status == 401 and wire.closed()
+        with asked(client) as wire:
+            assert wire.answer().status == 100
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is repeated
+
+
+def test_f20_the_log(script, log):
+    script.get("/x%0d%0aFAKE?question=word")
+    script.raw(b"GET /\x1b[31m\x07 HTTP/1.1\r\nHost: localhost\r\nUser-Agent: \x1b[2J\r\n\r\n")
+    script.raw(request("GET", "/health", User_Agent="\x1b[31mred\x1b[0m", X_Api_Key="a-secret-key"))
+    script.raw(request("GET", "/health", Authorization="Bearer a-secret-key"))
+    script.raw(post(b'{"prompt": "a secret prompt", "max_tokens": 1, "stop": "a secret stop"}'))
+    script.raw(post(b'{"prompt": "a secret prompt", "a secret field": 1}'))
+    script.raw(post(b'{"messages": [{"role": "user", "content": "a secret message"}]}', "/v1/chat/completions"))
+    assert until(lambda: "/v1/chat/completions" in log.text())
+    said = log.text()
+    assert re.fullmatch(r"[\n -~]*", said), ascii(said)
+    assert "\nFAKE" not in said and "secret" not in said and "question" not in said
+    assert 5 <= len(said.splitlines()) <= 7 and said.count("/generate") == 2
+
+
+MARK = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize("data", [
+    request("GET", "/" + MARK), request(MARK, "/health"), request("GET", "/health", Host=MARK),
+    request("OPTIONS", "/generate", Origin=MARK), post(Content_Type=MARK), post(Transfer_Encoding=MARK),
+    f"GET /health {MARK}\r\n\r\n".encode(), f"{MARK}\r\n\r\n".encode(), f"{MARK} / HTTP/1.1\r\n\r\n".encode()])
+def test_f21_nothing_of_a_head_is_repeated(script, data):
+    answer = script.raw(data)
+    assert answer.status >= 400 and answer.headers["content-type"].startswith("application/json")
+    assert b"script" not in answer.body and "script" not in str(answer.headers)
+
+
+@pytest.mark.parametrize("changes", [{MARK: 1}, {"temperature": MARK}, {"stop": [1, MARK]}, {"prompt": [MARK]}])
+def test_f21_what_is_repeated_of_a_body_is_no_page(script, changes):
+    answer = script.raw(post(json.dumps({**PROMPT, **changes}).encode()))
+    assert answer.status == 400 and answer.headers["content-type"].startswith("application/json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# F22: accidents
+
+GOOD = [
+    ("POST", "/generate", {"prompt": "ab", "max_tokens": 2, "temperature": 1.5, "top_k": 5, "top_p": 0.9, "seed": 7}),
+    ("POST", "/generate", {"prompt": [104, 105], "max_tokens": 3, "stop": ["a", "bc"], "min_p": 0.1}),
+    ("POST", "/generate", {"prompt": "\u5abd\U0001f917", "max_tokens": 2, "stream": True, "logprobs": 2}),
+    ("POST", "/generate", {"prompt": "a", "max_tokens": 2, "repetition_penalty": 1.2, "logit_bias": {"65": 5}}),
+    ("POST", "/generate", {"prompt": "a", "max_length": 2, "presence_penalty": 1, "frequency_penalty": -1}),
+    ("POST", "/v1/completions", {"model": "m", "prompt": ["a", "b"], "max_tokens": 2, "n": 2, "user": "me"}),
+    ("POST", "/v1/completions", {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 2}),
+    ("POST", "/v1/completions", {"prompt": [[1, 2], [3]], "max_tokens": 1, "stream": True,
+                                 "stream_options": {"include_usage": True}}),
+    ("POST", "/v1/completions", {"prompt": "a", "max_tokens": 2, "best_of": 1, "ignore_eos": True, "top_k": 3}),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [
+        {"type": "text", "text": "hi"}]}], "max_completion_tokens": 1, "logprobs": True, "top_logprobs": 2}),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "h"}], "max_tokens": 1, "stream": True}),
+    ("POST", "/tokenize", {"text": "caf\u00e9"}), ("POST", "/detokenize", {"ids": [99, 195, 169]}),
+    ("GET", "/health", None), ("GET", "/model-info", None), ("GET", "/v1/models", None), ("HEAD", "/metrics", None),
+    ("OPTIONS", "/generate", None), ("GET", "/", None)]
+BODIES = [(path, body) for method, path, body in GOOD if body]
+PIECES = [b"\r\n", b"\n", b"\0", b":", b" ", b"\xff", b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u0000", b"\\ud800", b",",
+          b"-", b"1e999", b"9" * 30, b"NaN", b"null", b"true", b"Content-Length: 3\r\n",
+          b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n", b"Connection: keep-alive\r\n",
+          b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.0", b"/"]
+FIELDS = sorted({field for _, body in BODIES for field in body})
+SCALARS = [None, True, False, 0, 1, -1, 2, 255, 256, 257, 128, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-9, 1e300,
+           float("nan"), float("inf"), "", "a", "abc", "\0", "\ud800", "\U0001f917", "x" * 300, "user", "65"]
+
+
+def value(rng, depth=0):
+    """Any JSON value."""
+    kind = rng.random()
+    if kind < 0.7 or depth > 3:
+        return rng.choice(SCALARS)
+    n = rng.choice([0, 1, 1, 2, 3, 9])
+    if kind < 0.87:
+        return [value(rng, depth + 1) for _ in range(n)]
+    keys = ["role", "content", "type", "text", "include_usage", "65", "a", *FIELDS]
+    return {rng.choice(keys): value(rng, depth + 1) for _ in range(n)}
+
+
+def mutated(rng, data, most=4):
+    """These bytes with a few flipped, inserted, deleted or doubled."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, most)):
+        at, act = rng.randrange(len(data) + 1), rng.randrange(5)
+        if act == 0:
+            data[at:at + 1] = bytes([rng.randrange(256)])
+        elif act == 1:
+            data[at:at] = rng.choice(PIECES)
+        elif act == 2:
+            del data[at:at + rng.choice([1, 1, 2, 5, 20])]
+        elif act == 3:
+            data[at:at] = data[at:at + rng.randint(1, 20)]
+        elif at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def strange_body(rng):
+    """(path, body): a good body in which some fields have any value, are missing or were never heard of."""
+    path, body = rng.choice(BODIES)
+    body = dict(body)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        field = rng.choice([*body, rng.choice(FIELDS), "nonsense"])
+        if rng.random() < 0.1:
+            body.pop(field, None)
+        else:
+            body[field] = value(rng)
+    data = json.dumps(body if rng.random() < 0.95 else value(rng)).encode()
+    return path, mutated(rng, data) if rng.random() < 0.3 else data
+
+
+def check(answer, sent):
+    assert answer.status < 500 or answer.status in (501, 503, 505), (answer, sent)
+
+
+def test_f22_strange_bodies():
+    """5,000 bodies of the right length, on connections that are kept as long as the server keeps them."""
+    rng, seen = random.Random(1), {}
+    with serving(tiny_model(), max_connections=4) as client:
+        wire = client.wire()
+        for _ in range(5000):
+            path, body = strange_body(rng)
+            wire.send(client.request("POST", path, body))
+            answer = wire.answer()
+            check(answer, (path, body))
+            seen[answer.status] = seen.get(answer.status, 0) + 1
+            if answer.headers.get("connection") == "close":
+                wire.close()
+                wire = client.wire()
+        wire.close()
+    assert set(seen) <= {200, 400} and min(seen.values()) > 500, seen
+
+
+def test_f22_strange_bytes():
+    """5,000 whole requests with bytes changed anywhere, each sent to its end: what comes back is HTTP, or nothing."""
+    rng, answered = random.Random(2), 0
+    with serving(tiny_model()) as client:
+        good = [client.request(*one) for one in GOOD]
+        for _ in range(5000):
+            data = mutated(rng, rng.choice(good))
+            with client.wire(data) as wire:
+                wire.end()
+                came = wire.file.read()
+            assert came == b"" or re.match(rb"HTTP/1\.[01] [1-5][0-9][0-9] [A-Za-z -]+\r\n", came), (data, came)
+            answered += came != b""
+            for status in re.findall(rb"^HTTP/1\.[01] ([0-9]+) ", came, re.MULTILINE):
+                assert status < b"500" or status in (b"501", b"503", b"505"), (data, came)
+            assert b"Traceback" not in came
+    assert answered > 2500, answered
