@@ -213,13 +213,14 @@ class Server:
         """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
         left = len(job.requests)
         while left:
-            events = []
-            with contextlib.suppress(Empty):
-                events.append(job.events.get(timeout=0.2))
-                while True:
-                    events.append(job.events.get_nowait())
-            if connection.is_gone():
-                raise ConnectionError
+            try:
+                events = [job.events.get(timeout=0.2)]
+                while not job.events.empty():
+                    events.append(job.events.get())
+            except Empty:
+                if connection.is_gone():  # (where there is something to write, the writing will tell)
+                    raise ConnectionError from None
+                continue
             left -= sum(bool(event.finish_reason) for event in events)
             yield events
 

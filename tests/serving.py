@@ -39,6 +39,8 @@ SECRET = "/secret/place"  # where the run is said to lie: no answer may tell
 RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words"], "val_loss": 2.5, "tokenizer_sha256": "ab" * 32}
 SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=2, body_timeout=2)
 
+os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -415,12 +417,18 @@ def settings(**changes):
 @contextlib.contextmanager
 def serving(model, tokenizer=None, load=None, key=None, **changes):
     """A server in this process; the client to it. load: instead of giving out the model at once."""
-    server = serve.Server(settings(**changes), load or (lambda: (model, tokenizer or ByteTokenizer(), dict(RUN))))
+    threads = torch.get_num_threads()
+
+    def at_once():
+        torch.set_num_threads(1)  # of this thread, the engine's: two that wait for each other on busy cores take seconds
+        return model, tokenizer or ByteTokenizer(), dict(RUN)
+    server = serve.Server(settings(**changes), load or at_once)
     server.start()
     client = Client(server.port, server, model, key)
     try:
         if load is None:
             until(lambda: server.state == "ok", 10)
+            torch.set_num_threads(threads)  # of this thread, and of those to come
             LIVE.append(client)
         yield client
     finally:
@@ -537,6 +545,7 @@ def child(folder, argv, said, fault, arguments):
     os.chdir(folder)
     sys.stdout = sys.stderr = open(said, "a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
+    torch.set_num_threads(1)
     if fault:
         fault(*arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)
