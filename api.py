@@ -30,7 +30,7 @@ RANGES = {  # name: (lowest, highest), inclusive
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}
 UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the values that change nothing
     "tools": ([],), "functions": ([],), "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},)}
-MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_length", "max_completion_tokens")  # four names of one field
+MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_length", "max_completion_tokens")  # one field; the answer alone
 
 
 def short(value):
@@ -162,6 +162,10 @@ def spell(tokenizer, i):
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def finite(logprob):
+    return max(logprob, -9999.0)  # JSON has no -inf
+
+
 def generate_defaults():
     """What /generate takes where a request says nothing: the settings of sample.py."""
     from sample import Sampling
@@ -192,7 +196,10 @@ class Job:
                 values[field.name] = number(body, field.name, default, type(field.default))
         seed = number(body, "seed", secrets.randbits(32), int)
         size, name = self.served.context, "messages" if "messages" in body else "prompt"
-        limit = next((name for name in MAX_TOKENS if body.get(name) is not None), "max_tokens")
+        limit, *others = [name for name in MAX_TOKENS if body.get(name) is not None] or ["max_tokens"]
+        for other in others:
+            if body[other] != body[limit]:
+                raise Refuse(400, f"{limit} and {other} are the same field, and have two values", other)
         asked = number(body, limit, None, int, lowest, RANGES["max_tokens"][1])
         # (A prompt that fills the context can still be scored: that needs no new position.)
         left = size - len(ids) if not (self.echo and len(ids) == size) else 1
@@ -208,10 +215,10 @@ class Job:
                        **{**values, "seed": seed, **more})
 
     def token(self, token, chat=False):
-        """A token and its alternatives as JSON. (-inf is no JSON.)"""
-        raw = {"token": spell(self.tokenizer, token.id), "logprob": max(token.logprob, -9999.0),
+        """A token and its alternatives as JSON."""
+        raw = {"token": spell(self.tokenizer, token.id), "logprob": finite(token.logprob),
                "bytes": [*self.tokenizer.token_bytes(token.id)]}
-        top = [{"id": i, "token": spell(self.tokenizer, i), "logprob": max(p, -9999.0)} for i, p in token.top]
+        top = [{"id": i, "token": spell(self.tokenizer, i), "logprob": finite(p)} for i, p in token.top]
         if chat:
             return raw | {"top_logprobs": [
                 {"token": t["token"], "logprob": t["logprob"], "bytes": [*self.tokenizer.token_bytes(t["id"])]}
@@ -264,6 +271,15 @@ class Generate(Job):
         return chunks + ([{"text": ""} | self.numbers(event.request)] if event.finish_reason else [])
 
 
+class Choice:
+    """What an answer with several texts has to remember of one, from a chunk of a stream to the next."""
+
+    def __init__(self, index, prompt):
+        self.index, self.prompt = index, prompt  # prompt: what is repeated of it
+        self.begun = False  # has anything of it been sent?
+        self.offset, self.decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")  # characters so far
+
+
 class Completions(Job):
     """POST /v1/completions: several prompts, several choices each, the prompt's own log-probabilities."""
 
@@ -293,6 +309,7 @@ class Completions(Job):
         if options is not None and (not self.stream or type(options) is not dict):
             raise Refuse(400, "stream_options is an object, and goes with stream=true alone", "stream_options")
         self.usage_wanted = flag(options or {}, "include_usage")
+        self.no_usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
         self.id = self.prefix + secrets.token_hex(12)
 
     def choices(self, prompts, top, **more):
@@ -302,10 +319,8 @@ class Completions(Job):
         for i, request in enumerate(self.requests):
             if self.body.get("seed") is not None:
                 request.seed = (request.seed + i % self.n) % 2**63
-        self.index = {request: i for i, request in enumerate(self.requests)}
-        self.spelled = {request: codecs.getincrementaldecoder("utf-8")("replace") for request in self.requests}
-        self.offset = dict.fromkeys(self.requests, 0)
-        self.begun = set()
+        self.choice_of = {request: Choice(i, self.repeated(i // self.n, request))
+                          for i, request in enumerate(self.requests)}
 
     def frame(self, choices, kind=None, **more):
         return {"id": self.id, "object": kind or self.kind, "created": int(self.created), "model": self.served.name,
@@ -316,51 +331,48 @@ class Completions(Job):
         new = sum(request.n for request in self.requests)
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
 
-    def choice(self, request, **more):
-        reason = request.finish_reason if more.pop("end", True) else None
-        end = {"seed": request.seed} if reason else {}
-        return {"index": self.index[request], **more, "finish_reason": reason, **end}
+    def choice(self, request, ended, **more):
+        end = {"finish_reason": request.finish_reason, "seed": request.seed} if ended else {"finish_reason": None}
+        return {"index": self.choice_of[request].index, **more, **end}
 
     def answer(self):
-        choices = [self.choice(request, text=self.prompt(request) + request.text,
+        choices = [self.choice(request, True, text=self.choice_of[request].prompt + request.text,
                                logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
         return self.frame(choices, usage=self.usage())
 
-    def prompt(self, request):
-        """The prompt as the answer repeats it, with echo."""
+    def repeated(self, i, request):
+        """What the answer repeats of prompt i, with echo."""
         if not self.echo:
             return ""
-        given = self.texts[self.index[request] // self.n]
-        return given if given is not None else self.tokenizer.decode(request.ids)
+        return self.texts[i] if self.texts[i] is not None else self.tokenizer.decode(request.ids)
 
     def logprobs(self, request, tokens):
         """The older form: four lists. text_offset: where in the text of the choice a token begins."""
+        choice = self.choice_of[request]
         if request.logprobs is None:
             return None
-        if self.echo and request not in self.begun:
+        if self.echo and not choice.begun:
             tokens = request.prompt_tokens + tokens
-        self.begun.add(request)
         offsets = []
         for token in tokens:
-            offsets.append(self.offset[request])
-            self.offset[request] += len(self.spelled[request].decode(self.tokenizer.token_bytes(token.id)))
+            offsets.append(choice.offset)
+            choice.offset += len(choice.decoder.decode(self.tokenizer.token_bytes(token.id)))
         return {"tokens": [spell(self.tokenizer, token.id) for token in tokens],
-                "token_logprobs": [token.logprob and max(token.logprob, -9999.0) for token in tokens],
+                "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
                 "top_logprobs": [None if token.logprob is None else
-                                 {spell(self.tokenizer, i): max(p, -9999.0) for i, p in token.top} for token in tokens],
+                                 {spell(self.tokenizer, i): finite(p) for i, p in token.top} for token in tokens],
                 "text_offset": offsets}
 
     def chunks(self, event):
-        request, nothing = event.request, {"usage": None} if self.usage_wanted else {}
-        before = self.prompt(request) if request not in self.begun else ""
-        logprobs = self.logprobs(request, event.tokens)
-        self.begun.add(request)
-        chunks = []
+        request, choice, chunks = event.request, self.choice_of[event.request], []
+        before = "" if choice.begun else choice.prompt
         if before or event.text or event.tokens:
-            chunks.append(self.choice(request, text=before + event.text, logprobs=logprobs, end=False))
+            chunks.append(self.choice(request, False, text=before + event.text,
+                                      logprobs=self.logprobs(request, event.tokens)))
+        choice.begun = True
         if event.finish_reason:
-            chunks.append(self.choice(request, text="", logprobs=None))
-        return [self.frame([chunk], **nothing) for chunk in chunks]
+            chunks.append(self.choice(request, True, text="", logprobs=None))
+        return [self.frame([chunk], **self.no_usage) for chunk in chunks]
 
     def last(self):
         return [self.frame([], usage=self.usage())] if self.usage_wanted else []
@@ -390,22 +402,21 @@ class Chat(Completions):
         return None if request.logprobs is None else {"content": [self.token(token, chat=True) for token in tokens]}
 
     def answer(self):
-        choices = [self.choice(request, message={"role": "assistant", "content": request.text},
+        choices = [self.choice(request, True, message={"role": "assistant", "content": request.text},
                                logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
         return self.frame(choices, usage=self.usage())
 
     def chunks(self, event):
-        request, nothing = event.request, {"usage": None} if self.usage_wanted else {}
-        chunks = []
-        if request not in self.begun:
-            self.begun.add(request)
-            chunks.append(self.choice(request, delta={"role": "assistant", "content": ""}, logprobs=None, end=False))
+        request, choice, chunks = event.request, self.choice_of[event.request], []
+        if not choice.begun:
+            choice.begun = True
+            chunks.append(self.choice(request, False, delta={"role": "assistant", "content": ""}, logprobs=None))
         if event.text or event.tokens:
-            chunks.append(self.choice(request, delta={"content": event.text},
-                                      logprobs=self.logprobs(request, event.tokens), end=False))
+            chunks.append(self.choice(request, False, delta={"content": event.text},
+                                      logprobs=self.logprobs(request, event.tokens)))
         if event.finish_reason:
-            chunks.append(self.choice(request, delta={}, logprobs=None))
-        return [self.frame([chunk], "chat.completion.chunk", **nothing) for chunk in chunks]
+            chunks.append(self.choice(request, True, delta={}, logprobs=None))
+        return [self.frame([chunk], "chat.completion.chunk", **self.no_usage) for chunk in chunks]
 
     def last(self):
         return [self.frame([], "chat.completion.chunk", usage=self.usage())] if self.usage_wanted else []

@@ -10,16 +10,17 @@ The engine: many requests at once, one model.
 To make one token, a processor reads every weight of the model once, and spends its time on the reading. For sixteen
 texts it can read them once as well: that is why a server puts requests together. Texts begin and end at different
 times, so the engine has a fixed number of rows, each with its own cache of keys and values; a request takes a free row,
-and gives it back when it ends. One step of the engine:
+and gives it back when it ends (continuous batching; Orca, Yu 2022). One step of the engine:
 
 1. requests that were cancelled or are late leave, waiting ones take the free rows;
-2. every row that is writing gets its next token: one batch through the model;
-3. a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
+2. decode: every row that is writing gets its next token, all in one batch through the model;
+3. prefill: a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
 
-Whatever a request gets does not depend on its neighbours: prompts are read alone, in parts that are cut at the same
-places every time; attention works on each row alone; every row has its own random numbers. What is left are the matrix
-products of step 2, where the same row may get other last bits among 3 rows than among 5 (another kernel adds in another
-order). So the engine finds out at its start which numbers of rows give the same bits, and uses no others: see `steady`.
+Whatever a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts that are
+cut at the same places every time; attention works on each row alone; every row has its own random numbers. What is left
+are the matrix products of step 2, where the same row may get other last bits among 3 rows than among 5, since another
+kernel adds in another order. So the engine finds out at its start which numbers of rows give the same bits, and uses no
+others: see `steady`.
 
 A prompt and its answer have to fit into the context together; `submit` refuses what does not.
 """
@@ -44,6 +45,7 @@ from model import KVCache
 from sample import Sampling, TextStream, make_pick
 
 CHUNK = 128  # prompt tokens that are read in one step
+STANDARD = 16  # the number of rows whose bits are the right ones: whatever an engine's own number, texts are the same
 
 
 class Token(NamedTuple):
@@ -64,8 +66,9 @@ class Event(NamedTuple):
     finish_reason: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # (two requests are never the same, whatever they ask for)
 class Request(Sampling):
+    """What is asked, what was answered, and, while it has a row, where the engine is with it."""
     ids: list[int] = field(default_factory=list)  # the prompt
     max_tokens: int = 128  # 0: only score the prompt
     seed: int = 0
@@ -116,8 +119,8 @@ class Rows:
 # The same bits whatever the number of rows
 
 
-def product(layer, x):
-    """nn.Linear in the type of its weights. In float32 on a CPU by oneDNN instead of PyTorch's own choice, MKL.
+def linear(layer, x):
+    """What nn.Linear does, in the type of its weights. In float32 on a CPU by oneDNN; PyTorch itself would take MKL.
 
     Measured for the matrices of openllm-small: oneDNN gives a row the same bits among 2 to 16 rows (MKL only among 4, 8
     and 12 to 16), and takes 85 instead of 104 us for two rows of 512 x 2048, 125 instead of 264 for sixteen.
@@ -128,8 +131,8 @@ def product(layer, x):
     return F.linear(x, layer.weight, layer.bias)
 
 
-def prepare(model, dtype):
-    """Have the model's matrix products done by `product`, with weights that are in `dtype` once and for all.
+def use_linear(model, dtype):
+    """Have the model's matrix products done by `linear`, with weights that are in `dtype` once and for all.
 
     The same numbers as autocast, which would convert all weights at every step.
     """
@@ -138,19 +141,20 @@ def prepare(model, dtype):
             for name, tensor in list(layer.named_parameters()):
                 if tensor.dtype != dtype:  # (a head that is tied to the embedding gets a matrix of its own)
                     setattr(layer, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
-            layer.forward = partial(product, layer)
+            layer.forward = partial(linear, layer)
     return model
 
 
 @torch.inference_mode()
 def steady(model, rows):
-    """The numbers of rows among which a row gets the same bits as among all `rows`, and wherever it stands.
+    """The numbers of rows, up to `rows` or STANDARD, among which a row gets the same bits as among STANDARD ones.
 
     Each shape of a matrix is tried on its own, with numbers that cancel: half of them are the negative of the other
     half, shuffled, so that what is left of a sum is nothing but its rounding, and tells the order in which it was added
     up. (Ordinary numbers hide it: rounded to bfloat16, the results of two orders are nearly always the same.) Then the
     whole model, with random tokens. [1] where even the place in a batch matters: then rows are computed one by one.
     """
+    rows = max(rows, STANDARD)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator).to(device)
 
@@ -167,14 +171,14 @@ def steady(model, rows):
         w, x = torch.cat((w, w[:, shuffled]), dim=1), torch.cat((x, -x[:, shuffled]), dim=1)
         w, x = (F.pad(tensor, (0, K % 2)).to(layer.weight) for tensor in (w, x))  # (N, K), (rows, K)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
-        trials.append((partial(product, SimpleNamespace(weight=w, bias=bias)), x))
+        trials.append((partial(linear, SimpleNamespace(weight=w, bias=bias)), x))
 
     counts = set(range(1, rows + 1))
     for compute, x in trials:
-        among_all = compute(x)
-        if not torch.equal(compute(x.flip(0)).flip(0), among_all):
+        if not torch.equal(compute(x.flip(0)).flip(0), compute(x)):
             return [1]
-        counts = {n for n in counts if torch.equal(compute(x[:n]), among_all[:n])}
+        wanted = compute(x[:STANDARD])
+        counts = {n for n in counts if torch.equal(compute(x[:n])[:STANDARD], wanted[:n])}
     return sorted(counts)
 
 
@@ -184,18 +188,18 @@ def steady(model, rows):
 class Engine:
     """Requests on the rows of one model, which is the engine's from here on.
 
-    submit and `cancelled` are for any thread; step, run and complete for one.
+    Any thread may submit, end, and set Request.cancelled. step, run and complete are for one alone.
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32):
-        self.model, self.tokenizer, self.ends = prepare(model, dtype), tokenizer, tokenizers.ends(tokenizer)
+        self.model, self.tokenizer, self.ends = use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
         self.device, self.rows, self.max_queue = model.lm_head.weight.device, rows, max_queue
         self.counts = steady(model, rows)
         memory = KVCache(model.config, rows, None, self.device, model.dtype())
         self.free = [memory.row(i) for i in range(rows)]
         self.spare = KVCache(model.config, 1, 1, self.device, model.dtype())  # for the rows that only fill up a batch
         self.waiting, self.running, self.news = deque(), [], threading.Condition()
-        self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
+        self.steps = self.n_cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
         self.stopping = False
 
     def submit(self, *requests):
@@ -203,8 +207,9 @@ class Engine:
         """
         size = self.model.config.block_size
         for request in requests:
-            # The last token is not read any more, so one token fits behind a full context.
-            if not request.ids or len(request.ids) > size or len(request.ids) + max(1, request.max_tokens) > size + 1:
+            # The last token of an answer is never read, so one fits behind a full context. (api.py allows it for
+            # scoring alone: to a user, prompt and answer fit or they do not.)
+            if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
         with self.news:
             if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
@@ -222,7 +227,8 @@ class Engine:
         return requests
 
     def run(self):
-        """Work until `stopping`; what is left then is cancelled. Raises where the model fails three steps in a row."""
+        """Work until `end`; what is left then is cancelled. Raises where the model fails three steps in a row (on a GPU
+        at the first: after an error it does nothing more)."""
         failures = 0
         while not self.stopping:
             with self.news:
@@ -233,9 +239,9 @@ class Engine:
             except Exception:
                 print_error(traceback.format_exc())
                 failures += 1
-                for request in list(self.running):  # the others will not feel it
+                for request in list(self.running):  # those that wait will not feel it
                     self.finish(request, "error")
-                if failures == 3 or self.device.type == "cuda":  # (after an error, a GPU does nothing more)
+                if failures == 3 or self.device.type == "cuda":
                     self.stop("error")
                     raise
         self.stop("cancelled")
@@ -266,17 +272,16 @@ class Engine:
         while self.free and self.waiting:
             with self.news:
                 request = self.waiting.popleft()
-            request.cache = self.free.pop()
-            request.pick = make_pick(request, request.ids, request.seed, request.logit_bias)
-            request.stream = TextStream(self.tokenizer, request.stop)
+            request.cache, request.stream = self.free.pop(), TextStream(self.tokenizer, request.stop)
             self.running.append(request)
+            request.pick = make_pick(request, request.ids, request.seed, request.logit_bias)
 
-        # 2. A token for every row that is writing.
+        # 2. Decode: a token for every row that is writing.
         writing = [request for request in self.running if request.next is not None]
         for i in range(0, len(writing), self.counts[-1]):
             self.write(writing[i:i + self.counts[-1]])
 
-        # 3. Some of the prompts, the oldest first.
+        # 3. Prefill: some of the prompts, the oldest first.
         room = CHUNK
         for request in [request for request in self.running if request.read < len(request.ids)]:
             part = request.ids[request.read:request.read + CHUNK]
@@ -307,7 +312,7 @@ class Engine:
             known = request.ids[request.read - len(part) + 1:request.read + 1]  # what came next is in the prompt
             logits = self.model.logits(x[0, :len(known)]).float()  # (T, vocab_size)
             request.prompt_tokens += [Token(request.ids[0], None, [])] if not request.prompt_tokens else []
-            request.prompt_tokens += judge(logits, known, request.logprobs or 0)
+            request.prompt_tokens += score(logits, known, request.logprobs or 0)
         if request.read == len(request.ids):
             if request.max_tokens == 0:
                 self.finish(request, "length")
@@ -327,7 +332,7 @@ class Engine:
         if token in self.ends and not request.ignore_eos:
             return self.finish(request, "stop")
         if request.logprobs is not None:
-            request.held += judge(logits, [token], request.logprobs)
+            request.held += score(logits, [token], request.logprobs)
         text = request.stream.push(token)
         request.text += text
         request.next = token
@@ -350,7 +355,7 @@ class Engine:
         elif request in self.waiting:
             with self.news:
                 self.waiting.remove(request)
-        self.cancelled += reason == "cancelled"
+        self.n_cancelled += reason == "cancelled"
         request.finish_reason = reason
         self.tell(request, text, reason)
 
@@ -360,7 +365,7 @@ class Engine:
         request.events.put(Event(request, text, tokens, reason))
 
 
-def judge(logits, ids, top):
+def score(logits, ids, top):
     """Tokens with their log-probabilities. logits: (T, vocab_size), of which those at t predict ids[t]; ids: T ids."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs[range(len(ids)), ids].tolist()

@@ -131,7 +131,7 @@ class KVCache:
 
     Sized once for `capacity` positions, so that nothing is allocated or copied as the text grows. `length` counts the
     positions that hold something: every layer writes after it, and GPT.trunk advances it once all layers have written.
-    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers, taken as they are filled.
+    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers, which a CPU takes as they are filled.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -147,7 +147,7 @@ class KVCache:
         return row
 
     def positions(self, T):
-        """Where in the text T new tokens stand."""
+        """Where in the text T new tokens stand: an index into tables by position; engine.Rows has one for each row."""
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
@@ -317,9 +317,9 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[at]  # (T, C) added to every row
-        else:
-            rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)  # (1, T, head_dim / 2) each
+            x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
+        else:  # one axis more, for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2)
+            rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, rotation, cache)

@@ -31,7 +31,7 @@ import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # (compared as objects: engine.py tells requests apart that ask for the same)
 class Sampling:
     # how tokens are chosen from their scores, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
@@ -113,9 +113,9 @@ def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.
 def draw(logits, generator):
     """One token of each row (B, V) by its probability: (B,).
 
-    Laid side by side, the probabilities of all tokens make a line of length 1; a random point on it is the choice.
-    In float64, where a vocabulary of 50,000 adds up to 1 but for 1e-12. (A point in (0, 1], and the first token whose
-    end is not before it: one of probability 0 has no length, so it is never met.)
+    Laid side by side, the probabilities of all tokens make a line, of a length that is 1 but for rounding; a random
+    point on it is the choice. (A point in (0, length], and the first token whose end is not before it: a token of
+    probability 0 has no length, so it is never met. In float64, since 50,000 additions in float32 would lose the rare.)
     """
     ends = logits.softmax(dim=-1).double().cumsum(dim=-1)
     point = (1 - torch.rand(logits.size(0), 1, dtype=torch.float64, generator=generator)) * ends[:, -1:]

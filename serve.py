@@ -18,8 +18,8 @@ share two queues: requests go one way, events come back the other.
     serve.html  the page at /
     serve.py    this file: the settings, the paths, the life of a request and of the process
 
-Two things end a request early: its client hangs up, which is looked for between two tokens, and a deadline. Two things
-end the process: a signal, after which what is running may finish, and a model that fails whatever it is given.
+A request ends early when its client hangs up, which is looked for five times a second, or when its time is over. The
+process ends by a signal, after which what is running may finish, or with a model that fails whatever it is given.
 """
 import base64
 import contextlib
@@ -50,7 +50,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
     max_queue: int = 64  # requests that may wait for a row; more are told to come back
-    max_connections: int = 64  # open connections, each with a thread
+    max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
     body_timeout: float = 30  # seconds for its body
@@ -84,22 +84,22 @@ class Served:
         from engine import Engine
         path, c = run.get("path", "model"), model.config
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name, self.context, self.timeout = os.path.basename(os.path.normpath(folder)), c.block_size, \
-            settings.request_timeout
+        self.name, self.context = os.path.basename(os.path.normpath(folder)), c.block_size
+        self.timeout = settings.request_timeout
         self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "template", ""))
         device, parameters = model.lm_head.weight.device, model.n_params()
         dtype, _ = machine.choose_dtype(settings.dtype, str(device))
-        row = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * dtype.itemsize  # bytes of its keys and values
-        rows = max(1, min(settings.rows, int(min(machine.free_memory(str(device)) / 2, 1e15) // row)))
+        size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * dtype.itemsize  # bytes of one row's cache
+        rows = max(1, min(settings.rows, int(min(machine.free_memory(str(device)) / 2, 1e15) // size)))
         if rows < settings.rows:
-            note(f"rows={rows} instead of {settings.rows}: each can take {row / 1e6:,.0f} MB, and all together no more "
-                 "than half of the free memory")
+            note(f"rows={rows} instead of {settings.rows}: each can take {size / 1e6:,.0f} MB, all together half of "
+                 "the free memory at most")
         self.engine = Engine(model, tokenizer, rows, settings.max_queue, dtype)
         curve = [*log.read_rows(os.path.join(folder, "log.jsonl"))]
         here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
         self.info = dict(
             name=self.name, parameters=parameters, step=run.get("step") or None,
-            source=[os.path.basename(source) if os.path.exists(source) else source for source in run.get("source", [])],
+            source=[] if os.path.isdir(path) else run.get("source", []),  # (of a Hugging Face folder nobody knows)
             val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
             vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             family=f"{c.pos} {c.norm} {c.mlp}", dtype=str(dtype).removeprefix("torch."), device=str(device),
@@ -122,7 +122,7 @@ class Server:
     def __init__(self, settings, load):
         self.settings, self.load, self.served, self.failure = settings, load, None, None
         self.draining, self.ended = False, threading.Event()
-        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), Counter(), Counter()
+        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), Histogram(), Histogram()
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
@@ -161,7 +161,8 @@ class Server:
             self.served = Served(self.settings, *self.load())
             say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
                 f"of {self.served.context} tokens")
-            self.engine.run()
+            if not self.draining:
+                self.engine.run()
         except Exception as error:
             self.failure = error
             if not isinstance(error, UserError):
@@ -196,33 +197,34 @@ class Server:
             served.engine.submit(*job.requests)
         except Full:
             raise Refuse(503, "too many requests are waiting", code="overloaded") from None
-        connection.limit(self.settings.request_timeout + 2 * self.settings.write_timeout, socket.SHUT_RDWR)
+        # The engine keeps to the request's own deadline; this one is for a client that takes its answer too slowly.
+        connection.limit(self.settings.request_timeout + self.settings.write_timeout, socket.SHUT_RDWR)
         try:
             if job.stream:
-                self.stream(connection, job)
-            else:
-                for event in (event for events in self.wait(connection, job) for event in events):
-                    if refuse := job.failure(event.finish_reason):
-                        raise refuse
-                connection.respond(200, job.answer())
+                return self.stream(connection, job)
+            for event in (event for events in self.wait(connection, job) for event in events):
+                if refuse := job.failure(event.finish_reason):
+                    raise refuse
+            connection.respond(200, job.answer())
         finally:
             for request in job.requests:
                 request.cancelled = True  # where it is not over yet, the row is free at the next step
 
     def wait(self, connection, job):
         """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
-        left = len(job.requests)
+        left, looked, events = len(job.requests), 0.0, []
         while left:
-            try:
+            with contextlib.suppress(Empty):
                 events = [job.events.get(timeout=0.2)]
-                while not job.events.empty():
-                    events.append(job.events.get())
-            except Empty:
-                if connection.is_gone():  # (where there is something to write, the writing will tell)
-                    raise ConnectionError from None
-                continue
+            while not job.events.empty():
+                events.append(job.events.get())
+            if time.monotonic() - looked > 0.2:
+                looked = time.monotonic()
+                if connection.is_gone():
+                    raise ConnectionError
             left -= sum(bool(event.finish_reason) for event in events)
             yield events
+            events = []
 
     def stream(self, connection, job):
         connection.start_events()
@@ -230,7 +232,8 @@ class Server:
             chunks = []
             for event in events:
                 if refuse := job.failure(event.finish_reason):
-                    return connection.end_events(*chunks, refuse.body)
+                    connection.end_events(*chunks, refuse.body)
+                    return refuse.status
                 chunks += job.chunks(event)
             connection.send_events(*chunks)
         connection.end_events(*job.last())
@@ -275,12 +278,10 @@ class Server:
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
             self.answers[route, status] += 1
-            for request in requests:
-                for counts, end in ((self.first, request.first), (self.took, now)):
-                    if request.first:
-                        seconds = end - request.submitted
-                        counts.update({"sum": seconds, "count": 1} | {b: 1 for b in BUCKETS if seconds <= b})
-        if (route, status) != ("/health", 200):  # somebody asks every few seconds
+            for request in filter(lambda request: request.first, requests):
+                self.first.add(request.first - request.submitted)
+                self.took.add(now - request.submitted)
+        if route != "/health":  # for which somebody asks every few seconds
             command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
             tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
             say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
@@ -296,16 +297,31 @@ class Server:
         with self.lock:
             add("requests_total", "counter", *((f'{{route="{route}",status="{status}"}}', n)
                                                for (route, status), n in sorted(self.answers.items())))
-            for name, counts in (("first_token_seconds", self.first), ("request_seconds", self.took)):
-                add(name, "histogram", *((f'_bucket{{le="{"+Inf" if b == math.inf else b}"}}', counts[b])
-                                         for b in BUCKETS), ("_sum", counts["sum"]), ("_count", counts["count"]))
+            add("first_token_seconds", "histogram", *self.first.lines())  # of every choice of an answer
+            add("request_seconds", "histogram", *self.took.lines())
         add("connections", "gauge", ("", len(self.web.connections)))
         add("requests_running", "gauge", ("", len(engine.running) if engine else 0))
         add("requests_waiting", "gauge", ("", len(engine.waiting) if engine else 0))
-        for name in ("steps", "cancelled", "prompt_tokens", "completion_tokens"):
-            add(f"{name}_total", "counter", ("", getattr(engine, name) if engine else 0))
+        for name, what in (("steps", "steps"), ("cancelled", "n_cancelled"), ("prompt_tokens", "prompt_tokens"),
+                           ("completion_tokens", "completion_tokens")):
+            add(f"{name}_total", "counter", ("", getattr(engine, what) if engine else 0))
         add("resident_memory_bytes", "gauge", ("", resident_memory()))
         connection.respond(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
+
+
+class Histogram:
+    """How many of the values were at most so large, for each of BUCKETS; as Prometheus has it."""
+
+    def __init__(self):
+        self.counts, self.sum = [0] * len(BUCKETS), 0.0
+
+    def add(self, value):
+        self.counts, self.sum = [n + (value <= bound) for n, bound in zip(self.counts, BUCKETS)], self.sum + value
+
+    def lines(self):
+        names = ["+Inf" if bound == math.inf else bound for bound in BUCKETS]
+        return [*((f'_bucket{{le="{name}"}}', n) for name, n in zip(names, self.counts)),
+                ("_sum", self.sum), ("_count", self.counts[-1])]
 
 
 def resident_memory():
@@ -365,7 +381,8 @@ def main(argv):
         signal.signal(number, on_signal)
     server.start()
     say(f"http://{settings.host}:{server.port} is open; loading the model")
-    server.ended.wait()
+    while not server.ended.wait(0.1):  # a handler runs when this thread wakes up, and not always does a signal wake it
+        pass
     loaded = server.served is not None
     if signals and loaded:
         say(f"{signal.Signals(signals[0]).name}: {settings.drain:g} s for what is running; once more to end at once")

@@ -8,7 +8,7 @@ HTTP that believes nothing: the standard library's server, with a bound on every
 Python's http.server is a teaching tool by its own account, and believes what it is sent: a length of -1, a body that
 hides a second request, a header that never ends. Here everything has a limit: the number of connections, the size of a
 body, and the time for each step: to send headers, to send a body, to take the answer. Whatever is beyond its limit, or
-malformed, gets one short answer and is hung up on, since what such a client sends next could mean anything.
+leaves a doubt where the next request begins, gets one short answer and is hung up on.
 
 Every connection has a thread, which spends its life waiting; sixty-four of them are cheap. Nothing here knows what is
 served: that is serve.py.
@@ -94,8 +94,8 @@ class Web(ThreadingHTTPServer):
     def process_request(self, connection, address):
         if not self.room.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                connection.settimeout(0.1)
-                connection.sendall(BUSY)
+                connection.setblocking(False)  # nobody may hold up this thread
+                connection.send(BUSY)
                 connection.shutdown(socket.SHUT_WR)
                 connection.recv(1 << 16)  # to close with something unread would take back what was sent
             return self.shutdown_request(connection)
@@ -188,12 +188,14 @@ class Connection(BaseHTTPRequestHandler):
         self.server.answered(self, "-", code)
 
     def route(self):
-        """Every request comes through here, whatever its method. The order of the checks is that of trust."""
+        """Every request whose first line and method http.server knows. The order of the checks is that of trust."""
         route, status = "-", 200
         with self.server.lock:
             self.server.busy += 1
         try:
             self.check_headers()
+            if self.command == "OPTIONS" and "Origin" in self.headers:
+                return self.preflight()
             route = self.find_route()
             methods = self.server.routes[route]
             function = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -243,8 +245,12 @@ class Connection(BaseHTTPRequestHandler):
         # The name of any site can be made to mean 127.0.0.1, so that its page reaches us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
             raise Refuse(403, "this server answers to localhost alone")
-        if self.command == "OPTIONS" and "Origin" in headers and "Access-Control-Request-Method" in headers:
-            raise Refuse(204 if self.allowed_origin() else 403, "this origin is not allowed")
+
+    def preflight(self):
+        """A browser asks whether a page of another origin may send what it wants to send."""
+        if not self.allowed_origin():
+            raise Refuse(403, "this origin is not allowed")
+        self.respond(204, b"")
 
     def allowed_origin(self):
         """The Origin of the page that asks, if it is the one that may."""
@@ -257,7 +263,7 @@ class Connection(BaseHTTPRequestHandler):
             given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
             # Comparing digests takes the same time for every wrong key, and tells nothing of its length.
             if not hmac.compare_digest(digest(given), digest(self.server.key)):
-                raise Refuse(401, "a key is needed: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+                raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def read_body(self):
         """The JSON object that was sent. Nothing is read before it is clear that it is wanted."""
@@ -310,7 +316,7 @@ class Connection(BaseHTTPRequestHandler):
     def respond(self, status, content, headers=()):
         """Send an answer. content: an object, which becomes JSON; or bytes; or None: the caller writes what follows."""
         headers = {"Content-Type": JSON, "X-Content-Type-Options": "nosniff"} | dict(headers)
-        data = b"" if content is None or status == 204 else content if type(content) is bytes else dump(content)
+        data = b"" if content is None else content if type(content) is bytes else dump(content)
         if content is not None:
             headers["Content-Length"] = str(len(data))
         if origin := self.allowed_origin():

@@ -368,8 +368,9 @@ class Client:
         return answer.error["message"]
 
     def metrics(self):
-        """{name with its labels: value} of /metrics."""
-        lines = self.get("/metrics").body.decode().splitlines()
+        """{name with its labels: value} of /metrics. (A moment ago there may have been too many connections.)"""
+        answer = until(lambda: (answer := self.get("/metrics")).status == 200 and answer)
+        lines = answer.body.decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def metric(self, name):
@@ -420,7 +421,7 @@ def serving(model, tokenizer=None, load=None, key=None, **changes):
     threads = torch.get_num_threads()
 
     def at_once():
-        torch.set_num_threads(1)  # of this thread, the engine's: two that wait for each other on busy cores take seconds
+        torch.set_num_threads(1)  # of the engine's: several would wait for each other, for seconds where cores are busy
         return model, tokenizer or ByteTokenizer(), dict(RUN)
     server = serve.Server(settings(**changes), load or at_once)
     server.start()
@@ -524,8 +525,9 @@ def slow_load(seconds):
 
 
 def slow_steps(seconds):
-    """Every step of the model takes so long."""
+    """Every step of the model takes so long. Two threads do it: the second must not swallow a signal."""
     import faults
+    torch.set_num_threads(2)
     faults.calls(model_file.GPT, "trunk", lambda real, *args, **kw: (time.sleep(seconds), real(*args, **kw))[1])
 
 

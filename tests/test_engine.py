@@ -96,7 +96,7 @@ def test_rows_that_differ_are_filled_up(monkeypatch):
 
 def test_the_engine_looks_at_the_bits(monkeypatch):
     """A model whose rows depend on their number, and on their place, is noticed."""
-    model, trunk = engine.prepare(random_model(), torch.float32), GPT.trunk
+    model, trunk = engine.use_linear(random_model(), torch.float32), GPT.trunk
     number = lambda self, idx, cache: trunk(self, idx, cache) * (1 + 1e-6 * (idx.size(0) == 3))  # noqa: E731
     monkeypatch.setattr(GPT, "trunk", number)
     assert 3 not in steady(model, 8) and 8 in steady(model, 8)
@@ -201,7 +201,7 @@ def test_cancelled_and_late_requests_leave():
     time.sleep(0.2)
     rows.step()
     assert running.finish_reason == queued.finish_reason == "cancelled" and late.finish_reason == "timeout"
-    assert queued.n == 0 and rows.cancelled == 2
+    assert queued.n == 0 and rows.n_cancelled == 2
     rows.complete([])
     assert fine.finish_reason == "length" and fine.n == 30 and len(rows.free) == 2
     events = [late.events.get() for _ in range(late.events.qsize())]

@@ -947,7 +947,7 @@ def test_e2_the_same_text_among_any_neighbours():
             place, bodies = rng.randrange(8), [neighbour() for _ in range(7)]
             bodies.insert(place, fixed)
             found.append(together([lambda body=body: answer(body) for body in bodies])[place])
-        assert len(alone[1]) > 10 and found == [alone] * 100
+        assert len(alone[1]) > 10 and sum(one == alone for one in found) == 100
 
 
 def test_e3_a_full_house(script):
