@@ -111,24 +111,30 @@ def logit_bias(body, vocab_size):
     return found
 
 
-def encode(value, name, tokenizer):
+def encode(value, name, tokenizer, most_bytes):
+    """The ids of a text, which is not looked at if it is too long: the time of the processor belongs to all."""
+    if len(text(value, name).encode()) > most_bytes:
+        raise Refuse(400, f"{name} has {len(value.encode())} bytes; more than {most_bytes} are too many", name,
+                     "context_length_exceeded")
     try:
-        return tokenizer.encode(text(value, name))
+        return tokenizer.encode(value)
     except UserError as error:  # a character that a vocabulary of characters does not have
         raise Refuse(400, error.fact, name) from None
 
 
-def prompt_ids(value, tokenizer):
+def prompt_ids(value, served):
     """A prompt, a text or a list of token ids, as ids."""
+    tokenizer = served.tokenizer
     if type(value) not in (str, list):
         raise Refuse(400, f"prompt must be a text or a list of token ids, not {short(value)}", "prompt")
-    ids = encode(value, "prompt", tokenizer) if type(value) is str else token_ids(value, "prompt", tokenizer.vocab_size)
+    ids = encode(value, "prompt", tokenizer, served.most_bytes) if type(value) is str else \
+        token_ids(value, "prompt", tokenizer.vocab_size)
     if not ids:
         raise Refuse(400, "prompt is empty; to start from nothing, give the id of the end-of-text token", "prompt")
     return ids
 
 
-def check_messages(value):
+def check_messages(value, most_bytes):
     """OpenAI's messages as [{"role", "content"}], the content a text."""
     if type(value) is not list or not value:
         raise Refuse(400, "messages must be a list of messages", "messages")
@@ -141,6 +147,8 @@ def check_messages(value):
             parts = [part.get("text") for part in content if type(part) is dict and part.get("type") == "text"]
             content = "".join(text(part, "messages") for part in parts) if len(parts) == len(content) else None
         found.append(dict(role=message["role"], content=text(content, "messages")))
+    if sum(len(message["content"].encode()) for message in found) > most_bytes:
+        raise Refuse(400, f"messages have more than {most_bytes} bytes", "messages", "context_length_exceeded")
     if found[-1]["role"] == "assistant":
         raise Refuse(400, "the last message must not be the assistant's", "messages")
     return found
@@ -152,10 +160,9 @@ def check_messages(value):
 
 def spell(tokenizer, i):
     """A token as a text: its own, the name of a special one, or `bytes:\\xe4` where it is not whole characters."""
-    names = {number: name for name, number in tokenizer.special.items()}
     raw = tokenizer.token_bytes(i)
-    if i in names or not raw:
-        return names.get(i, "")
+    if not raw:
+        return next((name for name, number in tokenizer.special.items() if number == i), "")
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -250,7 +257,7 @@ class Generate(Job):
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
         top = number(self.body, "logprobs", 0, int, 0, 20)
-        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.tokenizer), top or None)]
+        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.served), top or None)]
 
     def failure(self, reason):
         return None if reason == "timeout" else super().failure(reason)  # here it is an answer, as far as it goes
@@ -296,7 +303,7 @@ class Completions(Job):
         self.echo = flag(self.body, "echo")
         top = number(self.body, "logprobs", None, int, 0, 5)
         self.texts = [text(p, "prompt") if type(p) is str else None for p in prompts]
-        self.choices([prompt_ids(p, self.tokenizer) for p in prompts], top, lowest=0 if self.echo else 1,
+        self.choices([prompt_ids(p, self.served) for p in prompts], top, lowest=0 if self.echo else 1,
                      prompt_logprobs=self.echo and top is not None)
 
     def common(self):
@@ -385,7 +392,7 @@ class Chat(Completions):
 
     def read(self):
         self.common()
-        messages = check_messages(self.body.get("messages"))
+        messages = check_messages(self.body.get("messages"), self.served.most_bytes)
         wanted = flag(self.body, "logprobs")
         top = number(self.body, "top_logprobs", 0, int, 0, 20)
         if top and not wanted:

@@ -311,6 +311,8 @@ class Engine:
         if request.prompt_logprobs:
             known = request.ids[request.read - len(part) + 1:request.read + 1]  # what came next is in the prompt
             logits = self.model.logits(x[0, :len(known)]).float()  # (T, vocab_size)
+            if not torch.isfinite(logits.sum()):
+                return self.finish(request, "error")
             request.prompt_tokens += [Token(request.ids[0], None, [])] if not request.prompt_tokens else []
             request.prompt_tokens += score(logits, known, request.logprobs or 0)
         if request.read == len(request.ids):

@@ -32,6 +32,7 @@ import socket
 import threading
 import time
 import traceback
+import urllib.parse
 from collections import Counter
 from dataclasses import dataclass
 from queue import Empty, Full
@@ -54,7 +55,7 @@ class ServeConfig:
     max_body: int = 1 << 20  # bytes of a request
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
     body_timeout: float = 30  # seconds for its body
-    write_timeout: float = 30  # seconds for which a client may not take what it is sent
+    write_timeout: float = 10  # seconds for which a client may not take what it is sent
     request_timeout: float = 300  # seconds for an answer
     drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
     api_key_file: str = ""  # the key that clients have to send is the first line of this file; or $OPENLLM_API_KEY
@@ -72,6 +73,7 @@ LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0
           "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6), "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.html")
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
+TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize: a second of the processor, which all share, is too much
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
 
 
@@ -87,6 +89,8 @@ class Served:
         self.name, self.context = os.path.basename(os.path.normpath(folder)), c.block_size
         self.timeout = settings.request_timeout
         self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "template", ""))
+        # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
+        self.most_bytes = 4 * c.block_size * max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         device, parameters = model.lm_head.weight.device, model.n_params()
         dtype, _ = machine.choose_dtype(settings.dtype, str(device))
         size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * dtype.itemsize  # bytes of one row's cache
@@ -99,7 +103,8 @@ class Served:
         here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
         self.info = dict(
             name=self.name, parameters=parameters, step=run.get("step") or None,
-            source=[] if os.path.isdir(path) else run.get("source", []),  # (of a Hugging Face folder nobody knows)
+            source=[] if os.path.isdir(path) else [  # (of a Hugging Face folder nobody knows); names without places
+                re.split(r"[/\\]", source.partition("?")[0])[-1] for source in run.get("source", [])],
             val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
             vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             family=f"{c.pos} {c.norm} {c.mlp}", dtype=str(dtype).removeprefix("torch."), device=str(device),
@@ -193,6 +198,8 @@ class Server:
         route = connection.find_route()
         served = self.ready()
         job = connection.job = DIALECTS[route](connection.read_body(), served)
+        if len(job.requests) > served.engine.rows + self.settings.max_queue:
+            raise Refuse(400, f"{len(job.requests)} texts at once are more than this server can ever take", "n")
         try:
             served.engine.submit(*job.requests)
         except Full:
@@ -250,14 +257,14 @@ class Server:
 
     def models(self, connection):
         one = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-        name = connection.path.partition("?")[0].removeprefix("/v1/models").removeprefix("/")
+        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models").removeprefix("/")
         if name not in ("", one["id"]):
             raise Refuse(404, "there is no such model", "model", "model_not_found")
         connection.respond(200, one if name else {"object": "list", "data": [one]})
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
-        ids = list(map(int, api.encode(connection.read_body().get("text"), "text", tokenizer)))
+        ids = list(map(int, api.encode(connection.read_body().get("text"), "text", tokenizer, TOKENIZE_BYTES)))
         connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
 
     def detokenize(self, connection):
@@ -278,9 +285,10 @@ class Server:
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
             self.answers[route, status] += 1
-            for request in filter(lambda request: request.first, requests):
-                self.first.add(request.first - request.submitted)
-                self.took.add(now - request.submitted)
+            for first, submitted in ((request.first, request.submitted) for request in requests):
+                if first:
+                    self.first.add(first - submitted)
+                    self.took.add(now - submitted)
         if route != "/health":  # for which somebody asks every few seconds
             command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
             tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
@@ -332,17 +340,20 @@ def resident_memory():
 
 
 def read_key(settings):
-    if not settings.api_key_file:
-        return os.environ.get("OPENLLM_API_KEY", "")
-    try:
-        with open(settings.api_key_file, encoding="utf-8") as file:
-            key = file.readline().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
-                        "--api_key_file=FILE, whose first line is the key") from None
-    if not key:
-        raise UserError(f"the first line of {settings.api_key_file} is empty", "put the key there")
-    return key
+    """The key that clients have to send; an empty one: none."""
+    key, where = os.environ.get("OPENLLM_API_KEY"), "OPENLLM_API_KEY"
+    if settings.api_key_file:
+        where = f"the first line of {settings.api_key_file}"
+        try:
+            with open(settings.api_key_file, encoding="utf-8-sig") as file:
+                key = file.readline()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
+                            "--api_key_file=FILE, whose first line is the key") from None
+    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what an HTTP header can carry everywhere
+        raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
+                        "a key like that of `openssl rand -hex 32`")
+    return key.strip() if key else ""
 
 
 def read_page():

@@ -128,21 +128,24 @@ class SentencePieceTokenizer:
         return np.array(self.encode(text), dtype=np.int32)
 
     def encode(self, text):
-        first, *rest = text.split(SPACE_MARK)
-        ids = self.encode_spaced(first)
-        for part in rest:
-            ids += self.space_mark_ids + self.encode_spaced(part)
+        between_marks = [self.cut(part) for part in text.split(SPACE_MARK)]
+        encoded = iter(self.processor.encode([part for parts in between_marks for part in parts], num_threads=1))
+        ids = []
+        for i, parts in enumerate(between_marks):
+            ids += self.space_mark_ids if i else []
+            for _ in parts:
+                ids += next(encoded)
         return ids
 
-    def encode_spaced(self, text):
-        """The ids of a text without the mark. A long one is encoded in parts, cut between words: twice as fast."""
+    def cut(self, text):
+        """A text in parts that can be encoded one by one, cut between words: a long one is twice as fast so."""
         parts, start = [], 0
         while start < len(text):
             cut = BETWEEN_WORDS.search(text, start + PART_CHARACTERS)
             end = cut.start() if cut else len(text)
             parts.append(text[start:end])
             start = end
-        return [i for ids in self.processor.encode(parts, num_threads=1) for i in ids]
+        return parts
 
     def token_bytes(self, i):
         return self.bytes[i] if i < self.vocab_size else b""

@@ -17,10 +17,11 @@ import contextlib
 import email.errors
 import hashlib
 import hmac
-import http
+import http.client
 import json
 import math
 import re
+import select
 import socket
 import socketserver
 import sys
@@ -32,6 +33,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from config import UserError, print_error
 
 JSON = "application/json"
+MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
              email.errors.InvalidHeaderDefect)
@@ -55,12 +57,34 @@ def dump(content):
 
 
 def digest(key):
-    return hashlib.sha256(key.encode("latin-1", "replace")).digest()
+    return hashlib.sha256(key.encode("latin-1")).digest()  # in which http.server reads headers
 
 
 BUSY = dump(Refuse(503, "too many connections").body)
 BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (len(BUSY), BUSY))
+
+
+class Head:
+    """The file that the lines of a request are read from, with a limit on all of them together."""
+
+    def __init__(self, file):
+        self.file = file
+        self.begin()
+
+    def begin(self):
+        self.size, self.odd = 0, False
+
+    def readline(self, limit):
+        line = self.file.readline(limit)
+        self.size += len(line)
+        self.odd |= b"\r" in line[:-2]  # a line end to some, a character to others
+        if self.size > MAX_HEAD:
+            raise http.client.LineTooLong("headers")
+        return line
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 class Web(ThreadingHTTPServer):
@@ -155,6 +179,7 @@ class Connection(BaseHTTPRequestHandler):
     def setup(self):
         self.timeout = self.server.settings.write_timeout  # of a single read or write
         super().setup()
+        self.rfile = Head(self.rfile)
 
     def limit(self, seconds, how=socket.SHUT_RD):
         """From now on, the other side has so many seconds."""
@@ -168,12 +193,15 @@ class Connection(BaseHTTPRequestHandler):
     def handle_one_request(self):
         self.body_read, self.command, self.path, self.requestline = True, "-", "-", ""
         self.request_version, self.started, self.headers, self.job = "HTTP/1.1", time.monotonic(), {}, None
+        self.streaming = False
+        self.rfile.begin()
         self.limit(self.server.settings.header_timeout)
         super().handle_one_request()
 
     def parse_request(self):
         self.body_read, self.started = False, time.monotonic()
-        if len(self.raw_requestline.split()) != 3:  # two words would be HTTP/0.9, which has no status line
+        words = self.raw_requestline.split()
+        if len(words) != 3 or words[2].startswith(b"HTTP/0"):  # HTTP/0.9 has no status line
             self.send_error(400)
             return False
         return super().parse_request()
@@ -213,11 +241,16 @@ class Connection(BaseHTTPRequestHandler):
                 error = Refuse(500, "the server made a mistake")
             status = error.status
             with contextlib.suppress(OSError):
-                self.respond(status, error.body, error.headers)
+                if self.streaming:
+                    self.end_events(error.body)
+                else:
+                    self.respond(status, error.body, error.headers)
         finally:
-            self.server.answered(self, route, status)
-            with self.server.lock:
-                self.server.busy -= 1
+            try:
+                self.server.answered(self, route, status)
+            finally:
+                with self.server.lock:
+                    self.server.busy -= 1
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
@@ -236,7 +269,8 @@ class Connection(BaseHTTPRequestHandler):
         if self.is_late():
             raise Refuse(408, "the headers took too long")
         # Behind a line that is no header, the parser drops all others, a Content-Length too.
-        if len(headers.get_all("Host", [])) > 1 or any(isinstance(defect, MALFORMED) for defect in headers.defects):
+        defects = any(isinstance(defect, MALFORMED) for defect in headers.defects)
+        if defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
             raise Refuse(400, "malformed headers")
         self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
         host = headers.get("Host")
@@ -255,7 +289,7 @@ class Connection(BaseHTTPRequestHandler):
     def allowed_origin(self):
         """The Origin of the page that asks, if it is the one that may."""
         origin = self.headers.get("Origin")
-        return origin if origin and origin == self.server.settings.cors_origin else None
+        return origin if origin and origin == self.server.settings.cors_origin.rstrip("/") else None
 
     def check_key(self):
         if self.server.key:
@@ -301,6 +335,10 @@ class Connection(BaseHTTPRequestHandler):
 
     def is_gone(self):
         """Has the client hung up? (One that only says that it has nothing more to send has, too.)"""
+        if hasattr(select, "POLLRDHUP"):  # Linux tells, whatever the client sent before
+            poll = select.poll()
+            poll.register(self.connection, select.POLLRDHUP)
+            return bool(poll.poll(0))
         try:
             self.connection.settimeout(0)
             return not self.connection.recv(1, socket.MSG_PEEK)
@@ -319,8 +357,11 @@ class Connection(BaseHTTPRequestHandler):
         data = b"" if content is None else content if type(content) is bytes else dump(content)
         if content is not None:
             headers["Content-Length"] = str(len(data))
+            self.limit(self.server.settings.write_timeout, socket.SHUT_RDWR)
+        if self.server.settings.cors_origin:
+            headers["Vary"] = "Origin"
         if origin := self.allowed_origin():
-            headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            headers["Access-Control-Allow-Origin"] = origin
             if self.command == "OPTIONS":
                 headers |= {"Access-Control-Allow-Methods": "GET, POST",
                             "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key"}
@@ -337,7 +378,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def start_events(self):
         """Begin to send events: in chunks, or, to a client of HTTP/1.0, until the connection ends."""
-        self.chunked = self.request_version != "HTTP/1.0"
+        self.chunked, self.streaming = self.request_version != "HTTP/1.0", True
         self.close_connection |= not self.chunked
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         self.respond(200, None, headers | ({"Transfer-Encoding": "chunked"} if self.chunked else {}))

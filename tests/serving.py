@@ -36,7 +36,8 @@ from tokenizer import END_OF_TEXT
 END = 256  # the id of END_OF_TEXT
 KEY = "sesame-0123456789"
 SECRET = "/secret/place"  # where the run is said to lie: no answer may tell
-RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words"], "val_loss": 2.5, "tokenizer_sha256": "ab" * 32}
+RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words", f"{SECRET}/notes.txt?token=secret"],
+       "val_loss": 2.5, "tokenizer_sha256": "ab" * 32}
 SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=2, body_timeout=2)
 
 os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one

@@ -79,6 +79,14 @@ def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
         assert all(torch.equal(scores(n), whole[:n]) for n in rows.counts if rows.counts != [1])
 
 
+def test_a_text_does_not_depend_on_the_number_of_rows():
+    texts = []
+    for rows in (1, 2, 5, 16, 20):
+        requests = [a_request(random.Random(i), logprobs=2) for i in range(6)]
+        texts.append([request.tokens for request in make(rows=rows).complete(requests)])
+    assert all(text == texts[0] for text in texts)
+
+
 def test_rows_that_differ_are_filled_up(monkeypatch):
     """Where only some numbers of rows give the same bits, no other is ever computed; nowhere: one row at a time."""
     sizes = []

@@ -186,7 +186,9 @@ def test_f14_all_connections_are_taken_by_the_silent(script):
 @pytest.mark.parametrize("head, status", [
     ("GET /health HTTP/1.1\r\nHost: localhost\r\n" + "".join(f"X-{i}: 1\r\n" for i in range(101)), 431),
     (f"GET /health HTTP/1.1\r\nHost: localhost\r\nX: {'x' * 65536}\r\n", 431),
-    (f"GET /{'x' * 65536} HTTP/1.1\r\nHost: localhost\r\n", 414)], ids=["headers", "header", "path"])
+    ("GET /health HTTP/1.1\r\nHost: localhost\r\n" + f"X: {'x' * 60_000}\r\n" * 3, 431),
+    ("GET /health HTTP/1.1\r\nHost: localhost\r\nX: 1\rY: 2\r\n", 400),
+    (f"GET /{'x' * 65536} HTTP/1.1\r\nHost: localhost\r\n", 414)], ids=["headers", "header", "all", "CR", "path"])
 def test_f15_too_much(script, head, status):
     answer = only_answer(script, head.encode() + b"\r\n")
     assert answer.status == status and answer.error["message"]
@@ -196,7 +198,7 @@ HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(range(190))  # how TLS b
 
 
 @pytest.mark.parametrize("data, statuses", [
-    (b"GET /health\r\n\r\n", [400]), (b"GET /health HTTP/2.0\r\n\r\n", [505]),
+    (b"GET /health\r\n\r\n", [400]), (b"GET /health HTTP/0.9\r\n\r\n", [400]), (b"GET /health HTTP/2.0\r\n\r\n", [505]),
     (b"GET /health HTTP/1.1.1\r\n\r\n", [400]), (b"GARBAGE\r\n\r\n", [400]), (HELLO, [400]),
     (b"\0" * MB, [400, 414]), (b"GET /health HTTP/x.y\r\n\r\n", [400]),
     (b"GET /health FTP/1.1\r\n\r\n", [400]),

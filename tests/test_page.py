@@ -321,11 +321,11 @@ def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browse
     page.refused = True
     page.type("max_tokens", "5000")
     page.type("text", "x", CONTROL_ENTER)
-    assert "1+5000>4096" in page.says("The prompt has 1 tokens")
+    assert "1+5000>4096" in page.says("Prompt and max_tokens do not fit")
     assert page.get("text.value") == "x" and page.element("go").text == "Write"
     browser.find_element(By.CSS_SELECTOR, "[value=chat]").send_keys(Keys.SPACE)
     page.type("message", "hi", Keys.ENTER)
-    page.says("The messages has")
+    page.says("Messages and max_tokens do not fit")
     assert page.get("message.value") == "hi" and page.get("said") == []
 
 

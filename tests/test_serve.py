@@ -28,6 +28,7 @@ from serving import (  # noqa: F401 (some are fixtures)
     script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together, until,
     well_afterwards_fixture)
 
+import api
 import bytebpe
 import sample
 import serve
@@ -99,7 +100,7 @@ def test_a4_what_the_model_is(tiny):
     assert info["parameters"] == tiny.model.n_params() and info["context"] == 128 and info["vocab_size"] == 257
     assert (info["n_layer"], info["n_head"], info["n_embd"], info["rows"]) == (2, 4, 32, 4)
     assert info["family"] == "learned layernorm gelu" and info["dtype"] == "float32" and info["device"] == "cpu"
-    assert (info["step"], info["val_loss"], info["source"]) == (40, 2.5, ["words"])
+    assert (info["step"], info["val_loss"], info["source"]) == (40, 2.5, ["words", "notes.txt"])
     assert info["tokenizer"] == {"kind": "bytes", "sha256": "ab" * 32} and info["chat"] is True
     assert info["curve"] == []
     defaults = dict(max_tokens=128, temperature=0.8, top_k=50, top_p=1, min_p=0, repetition_penalty=1)
@@ -995,7 +996,51 @@ def test_e5_all_choices_end(script):
     slow(script)
     wire = script.wire(script.request("POST", COMPLETE, {"prompt": ["x", "y"], "n": 2, "max_tokens": 4000}))
     assert until(lambda: script.busy() == (4, 0))
-    assert leaves(script, wire) >= 1
+    assert leaves(script, wire) == 4
+
+
+def test_e5_whatever_was_sent_before(script):
+    """A client that sends one byte more and leaves has left."""
+    slow(script)
+    wire = script.wire(script.request("POST", GENERATE, {"prompt": "x", "max_tokens": 4000}))
+    assert until(lambda: script.busy() == (1, 0))
+    wire.send(b"\r\n")
+    assert leaves(script, wire) == 1
+
+
+def test_e3_what_can_never_be_taken(script):
+    assert "more than this server" in script.refused("n", COMPLETE, prompt=["x"] * 3, n=4)  # 12 > 4 rows + 4 waiting
+
+
+def test_b12_a_long_text_is_not_even_encoded(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.server.served.tokenizer), "encode", None)
+    assert "more than 512" in tiny.refused("prompt", prompt="x" * 513)
+    assert "more than 512" in tiny.refused("messages", CHAT, messages=[{"role": "user", "content": "x" * 513}])
+    assert "65536" in tiny.refused("text", "/tokenize", text="x" * 65537)
+
+
+def test_c4_two_names_of_one_field(tiny):
+    assert "the same field" in tiny.refused("max_new_tokens", prompt="ab", max_tokens=2, max_new_tokens=3)
+    assert tiny.generate("ab", max_tokens=2, max_new_tokens=2)["completion_tokens"] == 2
+
+
+def test_d11_a_bug_of_ours_in_a_stream(script, log, monkeypatch):
+    """What fails when the answer has begun becomes an event, not a second head in the middle."""
+    log.may_fail = True
+    script.model.say("hello")
+    monkeypatch.setattr(api.Generate, "numbers", None)
+    *events, last = script.events(max_tokens=5)
+    assert "hello".startswith(chosen(events)) and last["error"]["message"] == "the server made a mistake"
+
+
+def test_b20_scores_that_are_not_finite(script, log):
+    log.may_fail = True
+    logits, script.model.logits = script.model.logits, lambda x: logits(x) * float("nan")
+    try:
+        answer = script.post(COMPLETE, prompt="xy", echo=True, logprobs=1, max_tokens=0)
+    finally:
+        del script.model.logits
+    assert answer.status == 500 and answer.error["message"] == "the model failed on this request"
 
 
 def test_e6_left_while_waiting(script):
@@ -1229,6 +1274,20 @@ def test_g7_a_key_that_is_none(here):
     (here / "empty").write_text("\n", encoding="utf-8")
     assert "empty" in error(serve.main, "--port=0", "--api_key_file=empty")[0]
     assert "missing" in error(serve.main, "--port=0", "--api_key_file=missing")[0]
+
+
+@pytest.mark.parametrize("key", ["\u043f\u0430\u0440\u043e\u043b\u044c", "two words", " ", "caf\xe9"])
+def test_g7_a_key_that_no_header_can_carry(key, monkeypatch):
+    monkeypatch.setenv("OPENLLM_API_KEY", key)
+    assert "OPENLLM_API_KEY is empty or holds more than ASCII" in error(serve.main, "--port=0")[0]
+
+
+@pytest.mark.parametrize("raw", [b"sesame\n", b"\xef\xbb\xbfsesame\r\n", b"  sesame  \nmore"])
+def test_g2_white_space_is_no_part_of_a_key(raw, here, monkeypatch):
+    (here / "key").write_bytes(raw)
+    assert serve.read_key(serve.ServeConfig(api_key_file="key")) == "sesame"
+    monkeypatch.setenv("OPENLLM_API_KEY", "sesame\n")
+    assert serve.read_key(serve.ServeConfig()) == "sesame"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
