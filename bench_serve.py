@@ -3,25 +3,32 @@
 How fast is the server? Called as `python bench.py serve [RUN]`.
 
 The clients are in this process, the server is a process of its own; both share this machine. In each round, one after
-the other: GPT.generate, which knows one text; the engine without a server; and 1, 4 and 16 clients that stream, each
-asking again as soon as it has its answer. The model is openllm-small with random weights, unless a RUN is given: what a
-text says does not change how long it takes.
+the other: GPT.generate, which knows one text; the engine without a server, asked as by 1, 4 and 16 clients; and as many
+clients that stream, each asking again as soon as it has its answer. The model is openllm-small with random weights,
+unless a RUN is given: what a text says does not change how long it takes. All are greedy, as GPT.generate is: drawing
+comes on top, for all alike. What streaming costs is partly the clients' own work, who read every piece as it comes; so
+the last comparison is also made with whole answers.
 """
 import contextlib
+import itertools
 import json
 import multiprocessing
 import random
+import re
 import selectors
 import socket
 import statistics
 import time
 import urllib.request
+from collections import defaultdict
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 import machine
 import runtime
-from config import check_limits, say
+from config import UserError, check_limits, say
 from engine import Engine, Request
 from model import GPT, GPTConfig, PRESETS
 from serve import ServeConfig, Server
@@ -65,62 +72,63 @@ def clients(port, n, requests, body_of):
     """
     selector, started, firsts, tokens, asked = selectors.DefaultSelector(), time.perf_counter(), [], 0, 0
 
-    def ask(client):
+    def ask(connection, client):
         nonlocal asked
         body = json.dumps(body_of(asked)).encode()
         asked += 1
         client.asked, client.answer, client.first = time.perf_counter(), b"", None
-        client.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                       b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
 
     for _ in range(n):
-        client = Client("127.0.0.1", port)
-        selector.register(client, selectors.EVENT_READ)
-        ask(client)
+        connection = socket.create_connection(("127.0.0.1", port))
+        ask(connection, selector.register(connection, selectors.EVENT_READ, SimpleNamespace()).data)
     while len(firsts) < n * requests:
         for key, _ in selector.select():
-            client = key.fileobj
-            client.answer += client.recv(1 << 16)
+            connection, client = key.fileobj, key.data
+            data = connection.recv(1 << 16)
+            client.answer += data
+            if not data or not client.answer.startswith(b"HTTP/1.1 200"):
+                raise UserError(f"the server failed: {client.answer[:100]!r}", "see what it wrote above")
             if client.first is None and b"data: " in client.answer:
                 client.first = time.perf_counter() - client.asked
-            if client.answer.endswith(b"0\r\n\r\n"):
+            if is_whole(client.answer):
                 firsts.append(client.first)
                 tokens += int(client.answer.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
                 if asked < n * requests:
-                    ask(client)
+                    ask(connection, client)
     seconds = time.perf_counter() - started
     for key in list(selector.get_map().values()):
         key.fileobj.close()
     return len(firsts) / seconds, tokens / seconds, firsts
 
 
-class Client(socket.socket):
-    """A connection, and what has come of its answer."""
-
-    def __init__(self, host, port):
-        super().__init__(socket.AF_INET, socket.SOCK_STREAM)
-        self.connect((host, port))
+def is_whole(answer):
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"Content-Length: (\d+)", head)
+    return len(body) == int(length[1]) if length else body.endswith(b"0\r\n\r\n")
 
 
 def memory_of(port):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        return int(answer.read().split()[-1])
+        return int(re.search(rb"^openllm_resident_memory_bytes (\d+)$", answer.read(), re.M)[1])
 
 
 def serve(settings, runs):
     check_limits(settings, {"requests repeats prompt new_tokens": (1, 1e6)})
     device, run, new = machine.choose_device(settings.device), runs[0] if runs else "", settings.new_tokens
     dtype, _ = machine.choose_dtype(settings.dtype, device)
-    pipe, other = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(other, run, device, settings.dtype))
-    process.start()
     model, tokenizer, _ = load_model(run, device)
+    pipe, other = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(other, run, device, settings.dtype),
+                                                           daemon=True)
+    process.start()
     engine = Engine(load_model(run, device)[0], tokenizer, dtype=dtype)
     port, rng = pipe.recv(), random.Random(0)
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(settings.prompt)] for _ in range(1000)]
 
-    def body(i):
-        return dict(prompt=prompts[i % 1000], max_tokens=new, ignore_eos=True, seed=i, stream=True)
+    def body(i, stream=True):
+        return dict(prompt=prompts[i % 1000], max_tokens=new, ignore_eos=True, stream=stream, temperature=0)
 
     def generate():
         started = time.perf_counter()
@@ -129,20 +137,29 @@ def serve(settings, runs):
         return new / (time.perf_counter() - started)
 
     def bare(n):
-        requests = [Request(ids=prompts[i % 1000], max_tokens=new, ignore_eos=True, seed=i)
-                    for i in range(n * settings.requests)]
-        started = time.perf_counter()
-        for i in range(0, len(requests), n) if n < engine.rows else (0,):
-            engine.complete(requests[i:i + n] if n < engine.rows else requests)
-        return len(requests) * new / (time.perf_counter() - started)
+        """n clients of a server that costs nothing: who is told of an end in one step asks again during the next."""
+        requests = (Request(ids=prompts[i % 1000], max_tokens=new, ignore_eos=True, temperature=0)
+                    for i in range(n * settings.requests))
+        started, live, told = time.perf_counter(), list(itertools.islice(requests, n)), 0
+        engine.submit(*live)
+        while live:
+            engine.step()
+            asking, told = told, sum(bool(request.finish_reason) for request in live)
+            live = [request for request in live if not request.finish_reason]
+            if not live:  # the engine is at rest: who was told just now is not late either
+                asking, told = asking + told, 0
+            more = list(itertools.islice(requests, asking))
+            engine.submit(*more)
+            live += more
+        return n * settings.requests * new / (time.perf_counter() - started)
 
     generate(), bare(1), clients(port, 1, 1, body)  # the first of each is slower
-    alone, engines, rates, tokens, firsts = [], {n: [] for n in CLIENTS}, {n: [] for n in CLIENTS}, \
-        {n: [] for n in CLIENTS}, {n: [] for n in CLIENTS}
+    alone, engines, wholes, rates, tokens, firsts = [], *(defaultdict(list) for _ in range(5))  # by number of clients
     for i in range(settings.repeats):
         alone.append(statistics.median(generate() for _ in range(settings.requests)))
         for n in CLIENTS:
             engines[n].append(bare(n))
+            wholes[n].append(clients(port, n, settings.requests, partial(body, stream=False))[1])
             rate, speed, first = clients(port, n, settings.requests, body)
             rates[n].append(rate)
             tokens[n].append(speed)
@@ -162,11 +179,12 @@ def serve(settings, runs):
     print(f"{run or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {settings.prompt} tokens, {new} "
           f"new ones, {settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)")
     print(f"GPT.generate: {middle(alone)} tokens/s; the server holds {memory / 1e6:,.0f} MB")
-    print("| clients | requests/s | tokens/s | of each | of GPT.generate | of one client | of the bare engine | "
-          "first token, p50 | p99 |\n|---" + "|---" * 8 + "|")
+    print("| clients | requests/s | tokens/s | of each | of GPT.generate | of one client | of the bare engine "
+          "| the same, whole answers | first token, p50 | p99 |\n|---" + "|---" * 9 + "|")
     for n in CLIENTS:
         first = [1000 * seconds for seconds in sorted(firsts[n])]
         cells = (n, f"{statistics.median(rates[n]):.1f}", middle(tokens[n]), f"{statistics.median(tokens[n]) / n:,.0f}",
                  ratios(tokens[n], alone), ratios(tokens[n], tokens[1]), ratios(tokens[n], engines[n]),
-                 f"{first[len(first) // 2]:.0f} ms", f"{first[int(len(first) * 0.99)]:.0f} ms")
+                 ratios(wholes[n], engines[n]), f"{first[len(first) // 2]:.0f} ms",
+                 f"{first[int(len(first) * 0.99)]:.0f} ms")
         print("| " + " | ".join(map(str, cells)) + " |")

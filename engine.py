@@ -45,6 +45,7 @@ from model import KVCache
 from sample import Sampling, TextStream, make_pick
 
 CHUNK = 128  # prompt tokens that are read in one step
+EVENTS = 100  # a second, for all streams together: waking a thread for every token would cost a tenth of all tokens
 STANDARD = 16  # the number of rows whose bits are the right ones: whatever an engine's own number, texts are the same
 
 
@@ -76,7 +77,7 @@ class Request(Sampling):
     logprobs: int | None = None  # keep each token with its log-probability, and so many of the likeliest
     prompt_logprobs: bool = False  # those of the prompt, too
     deadline: float = float("inf")  # of time.monotonic()
-    streams: bool = False  # an event for every token, and not just one at the end
+    streams: bool = False  # events as it goes, and not just one at the end
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False  # may be set by anyone at any time
     # the answer
@@ -93,7 +94,9 @@ class Request(Sampling):
     next: int | None = None  # the last token, which is not in the cache yet
     pick: Callable | None = None
     stream: TextStream | None = None
-    held: list[Token] = field(default_factory=list)  # tokens of which no event has told
+    new_text: str = ""  # of which no event has told
+    new_tokens: list[Token] = field(default_factory=list)
+    told: float = 0.0  # when the last event did
 
 
 class Rows:
@@ -333,38 +336,42 @@ class Engine:
         self.completion_tokens += 1
         if token in self.ends and not request.ignore_eos:
             return self.finish(request, "stop")
-        if request.logprobs is not None:
-            request.held += score(logits, [token], request.logprobs)
-        text = request.stream.push(token)
-        request.text += text
         request.next = token
+        self.add(request, request.stream.push(token), score(logits, [token], request.logprobs)
+                 if request.logprobs is not None else [])
         if request.stream.stopped or request.n == request.max_tokens:
-            return self.finish(request, "stop" if request.stream.stopped else "length", text)
-        if request.streams and (text or request.held):
-            self.tell(request, text)
+            self.finish(request, "stop" if request.stream.stopped else "length")
+        elif request.streams and time.monotonic() - request.told > len(self.running) / EVENTS:
+            self.tell(request)
 
-    def finish(self, request, reason, text=""):
+    def add(self, request, text, tokens=()):
+        """Text and tokens of an answer that were not there before."""
+        request.text += text
+        request.tokens += tokens
+        request.new_text += text
+        request.new_tokens += tokens
+
+    def finish(self, request, reason):
         """The last event of a request; its row is free again."""
         if request in self.running:
             self.running.remove(request)
             request.cache.length = 0
             self.free.append(request.cache)
-            rest = request.stream.finish()
+            self.add(request, request.stream.finish())
             if request.stream.stopped and reason == "length":  # (the stop string was complete with the last bytes)
                 reason = "stop"
-            request.text += rest
-            text += rest
         elif request in self.waiting:
             with self.news:
                 self.waiting.remove(request)
         self.n_cancelled += reason == "cancelled"
         request.finish_reason = reason
-        self.tell(request, text, reason)
+        self.tell(request, reason)
 
-    def tell(self, request, text, reason=""):
-        tokens, request.held = request.held, []
-        request.tokens += tokens
-        request.events.put(Event(request, text, tokens, reason))
+    def tell(self, request, reason=""):
+        """An event with what is new."""
+        if request.new_text or request.new_tokens or reason:
+            request.events.put(Event(request, request.new_text, request.new_tokens, reason))
+            request.new_text, request.new_tokens, request.told = "", [], time.monotonic()
 
 
 def score(logits, ids, top):

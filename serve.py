@@ -239,7 +239,7 @@ class Server:
             chunks = []
             for event in events:
                 if refuse := job.failure(event.finish_reason):
-                    connection.end_events(*chunks, refuse.body)
+                    connection.end_events(*chunks, *job.chunks(event._replace(finish_reason="")), refuse.body)
                     return refuse.status
                 chunks += job.chunks(event)
             connection.send_events(*chunks)

@@ -720,6 +720,7 @@ def test_d2_a_stream_is_the_same_text(tiny):
 
 
 def test_d3_no_half_characters(script):
+    slow(script, 0.02)  # an event for every token
     script.model.say(MIXED)
     events = script.events()
     assert not [event for event in events if "\ufffd" in event["text"]]
