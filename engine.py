@@ -360,9 +360,10 @@ class Engine:
             self.add(request, request.stream.finish())
             if request.stream.stopped and reason == "length":  # (the stop string was complete with the last bytes)
                 reason = "stop"
-        elif request in self.waiting:
+        else:
             with self.news:
-                self.waiting.remove(request)
+                if request in self.waiting:
+                    self.waiting.remove(request)
         self.n_cancelled += reason == "cancelled"
         request.finish_reason = reason
         self.tell(request, reason)
