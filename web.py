@@ -223,7 +223,8 @@ class Connection(BaseHTTPRequestHandler):
         try:
             self.check_headers()
             if self.command == "OPTIONS" and "Origin" in self.headers:
-                return self.preflight()
+                status = self.preflight()
+                return
             route = self.find_route()
             methods = self.server.routes[route]
             function = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -285,6 +286,7 @@ class Connection(BaseHTTPRequestHandler):
         if not self.allowed_origin():
             raise Refuse(403, "this origin is not allowed")
         self.respond(204, b"")
+        return 204
 
     def allowed_origin(self):
         """The Origin of the page that asks, if it is the one that may."""
@@ -409,4 +411,4 @@ class Connection(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *_):
-        pass  # http.server's own lines have whatever the client sent
+        """Nothing: http.server's own lines have whatever the client sent. Web.answered writes ours."""

@@ -269,6 +269,33 @@ def test_the_request_as_code(page, browser, torn_server):
     assert sent == [((f"http://127.0.0.1:{torn_server.port}/generate",), {"json": body, "timeout": 300})]
 
 
+def test_the_request_of_the_answer_that_is_shown(page, model, browser):
+    """It is copied with its seed, until a setting changes; and a request that is refused does not take it away."""
+    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+
+    def copied():
+        page.js("$('state').textContent = ''")
+        page.click("curl")
+        page.says("Copied")
+        return json.loads(re.search(r"-d '(.*)'", page.get("navigator.clipboard.readText()"), re.S)[1])
+
+    page.click("curl")
+    page.says("There is nothing to copy")
+    model.say("hello")
+    page.type("text", "x", CONTROL_ENTER)
+    page.says("Done")
+    body = copied()
+    assert body["prompt"] == "x" and type(body["seed"]) is int
+    page.refused = True
+    page.type("temperature", "7")
+    assert copied() == {"prompt": page.get("text.value"), "temperature": 7}
+    page.type("text", CONTROL_ENTER)
+    page.says("Temperature must be")
+    assert page.element("undo").is_displayed()
+    page.click("undo")
+    assert page.get("text.value") == "x"
+
+
 def test_chat(page, model, browser):
     messages = [{"role": "user", "content": "hi\nyou"}]
     model.say("Hello \U0001f642", prompt=len(ByteTokenizer().chat(messages)))
