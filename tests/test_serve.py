@@ -1313,7 +1313,7 @@ def test_a3_the_process_ends_after_a_fatal_error(start, tmp_path):
     process = start(fault=broken_steps, arguments=[str(marker)]).up()
     assert process.client.text("the ", max_tokens=3)
     marker.touch()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AssertionError):  # refused, reset, or accepted in the last moment: no answer
         while process.client.post(GENERATE, prompt="the ").status == 500:
             pass
     assert process.wait(5) not in (0, None) and "a bug in the model" in process.said()
