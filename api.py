@@ -203,12 +203,12 @@ class Job:
                 values[field.name] = number(body, field.name, default, type(field.default))
         seed = number(body, "seed", secrets.randbits(32), int)
         size, name = self.served.context, "messages" if "messages" in body else "prompt"
-        limit, *others = [name for name in MAX_TOKENS if body.get(name) is not None] or ["max_tokens"]
+        limit, *others = [field for field in MAX_TOKENS if body.get(field) is not None] or ["max_tokens"]
         for other in others:
             if body[other] != body[limit]:
                 raise Refuse(400, f"{limit} and {other} are the same field, and have two values", other)
         asked = number(body, limit, None, int, lowest, RANGES["max_tokens"][1])
-        # (A prompt that fills the context can still be scored: that needs no new position.)
+        # (A prompt that fills the context can still be scored, and its one next token needs no position of its own.)
         left = size - len(ids) if not (self.echo and len(ids) == size) else 1
         if left < 1:
             raise Refuse(400, f"{name} takes {len(ids)}/{size} tokens of the context, and leaves no room for an answer",

@@ -126,7 +126,7 @@ def linear(layer, x):
     """What nn.Linear does, in the type of its weights. In float32 on a CPU by oneDNN; PyTorch itself would take MKL.
 
     Measured for the matrices of openllm-small: oneDNN gives a row the same bits among 2 to 16 rows (MKL only among 4, 8
-    and 12 to 16), and takes 85 instead of 104 us for two rows of 512 x 2048, 125 instead of 264 for sixteen.
+    and 12 to 16), and takes 82 instead of 104 us for two rows of 512 x 2048, 125 instead of 264 for sixteen.
     """
     x = x.to(layer.weight.dtype)
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
