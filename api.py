@@ -304,7 +304,7 @@ class Completions(Job):
         top = number(self.body, "logprobs", None, int, 0, 5)
         self.texts = [text(p, "prompt") if type(p) is str else None for p in prompts]
         self.choices([prompt_ids(p, self.served) for p in prompts], top, lowest=0 if self.echo else 1,
-                     prompt_logprobs=self.echo and top is not None)
+                     prompt_logprobs=0 if self.echo and top is not None else None)
 
     def common(self):
         """The fields that OpenAI's two endpoints share."""

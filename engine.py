@@ -75,7 +75,7 @@ class Request(Sampling):
     seed: int = 0
     logit_bias: dict = field(default_factory=dict)  # {id: what to add to its score}
     logprobs: int | None = None  # keep each token with its log-probability, and so many of the likeliest
-    prompt_logprobs: bool = False  # those of the prompt, too
+    prompt_logprobs: int | None = None  # those of the prompt, too, from this token on
     deadline: float = float("inf")  # of time.monotonic()
     streams: bool = False  # events as it goes, and not just one at the end
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -311,12 +311,14 @@ class Engine:
         x = self.model.trunk(torch.tensor([part], device=self.device), request.cache)  # (1, T, C)
         request.read += len(part)
         self.prompt_tokens += len(part)
-        if request.prompt_logprobs:
-            known = request.ids[request.read - len(part) + 1:request.read + 1]  # what came next is in the prompt
-            logits = self.model.logits(x[0, :len(known)]).float()  # (T, vocab_size)
+        if request.prompt_logprobs is not None:
+            before = request.read - len(part)
+            skip = min(len(part), max(0, request.prompt_logprobs - before - 1))  # nobody asks what followed these
+            known = request.ids[before + skip + 1:request.read + 1]  # what came next is in the prompt
+            logits = self.model.logits(x[0, skip:skip + len(known)]).float()  # (T, vocab_size)
             if not torch.isfinite(logits.sum()):
                 return self.finish(request, "error")
-            request.prompt_tokens += [Token(request.ids[0], None, [])] if not request.prompt_tokens else []
+            request.prompt_tokens += [Token(request.ids[0], None, [])] if request.prompt_logprobs + before == 0 else []
             request.prompt_tokens += score(logits, known, request.logprobs or 0)
         if request.read == len(request.ids):
             if request.max_tokens == 0:
@@ -378,7 +380,7 @@ class Engine:
 def score(logits, ids, top):
     """Tokens with their log-probabilities. logits: (T, vocab_size), of which those at t predict ids[t]; ids: T ids."""
     logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs[range(len(ids)), ids].tolist()
+    chosen = logprobs[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.int64)].tolist()
     best = logprobs.topk(min(top, logprobs.size(-1)))
     return [Token(i, p, list(zip(also, their))) for i, p, also, their in
             zip(ids, chosen, best.indices.tolist(), best.values.tolist())]

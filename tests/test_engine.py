@@ -44,7 +44,7 @@ def test_a_text_does_not_depend_on_its_neighbours(family, dtype):
     bit."""
     rng, neighbours = random.Random(family), make(dtype=dtype, **FAMILIES[family])
     for _ in range(5):
-        settings = dict(temperature=1.0, top_k=0, logprobs=3, prompt_logprobs=True)
+        settings = dict(temperature=1.0, top_k=0, logprobs=3, prompt_logprobs=0)
         ids, seed = a_request(rng).ids, rng.randrange(2**40)
         alone = Request(ids=ids, max_tokens=18, seed=seed, **settings)
         neighbours.complete([alone])
@@ -131,7 +131,7 @@ def test_greedy_is_what_generate_writes(family):
 def test_log_probabilities_are_the_models_own():
     model, rng = random_model(block_size=300), random.Random(0)
     ids = [rng.randrange(100) for _ in range(CHUNK + 40)]  # read in two parts
-    request = Request(ids=ids, max_tokens=9, seed=1, temperature=2.0, top_k=3, logprobs=4, prompt_logprobs=True)
+    request = Request(ids=ids, max_tokens=9, seed=1, temperature=2.0, top_k=3, logprobs=4, prompt_logprobs=0)
     make(block_size=300).complete([request])
     everything = ids + [token.id for token in request.tokens]
     with torch.no_grad():
