@@ -15,6 +15,7 @@ and gives it back when it ends (continuous batching; Orca, Yu 2022). One step of
 1. requests that were cancelled or are late leave, waiting ones take the free rows;
 2. decode: every row that is writing gets its next token, all in one batch through the model;
 3. prefill: a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
+   What another row has read of the same prompt, in this request or an earlier one, is copied.
 
 Whatever a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts that are
 cut at the same places every time; attention works on each row alone; every row has its own random numbers. What is left
@@ -199,7 +200,8 @@ class Engine:
         self.device, self.rows, self.max_queue = model.lm_head.weight.device, rows, max_queue
         self.counts = steady(model, rows)
         memory = KVCache(model.config, rows, None, self.device, model.dtype())
-        self.free = [memory.row(i) for i in range(rows)]
+        self.free = deque(memory.row(i) for i in range(rows))
+        self.held = {row: [] for row in self.free}  # the ids of a prompt whose keys and values are still in a row
         self.spare = KVCache(model.config, 1, 1, self.device, model.dtype())  # for the rows that only fill up a batch
         self.waiting, self.running, self.news = deque(), [], threading.Condition()
         self.steps = self.n_cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
@@ -275,7 +277,7 @@ class Engine:
         while self.free and self.waiting:
             with self.news:
                 request = self.waiting.popleft()
-            request.cache, request.stream = self.free.pop(), TextStream(self.tokenizer, request.stop)
+            request.cache, request.stream = self.free.popleft(), TextStream(self.tokenizer, request.stop)
             self.running.append(request)
             request.pick = make_pick(request, request.ids, request.seed, request.logit_bias)
 
@@ -287,6 +289,8 @@ class Engine:
         # 3. Prefill: some of the prompts, the oldest first.
         room = CHUNK
         for request in [request for request in self.running if request.read < len(request.ids)]:
+            if request.read == 0:
+                self.recall(request)
             part = request.ids[request.read:request.read + CHUNK]
             if len(part) > room:
                 break
@@ -306,10 +310,33 @@ class Engine:
         for i, request in enumerate(requests):
             self.choose(request, logits[i:i + 1])
 
+    def recall(self, request):
+        """Copy the beginning of a prompt from a row that has read the same: the same examples, the chat so far.
+
+        Only parts that would be read as one: then their bits are those that reading would give.
+        """
+        ids, last = request.ids, len(request.ids) - 1  # the last token has to be read: it gives the first new one
+        last = last if request.prompt_logprobs is None else min(last, request.prompt_logprobs - 1)
+
+        def shared(held):
+            n = 0
+            while n + CHUNK <= last and ids[n:n + CHUNK] == held[n:n + CHUNK]:
+                n += CHUNK
+            return n
+
+        row = max(self.held, key=lambda row: shared(self.held[row]))
+        n = shared(self.held[row])
+        for new, old in ((request.cache.k, row.k), (request.cache.v, row.v)):
+            new[..., :n, :] = old[..., :n, :]
+        request.cache.length = request.read = n
+        self.held[request.cache] = ids[:n]
+        self.prompt_tokens += n
+
     def read(self, request, part):
         """The next part of a prompt; behind its end, the first token."""
         x = self.model.trunk(torch.tensor([part], device=self.device), request.cache)  # (1, T, C)
         request.read += len(part)
+        self.held[request.cache] = request.ids[:request.read]
         self.prompt_tokens += len(part)
         if request.prompt_logprobs is not None:
             before = request.read - len(part)

@@ -163,6 +163,52 @@ def test_a_long_prompt_does_not_hold_up_the_others():
     assert [bool(request.finish_reason) for request in short] == [True] * 3 + [False] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkeypatch):
+    """Requests that begin alike, one after the other and at once, among others that use up the rows: only what is new
+    goes through the model, and each gets the bits that it gets from an engine that knows nothing."""
+    rng = random.Random(family)
+    shape = dict(block_size=600, **FAMILIES[family])
+    rows, read = make(rows=3, dtype=dtype, **shape), []
+    trunk = rows.model.trunk
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: read.append(idx.size(1)) or trunk(idx, cache))
+    shared = [rng.randrange(100) for _ in range(4 * CHUNK + 17)]
+
+    def ask(length, own, after=None):
+        ids = shared[:length] + [rng.randrange(100) for _ in range(own)]
+        return Request(ids=ids, max_tokens=5, seed=1, temperature=1.0, logprobs=2, prompt_logprobs=after)
+
+    for requests, parts in (
+            ([ask(300, 9)], [CHUNK, CHUNK, 309 - 2 * CHUNK]),  # the first reads everything
+            ([ask(300, 30)], [330 - 2 * CHUNK]),  # the second what is new
+            ([ask(4 * CHUNK, 0)], [CHUNK] * 2),  # the last part is read though nothing in it is new: what comes after it?
+            ([ask(4 * CHUNK, 7), ask(4 * CHUNK + 10, 9)], [7, 19]),  # two at once
+            ([ask(3 * CHUNK, 50, after=2 * CHUNK + 5)], [CHUNK, 50]),  # whose log-probabilities are asked for
+            ([ask(3 * CHUNK, 50, after=0)], [CHUNK] * 3 + [50]),
+            ([ask(0, 200) for _ in range(3)], [CHUNK, 72] * 3),  # they take all three rows ...
+            ([ask(300, 9)], [CHUNK, CHUNK, 309 - 2 * CHUNK])):  # ... and so it begins again
+        read.clear()
+        rows.complete(requests)
+        assert sorted(n for n in read if n > 1) == sorted(parts)
+        for request in requests:
+            fresh = Request(ids=request.ids, max_tokens=5, seed=1, temperature=1.0, logprobs=2,
+                            prompt_logprobs=request.prompt_logprobs)
+            make(rows=3, dtype=dtype, **shape).complete([fresh])
+            assert request.tokens == fresh.tokens and len(fresh.tokens) == 5
+            assert request.prompt_tokens == fresh.prompt_tokens
+
+
+def test_the_log_probabilities_of_a_prompt_from_a_token_on():
+    rng, rows = random.Random(0), make(block_size=300)
+    ids = [rng.randrange(100) for _ in range(CHUNK + 40)]
+    whole = rows.complete([Request(ids=ids, max_tokens=0, prompt_logprobs=0)])[0].prompt_tokens
+    for start in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 39):
+        part = rows.complete([Request(ids=ids, max_tokens=0, prompt_logprobs=start)])[0].prompt_tokens
+        assert [token.id for token in part] == ids[start:]
+        assert all(abs(a.logprob - b.logprob) < 1e-5 for a, b in zip(part, whole[start:]))
+
+
 def test_a_row_has_no_memory_of_who_had_it_before():
     rows, rng = make(rows=1), random.Random(3)
     first = rows.complete([a_request(rng, seed=5)])[0]
