@@ -240,8 +240,8 @@ class Processes:
     """The processes that train one model together, started by torchrun; or one alone, for which nothing here costs.
 
     torchrun tells each by environment variables who it is: number RANK of WORLD_SIZE in all, LOCAL_RANK of
-    LOCAL_WORLD_SIZE on this machine. sum, highest, gather, first, compare and wait are conversations: every process has to
-    call them, in the same order, a call waits for the others, and what it returns is the same in all.
+    LOCAL_WORLD_SIZE on this machine. sum, highest, gather, first, compare and wait are conversations: every process
+    has to call them, in the same order, a call waits for the others, and what it returns is the same in all.
     """
 
     def __init__(self):

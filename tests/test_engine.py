@@ -182,7 +182,7 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
     for requests, parts in (
             ([ask(300, 9)], [CHUNK, CHUNK, 309 - 2 * CHUNK]),  # the first reads everything
             ([ask(300, 30)], [330 - 2 * CHUNK]),  # the second what is new
-            ([ask(4 * CHUNK, 0)], [CHUNK] * 2),  # the last part is read though nothing in it is new: what comes after it?
+            ([ask(4 * CHUNK, 0)], [CHUNK] * 2),  # the last part is always read: what comes after it?
             ([ask(4 * CHUNK, 7), ask(4 * CHUNK + 10, 9)], [7, 19]),  # two at once
             ([ask(3 * CHUNK, 50, after=2 * CHUNK + 5)], [CHUNK, 50]),  # whose log-probabilities are asked for
             ([ask(3 * CHUNK, 50, after=0)], [CHUNK] * 3 + [50]),

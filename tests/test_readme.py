@@ -15,6 +15,7 @@ import requests
 from conftest import ROOT, words
 
 import bench
+import evaluate
 import export
 import prepare
 import sample
@@ -35,7 +36,7 @@ def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, and the text files that a reader is supposed to have."""
     folder = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests",
-                 ROOT / "serve.html"]:
+                 ROOT / "tasks", ROOT / "serve.html"]:
         os.symlink(path, folder / path.name)
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
@@ -137,7 +138,7 @@ def test_there_are_commands_and_quick_variants():
 
 def test_every_file_that_is_named_exists():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    files = re.findall(r"`((?:config|docs|tests)/[\w./-]+|\w+\.py|LICENSE)`", README)
+    files = re.findall(r"`((?:config|docs|tests|tasks)/[\w./-]+|\w+\.py|LICENSE)`", README)
     assert len(links + files) > 10
     for path in links + files:
         assert (ROOT / path).exists(), path
@@ -152,7 +153,7 @@ def test_line_counts_are_right():
 
 def test_every_setting_that_is_named_exists():
     scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, bench.BenchConfig, \
-        tokenizer.TokenizerConfig, export.ExportConfig, serve.ServeConfig
+        tokenizer.TokenizerConfig, export.ExportConfig, serve.ServeConfig, evaluate.EvaluateConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts))
     ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
     for name in re.findall(r"--([a-z]\w+)", ours):
