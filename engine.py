@@ -40,8 +40,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import machine
 import tokenizer as tokenizers
-from config import print_error
+from config import note, print_error
 from model import KVCache
 from sample import Sampling, TextStream, make_pick
 
@@ -197,7 +198,13 @@ class Engine:
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32):
         self.model, self.tokenizer, self.ends = use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
-        self.device, self.rows, self.max_queue = model.lm_head.weight.device, rows, max_queue
+        self.device, self.max_queue, c = model.lm_head.weight.device, max_queue, model.config
+        size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a row's cache
+        self.rows = max(1, min(rows, int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)))
+        if self.rows < rows:
+            note(f"rows={self.rows} instead of {rows}: each can take {size / 1e6:,.0f} MB, all together half of the "
+                 "free memory at most")
+        rows = self.rows
         self.counts = steady(model, rows)
         memory = KVCache(model.config, rows, None, self.device, model.dtype())
         self.free = deque(memory.row(i) for i in range(rows))
@@ -289,7 +296,9 @@ class Engine:
         # 3. Prefill: some of the prompts, the oldest first.
         room = CHUNK
         for request in [request for request in self.running if request.read < len(request.ids)]:
-            if request.read == 0:
+            if not room:
+                break
+            if request.read == 0:  # (not sooner: a row before this one may be reading the same)
                 self.recall(request)
             part = request.ids[request.read:request.read + CHUNK]
             if len(part) > room:
@@ -324,8 +333,11 @@ class Engine:
                 n += CHUNK
             return n
 
-        row = max(self.held, key=lambda row: shared(self.held[row]))
-        n = shared(self.held[row])
+        n, row = 0, request.cache
+        for other, held in self.held.items():
+            if shared(held) > n:
+                n, row = shared(held), other
+        self.held[request.cache] = []  # until all of it is there
         for new, old in ((request.cache.k, row.k), (request.cache.v, row.v)):
             new[..., :n, :] = old[..., :n, :]
         request.cache.length = request.read = n

@@ -11,15 +11,17 @@ Evaluation: how good is a model? Several of them, side by side, with numbers tha
 
 Three questions, each with its own pitfalls:
 
-1. How well does it predict text? Perplexity depends on the tokenizer, on how much context a token has behind it, and on
-   what was counted. Here every token but the first is predicted exactly once, in one pass; context and stride are
-   stated; and the sum of all surprises, over all bytes of the text, is a number that tokenizers do not change.
-2. How does it answer? A few hundred questions give a mark that is off by some percent: every mark has its standard
-   error, and two models are compared question by question, which is sharper than the two errors suggest.
+1. How well does it predict text? (perplexity.py) Bits per byte can be compared between all models; the context and the
+   stride that they were measured with are stated.
+2. How does it answer? (grading.py) A few hundred questions give a mark that is off by some percent: every mark has its
+   standard error, and two models are compared question by question, which is sharper than the two errors suggest.
 3. How does it write? Its samples are kept, with how much they repeat themselves, beside the same of real text.
 
-How questions are put and marked is in grading.py, the page of --html in report.py.
+The tables, and the page of --html, are in report.py.
 """
+import errno
+import gc
+import itertools
 import json
 import math
 import os
@@ -28,9 +30,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 import grading
 import machine
@@ -38,9 +38,10 @@ import report
 import runtime
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say, warn
-from dataset import Dataset, fold
+from dataset import fold
 from engine import Engine, Request
-from sources import documents
+from perplexity import measure_text, read_text
+from sample import read_prompt
 
 TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
 BUNDLED = sorted(name[:-6] for name in os.listdir(TASKS) if name.endswith(".jsonl"))
@@ -50,6 +51,7 @@ BUNDLED = sorted(name[:-6] for name in os.listdir(TASKS) if name.endswith(".json
 class EvaluateConfig:
     # text
     data: list[str] = field(default_factory=list)  # data/NAME (its held-out side), a file, or none; default: the run's
+    text_field: str = "text"  # the field of a .jsonl line that holds the text
     megabytes: float = 0.0  # of each text only so much, from its beginning; 0: all
     block_size: int = 0  # the context, in tokens; 0: the whole context of the model
     stride: int = 0  # by how many tokens the context moves on; 0: block_size, as validation in training
@@ -65,7 +67,7 @@ class EvaluateConfig:
     max_new_tokens: int = 0  # the longest answer; 0: 256 for a number, 32 for words
     # samples
     samples: int = 16  # texts to write and to measure; 0: none
-    prompt: str = ""  # what they begin with; by default the end-of-text token
+    prompt: str = ""  # what they begin with, FILE:path reads it from a file; by default the end-of-text token
     # the results
     json: str = ""  # write everything to this file
     html: str = ""  # and a page to look at
@@ -84,125 +86,17 @@ LONGEST = {"number": 256, "words": 32, "choice": 0}  # an answer, in tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Text
-
-
-@dataclass
-class Text:
-    """What is to be predicted. apart: an end-of-text token stands before the first document too, as prepare.py does."""
-    name: str
-    documents: list[str]
-    apart: bool
-
-    def counts(self):
-        return dict(documents=len(self.documents), bytes=sum(len(text.encode()) for text in self.documents),
-                    words=sum(len(text.split()) for text in self.documents))
-
-    def ids(self, tokenizer):
-        """All of it as one sequence. Nothing is put before a text; between documents stands the end-of-text token."""
-        ids, end = [], tokenizer.special.get(tokenizers.END_OF_TEXT)
-        for i, text in enumerate(self.documents):
-            ids += [end] if end is not None and (i or self.apart) else []
-            ids += tokenizer.encode(text)
-        return torch.tensor(ids, dtype=torch.int64)
-
-
-def read_text(source, megabytes=0.0):
-    """A Text: the held-out side of data/NAME, or a file as prepare.py reads it; of it no more than so many megabytes.
-    """
-    folder = next((path for path in (source, os.path.join("data", source))
-                   if os.path.exists(os.path.join(path, "meta.json"))), None)
-    if folder:
-        data = Dataset.open(folder)
-        tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
-        borders = (ids == tokenizer.special[tokenizers.END_OF_TEXT]).nonzero()[0]
-        texts = [tokenizer.decode(part[1:].tolist()) for part in np.split(ids, borders)[1:]]
-    elif not os.path.exists(source):
-        raise UserError(f"there is no text {source}", f"python prepare.py {source}, or --data=FILE.txt")
-    else:
-        texts = ["".join(document.blocks()) for document in documents([source])]
-    if megabytes:
-        texts, room = list(texts), int(megabytes * 1e6)
-        for i, text in enumerate(texts):
-            texts[i] = text.encode()[:max(room, 0)].decode(errors="ignore")  # (half a character at the end is left out)
-            room -= len(text.encode())
-        texts = [text for text in texts if text]
-    return Text(folder or os.path.basename(os.path.normpath(source)), texts, apart=bool(folder))
-
-
-@torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes):
-    """The sum of -ln p over all tokens but the first, in nats: each is predicted once, in one pass. ids: (N,) int64.
-
-    A window of block_size tokens moves on by `stride`. The first one predicts a token for each of its own; every other
-    one only those `stride` that are new, which have at least block_size - stride tokens before them: a small stride is
-    fairer to the model, and takes longer. Each window is summed up in float64, and the windows in the order of the
-    text, so that it does not matter which process had which.
-    """
-    T, n = block_size, len(ids) - 1  # n tokens to predict
-    count = 1 + math.ceil(max(0, n - T) / stride)
-    sums, device = torch.zeros(count, dtype=torch.float64), model.lm_head.weight.device
-    for i in list(range(0, count, batch_size))[processes.rank::processes.world]:
-        B = min(batch_size, count - i)
-        idx, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
-        for row in range(B):
-            start = (i + row) * stride
-            length = min(T, n - start)
-            idx[row, :length], targets[row, :length] = ids[start:start + length], ids[start + 1:start + length + 1]
-            targets[row, :T - stride if start else 0] = -1  # the window before has predicted them
-        x = model.trunk(idx.to(device))  # (B, T, C)
-        wanted = targets >= 0
-        x, window, targets = x[wanted.to(device)], wanted.nonzero()[:, 0], targets[wanted].to(device)  # (scored, ...)
-        step = max(1, (1 << 24) // model.config.vocab_size)  # scores for a large vocabulary fill the memory
-        for j in range(0, len(targets), step):
-            logits = model.logits(x[j:j + step]).float()  # (step, vocab_size)
-            losses = F.cross_entropy(logits, targets[j:j + step], reduction="none")
-            sums[i:i + B].index_add_(0, window[j:j + step], losses.double().cpu())
-    return math.fsum(processes.sum(*sums.tolist()))
-
-
-def measure_text(model, tokenizer, text, settings, processes):
-    """The numbers of one model on one Text."""
-    started, counts = time.perf_counter(), text.counts()
-    context = model.config.block_size
-    block_size = settings.block_size or context
-    stride = settings.stride or block_size
-    if block_size > context:
-        raise UserError(f"block_size={block_size}, but its context is {context}", f"--block_size={context}")
-    if stride > block_size:
-        raise UserError(f"stride={stride} is more than block_size={block_size}: some tokens would be left out",
-                        f"--stride={block_size}")
-    ids = text.ids(tokenizer)
-    if len(ids) < 2 or not counts["bytes"]:
-        raise UserError(f"{text.name} has {len(ids)} tokens, and the first is not predicted; {counts['bytes']} bytes",
-                        "a longer text")
-    nats = total_loss(model, ids, block_size, stride, settings.batch_size or max(1, 4096 // block_size), processes)
-    if not math.isfinite(nats):
-        raise UserError("its loss is not a finite number", "--dtype=float32, or another checkpoint")
-    return dict(bits_per_byte=nats / math.log(2) / counts["bytes"], perplexity=power(nats / (len(ids) - 1)),
-                word_perplexity=power(nats / counts["words"]) if counts["words"] else None, tokens=len(ids), **counts,
-                block_size=block_size, stride=stride, seconds=time.perf_counter() - started)
-
-
-def power(x):
-    """e to the x; None where that is more than a float can be (a word of a language without spaces is a sentence)."""
-    return math.exp(x) if x < 709 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Questions
+# Questions
 
 
 def work(engine, requests, name):
     """Let the engine answer. It gets a few at a time, so that it need not look through thousands at every step."""
-    told, waiting = time.monotonic(), requests[::-1]
+    tell, waiting = now_and_then(name), requests[::-1]
     while waiting or engine.waiting or engine.running:
         while waiting and len(engine.waiting) < engine.rows:
             engine.submit(waiting.pop())
         engine.step()
-        if time.monotonic() - told > 20:
-            told = time.monotonic()
-            say(f"{name}: {sum(bool(request.finish_reason) for request in requests)} of {len(requests)}")
+        tell(len(requests) - len(waiting) - len(engine.waiting) - len(engine.running), len(requests))
     if any(request.finish_reason == "error" for request in requests):
         raise UserError("its scores are not finite numbers", "--dtype=float32, or another checkpoint")
 
@@ -227,8 +121,8 @@ def ask(item, examples, seeds, settings, tokenizer, size, chat):
         if item.kind == "choice":
             request.prompt_logprobs -= over
             if request.prompt_logprobs < 1:
-                raise UserError(f"{item.where}: a choice alone has more than the {size} tokens of its context",
-                                "shorter choices")
+                raise UserError(f"{item.where}: a choice leaves no room for its prompt in the {size} tokens of the "
+                                "context", "shorter choices")
     return asked, cut
 
 
@@ -248,7 +142,8 @@ def answer(engine, items, numbers, examples, settings, name, chat):
             rows[i] |= dict(choices=item.choices, logprobs=logprobs, **grading.mark_choice(item, logprobs))
         else:
             texts = [request.text for request in requests]
-            rows[i] |= dict(texts=texts, **grading.mark_text(item, texts))
+            rows[i] |= dict(texts=texts, unfinished=sum(request.finish_reason == "length" for request in requests),
+                            longest=requests[0].max_tokens, **grading.mark_text(item, texts))
     return rows
 
 
@@ -268,6 +163,7 @@ def run_task(engine, items, examples, settings, processes, name):
     groups = [row["group"] for row in rows]
     marks = {name: [row["marks"][name] for row in rows] for name in rows[0]["marks"]}
     result = dict(kind=items[0].kind, n=len(rows), chat=chat, cut=sum(row["cut"] for row in rows),
+                  unfinished=sum(row.get("unfinished", 0) for row in rows), longest=rows[0].get("longest", 0),
                   metrics={name: grading.mean(values, groups) for name, values in marks.items()}, items=rows,
                   seconds=time.perf_counter() - started)
     if rows[0]["confidence"] is not None:
@@ -280,23 +176,29 @@ def run_task(engine, items, examples, settings, processes, name):
 
 def read_tasks(settings):
     """{name: (items, the examples of each)} of --tasks, all checked before any model is loaded."""
-    names = [name for names in settings.tasks or [",".join(BUNDLED)] for name in names.split(",") if name]
-    found = {}
+    names, found = ",".join(settings.tasks or BUNDLED).split(","), {}
+    if settings.examples and not settings.shots:
+        raise UserError("--examples, but shots=0", "--shots=4")
     for name in [] if names == ["none"] else names:
         path = os.path.join(TASKS, f"{name}.jsonl") if name in BUNDLED else name
         if not os.path.isfile(path):
-            raise UserError(f"there is no task {name}", f"--tasks= a file, none, or some of {','.join(BUNDLED)}")
+            raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         every, shots = grading.read_task(path), settings.shots
         items = every[:settings.limit or None]
         pool = grading.read_task(settings.examples) if settings.examples else every
         if pool[0].kind != items[0].kind:
             raise UserError(f"{settings.examples} has questions of the kind {pool[0].kind}, {name} of the kind "
                             f"{items[0].kind}", "examples of the same kind, and those tasks alone")
-        most = len(pool) if settings.examples else len(every) - 1
-        if shots > most:
-            raise UserError(f"shots={shots}, but {settings.examples or path} has {most} examples", f"--shots={most}")
-        # Without a file of their own, the examples are the questions that follow, round the end of the file.
-        few = [pool[:shots] if settings.examples else (every + every)[i + 1:i + 1 + shots] for i in range(len(items))]
+        few = []
+        for i, item in enumerate(items):
+            # Without a file of their own, the examples are the questions that follow, round the end of the file; but
+            # none on the same passage, which would tell what is asked of it.
+            others = pool if settings.examples else (every[(i + k) % len(every)] for k in range(1, len(every)))
+            few.append(list(itertools.islice((e for e in others if e.prompt != item.prompt
+                                              and not (item.group and e.group == item.group)), shots)))
+            if len(few[i]) < shots:
+                raise UserError(f"shots={shots}, but {settings.examples or path} has {len(few[i])} questions beside "
+                                f"{item.where}, and those on the same passage", f"--shots={len(few[i])}")
         label = name if name in BUNDLED else os.path.splitext(os.path.basename(path))[0]
         if label in found:
             raise UserError(f"two tasks are called {label}", "each once, or in two commands")
@@ -304,29 +206,12 @@ def read_tasks(settings):
     return found
 
 
-def differences(models):
-    """Every model beside the first one, question by question: the mean difference and its standard error.
-
-    What makes a question hard for both falls out of the difference, so that its error is smaller than that of two
-    separate marks (Miller 2024, arXiv 2411.00640).
-    """
-    rows = []
-    for other in models[1:]:
-        for name, task in other["tasks"].items():
-            if name in models[0]["tasks"]:
-                metric, pairs = next(iter(task["metrics"])), list(zip(task["items"], models[0]["tasks"][name]["items"]))
-                rows.append(dict(model=other["model"], task=name, metric=metric, **grading.mean(
-                    [ours["marks"][metric] - theirs["marks"][metric] for ours, theirs in pairs],
-                    [ours["group"] for ours, _ in pairs])))
-    return rows
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Samples
+# Samples
 
 
 def measure_samples(engine, settings, name):
-    """(the samples with their numbers, tokens per second of one text alone)."""
+    """(the samples with their numbers, tokens per second of one text alone, the best of three)."""
     end = engine.tokenizer.special.get(tokenizers.END_OF_TEXT)
     ids = engine.tokenizer.encode(settings.prompt) or ([end] if end is not None else engine.tokenizer.encode("\n"))
     longest = min(SAMPLE_TOKENS, engine.model.config.block_size - len(ids))
@@ -336,61 +221,101 @@ def measure_samples(engine, settings, name):
     requests = [Request(ids=ids, max_tokens=longest, ignore_eos=True, seed=fold("sample", settings.seed, i))
                 for i in range(settings.samples)]
     work(engine, requests, name)
-    alone = Request(ids=ids, max_tokens=longest, ignore_eos=True, temperature=0.0)
-    work(engine, [alone], name)
-    rate = (alone.n - 1) / (time.monotonic() - alone.first) if alone.n > 1 else None
+    rates = []
+    for _ in range(3):  # whatever else the machine does can only slow it down
+        alone = Request(ids=ids, max_tokens=longest, ignore_eos=True, temperature=0.0)
+        work(engine, [alone], name)
+        rates.append((alone.n - 1) / (time.monotonic() - alone.first))
     texts = [request.text for request in requests]
-    return dict(**grading.variety(texts), prompt=settings.prompt, texts=texts), rate
+    return dict(**grading.variety(texts), prompt=settings.prompt, texts=texts), max(rates) or None
 
 
-def stretches(text, n):
-    """As many pieces of real text as there are samples, evenly from all of it, for comparison."""
-    words = "\n".join(text.documents).split(" ")
-    starts = [i * max(0, len(words) - 60) // n for i in range(n)]
-    return [" ".join(words[start:start + 60]) for start in starts]
+def real_text(text, samples):
+    """The numbers of real text: of as many pieces as there are samples, each as long as one, as far as they fit."""
+    words = grading.words_of("\n".join(text.documents))
+    lengths = [min(len(grading.words_of(sample)), grading.SAMPLE_WORDS) for sample in samples]
+    n = max(1, min(len(lengths), len(words) // max(1, *lengths)))
+    pieces = [" ".join(words[start:start + length]) for start, length in
+              zip(range(0, len(words), max(1, len(words) // n)), lengths[:n])]
+    return dict(name=text.name, **grading.variety(pieces))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run, name, settings, device, texts, tasks, processes):
-    """The row of one model. What it cannot do (a character that it has no token for) is a warning, and left empty."""
-    dtype, _ = machine.choose_dtype(settings.dtype, device)
-    model, tokenizer, run = runtime.load_run(run, settings.checkpoint, device)
-    row = dict(model=name, path=run["path"], parameters=model.n_params(), context=model.config.block_size,
-               vocabulary=model.config.vocab_size, tokens_per_second=None, texts={}, tasks={}, quality=None, missing={})
+def evaluate(run, row, settings, device, texts, tasks, processes, save):
+    """Fill in the row of one model; what it cannot do (a character that it has no token for) is a warning.
+
+    save: is called whenever there is something new.
+    """
+    name, dtype = row["model"], getattr(torch, settings.dtype)
+    model, tokenizer, about = runtime.load_run(run, settings.checkpoint, device)
+    row |= dict(path=about["path"], parameters=model.n_params(), context=model.config.block_size)
 
     def attempt(what, measure):
         try:
-            return measure()
+            found = measure()
         except UserError as error:
             warn(f"{name}: {what}: {error.fact}")
-            row["missing"][what] = error.fact
+            row["missing"][what], found = error.fact, None
+        return found
 
     for text in texts:
+        dataset = about["settings"].get("dataset")
+        if dataset and text.name == os.path.join("data", dataset) and text.sha256 != about.get("data_sha256"):
+            warn(f"{name} was trained on another {text.name} than there is now, and may know what is held out of it")
         with machine.autocast(device, dtype):
-            found = attempt(text.name, lambda: measure_text(model, tokenizer, text, settings, processes))
+            found = attempt(text.name, lambda: measure_text(
+                model, tokenizer, text, settings.block_size, settings.stride, settings.batch_size, processes,
+                now_and_then(f"{name}: {text.name}: windows")))
         if found:
             row["texts"][text.name] = found
             say(f"{name}: {text.name}: {found['bits_per_byte']:.4f} bits per byte, {found['seconds']:.0f} s")
-    if texts and texts[0].name in row["texts"]:
-        first = row["texts"][texts[0].name]
-        row |= {key: first[key] for key in ("bits_per_byte", "perplexity", "word_perplexity")}
+            if text is texts[0]:
+                row |= {key: found[key] for key in ("bits_per_byte", "perplexity", "word_perplexity")}
+        save()
     if not (settings.samples or tasks):
-        return row
+        return
     engine = Engine(model, tokenizer, rows=settings.rows, dtype=dtype)
-    if settings.samples and processes.rank == 0:
-        found = attempt("samples", lambda: measure_samples(engine, settings, f"{name}: samples"))
-        if found:
-            row["quality"], row["tokens_per_second"] = found
+    if settings.samples:
+        if processes.rank == 0:
+            found = attempt("samples", lambda: measure_samples(engine, settings, f"{name}: samples"))
+            if found:
+                row["quality"], row["tokens_per_second"] = found
+            save()
+        processes.wait()  # so that the others do not take the processor from it
     for task, (items, examples) in tasks.items():
         found = attempt(task, lambda: run_task(engine, items, examples, settings, processes, f"{name}: {task}"))
         if found:
             row["tasks"][task] = found
-            marks = ", ".join(f"{metric} {report.percent(mark)}" for metric, mark in found["metrics"].items())
-            say(f"{name}: {task}: {marks}, {found['n']} questions, {found['seconds']:.0f} s"
-                + (f"; {found['cut']} prompts were cut at their beginning, to fit" if found["cut"] else ""))
-    return row
+            marks = ", ".join(f"{report.HEADINGS[metric]} {report.percent(mark)}"
+                              for metric, mark in found["metrics"].items())
+            say(f"{name}: {task}: {marks}; {found['n']} questions, {found['seconds']:.0f} s")
+        save()
+
+
+def save(results, settings, texts, started):
+    """Bring the results up to date, and write them down."""
+    quality = next((row["quality"] for row in results["models"] if row["quality"]), None)
+    if texts and quality and "reference" not in results:
+        results["reference"] = real_text(texts[0], quality["texts"])
+    results |= dict(differences=grading.differences(results["models"]), seconds=time.perf_counter() - started)
+    if settings.json:
+        write(settings.json, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+    if settings.html:
+        write(settings.html, report.page(results))
+
+
+def now_and_then(name, seconds=20):
+    """A function (done, total) that says how far the work is, but not more often than this."""
+    told = time.monotonic()
+
+    def tell(done, total):
+        nonlocal told
+        if time.monotonic() - told > seconds:
+            told = time.monotonic()
+            say(f"{name}: {done:,} of {total:,}")
+    return tell
 
 
 def names_of(runs):
@@ -410,11 +335,14 @@ def default_data(runs, settings):
     return []
 
 
-def write(path, text):
+def write(path, text=None):
+    """Write a file, whole or not at all. Without a text: only see whether it could be written."""
     try:
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(path + ".part", path)
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with open(path + ".part", "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text or "")
+        os.unlink(path + ".part") if text is None else os.replace(path + ".part", path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "make room, or another name", code=1) from None
 
@@ -430,30 +358,38 @@ def main(argv):
             raise UserError(f"there is no run {run}", "python train.py config/train_small.py trains one into out/small")
     if len(set(map(os.path.realpath, runs))) < len(runs):
         raise UserError("the same run is named twice", "each once")
+    settings.prompt = read_prompt(settings.prompt)
+    settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
     tasks = read_tasks(settings)
     sources = settings.data or default_data(runs, settings)
-    texts = [read_text(source, settings.megabytes) for source in sources if source != "none"]
+    texts = [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
     for i, text in enumerate(texts):
         if text.name in [other.name for other in texts[:i]]:
             raise UserError(f"two texts are called {text.name}", "each once, or in two commands")
-    processes.join(device, "auto", 1800)
+    if settings.json and settings.json == settings.html:
+        raise UserError(f"--json and --html are both {settings.json}", "two names")
+    for path in filter(None, (settings.json, settings.html) if processes.rank == 0 else ()):
+        write(path)  # now, and not after an hour of work
+    processes.join(device, "auto", 86400)
     machine.set_up(device, processes)
 
     results = dict(command=shlex.join(["python", "evaluate.py", *argv]), date=time.strftime("%Y-%m-%d"),
                    settings=asdict(settings), versions=machine.versions(device, processes.world), models=[],
                    texts={text.name: text.counts() for text in texts})
-    if texts and settings.samples:
-        results["reference"] = dict(name=texts[0].name, **grading.variety(stretches(texts[0], settings.samples)))
-    for run, name in zip(runs, names_of(runs)):
-        results["models"].append(evaluate(run, name, settings, device, texts, tasks, processes))
-        results |= dict(differences=differences(results["models"]), seconds=time.perf_counter() - started)
-        if processes.rank == 0:  # after every model: a later one that fails takes nothing with it
-            if settings.json:
-                write(settings.json, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
-            if settings.html:
-                write(settings.html, report.page(results))
-    if processes.rank == 0:
-        print(report.tables(results), flush=True)
+    first = processes.rank == 0
+    try:
+        for run, name in zip(runs, names_of(runs)):
+            row = dict(model=name, parameters=None, bits_per_byte=None, perplexity=None, word_perplexity=None,
+                       tokens_per_second=None, texts={}, tasks={}, quality=None, missing={})
+            results["models"].append(row)
+            evaluate(run, row, settings, device, texts, tasks, processes,
+                     lambda: save(results, settings, texts, started) if first else None)
+            gc.collect()  # the engine and its model name each other, and large ones should not wait for their end
+    finally:  # what there is, is shown, whatever comes in between
+        results["models"] = [row for row in results["models"] if row["parameters"]]
+        if first and results["models"]:
+            results |= dict(differences=grading.differences(results["models"]), seconds=time.perf_counter() - started)
+            print(report.tables(results), flush=True)
     return 0
 
 

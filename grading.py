@@ -29,8 +29,10 @@ from sources import bounded, check_text, decoded, kind_of, member, parse_json, r
 LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '
            '"...", "answers": ["..."]}, {"prompt": "...", "answers": ["..."]} or {"question": "...", "answer": '
            '"... #### 12"}')
-MARKED = re.compile(r"####\s*\$?(-?[\d.,]*\d)")  # how GSM8K ends an answer
+FIELDS = [{"prompt", "choices", "answer"}, {"question", "answers"}, {"prompt", "answers"}, {"question", "answer"}]
+MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 STEPS = "Let's think step by step."  # these words alone make models reason (Kojima 2022, arXiv 2205.11916)
+SAMPLE_WORDS = 50  # of a sample that are counted
 INSTRUCTIONS = {  # for a chat, which has to be told what is wanted; a text shows it by its form
     "choice": "",
     "words": "Answer the question with as few words as possible, taken from the text.\n\n",
@@ -78,9 +80,9 @@ def read_task(path):
 
 def item_of(row, where):
     """A line of a .jsonl as an Item, by its fields."""
-    def text(field, empty=False):
+    def text(field):
         value = check_text(row[field], where, field, LAYOUTS)
-        if not empty and not value.strip():
+        if not value.strip():
             raise UserError(f"{where}: `{field}` is empty", LAYOUTS)
         return value
 
@@ -90,33 +92,41 @@ def item_of(row, where):
         return [check_text(value, where, f"{field}[{i}]", LAYOUTS) for i, value in enumerate(row[field])]
 
     fields = set(row) if isinstance(row, dict) else set()
-    if {"prompt", "choices", "answer"} <= fields:
+    used = next((kind for kind in FIELDS if kind <= fields), None)
+    if used is None:
+        has = ", ".join(sorted(fields)) or kind_of(row)
+        raise UserError(f"{where}: the fields {has} are not those of a question", LAYOUTS)
+    unused = fields & set.union({"context"}, *FIELDS) - used - ({"context"} if "answers" in used else set())
+    if unused:
+        raise UserError(f"{where}: `{min(unused)}` has no place beside {', '.join(sorted(used))}", LAYOUTS)
+    if "choices" in used:
         choices, answer = texts("choices", 2), row["answer"]
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise UserError(f"{where}: `answer` is {answer!r}, not the number of a choice, 0 to {len(choices) - 1}",
                             LAYOUTS)
-        if not all(choices) or len(set(choices)) < len(choices):
-            raise UserError(f"{where}: `choices` has an empty one, or the same one twice", LAYOUTS)
+        if not all(choice and choice == choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+            raise UserError(f"{where}: `choices` has an empty one, one with spaces round it, or one twice", LAYOUTS)
         prompt = text("prompt")
+        if prompt[-1].isspace():
+            raise UserError(f"{where}: `prompt` ends with white space, and a space is put before each choice",
+                            "end it with its last word")
         return Item("choice", where, prompt, prompt, [choices[answer]], choices)
-    if "answers" in fields and fields & {"prompt", "question"}:
+    if "answers" in used:
         context = text("context").strip() + "\n\n" if "context" in fields else ""
-        if "question" in fields:
+        if "question" in used:
             return words_item(where, context, text("question"), texts("answers", 1))
         prompt = context + text("prompt")
         return Item("words", where, prompt, prompt, texts("answers", 1), [], group=context)
-    if {"question", "answer"} <= fields:
-        question, (steps, mark, end) = text("question").strip(), text("answer").rpartition("####")
-        if not mark or number(mark + end) is None:
-            raise UserError(f"{where}: `answer` does not end with #### and a number", LAYOUTS)
-        # GSM8K's <<3*4=12>> are for a calculator, and no part of the text.
-        return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [],
-                    re.sub(r"<<[^<>]*>>", "", steps).strip())
-    has = ", ".join(sorted(fields)) or kind_of(row)
-    raise UserError(f"{where}: the fields {has} are not those of a question", LAYOUTS)
+    question, (steps, mark, end) = text("question").strip(), text("answer").rpartition("####")
+    if not MARKED.fullmatch(mark + end.rstrip()) or number(mark + end) is None:
+        raise UserError(f"{where}: `answer` does not end with #### and a number", LAYOUTS)
+    # GSM8K's <<3*4=12>> are for a calculator, and no part of the text.
+    return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [],
+                re.sub(r"<<[^<>]*>>", "", steps).strip())
 
 
 def words_item(where, context, question, answers):
+    answers = [answer for answer in answers if normalize(answer)] or [""]  # as SQuAD's script does
     question = f"{context}Question: {question.strip()}"
     return Item("words", where, f"{question}\nAnswer:", question, answers, [], group=context)
 
@@ -211,9 +221,9 @@ def f1(answer, right):
 def number(text):
     """The number that an answer gives, None for none: the one after ####, else the last one. A Decimal: 18.00 is 18."""
     marked = MARKED.search(text)
-    found = [marked[1]] if marked else re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    found = [marked[1]] if marked else re.findall(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
     try:
-        return Decimal(found[-1].replace(",", ""))
+        return Decimal(found[-1].replace(",", "").replace("$", ""))
     except (IndexError, InvalidOperation):
         return None
 
@@ -273,6 +283,23 @@ def mean(values, groups=None):
     return dict(value=value, error=error)
 
 
+def differences(models):
+    """Every model beside the first one, question by question: the mean difference and its standard error.
+
+    What makes a question hard for both falls out of the difference, so that its error is smaller than that of two
+    separate marks (Miller 2024, arXiv 2411.00640).
+    """
+    rows = []
+    for other in models[1:]:
+        for name, task in other["tasks"].items():
+            if name in models[0]["tasks"]:
+                metric, pairs = next(iter(task["metrics"])), list(zip(task["items"], models[0]["tasks"][name]["items"]))
+                rows.append(dict(model=other["model"], task=name, metric=metric, **mean(
+                    [ours["marks"][metric] - theirs["marks"][metric] for ours, theirs in pairs],
+                    [ours["group"] for ours, _ in pairs])))
+    return rows
+
+
 def calibration(confidences, marks, bins=10):
     """(bins, the expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)
 
@@ -292,7 +319,7 @@ def words_of(text):
     return re.findall(r"\w+|[^\w\s]", text)
 
 
-def variety(texts, at_most=50):
+def variety(texts, at_most=SAMPLE_WORDS):
     """How varied texts are, each cut after so many words: a share of something in more words would be another one.
 
     distinct_n: different n-grams among all (Li 2016, arXiv 1510.03055); repetition: 4-grams that stood in the same

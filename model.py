@@ -154,6 +154,10 @@ class KVCache:
         """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         mask = self.mask(q.size(2))  # (T, past + T)
+        if mask is None and self.length > 0:
+            # One token, which sees everything: heads that share keys ask like several tokens, (B, n_kv_head, n_head /
+            # n_kv_head, head_dim). Otherwise each would get a copy of the keys, 3.6 times as slow in bfloat16.
+            return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.size(3)), k, v).reshape(q.shape)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and self.length == 0,
                                               enable_gqa=k.size(1) != q.size(1))  # (B, n_head, T, head_dim)
 

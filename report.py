@@ -33,8 +33,8 @@ def columns(results):
         for name, task in tasks.items():
             found = model["tasks"].get(name)
             for i, metric in enumerate(task["metrics"]):
-                heading = name if metric == "accuracy" else f"{name}: {HEADINGS[metric]}"
-                (more if i else row)[heading] = percent(found["metrics"][metric]) if found else "–"
+                cell = percent(found["metrics"][metric]) if found else "–"
+                (more if i else row)[f"{name}: {HEADINGS[metric]}"] = cell
         if any(model["quality"] for model in results["models"]):
             more |= variety(model["quality"])
         first.append(row)
@@ -54,8 +54,8 @@ HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "e
 
 
 def variety(found):
-    return {"distinct-1": share(found, "distinct_1"), "distinct-2": share(found, "distinct_2"),
-            "repetition": share(found, "repetition")}
+    return {"words": f"{found['words']:,}" if found else "–", "distinct-1": share(found, "distinct_1"),
+            "distinct-2": share(found, "distinct_2"), "repetition": share(found, "repetition")}
 
 
 def share(found, key):
@@ -92,10 +92,10 @@ def notes(results):
                 windows[found["block_size"], found["stride"]].append(model["model"])
         how = "; ".join(f"context {size}, stride {stride}" + (f": {', '.join(who)}" if len(windows) > 1 else "")
                         for (size, stride), who in windows.items())
-        lines.append(f"{name}: {counts['bytes']:,} bytes, {counts['words']:,} words, {counts['documents']:,} documents"
-                     f"; {how or 'read by no model'}")
+        lines.append(f"{name}: {counts['bytes']:,} bytes, {counts['words']:,} words, "
+                     f"{count(counts['documents'], 'document')}; {how or 'read by no model'}")
     for name, task in every_task(results).items():
-        shots = f"{settings['shots']} examples" if settings["shots"] else "no examples"
+        shots = count(settings["shots"], "example") if settings["shots"] else "no examples"
         steps = ", step by step" if settings["cot"] and task["kind"] == "number" else ""
         votes = f", {settings['votes']} votes" if settings["votes"] > 1 and task["kind"] != "choice" else ""
         has = {model["model"]: model["tasks"][name] for model in results["models"] if name in model["tasks"]}
@@ -105,19 +105,27 @@ def notes(results):
                                   if "calibration_error" in found],
             "prompts cut at their beginning, to fit:": [f"{found['cut']} ({who})" for who, found in has.items()
                                                         if found["cut"]],
+            "answers that did not end within their limit:": [
+                f"{found['unfinished']} at {found['longest']} tokens ({who})" for who, found in has.items()
+                if found["unfinished"]],
             "in the chat format:": [who for who, found in has.items() if found["chat"]]}
         lines.append(f"{name}: {task['n']} questions, {shots}{steps}{votes}; percent ± standard error"
                      + "".join(f"; {what} {', '.join(those)}" for what, those in also.items() if those))
     lines.append(f"{settings['dtype']} on {versions['device']}, {versions['threads']} threads, torch "
-                 f"{versions['torch']}, Python {versions['python']}; tokens/s: one text alone; "
+                 f"{versions['torch']}, Python {versions['python']}; tokens/s: one text alone, the best of three; "
                  f"{results['seconds'] / 60:.1f} minutes in all")
     return lines + [f"{model['model']}: {what}: {why}"
                     for model in results["models"] for what, why in model["missing"].items()]
 
 
+def count(n, thing):
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
+
 def table(rows):
     """Rows {heading: cell} as a Markdown table."""
     lines = [list(rows[0]), *([row[heading] for heading in rows[0]] for row in rows)]
+    lines = [[cell.replace("|", "/") for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
@@ -266,12 +274,13 @@ def chart(title, about, rows, ticks, line=""):
 
 def bars(results, name):
     """The bits per byte of every model on a text."""
-    most = max((found["bits_per_byte"] for model in results["models"] for found in model["texts"].values()), default=1)
+    every = [found["bits_per_byte"] for model in results["models"] for found in model["texts"].values()]
+    most = max(every, default=0) or 1
     rows = []
     for model in results["models"]:
-        bits = model["texts"][name]["bits_per_byte"] if name in model["texts"] else 0
-        rows.append((model["model"], f"{bits:.4f}" if bits else "–",
-                     f'<rect y="21" width="{100 * bits / most:.2f}%" height="9"/>'))
+        bits = model["texts"][name]["bits_per_byte"] if name in model["texts"] else None
+        rows.append((model["model"], "–", "") if bits is None else (
+            model["model"], f"{bits:.4f}", f'<rect y="21" width="{100 * bits / most:.2f}%" height="9"/>'))
     return chart(name, "bits per byte", rows, {0: "0", 100: f"{most:.2f}"})
 
 

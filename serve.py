@@ -39,7 +39,7 @@ from queue import Empty, Full
 from typing import Literal
 
 import api
-from config import UserError, check_limits, command_line, load, note, print_error, say
+from config import UserError, check_limits, command_line, load, print_error, say
 from web import LOOPBACK, Refuse, Web
 
 # (torch takes seconds to import. What needs it is imported by the engine's thread, when the port is open already.)
@@ -93,12 +93,7 @@ class Served:
         self.most_bytes = 4 * c.block_size * max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         device, parameters = model.lm_head.weight.device, model.n_params()
         dtype, _ = machine.choose_dtype(settings.dtype, str(device))
-        size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * dtype.itemsize  # bytes of one row's cache
-        rows = max(1, min(settings.rows, int(min(machine.free_memory(str(device)) / 2, 1e15) // size)))
-        if rows < settings.rows:
-            note(f"rows={rows} instead of {settings.rows}: each can take {size / 1e6:,.0f} MB, all together half of "
-                 "the free memory at most")
-        self.engine = Engine(model, tokenizer, rows, settings.max_queue, dtype)
+        self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype)
         curve = [*log.read_rows(os.path.join(folder, "log.jsonl"))]
         here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
         self.info = dict(
@@ -108,7 +103,8 @@ class Served:
             val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
             vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             family=f"{c.pos} {c.norm} {c.mlp}", dtype=str(dtype).removeprefix("torch."), device=str(device),
-            tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")), chat=self.chat, rows=rows,
+            tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")), chat=self.chat,
+            rows=self.engine.rows,
             defaults=api.generate_defaults(), curve=[
                 (row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(curve)
                 if "val_loss" in row or i % math.ceil(len(curve) / 500) == 0])

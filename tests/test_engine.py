@@ -11,6 +11,7 @@ from conftest import FAMILIES, nasty, random_model, words
 from torch.nn import functional as F
 
 import engine
+import machine
 import tokenizer as tokenizers
 from engine import CHUNK, Engine, Request, Rows, steady
 from model import GPT, KVCache
@@ -197,6 +198,22 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
             make(rows=3, dtype=dtype, **shape).complete([fresh])
             assert request.tokens == fresh.tokens and len(fresh.tokens) == 5
             assert request.prompt_tokens == fresh.prompt_tokens
+
+
+def test_requests_that_come_together_with_one_prompt_read_it_once(monkeypatch):
+    rows, read = make(rows=5, block_size=900), []
+    trunk, ids = rows.model.trunk, [random.Random(0).randrange(100) for _ in range(5 * CHUNK + 20)]
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: read.append(idx.size(1)) or trunk(idx, cache))
+    rows.complete([Request(ids=ids, max_tokens=3, temperature=1.0, seed=i) for i in range(5)])
+    assert sum(n for n in read if n > 1) == 5 * CHUNK + 5 * 20
+
+
+def test_rows_take_half_of_the_free_memory_at_most(monkeypatch, capsys):
+    size = 2 * 2 * 48 * 4 * 8 * 4  # keys and values x layers x positions x heads x width of one x bytes
+    for free, due in ((7 * size, 3), (0, 1), (1e9, 8)):
+        monkeypatch.setattr(machine, "free_memory", lambda device: free)
+        assert make(rows=8).rows == due
+        assert (f"rows={due} instead of 8" in capsys.readouterr().err) == (due < 8)
 
 
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():

@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-import evaluate
 import grading
 import report
 
@@ -91,7 +90,8 @@ def questions(kind, n, **changed):
 def task(kind, rows):
     """What evaluate.run_task makes of its rows."""
     metrics = {name: grading.mean([row["marks"][name] for row in rows]) for name in rows[0]["marks"]}
-    found = dict(kind=kind, n=len(rows), metrics=metrics, cut=0, chat=False, items=rows, seconds=1.0)
+    found = dict(kind=kind, n=len(rows), metrics=metrics, cut=0, unfinished=0, longest=0, chat=False, items=rows,
+                 seconds=1.0)
     if rows[0]["confidence"] is not None:
         found["calibration"], found["calibration_error"] = grading.calibration(
             [row["confidence"] for row in rows], [row["marks"][next(iter(metrics))] for row in rows])
@@ -113,7 +113,7 @@ def results(*models, texts=(), prompt="", reference=None):
     found = dict(command="python evaluate.py", date="2026-01-02",
                  versions=versions, settings=settings, models=list(models), seconds=90.0,
                  texts={text: dict(documents=2, bytes=1000, words=170) for text in texts})
-    found["differences"] = evaluate.differences(found["models"])
+    found["differences"] = grading.differences(found["models"])
     return found | (dict(reference=reference) if reference else {})
 
 
@@ -246,12 +246,13 @@ def test_the_table_of_models():
         ["bits per byte on a.txt", "2.0000", "1.5000", "1.0000", ""],
         ["bits per byte on b.txt", "1.0000", "0.2500", "\u2013", ""],
         ["tokens/s", "31.25", "31.25", "\u2013", ""],
-        ["pick", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
+        ["pick: right", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
         ["read: F1", *["80.0 \u00b1 11.0"] * 3, ""],
-        ["sums", *["0.0"] * 2, "\u2013", ""],
+        ["sums: right", *["0.0"] * 2, "\u2013", ""],
         ["pick: per byte", "66.7 \u00b1 14.2", "0.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
         ["read: exact", *["66.7 \u00b1 14.2"] * 3, ""],
         ["sums: in format", *["0.0"] * 2, "\u2013", ""],
+        ["words", "8", "4", "\u2013", "9"],
         ["distinct-1", "0.50", "1.00", "\u2013", "0.50"],
         ["distinct-2", "0.50", "1.00", "\u2013", "0.80"],
         ["repetition", "0.33", "0.00", "\u2013", "\u2013"]]
@@ -275,7 +276,8 @@ def test_tables_and_notes():
         "a.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         "b.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         *notes[2:5],
-        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; tokens/s: one text alone; 1.5 minutes in all",
+        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; tokens/s: one text alone, the best of three; 1.5 "
+        "minutes in all",
         "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
     assert re.sub(r"0\.\d\d ", "", notes[2]) == (
         "pick: 12 questions, no examples; percent \u00b1 standard error; by chance 50.0; "
@@ -286,8 +288,9 @@ def test_tables_and_notes():
 
 def test_bars_are_as_long_as_their_values():
     a, b = section(Tree(report.page(three())).root, "Text").all("figure")
-    lengths = [{name: share(bar["width"]) for name, [bar] in marks_of(figure, "rect").items()} for figure in (a, b)]
-    assert lengths == [dict(alpha=1.0, beta=0.75, gamma=0.5), dict(alpha=0.5, beta=0.125, gamma=0.0)]  # one scale
+    lengths = [{name: share(bars[0]["width"]) if bars else None for name, bars in marks_of(figure, "rect").items()}
+               for figure in (a, b)]
+    assert lengths == [dict(alpha=1.0, beta=0.75, gamma=0.5), dict(alpha=0.5, beta=0.125, gamma=None)]  # one scale
     assert [row.all("text")[1].text for row in b.all("g")] == ["1.0000", "0.2500", "\u2013"]
     assert a.one("svg")["aria-label"] == "a.txt, bits per byte: alpha 2.0000; beta 1.5000; gamma 1.0000"
     assert {tick["x"]: tick.text for tick in a.all("text", "tick")} == {"0%": "0", "100%": "2.00"}
@@ -351,11 +354,11 @@ def test_differences():
 def test_samples():
     part = section(Tree(report.page(three())).root, "Samples")
     assert [box.one("summary").text for box in part.all("details")] == [
-        "alpha: 2 samples; distinct-1 0.50, distinct-2 0.50, repetition 0.33",
-        "beta: 1 samples; distinct-1 1.00, distinct-2 1.00, repetition 0.00"]
+        "alpha: 2 samples; words 8, distinct-1 0.50, distinct-2 0.50, repetition 0.33",
+        "beta: 1 samples; words 4, distinct-1 1.00, distinct-2 1.00, repetition 0.00"]
     assert [[sample.text for sample in box.all("li")] for box in part.all("details")] == [
         ["one two one two one two", "\n  x\ty\n"], ["red green blue sky"]]  # (not <pre>: it drops the first line end)
-    assert part.one("code").text == "Once\nupon" and "a.txt itself: distinct-1 0.50" in part.one("p").text
+    assert part.one("code").text == "Once\nupon" and "a.txt itself: words 9, distinct-1 0.50" in part.one("p").text
     assert not [box for box in part.all("details") if "open" in box.attributes]
 
 

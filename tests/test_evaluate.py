@@ -1,0 +1,585 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Evaluation: losses, marks and differences by arithmetic of their own; several models, several processes, errors."""
+import copy
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import faults
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, error, random_model, words
+from test_processes import free_port
+from test_runtime import nanogpt
+
+import bytebpe
+import config
+import engine
+import evaluate
+import grading
+import huggingface
+import machine
+import perplexity
+import prepare
+import report
+import runtime
+import tokenizer as tokenizers
+
+CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))) + "\u00e9\u4e2d")
+ONE = machine.Processes()
+QUICK = ["--tasks=none", "--samples=0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as small as these ones are slower with several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def place(tiny_run, here):
+    """An empty folder to work in, with data/words and out/words of tiny_run."""
+    for name in ("data", "out"):
+        (here / name).mkdir()
+        (here / name / "words").symlink_to(tiny_run / name / "words")
+    return here
+
+
+def other(path, family="llama", block_size=48):
+    """A Hugging Face folder with a random model, which is returned."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = random_model(vocab_size=CHARACTERS.vocab_size, block_size=block_size, **FAMILIES[family])
+    huggingface.write(str(path), model, CHARACTERS)
+    return model
+
+
+def evaluated(*argv):
+    """What evaluate.py writes to --json, which has to be JSON: no NaN, no Infinity."""
+    assert evaluate.main([*map(str, argv), "--json=r.json"]) == 0
+    return json.loads(pathlib.Path("r.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def task(name, *rows):
+    pathlib.Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"--tasks={name}"
+
+
+def sentences(n, **fields):
+    """n questions that continue a sentence of `words`."""
+    lines = words(9000).split("\n")
+    return [{"prompt": lines[i][:8 + i % 3], "answers": [lines[i][8 + i % 3:]], **fields} for i in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@torch.no_grad()
+def surprises(model, ids, T):
+    """{(start, t): -ln p of token t after the tokens from start on}, in float64, for windows of T tokens."""
+    model, table = copy.deepcopy(model).double(), {}
+    for start in range(len(ids) - 1):
+        rows = -model(ids[None, start:start + T])[0].log_softmax(-1)
+        table |= {(start, start + 1 + j): rows[j, t].item() for j, t in enumerate(ids[start + 1:start + 1 + T])}
+    return table
+
+
+@pytest.mark.parametrize("T", [24, 7])
+def test_the_sum_is_that_of_the_windows_one_by_one(T):
+    model, ids = random_model(), torch.randint(100, (70,), generator=torch.Generator().manual_seed(1))
+    table = surprises(model, ids, T)
+    for n in (2, 3, T - 1, T, T + 1, T + 2, 2 * T - 1, 2 * T, 2 * T + 1, 2 * T + 2, 63, 70):
+        for stride in range(1, T + 1):
+            windows = {t: max(0, math.ceil((t - T) / stride)) for t in range(1, n)}  # the first one in which t is
+            due = math.fsum(table[window * stride, t] for t, window in windows.items())
+            found = perplexity.total_loss(model, ids[:n], T, stride, 1 + n % 5, ONE)
+            assert found == pytest.approx(due, rel=2e-6), (n, stride)
+
+
+class Uniform:
+    """A model to which 50 tokens are equally likely, and which notes behind which ones it was asked for scores."""
+    config, lm_head = random_model(vocab_size=50).config, torch.nn.Linear(1, 1)
+
+    def __init__(self):
+        self.seen = []
+
+    def trunk(self, idx):
+        return idx[:, :, None]
+
+    def logits(self, x):
+        self.seen += x.flatten().tolist()
+        return torch.zeros(len(x), 50)
+
+
+def test_every_token_but_the_first_is_predicted_exactly_once():
+    for n in range(2, 71):
+        for stride in range(1, 25):
+            model = Uniform()
+            found = perplexity.total_loss(model, torch.arange(n) % 50, 24, stride, 1 + n % 4, ONE)
+            assert Counter(model.seen) == Counter(t % 50 for t in range(n - 1)), (n, stride)
+            assert found == pytest.approx((n - 1) * math.log(50), rel=1e-7)
+
+
+def test_a_large_vocabulary_in_parts_and_batches_of_any_size():
+    sizes, model, ids = [], random_model(), torch.randint(100, (500,))
+    due = perplexity.total_loss(model, ids, 24, 7, 1, ONE)
+    for batch_size in (2, 3, 5, 8, 69, 70, 1000):
+        assert perplexity.total_loss(model, ids, 24, 7, batch_size, ONE) == pytest.approx(due, rel=1e-6)
+    large = SimpleNamespace(config=SimpleNamespace(vocab_size=1 << 22), lm_head=model.lm_head, trunk=model.trunk,
+                            logits=lambda x: sizes.append(len(x)) or model.logits(x))
+    assert perplexity.total_loss(large, ids, 24, 7, 4, ONE) == pytest.approx(due, rel=1e-6)
+    assert set(sizes) <= {1, 2, 3, 4} and sum(sizes) == 499  # scores of at most 2**24 tokens at a time
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "modern"])
+def test_the_loss_is_that_of_transformers(here, family):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    other("a", family)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("a", dtype=torch.float32).eval()
+    (here / "t.txt").write_text(words(250) + "\u00e9\u4e2d", encoding="utf-8")
+    ids = torch.tensor([CHARACTERS.encode(words(250) + "\u00e9\u4e2d")])
+    for T, stride in ((48, 48), (48, 9), (20, 7)):
+        nats, done, start = 0.0, 0, 0
+        while done < 251:  # the last token that is predicted is number 251
+            with torch.no_grad():
+                rows = theirs(ids[:, start:start + T]).logits[0].double().log_softmax(-1)
+            for t in range(done + 1, min(start + T, 251) + 1):
+                nats, done = nats - rows[t - 1 - start, ids[0, t]].item(), t
+            start += stride
+        row = evaluated("a", "--data=t.txt", f"--block_size={T}", f"--stride={stride}", *QUICK)["models"][0]
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / 255, rel=1e-5)  # 2 and 3 bytes at the end
+        assert row["perplexity"] == pytest.approx(math.exp(nats / 251), rel=1e-4)
+
+
+def test_the_held_out_text_has_the_loss_that_training_logged(place):
+    with open("out/words/log.jsonl", encoding="utf-8") as file:
+        best = min((row for row in map(json.loads, file) if "val_loss" in row), key=lambda row: row["val_loss"])
+    for argv in ([], ["out/words"], ["out/words/best.pt", "--data=words"], ["--data=data/words", "--batch_size=1"]):
+        found = evaluated(*argv, *QUICK)
+        row, counts = found["models"][0], found["texts"]["data/words"]
+        assert math.log(row["perplexity"]) == pytest.approx(best["val_loss"], rel=1e-4)
+        assert row["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-4)
+        assert math.log(row["word_perplexity"]) * counts["words"] == pytest.approx(best["val_loss"] * 1019, rel=1e-4)
+        assert counts == dict(documents=1, bytes=1019, words=len(words(20_000)[-1019:].split()))
+
+
+def test_a_text_of_one_file_by_hand(place):
+    """Nothing stands before it, its first token is not predicted, and all of its bytes count."""
+    (place / "t.txt").write_text("the", encoding="utf-8")
+    model, tokenizer, _ = runtime.load_run("out/words")
+    t, h, e = tokenizer.encode("the")
+    with torch.no_grad():
+        nats = -sum(model(torch.tensor([before]))[0, -1].log_softmax(-1)[then].item()
+                    for before, then in (([t], h), ([t, h], e)))
+    row = evaluated("out/words", "--data=t.txt", *QUICK)["models"][0]
+    found = row["texts"]["t.txt"]
+    assert [found[name] for name in ("tokens", "documents", "bytes", "words")] == [3, 1, 3, 1]
+    assert [row[name] for name in ("bits_per_byte", "perplexity", "word_perplexity")] == pytest.approx(
+        [nats / math.log(2) / 3, math.exp(nats / 2), math.exp(nats)], rel=1e-5)
+
+
+def test_documents_are_set_apart(here):
+    model = other("a")
+    (here / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a b", "\u00e9", "\u4e2d c")))
+    ids = [*CHARACTERS.encode("a b"), 0, *CHARACTERS.encode("\u00e9"), 0, *CHARACTERS.encode("\u4e2d c")]
+    assert perplexity.read_text("t.jsonl").ids(CHARACTERS).tolist() == ids
+    nats = sum(surprises(model, torch.tensor(ids), 48)[0, t] for t in range(1, len(ids)))
+    row = evaluated("a", "--data=t.jsonl", *QUICK)["models"][0]
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / 10, rel=1e-5)
+    assert [row["texts"]["t.jsonl"][name] for name in ("tokens", "documents", "bytes", "words")] == [9, 3, 10, 5]
+    for size, due in ((2, "a "), (4, "a b"), (5, "a b|\u00e9"), (7, "a b|\u00e9"), (8, "a b|\u00e9|\u4e2d")):
+        assert perplexity.read_text("t.jsonl", size / 1e6).documents == due.split("|")  # no half of a character
+    unmarked = tokenizers.CharTokenizer(CHARACTERS.characters, special=())  # nanoGPT's have no end-of-text
+    assert perplexity.read_text("t.jsonl").ids(unmarked).tolist() == unmarked.encode("a b\u00e9\u4e2d c")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several models
+
+
+def test_one_table_for_all(place, capsys, monkeypatch):
+    """Who cannot spell a text, or a question, gets a warning and an empty cell; the others are whole."""
+    other("hf")
+    nanogpt(place / "nano", 20, characters="\n abcdefghijklmnopqr")
+    (place / "t.txt").write_text("my caf\u00e9 7\n", encoding="utf-8")
+    monkeypatch.setattr(report, "page", lambda results: f"page of {len(results['models'])}")
+    runs = ["out/words", "hf", "nano/out"]
+    found = evaluated(*runs, "--data=words", "--data=t.txt", "--samples=2", "--html=r.html",
+                      task("x.jsonl", *sentences(3)), "--limit=2")
+    first, second, third = found["models"]
+    assert [row["model"] for row in found["models"]] == ["words", "hf", "out"]
+    for row, lacks in ((first, ["t.txt"]), (second, []), (third, ["data/words", "t.txt", "x"])):
+        assert sorted(row["missing"]) == lacks and sorted([*row["texts"], *row["tasks"], *lacks]) == [
+            "data/words", "t.txt", "x"]
+        assert row["quality"] and row["tokens_per_second"] > 0
+        assert all("is not among the" in reason for reason in row["missing"].values())
+    assert all(row[name] > 1 for row in (first, second) for name in ("bits_per_byte", "perplexity", "word_perplexity"))
+    assert third["bits_per_byte"] is third["perplexity"] is third["word_perplexity"] is None
+    shown = capsys.readouterr()
+    assert "warning: words: t.txt: the character '\u00e9' (U+00E9) is not among the 20" in shown.err
+    assert [line.split()[1] for line in shown.out.splitlines()[2:5]] == ["words", "hf", "out"]
+    assert (place / "r.html").read_text() == "page of 3" and not list(place.glob("*.part"))
+
+
+def test_what_was_measured_stays_when_a_later_model_fails(place):
+    (place / "bad").mkdir()
+    shutil.copytree("out/words/tokenizer", "bad/tokenizer")
+    (place / "bad/best.pt").write_bytes((place / "out/words/best.pt").read_bytes()[:5000])
+    fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)
+    found = json.loads((place / "r.json").read_text())
+    assert "bad/best.pt" in fact and [row["model"] for row in found["models"]] == ["words"]
+    assert found["models"][0]["bits_per_byte"] > 0
+
+
+def test_what_was_measured_is_written_and_shown_when_the_rest_is_stopped(place, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "run_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(["--json=r.json", "--samples=1", "--limit=1"])
+    row, = json.loads((place / "r.json").read_text())["models"]
+    assert row["bits_per_byte"] > 0 and row["tokens_per_second"] > 0 and not row["tasks"]
+    assert f"{row['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_other_data_under_the_same_name(place, tiny_run, capsys):
+    evaluated(*QUICK)
+    assert "was trained on" not in capsys.readouterr().err
+    (place / "data/words").unlink()
+    (place / "words.txt").write_text(words(9000, seed=3), encoding="utf-8")
+    prepare.main(["words.txt", "--tokenizer=char"])
+    evaluated(*QUICK)
+    assert "warning: words was trained on another data/words than there is now" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_numbers(place):
+    model = other("ok")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight[0, 0] = float("nan")
+    huggingface.write("nan", model, CHARACTERS)
+    choice = dict(prompt="a", choices=["c", "d"], answer=0)
+    found = evaluated("out/words", "nan", task("x.jsonl", choice), task("y.jsonl", *sentences(1)), "--samples=1")
+    assert not found["models"][0]["missing"] and found["differences"] == []
+    assert sorted(found["models"][1]["missing"]) == ["data/words", "samples", "x", "y"]
+    assert all("not finite" in reason or "not a finite" in reason for reason in found["models"][1]["missing"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+def random_choices(n, *extra):
+    rng, parts = random.Random(1), ["the cat", "a dog", "my friend", "the old man", *extra]
+    return [dict(prompt=f"{rng.choice(parts[:4])} {rng.choice(['sees', 'likes', 'hears'])}",
+                 choices=rng.sample([*parts, "a dog.\nmy friend hears a dog"], 4), answer=rng.randrange(4))
+            for _ in range(n)]
+
+
+@torch.no_grad()
+def harness(model, tokenizer, context, choices):
+    """The log-likelihood of each choice as lm-evaluation-harness computes it: of the tokens of context + " " + choice
+    behind as many as the context has, in float64 and one pass; what is too long is cut at the left."""
+    found, start = [], len(tokenizer.encode(context))
+    for choice in choices:
+        ids = tokenizer.encode(f"{context} {choice}")
+        kept = torch.tensor(ids[-model.config.block_size:])
+        rows = model(kept[None])[0].double().log_softmax(-1)
+        found.append(sum(rows[t - 1, kept[t]].item() for t in range(len(kept) - len(ids) + start, len(kept))))
+    return found
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("kind", ["char", "bpe", "trained"])
+def test_choices_are_marked_as_lm_evaluation_harness_does(place, kind, shots):
+    if kind != "trained":
+        tokenizer = tokenizers.train(kind, [words(9000) + "\u4e2d\u6587\u00e9"], 300)
+        size = dict(vocab_size=tokenizer.vocab_size, block_size=60 if kind == "char" else 48)
+        huggingface.write("hf", random_model(**size, **FAMILIES["llama"]), tokenizer)
+    run, extra = ("out/words", []) if kind == "trained" else ("hf", ["\u4e2d\u6587\u4e2d", "\u00e9"])
+    rows = random_choices(16, *extra)
+    found = evaluated(run, task("x.jsonl", *rows), f"--shots={shots}", "--samples=0", "--rows=3")
+    found = found["models"][0]["tasks"]["x"]
+    model, tokenizer, _ = runtime.load_run(run)
+    disagree = 0
+    for i, (row, one) in enumerate(zip(rows, found["items"], strict=True)):
+        before = [r for r in (rows[(i + k) % 16] for k in range(1, 16)) if r["prompt"] != row["prompt"]][:shots]
+        context = "\n\n".join([f"{r['prompt']} {r['choices'][r['answer']]}" for r in before] + [row["prompt"]])
+        logprobs = harness(model, tokenizer, context, row["choices"])
+        assert one["logprobs"] == pytest.approx(logprobs, rel=1e-4)
+        assert one["prompt"].endswith(row["prompt"]) or row["prompt"].endswith(one["prompt"])  # without the choice
+        best = int(np.argmax(logprobs))
+        per_byte = int(np.argmax([p / len(c.encode()) for p, c in zip(logprobs, row["choices"])]))
+        assert one["answer"] == row["choices"][best] and one["right"] == [row["choices"][row["answer"]]]
+        assert one["marks"] == {"accuracy": best == row["answer"], "per_byte": per_byte == row["answer"]}
+        assert one["confidence"] == pytest.approx(torch.tensor(logprobs).double().softmax(0).max().item(), rel=1e-4)
+        disagree += best != per_byte
+    assert disagree and found["chance"] == 0.25
+    assert found["metrics"]["accuracy"]["value"] == np.mean([one["marks"]["accuracy"] for one in found["items"]])
+    assert (found["cut"] > 0) == (kind == "trained" or shots > 0)
+
+
+def continued(prompt, n):
+    """What the model of out/words writes behind a prompt, greedily, without the engine."""
+    model, tokenizer, _ = runtime.load_run("out/words")
+    ids = [token.item() for token in model.generate(torch.tensor([tokenizer.encode(prompt)]), n)]
+    return tokenizer.decode(ids[:ids.index(0)] if 0 in ids else ids)
+
+
+def test_what_a_model_writes_is_matched(place):
+    rows = sentences(6)
+    texts = [continued(row["prompt"], 16) for row in rows]  # half of its context is for the answer
+    rows = [{**row, "answers": ["zzz", text.strip().split("\n")[0] if i % 2 else "x"]}
+            for i, (row, text) in enumerate(zip(rows, texts))]
+    rows.append({"prompt": "the old man likes my friend. " + rows[0]["prompt"], "answers": ["x"]})
+    found = evaluated(task("x.jsonl", *rows), "--samples=0", "--data=none")["models"][0]["tasks"]["x"]
+    assert [row["texts"] for row in found["items"][:6]] == [[text] for text in texts]
+    assert [row["marks"]["exact"] for row in found["items"]] == [0, 1, 0, 1, 0, 1, 0] and found["metrics"]["exact"][
+        "value"] == pytest.approx(3 / 7) and found["n"] == 7
+    last = found["items"][6]
+    assert last["prompt"] == rows[6]["prompt"][-16:] and last["texts"] == [continued(last["prompt"], 16)]
+    assert found["cut"] == 1 and "calibration" not in found and last["confidence"] is None
+    assert found["longest"] == 16 and found["unfinished"] == sum(row["unfinished"] for row in found["items"])
+    found = evaluated(task("x.jsonl", *rows), "--samples=0", "--limit=2", "--max_new_tokens=5")
+    found = found["models"][0]["tasks"]["x"]
+    assert [row["texts"] for row in found["items"]] == [[text[:5]] for text in texts[:2]] and found["cut"] == 0
+    assert found["unfinished"] == 2 and found["longest"] == 5
+
+
+def test_numbers_that_a_model_writes(place, monkeypatch):
+    """An answer ends where the model goes on with a question of its own."""
+    other("hf", block_size=150)
+    ids = CHARACTERS.encode(" two and two\n#### 4\nQuestion: 5?\n#### 5")
+
+    class Script:
+        def __init__(self, *_):
+            self.ids = iter(ids)
+
+        def __call__(self, logits):
+            return torch.tensor([next(self.ids)])
+    monkeypatch.setattr(engine, "make_pick", Script)
+    rows = [dict(question=f"{i}?", answer=f"so\n#### {i}.0") for i in (3, 4, 5)]
+    found = evaluated("hf", task("x.jsonl", *rows), "--samples=0", "--max_new_tokens=38")["models"][0]["tasks"]["x"]
+    assert [row["texts"] for row in found["items"]] == [[" two and two\n#### 4"]] * 3
+    assert [row["marks"] for row in found["items"]] == [dict(accuracy=float(i == 4), format=1.0) for i in (3, 4, 5)]
+    assert found["items"][0]["answer"] == "4" and found["metrics"]["format"] == dict(value=1, error=0)
+
+
+def test_a_chat_in_a_models_own_format(here):
+    pytest.importorskip("tiktoken"), pytest.importorskip("jinja2")
+    template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    start, end = 256, 257
+    tokenizer = bytebpe.ByteBPETokenizer(
+        "hugging_face", "bytes", bytebpe.GPT2, {bytes([b]): b for b in range(256)}, np.arange(256, dtype=np.uint32),
+        {"<|endoftext|>": 258, "<|im_start|>": start, "<|im_end|>": end}, {}, template=template)
+    task("x.jsonl", *[dict(prompt=prompt, choices=["a", "b"], answer=1) for prompt in ("one", "two<|im_end|>")])
+    items = grading.read_task("x.jsonl")
+    turn = lambda role, text: [start, *role.encode(), 10, *text.encode(), end, 10]
+    asked = turn("user", "two<|im_end|>") + turn("assistant", "b") + turn("user", "one") + [start, *b"assistant\n"]
+    assert list(grading.choice_ids(items[0], items[1:], tokenizer, chat=True)) == [(asked + [97], 1), (asked + [98], 1)]
+    model = random_model(vocab_size=259, block_size=150)
+    for chat in (True, False):
+        settings = evaluate.EvaluateConfig(chat=chat)
+        found = evaluate.run_task(engine.Engine(model, tokenizer, 2), items, [[], []], settings, ONE, "x")
+        assert found["chat"] == chat and ("assistant" in found["items"][0]["prompt"]) == chat
+
+
+def test_votes(place):
+    def asked(seed, votes=5):
+        return evaluated(task("x.jsonl", *sentences(6)), "--samples=0", f"--votes={votes}", f"--seed={seed}",
+                         "--max_new_tokens=6", "--data=none")["models"][0]["tasks"]["x"]
+    one, two, three = asked(1), asked(1), asked(2)
+    assert one["items"] == two["items"] and one["items"] != three["items"]
+    for row in one["items"]:
+        answers = [" ".join(text.strip().split("\n")[0].replace(".", "").split()) for text in row["texts"]]
+        counts = Counter(" ".join(word for word in answer.split() if word not in ("a", "the")) for answer in answers)
+        assert row["confidence"] == max(counts.values()) / 5 and len(row["texts"]) == 5
+    assert any(len(set(row["texts"])) > 1 for row in one["items"])  # the votes are not one and the same
+    assert len({tuple(row["texts"]) for row in one["items"]}) == 6
+    assert sum(row["n"] for row in one["calibration"]) == 6 and 0 <= one["calibration_error"] <= 1
+
+
+@pytest.mark.parametrize("shots", [0, 1, 3, 4])
+def test_examples(here, shots):
+    rows = [dict(prompt=f"p{i}", choices=["a", "b"], answer=0) for i in range(5)]
+    task("x.jsonl", *rows), task("y.jsonl", *reversed(rows))
+    for limit in (0, 2):
+        settings = evaluate.EvaluateConfig(tasks=["x.jsonl"], shots=shots, limit=limit)
+        (items, examples), = evaluate.read_tasks(settings).values()
+        assert len(items) == (limit or 5)
+        for i, item in enumerate(items):  # those that follow in the file, and never the question itself
+            assert [e.prompt for e in examples[i]] == [f"p{(i + k) % 5}" for k in range(1, shots + 1)]
+    settings = evaluate.EvaluateConfig(tasks=["x.jsonl"], shots=shots, examples="y.jsonl" if shots else "")
+    (items, examples), = evaluate.read_tasks(settings).values()
+    for i in range(5):  # in their order, without the question itself
+        others = [name for name in ("p4", "p3", "p2", "p1", "p0") if name != f"p{i}"]
+        assert [e.prompt for e in examples[i]] == others[:shots]
+
+
+def test_differences_are_taken_question_by_question(place):
+    rng, parts = random.Random(0), ["the cat", "a dog", "my friend", "the old man"]
+    rows = [dict(prompt=row["prompt"].strip(), choices=parts, answer=i % 4) for i, row in enumerate(sentences(30))]
+    contexts = [row for i in range(10) for row in sentences(3 * i + 3, context="acdefghikl"[i])[3 * i:]]
+    for row in contexts[:12]:  # all three questions on four of the ten texts are answered right
+        row["answers"] = [continued(f"{row['context']}\n\n{row['prompt']}", 16).strip().split("\n")[0]]
+    other("hf")
+    models = evaluated("out/words", "hf", task("x.jsonl", *rows), task("y.jsonl", *contexts), "--samples=0")["models"]
+    exact = models[0]["tasks"]["y"]["metrics"]["exact"]
+    assert exact == pytest.approx(dict(value=0.4, error=np.std([1] * 4 + [0] * 6, ddof=1) / math.sqrt(10)))
+    for model in models:
+        for row in model["tasks"]["y"]["items"]:
+            row["marks"]["f1"] = rng.random()
+    found = grading.differences(models)
+    assert [(row["model"], row["task"], row["metric"]) for row in found] == [("hf", "x", "accuracy"), ("hf", "y", "f1")]
+    for row, n in zip(found, (30, 10)):
+        pairs = zip(*(model["tasks"][row["task"]]["items"] for model in models))
+        d, groups = zip(*[(b["marks"][row["metric"]] - a["marks"][row["metric"]], a["group"]) for a, b in pairs])
+        off = np.array(d) - np.mean(d)
+        square = sum(off[i] * off[j] for i in range(30) for j in range(30) if groups[i] == groups[j])
+        assert len(set(groups)) == n and row["value"] == pytest.approx(np.mean(d), abs=1e-12)
+        assert row["error"] == pytest.approx(math.sqrt(square * n / (n - 1)) / 30) and row["error"] > 0
+
+
+def test_samples(place):
+    def written(*argv):
+        return evaluated("--tasks=none", "--samples=3", *argv)
+    one, two, three = written(), written(), written("--seed=2")
+    texts = [found["models"][0]["quality"]["texts"] for found in (one, two, three)]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 3 and all(len(text) >= 31 for text in texts[0])
+    assert one["models"][0]["tokens_per_second"] > 0 and one["models"][0]["quality"]["words"] > 0
+    assert one["reference"]["name"] == "data/words"  # as many words of real text as the samples have
+    assert one["reference"]["words"] == one["models"][0]["quality"]["words"]
+    begun = written("--prompt=the old ", "--data=none")
+    assert "reference" not in begun and all(len(text) == 24 for text in begun["models"][0]["quality"]["texts"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def child(folder, rank, world, port, argv):
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), OMP_NUM_THREADS="")
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(f"said.{world}.{rank}", "w", encoding="utf-8", buffering=1)
+    config.command_line(lambda _: evaluate.main(argv))
+
+
+def together(folder, world, *argv):
+    """The JSON that so many processes write, without what depends on the clock and on their number."""
+    port = free_port()
+    processes = [faults.context().Process(target=child, args=(
+        str(folder), rank, world, port, [*argv, f"--json={world}.json"])) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        if process.exitcode is None:
+            for one in processes:
+                one.kill()
+    said = "".join((folder / f"said.{world}.{rank}").read_text() for rank in range(world))
+    assert [process.exitcode for process in processes] == [0] * world, said
+    found = json.loads((folder / f"{world}.json").read_text(encoding="utf-8"))
+    assert found["versions"].pop("processes") == world and found["versions"]["threads"] == 1
+    found["settings"].pop("json"), found.pop("command")
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "tokens_per_second")}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+    return timeless(found)
+
+
+def test_two_processes_find_the_same_numbers_bit_for_bit(place):
+    other("hf")
+    task("x.jsonl", *[dict(prompt=row["prompt"].strip(), choices=[row["answers"][0], "a dog"], answer=i % 2)
+                      for i, row in enumerate(sentences(7))])
+    task("y.jsonl", *sentences(5)), task("z.jsonl", *[dict(question="?", answer=f"#### {i}") for i in range(3)])
+    argv = ["out/words", "hf", "--tasks=x.jsonl,y.jsonl,z.jsonl", "--votes=2", "--samples=2", "--stride=5",
+            "--batch_size=3", "--max_new_tokens=9"]
+    one, two = (together(place, world, *argv) for world in (1, 2))
+    assert one == two
+    assert [sorted(row["tasks"]) for row in one["models"]] == [["x", "y"], ["x", "y", "z"]]
+    assert all(len(row["tasks"]["x"]["items"]) == 7 and row["bits_per_byte"] > 0 for row in one["models"])
+
+
+def test_two_processes_of_which_one_cannot_ask(place):
+    """A question that the model cannot spell is the second process's alone; the first does not wait for ever."""
+    rows = sentences(5)
+    task("x.jsonl", *[{**row, "prompt": row["prompt"] + "7" * (i == 1)} for i, row in enumerate(rows)])
+    task("y.jsonl", *rows)
+    one, two = (together(place, world, "--tasks=x.jsonl,y.jsonl", "--samples=0") for world in (1, 2))
+    assert one == two and list(one["models"][0]["missing"]) == ["x"] and list(one["models"][0]["tasks"]) == ["y"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong, and in which words
+
+
+CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "acd"]
+
+
+@pytest.mark.parametrize("argv, fact, fix", [
+    (["out/nowhere"], "there is no run out/nowhere", "trains one"),
+    (["out/words", "out/../out/words/"], "the same run is named twice", "each once"),
+    (["--tasks=nothing"], "there is no task 'nothing'", "completion,reading,reasoning,sentiment"),
+    (["--tasks=x.jsonl,none"], "there is no task 'none'", "--tasks="),
+    (["--tasks=x.jsonl,sub/x.jsonl"], "two tasks are called x", "each once"),
+    (["--tasks=x.jsonl", "--tasks=x.jsonl"], "two tasks are called x", "each once"),
+    (["--data=words", "--data=data/words"], "two texts are called data/words", "each once"),
+    (["--tasks=x.jsonl", "--shots=3"], "shots=3, but x.jsonl has 2 questions beside x.jsonl, line 1", "--shots=2"),
+    (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "one.jsonl has 0 questions beside x.jsonl", "=0"),
+    (["--tasks=x.jsonl", "--examples=y.jsonl", "--shots=1"], "y.jsonl has questions of the kind words, x.jsonl", ""),
+    (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
+    (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
+    (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
+    (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
+    (["--device=cude"], "there is no device 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),
+    (["--tasks=", *QUICK[1:]], "there is no task ''", "--tasks=FILE"),
+    (["--json=sub", *QUICK], "sub: Is a directory", "or"),
+    (["--json=r", "--html=r", *QUICK], "--json and --html are both r", "two names"),
+    (["--tasks=x.jsonl", "--examples=y.jsonl"], "--examples, but shots=0", "--shots=4"),
+    (["--prompt=\udcff"], "is not UTF-8", "FILE:path"), (["--prompt=FILE:gone"], "cannot read the prompt", "FILE:path"),
+    (["--json=gone/r.json", *QUICK], "cannot write gone/r.json: No such file or directory", "another name"),
+    (["--html=gone/r.html", *QUICK], "cannot write gone/r.html: No such file or directory", "another name")])
+def test_errors(place, capsys, argv, fact, fix):
+    """All of these are found before any model has been measured."""
+    (place / "sub").mkdir()
+    for name, rows in {"x": CHOICES, "sub/x": CHOICES, "one": CHOICES[:1], "y": sentences(2),
+                       "bad": [CHOICES[0], {**CHOICES[1], "answer": 2}]}.items():
+        task(f"{name}.jsonl", *rows)
+    found = error(evaluate.main, *argv)
+    assert fact in found[0] and fix in found[1] and "bits per byte" not in capsys.readouterr().err
+
+
+def test_no_run(here):
+    assert error(evaluate.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+
+
+@pytest.mark.parametrize("argv, what, why", [
+    (["--block_size=33"], "data/words", "block_size=33, but its context is 32"),
+    (["--stride=33"], "data/words", "stride=33 is more than block_size=32: some tokens would be left out"),
+    (["--block_size=8", "--stride=9"], "data/words", "stride=9 is more than block_size=8: some tokens"),
+    (["--data=one.txt"], "one.txt", "one.txt has 1 tokens, and the first is not predicted"),
+    (["--data=empty.txt"], "empty.txt", "empty.txt has 0 tokens, and the first is not predicted"),
+    (["--data=ends.jsonl"], "ends.jsonl", "ends.jsonl has"),
+    (["--prompt=" + "the " * 9, "--samples=1"], "samples", "the prompt of the samples has 36 tokens, the context is 3"),
+    (["--tasks=long.jsonl"], "long", "long.jsonl, line 2: a choice leaves no room for its prompt in the 32")])
+def test_what_one_model_cannot_do(place, capsys, argv, what, why):
+    (place / "one.txt").write_text("a"), (place / "empty.txt").write_text("")
+    (place / "ends.jsonl").write_text('{"text": ""}\n' * 3)
+    task("long.jsonl", CHOICES[0], {**CHOICES[1], "choices": ["a", "the cat is " * 4 + "old"]})
+    row = evaluated("--samples=0", *argv, *["--tasks=none"][what == "long":])["models"][0]
+    assert list(row["missing"]) == [what] and row["missing"][what].startswith(why)
+    assert f"warning: words: {what}: {why}" in capsys.readouterr().err
