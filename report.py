@@ -54,7 +54,7 @@ HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "e
 
 
 def variety(found):
-    return {"words": f"{found['words']:,}" if found else "–", "distinct-1": share(found, "distinct_1"),
+    return {"sample words": f"{found['words']:,}" if found else "–", "distinct-1": share(found, "distinct_1"),
             "distinct-2": share(found, "distinct_2"), "repetition": share(found, "repetition")}
 
 

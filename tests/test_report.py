@@ -252,7 +252,7 @@ def test_the_table_of_models():
         ["pick: per byte", "66.7 \u00b1 14.2", "0.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
         ["read: exact", *["66.7 \u00b1 14.2"] * 3, ""],
         ["sums: in format", *["0.0"] * 2, "\u2013", ""],
-        ["words", "8", "4", "\u2013", "9"],
+        ["sample words", "8", "4", "\u2013", "9"],
         ["distinct-1", "0.50", "1.00", "\u2013", "0.50"],
         ["distinct-2", "0.50", "1.00", "\u2013", "0.80"],
         ["repetition", "0.33", "0.00", "\u2013", "\u2013"]]
@@ -354,11 +354,12 @@ def test_differences():
 def test_samples():
     part = section(Tree(report.page(three())).root, "Samples")
     assert [box.one("summary").text for box in part.all("details")] == [
-        "alpha: 2 samples; words 8, distinct-1 0.50, distinct-2 0.50, repetition 0.33",
-        "beta: 1 samples; words 4, distinct-1 1.00, distinct-2 1.00, repetition 0.00"]
+        "alpha: 2 samples; sample words 8, distinct-1 0.50, distinct-2 0.50, repetition 0.33",
+        "beta: 1 samples; sample words 4, distinct-1 1.00, distinct-2 1.00, repetition 0.00"]
     assert [[sample.text for sample in box.all("li")] for box in part.all("details")] == [
         ["one two one two one two", "\n  x\ty\n"], ["red green blue sky"]]  # (not <pre>: it drops the first line end)
-    assert part.one("code").text == "Once\nupon" and "a.txt itself: words 9, distinct-1 0.50" in part.one("p").text
+    assert part.one("code").text == "Once\nupon"
+    assert "a.txt itself: sample words 9, distinct-1 0.50" in part.one("p").text
     assert not [box for box in part.all("details") if "open" in box.attributes]
 
 
