@@ -73,14 +73,15 @@ def read_text(source, megabytes=0.0, text_field="text"):
     else:
         raise UserError(f"there is no text {source}", f"python prepare.py {source}, or --data=FILE.txt")
     for blocks in found:
-        text = b""
+        parts, size = [], 0
         for block in blocks:
-            text += block.encode()
-            if len(text) >= room:
-                text = text[:int(room)]
+            parts.append(block.encode())
+            size += len(parts[-1])
+            if size >= room:
+                parts[-1] = parts[-1][:len(parts[-1]) - int(size - room)]
                 break
-        room -= len(text)
-        text = text.decode(errors="ignore")  # (half a character at the end is left out)
+        room -= size
+        text = b"".join(parts).decode(errors="ignore")  # (half a character at the end is left out)
         texts += [text] if text or not megabytes else []
         if room <= 0:
             break

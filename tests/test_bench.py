@@ -27,7 +27,7 @@ def test_doctor(here, capsys):
 def test_doctor_notices(here, capsys, monkeypatch, fault, line):
     if fault == "future":
         real = F.scaled_dot_product_attention
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal, **kw: real(*a, **kw))
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal=False, **kw: real(*a, **kw))
     elif fault == "start":
         real = model.GPT.init_weights
         monkeypatch.setattr(model.GPT, "init_weights", lambda self: (
