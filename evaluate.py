@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 
 import grading
+import huggingface
 import machine
 import report
 import runtime
@@ -50,7 +51,7 @@ BUNDLED = sorted(name[:-6] for name in os.listdir(TASKS) if name.endswith(".json
 @dataclass
 class EvaluateConfig:
     # text
-    data: list[str] = field(default_factory=list)  # data/NAME (its held-out side), a file, or none; default: the run's
+    data: list[str] = field(default_factory=list)  # a,b: data/NAME (held-out side), files, or none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line that holds the text
     megabytes: float = 0.0  # of each text only so much, from its beginning; 0: all
     block_size: int = 0  # the context, in tokens; 0: the whole context of the model
@@ -63,8 +64,8 @@ class EvaluateConfig:
     examples: str = ""  # the file to take the examples from; by default, those that follow the question in its own file
     cot: bool = False  # chain of thought: ask for the way to a number, and show it in the examples
     chat: bool = False  # ask in the chat format, where a model has one
-    votes: int = 1  # write so many answers (temperature and top_k as in sample.py) and let them vote; 1: one, greedy
-    max_new_tokens: int = 0  # the longest answer; 0: 256 for a number, 32 for words
+    votes: int = 1  # write so many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
+    max_new_tokens: int = 0  # the longest answer; 0: 256 for a number, 32 for words; half of the context at most
     # samples
     samples: int = 16  # texts to write and to measure; 0: none
     prompt: str = ""  # what they begin with, FILE:path reads it from a file; by default the end-of-text token
@@ -104,7 +105,8 @@ def work(engine, requests, name):
 def ask(item, examples, seeds, settings, tokenizer, size, chat):
     """(the requests that an item takes, whether they were cut): one for each choice, or one for each seed.
 
-    size: the context of the model. What does not fit is cut at its beginning, where the examples are.
+    size: the context of the model. What does not fit is cut at its beginning, where the examples are. For a choice
+    nothing is written: prompt_logprobs is the token from which on log-probabilities are wanted, the choice's first.
     """
     if item.kind == "choice":
         longest, parts = 0, grading.choice_ids(item, examples, tokenizer, chat)
@@ -142,8 +144,10 @@ def answer(engine, items, numbers, examples, settings, name, chat):
             rows[i] |= dict(choices=item.choices, logprobs=logprobs, **grading.mark_choice(item, logprobs))
         else:
             texts = [request.text for request in requests]
-            rows[i] |= dict(texts=texts, unfinished=sum(request.finish_reason == "length" for request in requests),
-                            longest=requests[0].max_tokens, **grading.mark_text(item, texts))
+            # (of words the first line counts, and of a number what comes at the end)
+            unfinished = sum(request.finish_reason == "length" for request in requests) * (item.kind == "number")
+            rows[i] |= dict(texts=texts, unfinished=unfinished, longest=requests[0].max_tokens,
+                            **grading.mark_text(item, texts))
     return rows
 
 
@@ -155,10 +159,10 @@ def run_task(engine, items, examples, settings, processes, name):
         mine = range(processes.rank, len(items), processes.world)
         rows = answer(engine, items, mine, examples, settings, name, chat)
     except UserError as error:  # maybe in one process of several: the others have to hear of it
-        rows = {"error": error.fact}
+        rows = {"error": (error.fact, error.fix)}
     rows = processes.gather(rows)
     if "error" in rows:
-        raise UserError(rows["error"], "the report has the rest")
+        raise UserError(*rows["error"])
     rows = [rows[i] for i in range(len(items))]
     groups = [row["group"] for row in rows]
     marks = {name: [row["marks"][name] for row in rows] for name in rows[0]["marks"]}
@@ -172,6 +176,11 @@ def run_task(engine, items, examples, settings, processes, name):
     if items[0].kind == "choice":
         result["chance"] = sum(1 / len(item.choices) for item in items) / len(items)
     return result
+
+
+def may_show(example, item):
+    """Not the question itself, nor one on the same passage: its answer tells what is asked of such a text."""
+    return example.prompt != item.prompt and not (item.group and example.group == item.group)
 
 
 def read_tasks(settings):
@@ -191,14 +200,12 @@ def read_tasks(settings):
                             f"{items[0].kind}", "examples of the same kind, and those tasks alone")
         few = []
         for i, item in enumerate(items):
-            # Without a file of their own, the examples are the questions that follow, round the end of the file; but
-            # none on the same passage, which would tell what is asked of it.
+            # Without a file of their own, the examples are the questions that follow, round the end of the file.
             others = pool if settings.examples else (every[(i + k) % len(every)] for k in range(1, len(every)))
-            few.append(list(itertools.islice((e for e in others if e.prompt != item.prompt
-                                              and not (item.group and e.group == item.group)), shots)))
+            few.append(list(itertools.islice((other for other in others if may_show(other, item)), shots)))
             if len(few[i]) < shots:
-                raise UserError(f"shots={shots}, but {settings.examples or path} has {len(few[i])} questions beside "
-                                f"{item.where}, and those on the same passage", f"--shots={len(few[i])}")
+                raise UserError(f"shots={shots}, but {settings.examples or path} has only {len(few[i])} examples for "
+                                f"{item.where} (not itself, and none on its passage)", f"--shots={len(few[i])}")
         label = name if name in BUNDLED else os.path.splitext(os.path.basename(path))[0]
         if label in found:
             raise UserError(f"two tasks are called {label}", "each once, or in two commands")
@@ -256,7 +263,7 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
         try:
             found = measure()
         except UserError as error:
-            warn(f"{name}: {what}: {error.fact}")
+            warn(f"{name}: {what}: {error.fact} ({error.fix})")
             row["missing"][what], found = error.fact, None
         return found
 
@@ -277,6 +284,8 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
     if not (settings.samples or tasks):
         return
     engine = Engine(model, tokenizer, rows=settings.rows, dtype=dtype)
+    if settings.chat and not getattr(tokenizer, "template", ""):
+        note(f"{name} has no chat format: it is asked as a text")
     if settings.samples:
         if processes.rank == 0:
             found = attempt("samples", lambda: measure_samples(engine, settings, f"{name}: samples"))
@@ -319,8 +328,9 @@ def now_and_then(name, seconds=20):
 
 
 def names_of(runs):
-    """A short name for each RUN: its last part, or all of it where that is not enough."""
-    last = [os.path.basename(os.path.normpath(run)) for run in runs]
+    """A short name for each RUN: the last part of its folder, or all of it where that is not enough."""
+    last = [os.path.basename(os.path.dirname(os.path.abspath(run)) if os.path.isfile(run) else os.path.abspath(run))
+            for run in runs]
     return [name if last.count(name) == 1 else os.path.normpath(run) for name, run in zip(last, runs)]
 
 
@@ -344,7 +354,8 @@ def write(path, text=None):
             file.write(text or "")
         os.unlink(path + ".part") if text is None else os.replace(path + ".part", path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "make room, or another name", code=1) from None
+        first = "make its folder" if isinstance(error, FileNotFoundError) else "make room"
+        raise UserError(f"cannot write {path}: {error.strerror}", f"{first}, or another name", code=1) from None
 
 
 def main(argv):
@@ -356,13 +367,22 @@ def main(argv):
     for run in runs:
         if not os.path.exists(run):
             raise UserError(f"there is no run {run}", "python train.py config/train_small.py trains one into out/small")
+        if not huggingface.is_folder(run):
+            runtime.read_run(run, settings.checkpoint)  # better now than after an hour of work on another one
     if len(set(map(os.path.realpath, runs))) < len(runs):
         raise UserError("the same run is named twice", "each once")
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
+    if settings.stride > settings.block_size > 0:
+        raise UserError(f"stride={settings.stride} is more than block_size={settings.block_size}: some tokens would "
+                        "be left out", f"--stride={settings.block_size}")
     tasks = read_tasks(settings)
+    kinds = {items[0].kind for items, _ in tasks.values()}
+    if settings.votes > 1 and kinds <= {"choice"} or settings.cot and "number" not in kinds:
+        note("--votes is for questions that are answered in writing, --cot for those with a number: here are none")
     sources = settings.data or default_data(runs, settings)
-    texts = [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
+    texts = [read_text(source, settings.megabytes, settings.text_field)
+             for source in ",".join(sources).split(",") if source not in ("none", "")]
     for i, text in enumerate(texts):
         if text.name in [other.name for other in texts[:i]]:
             raise UserError(f"two texts are called {text.name}", "each once, or in two commands")

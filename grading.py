@@ -94,9 +94,10 @@ def item_of(row, where):
     fields = set(row) if isinstance(row, dict) else set()
     used = next((kind for kind in FIELDS if kind <= fields), None)
     if used is None:
-        has = ", ".join(sorted(fields)) or kind_of(row)
-        raise UserError(f"{where}: the fields {has} are not those of a question", LAYOUTS)
-    unused = fields & set.union({"context"}, *FIELDS) - used - ({"context"} if "answers" in used else set())
+        has = f"the fields {', '.join(sorted(fields))}" if fields else kind_of(row)
+        raise UserError(f"{where}: no question, but {has}", LAYOUTS)
+    used_too = {"context"} if "answers" in used else set()
+    unused = (fields & {"context"}.union(*FIELDS)) - used - used_too
     if unused:
         raise UserError(f"{where}: `{min(unused)}` has no place beside {', '.join(sorted(used))}", LAYOUTS)
     if "choices" in used:
@@ -273,7 +274,9 @@ def mean(values, groups=None):
     """{"value", "error"}: the mean of marks, and its standard error, None where all are of one group.
 
     groups: what each belongs to; by default they are all independent. Five questions on one text tell less than five on
-    five: what they are off by is added up before it is squared (Miller 2024, arXiv 2411.00640, equation 4).
+    five, so what they are off by is added up before it is squared (Miller 2024, arXiv 2411.00640): with G groups of n
+    marks in all, error^2 = G / (G - 1) sum_g (sum_{i in g} (mark_i - mean))^2 / n^2. Where each is alone, that is the
+    usual variance / n.
     """
     value, off = math.fsum(values) / len(values), Counter()
     for group, v in zip(groups or range(len(values)), values):

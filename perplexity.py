@@ -139,8 +139,8 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
                         f"--stride={block_size}")
     ids = text.ids(tokenizer)
     if len(ids) < 2 or not counts["bytes"]:
-        raise UserError(f"{text.name} has {len(ids)} tokens, and the first is not predicted; {counts['bytes']} bytes",
-                        "a longer text")
+        what = f"{len(ids)} tokens, and the first is not predicted" if counts["bytes"] else "no text"
+        raise UserError(f"{text.name} has {what}", "a longer text")
     nats = total_loss(model, ids, block_size, stride, batch_size or max(1, 4096 // block_size), processes, tell)
     if not math.isfinite(nats):
         raise UserError("its loss is not a finite number", "--dtype=float32, or another checkpoint")

@@ -75,7 +75,7 @@ def tables(results):
     parts = [table(first), *([table(rest)] if len(rest[0]) > 1 else []), "\n".join(notes(results))]
     if results["differences"]:
         first = results["models"][0]["model"]
-        rows = [{"model": row["model"], "task": row["task"], f"better than {first} by": percent(row)}
+        rows = [{"model": row["model"], "task": row["task"], f"difference to {first}": percent(row)}
                 for row in results["differences"]]
         parts += [table(rows)]
     return "\n\n".join(parts)

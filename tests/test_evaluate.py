@@ -231,13 +231,23 @@ def test_one_table_for_all(place, capsys, monkeypatch):
     assert (place / "r.html").read_text() == "page of 3" and not list(place.glob("*.part"))
 
 
-def test_what_was_measured_stays_when_a_later_model_fails(place):
+def test_what_was_measured_stays_when_a_later_model_fails(place, monkeypatch):
     (place / "bad").mkdir()
     shutil.copytree("out/words/tokenizer", "bad/tokenizer")
     (place / "bad/best.pt").write_bytes((place / "out/words/best.pt").read_bytes()[:5000])
+    fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)  # at once, before anything is measured
+    assert "bad/best.pt" in fact and not (place / "r.json").exists()
+    (place / "bad/best.pt").write_bytes((place / "out/words/best.pt").read_bytes())
+    load = runtime.load_run
+
+    def damaged(run, *rest):  # while the other one is measured
+        if run == "bad":
+            raise config.UserError("bad is damaged", "-")
+        return load(run, *rest)
+    monkeypatch.setattr(runtime, "load_run", damaged)
     fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)
     found = json.loads((place / "r.json").read_text())
-    assert "bad/best.pt" in fact and [row["model"] for row in found["models"]] == ["words"]
+    assert fact == "bad is damaged" and [row["model"] for row in found["models"]] == ["words"]
     assert found["models"][0]["bits_per_byte"] > 0
 
 
@@ -250,6 +260,14 @@ def test_what_was_measured_is_written_and_shown_when_the_rest_is_stopped(place, 
     row, = json.loads((place / "r.json").read_text())["models"]
     assert row["bits_per_byte"] > 0 and row["tokens_per_second"] > 0 and not row["tasks"]
     assert f"{row['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_settings_without_effect_are_named(place, capsys):
+    for argv, due in ((["--votes=2"], True), (["--cot"], True), (["--shots=1"], False)):
+        evaluated(task("x.jsonl", *CHOICES), "--samples=0", "--data=none", *argv)
+        assert ("note: --votes is for questions" in capsys.readouterr().err) == due
+    evaluated(task("x.jsonl", *CHOICES), "--samples=0", "--data=none", "--chat")
+    assert "note: words has no chat format: it is asked as a text" in capsys.readouterr().err
 
 
 def test_other_data_under_the_same_name(place, tiny_run, capsys):
@@ -348,11 +366,10 @@ def test_what_a_model_writes_is_matched(place):
     last = found["items"][6]
     assert last["prompt"] == rows[6]["prompt"][-16:] and last["texts"] == [continued(last["prompt"], 16)]
     assert found["cut"] == 1 and "calibration" not in found and last["confidence"] is None
-    assert found["longest"] == 16 and found["unfinished"] == sum(row["unfinished"] for row in found["items"])
+    assert found["longest"] == 16 and found["unfinished"] == 0  # of words the first line counts
     found = evaluated(task("x.jsonl", *rows), "--samples=0", "--limit=2", "--max_new_tokens=5")
     found = found["models"][0]["tasks"]["x"]
     assert [row["texts"] for row in found["items"]] == [[text[:5]] for text in texts[:2]] and found["cut"] == 0
-    assert found["unfinished"] == 2 and found["longest"] == 5
 
 
 def test_numbers_that_a_model_writes(place, monkeypatch):
@@ -372,6 +389,9 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
     assert [row["texts"] for row in found["items"]] == [[" two and two\n#### 4"]] * 3
     assert [row["marks"] for row in found["items"]] == [dict(accuracy=float(i == 4), format=1.0) for i in (3, 4, 5)]
     assert found["items"][0]["answer"] == "4" and found["metrics"]["format"] == dict(value=1, error=0)
+    assert found["unfinished"] == 0
+    found = evaluated("hf", "--tasks=x.jsonl", "--samples=0", "--max_new_tokens=7")["models"][0]["tasks"]["x"]
+    assert found["unfinished"] == 3 and found["longest"] == 7
 
 
 def test_a_chat_in_a_models_own_format(here):
@@ -538,12 +558,14 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=x.jsonl,sub/x.jsonl"], "two tasks are called x", "each once"),
     (["--tasks=x.jsonl", "--tasks=x.jsonl"], "two tasks are called x", "each once"),
     (["--data=words", "--data=data/words"], "two texts are called data/words", "each once"),
-    (["--tasks=x.jsonl", "--shots=3"], "shots=3, but x.jsonl has 2 questions beside x.jsonl, line 1", "--shots=2"),
-    (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "one.jsonl has 0 questions beside x.jsonl", "=0"),
+    (["--tasks=x.jsonl", "--shots=3"], "shots=3, but x.jsonl has only 2 examples for x.jsonl, line 1", "--shots=2"),
+    (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "one.jsonl has only 0 examples for x.jsonl", "=0"),
     (["--tasks=x.jsonl", "--examples=y.jsonl", "--shots=1"], "y.jsonl has questions of the kind words, x.jsonl", ""),
     (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
     (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
+    (["--block_size=8", "--stride=9"], "stride=9 is more than block_size=8: some tokens", "--stride=8"),
+    (["out/words", "words.txt"], "words.txt is damaged or no checkpoint", "another one"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
     (["--device=cude"], "there is no device 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),
     (["--tasks=", *QUICK[1:]], "there is no task ''", "--tasks=FILE"),
@@ -555,7 +577,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--html=gone/r.html", *QUICK], "cannot write gone/r.html: No such file or directory", "another name")])
 def test_errors(place, capsys, argv, fact, fix):
     """All of these are found before any model has been measured."""
-    (place / "sub").mkdir()
+    (place / "sub").mkdir(), (place / "words.txt").write_text("the cat")
     for name, rows in {"x": CHOICES, "sub/x": CHOICES, "one": CHOICES[:1], "y": sentences(2),
                        "bad": [CHOICES[0], {**CHOICES[1], "answer": 2}]}.items():
         task(f"{name}.jsonl", *rows)
@@ -570,9 +592,8 @@ def test_no_run(here):
 @pytest.mark.parametrize("argv, what, why", [
     (["--block_size=33"], "data/words", "block_size=33, but its context is 32"),
     (["--stride=33"], "data/words", "stride=33 is more than block_size=32: some tokens would be left out"),
-    (["--block_size=8", "--stride=9"], "data/words", "stride=9 is more than block_size=8: some tokens"),
     (["--data=one.txt"], "one.txt", "one.txt has 1 tokens, and the first is not predicted"),
-    (["--data=empty.txt"], "empty.txt", "empty.txt has 0 tokens, and the first is not predicted"),
+    (["--data=empty.txt"], "empty.txt", "empty.txt has no text"),
     (["--data=ends.jsonl"], "ends.jsonl", "ends.jsonl has"),
     (["--prompt=" + "the " * 9, "--samples=1"], "samples", "the prompt of the samples has 36 tokens, the context is 3"),
     (["--tasks=long.jsonl"], "long", "long.jsonl, line 2: a choice leaves no room for its prompt in the 32")])

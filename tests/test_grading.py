@@ -193,11 +193,12 @@ def squad(*qas, **paragraph):
 
 
 WRONG = [
-    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: the fields list are not those"), ("null", "null"),
-    ('"text"', "line 2: the fields str"), ("{}", "line 2: the fields"), ("1" * 9000, "line 2: not to be read"),
+    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: no question, but list"), ("null", "null"),
+    ('"text"', "line 2: no question, but str"), ("{}", "line 2: no question, but dict"),
+    ("1" * 9000, "line 2: not to be read"),
     *((CHOICE, change, part) for change, part in [
-        ({"answer": ...}, "the fields choices, prompt are"), ({"choices": ...}, "the fields answer, prompt are"),
-        ({"prompt": ...}, "the fields answer, choices are"), ({"choices": "ab"}, "`choices` is not a list of 2"),
+        ({"answer": ...}, "but the fields choices, prompt"), ({"choices": ...}, "but the fields answer, prompt"),
+        ({"prompt": ...}, "but the fields answer, choices"), ({"choices": "ab"}, "`choices` is not a list of 2"),
         ({"choices": ["a"]}, "`choices` is not a list of 2"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
         ({"choices": ["a", ""]}, "`choices` has an empty one"), ({"choices": ["a", "b", "a"]}, "or one twice"),
         ({"choices": ["a", " b"]}, "one with spaces round it"),
@@ -213,7 +214,7 @@ WRONG = [
         ({"answers": []}, "`answers` is not a list of 1"), ({"answers": "a"}, "`answers` is not a list of 1"),
         ({"answers": [["a"]]}, "`answers[0]` is not a text but"), ({"context": " "}, "`context` is empty"),
         ({"context": None}, "`context` is not a text but null"), ({"question": {}}, "`question` is not a text but"),
-        ({"question": ...}, "the fields answers, context are"), ({"question": ""}, "`question` is empty"),
+        ({"question": ...}, "but the fields answers, context"), ({"question": ""}, "`question` is empty"),
         ({"answers": ["a", "\ud83d"]}, "`answers[1]` has half a character"),
         ({"prompt": "p"}, "`prompt` has no place beside answers, question")]),
     *((SUM, change, part) for change, part in [
