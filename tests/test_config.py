@@ -115,7 +115,7 @@ def test_help_prints_every_setting_with_its_comment(capsys):
         assert not line.startswith("--") or "  # " in line or line.startswith("--wandb"), f"no meaning: {line}"
 
 
-@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py"])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py", "evaluate.py"])
 def test_an_error_is_two_lines_and_exit_code_2(name, here):
     done = script(name, "--nonsense=1", cwd=here)
     assert done.returncode == 2 and done.stdout == ""

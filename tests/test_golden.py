@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-only
 """Golden losses: fixed tiny runs end where they have always ended. What harms (or helps) learning fails here first.
 
 If a change means to alter how a model learns, run this file, see that the new losses are not worse, and write them down
