@@ -164,6 +164,7 @@ def signals_in_save(number, nth, count):
 
 
 def signal_while_opening(number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # (pytest may run in the background, where it is ignored)
     calls(runtime, "find_checkpoint", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1])
 
 
