@@ -15,7 +15,7 @@ and gives it back when it ends (continuous batching; Orca, Yu 2022). One step of
 1. requests that were cancelled or are late leave, waiting ones take the free rows;
 2. decode: every row that is writing gets its next token, all in one batch through the model;
 3. prefill: a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
-   What another row has read of the same prompt, in this request or an earlier one, is copied.
+   What a row still holds of a prompt that begins alike, of now or of an earlier request, is copied.
 
 Whatever a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts that are
 cut at the same places every time; attention works on each row alone; every row has its own random numbers. What is left

@@ -337,7 +337,7 @@ def names_of(runs):
 def default_data(runs, settings):
     """What the first of the runs was trained on, if it is there."""
     for run in runs:
-        if not os.path.exists(os.path.join(run, "config.json")):
+        if not huggingface.is_folder(run):
             dataset = runtime.read_run(run, settings.checkpoint)[0]["settings"].get("dataset", "")
             if dataset and os.path.exists(os.path.join("data", dataset, "meta.json")):
                 return [os.path.join("data", dataset)]

@@ -161,6 +161,11 @@ def squad_items(path):
 # Prompts
 
 
+def prompt_text(item, examples, cot=False):
+    """The examples with their answers, then the question: a text that goes on with the answer."""
+    return "\n\n".join([f"{example.prompt} {example.shown(cot)}" for example in examples] + [item.prompt])
+
+
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
     """The ids up to the answer: the examples with theirs, then the question; as a text, or in the chat format.
 
@@ -168,8 +173,7 @@ def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
     """
     think = STEPS if cot and item.kind == "number" else ""
     if not chat:
-        parts = [f"{example.prompt} {example.shown(cot)}" for example in examples] + [item.prompt]
-        return tokenizer.encode("\n\n".join(parts) + (f" {think}" if think and not examples else ""))
+        return tokenizer.encode(prompt_text(item, examples, cot) + (f" {think}" if think and not examples else ""))
     messages = []
     for asked in (*examples, item):
         content = (INSTRUCTIONS[item.kind] if not messages else "") + asked.question + (f"\n{think}" if think else "")
@@ -188,8 +192,7 @@ def choice_ids(item, examples, tokenizer, chat=False):
         if chat:
             ids = before + tokenizer.encode(choice)
         else:
-            text = "\n\n".join([f"{e.prompt} {e.shown(False)}" for e in examples] + [f"{item.prompt} {choice}"])
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode(f"{prompt_text(item, examples)} {choice}")
         yield ids, max(1, len(ids) - len(before))
 
 
@@ -243,8 +246,10 @@ def vote(answers):
 
 
 def mark_text(item, texts):
-    """Mark what was written, several texts by their vote. {metric: mark from 0 to 1, the first one counts; answer;
-    confidence}"""
+    """Mark what was written, several texts by their vote: {marks: {metric: 0 to 1}, answer, confidence}.
+
+    Of the metrics, here and everywhere, the first is the one that counts.
+    """
     if item.kind == "number":
         answer, share = vote([number(text) for text in texts])
         marks = dict(accuracy=float(answer is not None and answer == number("#### " + item.right[0])),
