@@ -159,7 +159,7 @@ def parity(settings, _):
             weights[name] = weights[name][:run.vocab_size].clone()  # without our padding
         data = datasets.Dataset.open(os.path.join("data", dataset))
         micros = run.gradient_accumulation_steps
-        starts = [data.starts(run.block_size, run.batch_size, run.seed, step, micro, micros)
+        starts = [data.spans(run.block_size, run.batch_size, run.seed, step, micro, micros)[:, 0]
                   for step in range(settings.steps + 1) for micro in range(micros)]
 
         os.makedirs(os.path.join(folder, "data"))

@@ -4,7 +4,8 @@ Byte-level BPE: the vocabularies of GPT-2 and of most that came after it, read f
 
     tokenizer = from_tiktoken("gpt2")           # an encoding that tiktoken knows: gpt2, cl100k_base, o200k_base, ...
     tokenizer = from_hugging_face("SmolLM2")    # a folder with tokenizer.json: GPT-2, SmolLM2, Llama 3, Qwen, ...
-    ids = tokenizer.chat([{"role": "user", "content": "Hello"}])
+    ids = tokenizer.chat([{"role": "user", "content": "Hello"}])        # a prompt, in the model's own chat format
+    ids, mask = tokenizer.conversation([..., {"role": "assistant", "content": "Hi!"}])     # what to learn: mask 1
 
 Where SentencePiece starts from characters, these start from bytes (Radford et al. 2019): 256 tokens can spell any text,
 and the merges, in the order in which they were learned, join them to longer ones. Before that a regular expression cuts
@@ -14,6 +15,7 @@ Both kinds of files hold the same three things, the expression, the merges and t
 core does the rest. The ids are those that tiktoken and transformers give; what would not be the same is refused.
 """
 import base64
+import functools
 import json
 import os
 import re
@@ -33,6 +35,7 @@ GPT2 = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = CONTRACTION + r"|\p{N}%s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LONG_RUN = 20_000  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
+MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
 
 
@@ -118,10 +121,53 @@ class ByteBPETokenizer:
         model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing (unless
         the template itself makes a special token out of parts of it).
         """
+        guarded, encode = self.guard(messages)
+        return not_nothing(encode(self.fill(guarded, answer)))
+
+    def conversation(self, messages):
+        """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
+
+        That is every answer of the assistant with the end token behind it, but for empty ones. A template is a program,
+        and does not say which of its text comes from which message. So it is asked for the text up to each answer, as
+        for a prompt, and for the text with that answer; each has to begin with the one before.
+        """
+        guarded, encode = self.guard(messages)
+        eos_token, text, ids, mask = self.settings.get("eos_token"), "", [], []
+        if eos_token not in self.special:
+            raise UserError(f"the tokenizer {self.name} names no special token as its eos_token, which ends an answer",
+                            "name it in the folder's tokenizer_config.json")
+
+        def go_on(longer, learned):
+            nonlocal text
+            if not longer.startswith(text):
+                raise UserError(f"the chat template of {self.name} rewrites earlier text as a conversation goes on, so "
+                                "it cannot be told what to learn", "conversations of one question and one answer, or "
+                                "another template")
+            new = encode(longer[len(text):])
+            if learned and self.special[eos_token] not in new:
+                raise UserError(f"the chat template of {self.name} puts no {eos_token} behind an answer, so a model "
+                                "would not learn to end", "in the folder's tokenizer_config.json, name as eos_token "
+                                "what the template puts there")
+            n = new.index(self.special[eos_token]) + 1 if learned else 0
+            ids.extend(new)
+            mask.extend([1] * n + [0] * (len(new) - n))
+            text = longer
+
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                go_on(self.fill(guarded[:i], True), learned=False)
+                go_on(self.fill(guarded[:i + 1], False), learned=message["content"] != "")
+        go_on(self.fill(guarded, False), learned=False)
+        if self.special["<|endoftext|>"] in ids:
+            raise UserError(f"the chat template of {self.name} contains its end-of-text token, which stands between "
+                            "conversations in prepared data", "a model whose turns end with another token")
+        return not_nothing(ids), mask
+
+    def guard(self, messages):
+        """(messages, encode): what looks like a special token is broken up by a mark, which `encode` takes out."""
         if not self.template:
-            raise UserError(f"the tokenizer {self.name} has no chat template", CHAT_FIX)
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise UserError("a message without role or without text", '[{"role": "user", "content": "..."}, ...]')
+            raise UserError(f"the tokenizer {self.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
+        check_messages(messages)
         wholes = {**self.special, **self.added}
         said = "".join(texts_in(messages))
         mark = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in said), None)  # a noncharacter, in no text
@@ -130,11 +176,10 @@ class ByteBPETokenizer:
                             "leave them out")
         forged = re.compile(alternatives(wholes))
         guarded = changed(messages, lambda text: forged.sub(lambda found: mark.join(found[0]), text))
-        text = render(self.template, messages=guarded, add_generation_prompt=answer, **self.settings)
-        ids = self.encode_with(wholes, text, hidden=mark).tolist()
-        if not ids:
-            raise UserError("the chat template makes nothing of these messages", CHAT_FIX)
-        return ids
+        return guarded, lambda text: self.encode_with(wholes, text, hidden=mark).tolist()
+
+    def fill(self, messages, answer):
+        return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -142,6 +187,22 @@ class ByteBPETokenizer:
         for name, content in {**self.files, "config.json": json.dumps(about, indent=1).encode()}.items():
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(content)
+
+
+def check_messages(messages, roles=()):
+    """Raises UserError where a message has no text, or a role that is none of these; without any, all may speak."""
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
+            raise UserError("a message without role or without text", MESSAGES_FIX)
+        if roles and message["role"] not in roles:
+            raise UserError(f"a message of {message['role']!r}, but those who speak are {', '.join(roles)}",
+                            MESSAGES_FIX)
+
+
+def not_nothing(ids):
+    if not ids:
+        raise UserError("the chat template makes nothing of these messages", CHAT_FIX)
+    return ids
 
 
 def changed(value, change):
@@ -321,7 +382,19 @@ def expression(step, refuse):
 
 
 def render(template, **values):
-    """Fill in a chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
+    """Fill in a chat template. Raises UserError where it fails."""
+    try:
+        return compiled(template).render(**values)
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program: whatever it does wrong is its own
+        raise UserError(f"the chat template fails on these messages: {type(error).__name__}: {error}",
+                        "check the roles and their order: most want user and assistant to alternate") from None
+
+
+@functools.lru_cache(maxsize=8)  # it takes a hundred times as long as filling it in
+def compiled(template):
+    """A chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -338,8 +411,4 @@ def render(template, **values):
     # {% generation %} marks what the assistant says, for training; here it is an `if` that is always true.
     template = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})",
                       lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
-    try:
-        return sandbox.from_string(template).render(**values)
-    except Exception as error:  # a template is a program: whatever it does wrong is its own
-        raise UserError(f"the chat template fails on these messages: {type(error).__name__}: {error}",
-                        "check the roles and their order: most want user and assistant to alternate") from None
+    return sandbox.from_string(template)

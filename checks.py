@@ -24,6 +24,7 @@ LIMITS = {  # the smallest and the largest value
     "learning_rate muon_lr rope_theta norm_eps": (1e-12, 1e12),
     "weight_decay grad_clip warmup_iters lr_decay_iters min_lr eval_iters save_interval": (0, 1e12),
     "beta1 beta2": (0, 1 - 1e-9),
+    "patience": (0, 1e9), "lora_rank": (0, 1e5), "lora_alpha": (1e-6, 1e6),
     "seed": (0, 2**62),
 }
 
@@ -64,10 +65,15 @@ def pieces(settings, world):
 def advise(settings, data):
     """What works, but may be regretted."""
     step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
-    epochs = settings.max_iters * step / data.meta["train"]["tokens"]
+    epochs = data.epochs(settings.max_iters * step / settings.block_size, settings.block_size)
     if epochs > 20 and not settings.budget:
         warn(f"{settings.max_iters:,} updates read this text {epochs:,.0f} times, and may learn it by heart; "
              f"--max_iters={max(1, round(10 * settings.max_iters / epochs))} reads it 10 times")
+    if data.chat:
+        lost = 1 - data.layout("train", settings.block_size)[:, 2].sum() / data.meta["train"]["trained"]
+        if lost:
+            warn(f"conversations that are longer than block_size={settings.block_size} are cut: {lost:.1%} of what the "
+                 "assistant says is not learned")
     if settings.warmup_iters >= settings.max_iters and not settings.budget:
         warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} updates, and there are only "
              f"{settings.max_iters}; --warmup_iters={settings.max_iters // 10}")
@@ -97,12 +103,21 @@ def say_memory(model, batch_size, dtype, device, settings, processes):
              "updates with less")
 
 
+def say_lora(model, settings, arithmetic):
+    """What it saves. arithmetic: of a token, as a share of what it takes where all weights are trained."""
+    size = 12 if settings.optimizer == "adamw" else 8  # bytes per weight: a gradient, and one average or two
+    weights, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    say(f"lora: {trained:,} numbers are trained in place of {weights - trained:,} weights ({trained / weights:.1%}): "
+        f"gradients and optimizer take {trained * size / 1e6:,.0f} MB instead of "
+        f"{(weights - trained) * size / 1e6:,.0f}, a token {arithmetic:.0%} of the arithmetic")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a run starts
 
 MAY_CHANGE = {"init_from", "max_iters", "budget", "eval_interval", "eval_iters", "eval_only", "save_interval",
-              "always_save_checkpoint", "log_interval", "out_dir", "device", "backend", "dist_timeout", "wandb_log",
-              "wandb_project", "wandb_run_name", "preset", "dataset"}  # (data is compared by its checksums)
+              "always_save_checkpoint", "log_interval", "patience", "out_dir", "device", "backend", "dist_timeout",
+              "wandb_log", "wandb_project", "wandb_run_name", "preset", "dataset"}  # (data are compared by checksums)
 
 
 def continue_run(resumed, settings, given, data, here):
@@ -111,7 +126,7 @@ def continue_run(resumed, settings, given, data, here):
     Settings that were worked out when it began (the shape of a RUN that it started from, the vocabulary, the updates
     that a budget allows) are taken from there.
     """
-    was = dict(resumed["settings"])
+    was = asdict(type(settings)()) | resumed["settings"]  # (an older version may not have had them all)
     if settings.init_from not in ("auto", "resume"):
         for field in fields(GPTConfig):
             if field.name not in given:
@@ -175,12 +190,9 @@ def load_start(settings, given, data):
         cut = name == "block_size" and now < was[name]
         if name in given and now != was[name] and name != "dropout" and not cut:
             raise UserError(f"{settings.init_from} has {name}={was[name]}, but {name}={now} is asked for",
-                            f"leave {name} out: the shape comes with the weights")
+                            f"--{name}={was[name]}: the shape comes with the weights")
         if name not in given:
             setattr(settings, name, was[name])
-    positions = "transformer.wpe.weight"
-    if positions in start["model"]:
-        start["model"][positions] = start["model"][positions][:settings.block_size]
     return start
 
 

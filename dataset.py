@@ -9,13 +9,18 @@ Two ideas here are worth the visit. The batch of a step is a pure function of (s
 stopped, resumed or split over processes without anything to remember. And the validation loss is one fixed pass over
 all held-out text, also in bits per byte, which can be compared between tokenizers.
 
+A text is one long line of tokens, and a window of it may begin anywhere. Conversations are not: a window begins where
+one begins, and of its targets only those remain that the mask beside the tokens allows, the assistant's words.
+
 At the end, `inspect` is what `python prepare.py --inspect data/NAME` does: it believes nothing and counts again.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,11 +33,12 @@ HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are ope
 
 @dataclass
 class Dataset:
-    """A prepared folder: its meta.json, and its two sides."""
+    """A prepared folder: its meta.json, and its two sides. files: {"train": file, "train.mask": file, ...}"""
 
     folder: str
     meta: dict
     files: dict
+    layouts: dict = field(default_factory=dict)  # what `layout` has found: {(side, block_size): spans}
 
     @classmethod
     def open(cls, folder):
@@ -47,18 +53,25 @@ class Dataset:
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
                             "run prepare.py again") from None
-        files = {}
-        for side in ("train", "val"):
-            path, item = os.path.join(folder, side + ".bin"), np.dtype(meta["dtype"]).itemsize
-            size, due = os.path.getsize(path) if os.path.exists(path) else 0, meta[side]["tokens"] * item
+        files, kinds = {}, [("", np.dtype(meta["dtype"]).itemsize, "sha256")]  # part of the name, bytes of a token
+        if meta.get("chat"):
+            kinds.append((".mask", 1, "mask_sha256"))
+        for side, (kind, item, sha256) in itertools.product(("train", "val"), kinds):
+            path, due = os.path.join(folder, f"{side}{kind}.bin"), meta[side]["tokens"] * item
+            size = os.path.getsize(path) if os.path.exists(path) else 0
             if size != due:
                 raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of "
                                 f"{item} bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
-            files[side] = open(path, "rb")  # held open: a file that takes its place later is not read by this run
-            if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side]["sha256"]:
-                raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side]['sha256'][:12]}",
+            files[side + kind] = open(path, "rb")  # held open: a file that takes its place is not read by this run
+            if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side][sha256]:
+                raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side][sha256][:12]}",
                                 f"it was changed or damaged; prepare {folder} again")
         return cls(folder, meta, files)
+
+    @property
+    def chat(self):
+        """Is this conversations, of which only a part is to be learned?"""
+        return self.meta.get("chat", False)
 
     def check_tokenizer(self):
         """The tokenizer of these ids. Raises UserError where it is not the one that they were written with."""
@@ -69,10 +82,13 @@ class Dataset:
         return tokenizer
 
     def check(self, block_size):
-        """Raises UserError where a side is too short for one window of block_size + 1 tokens."""
+        """Raises UserError where a side has nothing to learn in windows of block_size + 1 tokens."""
         shortest = min(self.meta[side]["tokens"] for side in ("train", "val"))
         for side in ("train", "val"):
-            if self.meta[side]["tokens"] <= block_size:
+            if self.chat and not len(self.layout(side, block_size)):
+                raise UserError(f"block_size={block_size} cuts every conversation of {self.folder}/{side}.bin off "
+                                "before the assistant says anything", f"--block_size={2 * block_size} or more")
+            if not self.chat and self.meta[side]["tokens"] <= block_size:
                 smaller = f"--block_size={1 << ((shortest - 1).bit_length() - 1)}, or " if shortest > 1 else ""
                 raise UserError(f"{self.folder}/{side}.bin has {self.meta[side]['tokens']:,} tokens, but block_size="
                                 f"{block_size} needs at least {block_size + 1}", smaller + "more text")
@@ -82,55 +98,119 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"])
         self.files[side].seek(start * dtype.itemsize)
         ids = np.frombuffer(self.files[side].read(count * dtype.itemsize), dtype)
-        if ids.max() >= self.meta["vocab_size"]:
+        if ids.max(initial=0) >= self.meta["vocab_size"]:
             raise UserError(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
                             f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again")
         return ids.astype(np.int64)
 
+    def mask(self, side, start, count):
+        """Of conversations, which of `count` tokens are to be learned: (count,) uint8, 1 or 0."""
+        self.files[side + ".mask"].seek(start)
+        return np.frombuffer(self.files[side + ".mask"].read(count), np.uint8)
+
+    def rows(self, side, spans, block_size):
+        """Windows that begin and end at these positions: (idx, targets), each (B, T) int64.
+
+        The target of a token is the one after it, or -1 where nothing is to be learned: after the end of a window that
+        is shorter than the others, and at what the mask leaves out.
+        """
+        import torch
+        idx = np.zeros((len(spans), block_size), dtype=np.int64)
+        targets = np.full_like(idx, -1)
+        for row, (start, end) in enumerate(spans):
+            n = max(end - start - 1, 0)
+            ids = self.tokens(side, start, n + 1)
+            idx[row, :n], targets[row, :n] = ids[:n], ids[1:]
+            if self.chat:
+                targets[row, :n][self.mask(side, start + 1, n) == 0] = -1
+        return torch.from_numpy(idx), torch.from_numpy(targets)
+
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """The micro-batch number `micro` of the `micros` that make up a step: (idx, targets), each (B, T) int64."""
-        import torch
-        starts = self.starts(block_size, batch_size, seed, step, micro, micros)
-        rows = np.stack([self.tokens("train", start, block_size + 1) for start in starts.tolist()])  # (B, T + 1)
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+        return self.rows("train", self.spans(block_size, batch_size, seed, step, micro, micros).tolist(), block_size)
 
-    def starts(self, block_size, batch_size, seed, step, micro=0, micros=1):
-        """Where the windows of that micro-batch begin: (B,) int64.
+    def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
+        """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
         The training side is cut into windows of block_size tokens, and an epoch visits every window once, in shuffled
         order. Sample number g of the whole run is window shuffled(g mod n) of epoch g // n: nothing is remembered from
         one batch to the next, so a resumed run continues with exactly the data it would have seen, validation cannot
         disturb it, and it does not matter which process takes which micro-batch.
         """
-        tokens = self.meta["train"]["tokens"]
-        n = max(1, tokens // block_size - 1)  # windows of an epoch: one fewer than fit, which leaves room ...
-        room = tokens - n * block_size  # ... for every epoch to begin its first window at another place
+        n = self.windows(block_size)
+        room = self.meta["train"]["tokens"] - n * block_size  # for an epoch of a text to begin at another place
         sample = (step * micros + micro) * batch_size + np.arange(batch_size)  # (B,)
-        starts = np.empty(batch_size, dtype=np.int64)
+        spans = np.empty((batch_size, 2), dtype=np.int64)
         for epoch in set((sample // n).tolist()):
             here = sample // n == epoch
             window = shuffled(sample[here] % n, n, fold("epoch", seed, epoch))
-            starts[here] = fold("offset", seed, epoch) % room + window * block_size
-        return starts
+            if self.chat:
+                spans[here] = self.layout("train", block_size)[window, :2]
+            else:
+                start = fold("offset", seed, epoch) % room + window * block_size
+                spans[here] = np.stack((start, start + block_size + 1), axis=1)
+        return spans
+
+    def windows(self, block_size):
+        """How many windows an epoch has. (Of a text, one fewer than fit: see `room` in `spans`.)"""
+        return len(self.layout("train", block_size)) if self.chat else max(
+            1, self.meta["train"]["tokens"] // block_size - 1)
+
+    def epochs(self, windows, block_size):
+        """How often so many windows read the training side."""
+        return windows / self.windows(block_size) if self.chat else windows * block_size / self.meta["train"]["tokens"]
+
+    def layout(self, side, block_size):
+        """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
+
+        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit. A
+        conversation that is longer than a window is cut at its end. A window that teaches nothing is left out.
+        """
+        if (side, block_size) not in self.layouts:
+            tokens, border = self.meta[side]["tokens"], self.meta["special"][tokenizers.END_OF_TEXT]
+            first = np.concatenate([start + 1 + np.flatnonzero(self.tokens(side, start, 1 << 20) == border)
+                                    for start in range(0, tokens, 1 << 20)])  # of each conversation
+            past = np.append(first[1:] - 1, tokens)  # its end: where the end-of-text token before the next one stands
+            spans, i = [], 0
+            while i < len(first):
+                limit = int(first[i]) + block_size + 1
+                fit = max(i + 1, int(np.searchsorted(past, limit, side="right")))
+                start, end = int(first[i]), min(int(past[fit - 1]), limit)
+                spans.append((start, end, int(self.mask(side, start + 1, max(end - start - 1, 0)).sum())))
+                i = fit
+            self.layouts[side, block_size] = np.array([span for span in spans if span[2]], np.int64).reshape(-1, 3)
+        return self.layouts[side, block_size]
 
     def val_batch(self, i, block_size, batch_size):
         """Batch number i of the one pass over the held-out side: (idx, targets), each (B, T) int64; -1 after the end.
 
-        Every token but the first is predicted once, from the tokens before it in its window. All batches have the same
-        shape, the last one too, so that compiled code is compiled once.
+        Every token but the first of a text, and every one that a conversation teaches, is predicted once, from the
+        tokens before it in its window. All batches have the same shape, the last one too, so that compiled code is
+        compiled once.
         """
-        import torch
-        start, size = i * block_size * batch_size, block_size * batch_size
-        ids = self.tokens("val", start, min(size + 1, self.meta["val"]["tokens"] - start))
-        rows = np.zeros((2, size), dtype=np.int64)
-        rows[1] = -1
-        rows[0, :len(ids) - 1], rows[1, :len(ids) - 1] = ids[:-1], ids[1:]
-        idx, targets = torch.from_numpy(rows).view(2, batch_size, block_size)
-        return idx, targets
+        numbers, tokens = range(i * batch_size, (i + 1) * batch_size), self.meta["val"]["tokens"]
+        if self.chat:
+            layout = self.layout("val", block_size)[:, :2].tolist()
+            spans = [layout[n] if n < len(layout) else (0, 0) for n in numbers]
+        else:
+            spans = [(n * block_size, min((n + 1) * block_size + 1, tokens)) for n in numbers]
+        return self.rows("val", spans, block_size)
+
+    def prompt(self, block_size, nothing=False):
+        """Ids to go on from, a list: the first held-out conversation up to its answer, or the first held-out words.
+
+        nothing: of a text, the end-of-text token alone.
+        """
+        if self.chat:
+            start, end, _ = self.layout("val", block_size)[0].tolist()
+            end = start + int(self.mask("val", start, end - start).argmax())
+            return self.tokens("val", start, end - start).tolist()
+        return self.tokens("val", 0, 1 if nothing else 1 + min(24, block_size // 2)).tolist()
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
         """How many batches the pass has; at_most: no more than this, 0 for all."""
-        n = math.ceil((self.meta["val"]["tokens"] - 1) / (block_size * batch_size))
+        windows = len(self.layout("val", block_size)) if self.chat else (self.meta["val"]["tokens"] - 1) / block_size
+        n = math.ceil(windows / batch_size)
         return min(n, at_most or n)
 
     def bits_per_byte(self, loss):
@@ -138,15 +218,20 @@ class Dataset:
 
         The loss depends on how long the tokens are: fewer, longer tokens are each harder to guess. The information in
         all of them together, spread over the bytes of the text, can be compared between tokenizers. (End-of-text tokens
-        count as information, not as bytes. Where only a part was read, its mean stands for the whole.)
+        count as information, not as bytes. Where only a part was read, its mean stands for the whole.) Of
+        conversations, what the assistant says counts.
         """
-        return loss * (self.meta["val"]["tokens"] - 1) / self.meta["val"]["bytes"] / math.log(2)
+        val = self.meta["val"]
+        tokens, size = (val["trained"], val["trained_bytes"]) if self.chat else (val["tokens"] - 1, val["bytes"])
+        return loss * tokens / size / math.log(2)
 
 
 def check_meta(meta):
     """Raises ValueError, KeyError or TypeError where a meta.json is not as `prepare` writes it."""
-    counts = [meta[side][key] for side in ("train", "val") for key in ("tokens", "bytes", "documents")]
+    due = ["tokens", "bytes", "documents"] + (["trained", "trained_bytes"] if meta.get("chat") else [])
+    counts = [meta[side][key] for side in ("train", "val") for key in due]
     texts = [meta["tokenizer_sha256"], *meta["source"], *(meta[side]["sha256"] for side in ("train", "val"))]
+    texts += [meta[side]["mask_sha256"] for side in ("train", "val")] if meta.get("chat") else []
     if meta["format"] != 1 or meta["dtype"] not in ("uint16", "uint32") or not all(isinstance(t, str) for t in texts):
         raise ValueError("not format 1")
     if not all(isinstance(line, str) for line in meta["report"]) or not 0 <= meta["leaked"] <= 1:
@@ -201,7 +286,7 @@ def validation_sums(loss_of, data, block_size, batch_size, batches, before_each=
 
 
 # All that prepare.py writes into a folder, and into tokenizer/ in it.
-OURS = {"train.bin", "val.bin", "meta.json"}
+OURS = {"train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "meta.json"}
 TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
                    *tokenizers.bytebpe.PARTS}
 
@@ -226,6 +311,21 @@ def not_ours(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # python prepare.py --inspect data/NAME
 
+def example(data, tokenizer, stream, longest=400):
+    """The first conversation that teaches something, for a stream: what is only read is grey in a terminal."""
+    grey = stream.isatty() and "NO_COLOR" not in os.environ
+    names, text = {i: name for name, i in tokenizer.special.items()}, ""
+    n = min(1 << 20, data.meta["train"]["tokens"])
+    ids, mask = data.tokens("train", 0, n), data.mask("train", 0, n)
+    border = np.append(np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT]), n)
+    start = border[np.searchsorted(border, mask.argmax()) - 1] + 1  # of the one that has the first token to learn
+    end = min(border[np.searchsorted(border, start)], start + longest)
+    for learned, run in itertools.groupby(zip(ids[start:end].tolist(), mask[start:end].tolist()), lambda pair: pair[1]):
+        part = b"".join(names[i].encode() if i in names else tokenizer.token_bytes(i) for i, _ in run)
+        part = part.decode(errors="replace")
+        text += part if grey and learned else f"\x1b[90m{part}\x1b[0m" if grey else f">>>{part}<<<" if learned else part
+    return text + ("\n(grey: read, not learned)" if grey else "\n(learned: what stands between >>> and <<<)")
+
 def inspect(folder, sample_tokens=120):
     """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
     data = Dataset.open(folder)
@@ -236,28 +336,44 @@ def inspect(folder, sample_tokens=120):
     say(f"{folder}: {', '.join(meta['source'])}\n{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} tokens, "
         f"{meta['dtype']}")
     for side in ("train", "val"):
-        due, digest, found = meta[side], hashlib.sha256(), dict(tokens=0, documents=0, bytes=0)
+        due, digest, masks, found = meta[side], hashlib.sha256(), hashlib.sha256(), dict(tokens=0, documents=0, bytes=0)
+        found |= dict(trained=0, trained_bytes=0) if data.chat else {}
         for start in range(0, due["tokens"], 1 << 20):
             ids = data.tokens(side, start, min(1 << 20, due["tokens"] - start))  # refuses an id that is too large
             digest.update(ids.astype(np.dtype(meta["dtype"])))
             found["tokens"] += len(ids)
             found["documents"] += int((ids == end).sum())
             found["bytes"] += int(lengths[ids].sum())
+            if data.chat:
+                mask = data.mask(side, start, len(ids))
+                masks.update(mask)
+                learned = ids[mask == 1]
+                found["trained"] += len(learned)
+                found["trained_bytes"] += int(lengths[learned].sum())
+        if data.chat and masks.hexdigest() != due["mask_sha256"]:
+            raise UserError(f"{folder}/{side}.mask.bin has the checksum {masks.hexdigest()[:12]}, but meta.json says "
+                            f"{due['mask_sha256'][:12]}", f"it was changed or damaged; prepare {folder} again")
         path = os.path.join(folder, side + ".bin")
         if digest.hexdigest() != due["sha256"]:
             raise UserError(f"{path} has the checksum {digest.hexdigest()[:12]}, but meta.json says "
                             f"{due['sha256'][:12]}", f"it was changed or damaged; prepare {folder} again")
         for what, number in found.items():
-            if number != due[what] and not (what == "bytes" and drops):
+            # (Between the messages of a conversation, a format of others may have text of its own.)
+            if number != due[what] and not (what.endswith("bytes") and drops or what == "bytes" and data.chat):
                 raise UserError(f"{path} holds {number:,} {what}, but meta.json says {due[what]:,}",
                                 f"meta.json or the tokenizer was changed; prepare {folder} again")
+        learning = f", {due['trained']:,} to be learned" if data.chat else ""
         say(f"{path}: {due['tokens']:,} tokens, {due['documents']:,} documents, {due['bytes']:,} bytes of text, "
-            f"{due['bytes'] / due['tokens']:.2f} per token: as meta.json says")
+            f"{due['bytes'] / due['tokens']:.2f} per token{learning}: as meta.json says")
     if meta["special"] != tokenizer.special:
         raise UserError(f"{folder}/meta.json and the tokenizer there do not name the same special tokens",
                         f"meta.json was changed; prepare {folder} again")
     for line in meta["report"]:
         say(line)
+    if data.chat:
+        say("the first conversation:")
+        print(example(data, tokenizer, sys.stdout))
+        return
     # A window around the border between two documents, if there is one.
     ids = data.tokens("train", 0, min(1 << 20, meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == end)

@@ -39,7 +39,7 @@ import report
 import runtime
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say, warn
-from dataset import fold
+from dataset import Dataset, fold
 from engine import Engine, Request
 from perplexity import measure_text, read_text
 from sample import read_prompt
@@ -151,10 +151,12 @@ def answer(engine, items, numbers, examples, settings, name, chat):
     return rows
 
 
-def run_task(engine, items, examples, settings, processes, name):
-    """Put the items to the model, and sum up: {kind, n, metrics, ..., items}. examples: those of each item."""
+def run_task(engine, items, examples, settings, processes, name, chat=False):
+    """Put the items to the model, and sum up: {kind, n, metrics, ..., items}. examples: those of each item.
+
+    chat: in its chat format, not as a text.
+    """
     started = time.perf_counter()
-    chat = settings.chat and bool(getattr(engine.tokenizer, "template", ""))
     try:
         mine = range(processes.rank, len(items), processes.world)
         rows = answer(engine, items, mine, examples, settings, name, chat)
@@ -284,7 +286,8 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
     if not (settings.samples or tasks):
         return
     engine = Engine(model, tokenizer, rows=settings.rows, dtype=dtype)
-    if settings.chat and not getattr(tokenizer, "template", ""):
+    chat = settings.chat and about["chat"]
+    if settings.chat and not chat:
         note(f"{name} has no chat format: it is asked as a text")
     if settings.samples:
         if processes.rank == 0:
@@ -294,7 +297,7 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
             save()
         processes.wait()  # so that the others do not take the processor from it
     for task, (items, examples) in tasks.items():
-        found = attempt(task, lambda: run_task(engine, items, examples, settings, processes, f"{name}: {task}"))
+        found = attempt(task, lambda: run_task(engine, items, examples, settings, processes, f"{name}: {task}", chat))
         if found:
             row["tasks"][task] = found
             marks = ", ".join(f"{report.HEADINGS[metric]} {report.percent(mark)}"
@@ -339,8 +342,9 @@ def default_data(runs, settings):
     for run in runs:
         if not huggingface.is_folder(run):
             dataset = runtime.read_run(run, settings.checkpoint)[0]["settings"].get("dataset", "")
-            if dataset and os.path.exists(os.path.join("data", dataset, "meta.json")):
-                return [os.path.join("data", dataset)]
+            folder = os.path.join("data", dataset)
+            if dataset and os.path.exists(os.path.join(folder, "meta.json")) and not Dataset.open(folder).chat:
+                return [folder]
     note("none of the runs names a text that is here: --data=FILE for bits per byte and perplexity")
     return []
 

@@ -300,6 +300,8 @@ def model_card(name, model, run, dtype, rows, measured, prompt, folder="hf"):
     if "batch_size" in settings:
         tokens = run["step"] * settings["batch_size"] * settings["gradient_accumulation_steps"] * c.block_size
         facts["tokens seen"] = f"{tokens:,} in {run['step']:,} updates"
+    if run["chat"]:
+        facts["chat"] = "`tokenizer.apply_chat_template` makes a prompt of messages; `python sample.py FOLDER --chat`"
     if "val_loss" in run:
         facts["held-out loss"] = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
     facts = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
@@ -474,7 +476,7 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
             note("PyTorch has deprecated TorchScript; pt2 is what comes after it")
         if name == "hf":
             generation = run["generation"] if os.path.isdir(run["path"]) else None
-            huggingface.write(path, model, tokenizer, dtype, generation)
+            huggingface.write(path, model, tokenizer, dtype, generation, run["chat"])
         else:
             with quiet():
                 WRITE[name](model, path)

@@ -351,8 +351,11 @@ def needs(package, what):
 WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer", *bytebpe.PARTS}
 
 
-def write(folder, model, tokenizer, dtype=torch.float32, generation=None):
-    """Write a folder from which AutoModelForCausalLM and AutoTokenizer load this model. Raises UserError, OSError."""
+def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=False):
+    """Write a folder from which AutoModelForCausalLM and AutoTokenizer load this model. Raises UserError, OSError.
+
+    generation: the settings for sampling, if there are some already. chat: does the model know a chat format?
+    """
     safetensors = needs("safetensors", "Hugging Face folders")
     from safetensors.torch import save_file
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
@@ -360,7 +363,9 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None):
                    for name in ("bos_token", "eos_token"))
     ends = dict(bos_token_id=start, eos_token_id=stop)
     config = their_config(model.config, str(dtype).removeprefix("torch."), ends)
-    files = tokenizer_files(tokenizer, model.config.block_size)
+    files = tokenizer_files(tokenizer, model.config.block_size, chat)
+    if chat:  # an answer ends otherwise than a text
+        ends = dict(ends, eos_token_id=sorted(tokenizers.ends(tokenizer)))
     generation = generation or dict(ends, pad_token_id=stop, do_sample=True, temperature=0.8, top_k=50)
     os.makedirs(folder, exist_ok=True)
     for name, value in {"config.json": config, "generation_config.json": generation}.items():

@@ -336,9 +336,10 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1."""
+        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1; of none, 0."""
         logits = self.logits(x).float()  # the sum of exp over the vocabulary needs float32
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
@@ -382,12 +383,15 @@ class GPT(nn.Module):
         """Floating-point operations that training spends on a token of a context of T (PaLM, arXiv 2204.02311, B).
 
         Each weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6.
-        Attention adds, per layer, q k^T and the average of v over T positions: 12 n_head head_dim T (counted full, as
-        is the custom, although the causal half would do). Reading an embedding costs nothing.
+        A weight that is not trained needs no gradient: 4. Attention adds, per layer, q k^T and the average of v over T
+        positions: 12 n_head head_dim T (counted full, as is the custom, although the causal half would do). Reading an
+        embedding costs nothing.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2) + c.vocab_size * c.n_embd
-        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+        matrices = [(p.numel(), p.requires_grad) for p in self.transformer.h.parameters() if p.dim() == 2]
+        matrices.append((c.vocab_size * c.n_embd, self.lm_head.weight.requires_grad))
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+        return sum(n * (6 if trained else 4) for n, trained in matrices) + attention
 
     def training_memory(self, batch_size, width, optimizer_bytes):
         """About how many bytes training takes, by what for, where nothing is compiled (compiled code keeps less).
@@ -398,11 +402,12 @@ class GPT(nn.Module):
         over the vocabulary are there several times: as they come, in float32, as probabilities, and their gradient.
         """
         c, weights = self.config, sum(p.numel() for p in self.parameters())
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         q, k = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         norms = 2 * c.n_embd * (4 + width) + (8 * c.n_embd if c.norm == "rmsnorm" else 0)
         attention = width * (3 * q + 2 * k) + (width * (q + k) if c.pos == "rope" else 0) + (12 * (q + k) * c.qk_norm)
         mlp = width * c.n_inner * (4 if c.mlp == "swiglu" else 2)
         tokens = batch_size * c.block_size
         copies = weights * width if width < 4 else 0  # of the weights, in the type of the products
-        return dict(weights=weights * 4, gradients=weights * 4, optimizer=weights * optimizer_bytes, activations=(
+        return dict(weights=weights * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes, activations=(
             copies + tokens * (c.n_layer * (norms + attention + mlp) + c.vocab_size * (2 * width + 12))))

@@ -5,12 +5,15 @@ Data: text in, two files of token ids out.
     python prepare.py stdlib                               # Python's own source code: 8 MB of text on every machine
     python prepare.py notes.txt --out=data/notes           # a file, a folder or 'a pattern/*.md'; .gz of these too
     python prepare.py shakespeare --tokenizer=char --val_fraction=0.1 --out=data/shakespeare_char   # a download
+    python prepare.py chats.jsonl --format=chat --tokenizer=out/small    # conversations, for a model to answer
     python prepare.py --inspect data/notes                 # check all of it, and show a part
 
-sources.py says which texts there are and how they are read. What is written:
+sources.py says which texts there are and how they are read, chats.py does for conversations. What is written:
 
     data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), one after the other;
                                     np.memmap(path, dtype=np.uint16) reads them
+    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 where the model is to learn it, which is what
+                                    the assistant says and the token that ends it; 0 where it only reads
     data/NAME/meta.json             how many tokens, documents and bytes, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
@@ -28,14 +31,17 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import time
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
+import chats
 import dataset as datasets
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
@@ -47,6 +53,7 @@ from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
 @dataclass
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, with the name of the first source
+    format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
     mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
@@ -84,6 +91,11 @@ class Plan:
     short: int
 
 
+def read(sources, settings):
+    """The documents of all sources: texts, or conversations."""
+    return chats.conversations(sources) if settings.format == "chat" else documents(sources, settings.text_field)
+
+
 def make_plan(sources, settings):
     """Read everything once: find duplicates, decide what is held out, count characters."""
     census, words, progress = Census(), Words(), Progress("reading")
@@ -95,7 +107,7 @@ def make_plan(sources, settings):
 
     with ThreadPoolExecutor(1) as aside:  # counts while this thread reads and hashes
         counting = aside.submit(count, "")
-        for document in documents(sources, settings.text_field):
+        for document in read(sources, settings):
             digest, size, length, n_words = hashlib.sha256(), 0, 0, 0
             for block in document.blocks():
                 raw = block.encode()
@@ -134,7 +146,7 @@ def make_plan(sources, settings):
     if (fate[kept] == TRAIN).all() or (fate[kept] == VAL).all():
         fate[kept] = CUT  # a source that has one side only leaves the other to us
     undecided = kept[fate[kept] == CUT]
-    if len(undecided) >= MANY:  # otherwise each is cut near its end
+    if len(undecided) >= (1 if settings.format == "chat" else MANY):  # otherwise each is cut near its end
         # A number in [0, 1) from the text itself decides: the same text is on the same side wherever it stands.
         fraction = keys[undecided] / 2.0**64
         fate[undecided] = np.where(fraction < settings.val_fraction, VAL, TRAIN)
@@ -145,11 +157,11 @@ def make_plan(sources, settings):
 
 
 def split_texts(sources, plan, settings, wanted=(TRAIN, VAL)):
-    """Read it again: yields (TRAIN or VAL, the document's name, does it start here, text), for the sides wanted.
+    """Read it again: yields (TRAIN or VAL, the document, does it start here, text), for the sides wanted.
 
     What stands before `cut` in a document is for training, what stands after it is held out.
     """
-    for i, document in enumerate(documents(sources, settings.text_field)):
+    for i, document in enumerate(read(sources, settings)):
         if i >= len(plan.fate):
             raise UserError(f"{document.name} appeared while the text was being read", "run the command again")
         fate, length = int(plan.fate[i]), int(plan.length[i])
@@ -165,7 +177,7 @@ def split_texts(sources, plan, settings, wanted=(TRAIN, VAL)):
                 cut = position + here
             for side, text in ((TRAIN, block[:here]), (VAL, block[here:])):
                 if text and side in wanted:
-                    yield side, document.name, side in fresh, text
+                    yield side, document, side in fresh, text
                     fresh.discard(side)
             position += len(block)
 
@@ -180,11 +192,11 @@ def learn_tokenizer(sources, plan, settings, existing=None):
 
     def training_texts():
         """The training side, which a vocabulary may see; on the way, the held-out side is given to `leaks`."""
-        for side, name, _, text in split_texts(sources, plan, settings, (TRAIN, VAL) if learning else (VAL,)):
+        for side, document, _, text in split_texts(sources, plan, settings, (TRAIN, VAL) if learning else (VAL,)):
             if side == TRAIN:
                 yield text
             else:
-                leaks.hold(name, plan.words.grams(text))
+                leaks.hold(document.name, plan.words.grams(text))
 
     if learning:
         # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
@@ -208,22 +220,34 @@ def learn_tokenizer(sources, plan, settings, existing=None):
 class BinWriter:
     """Writes one .bin file and counts what goes in."""
 
-    def __init__(self, path):
-        self.file, self.digest = open(path, "wb"), hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
+    def __init__(self, path, *counted):
+        self.file, self.digest, self.counts = open(path, "wb"), hashlib.sha256(), dict.fromkeys(counted, 0)
 
-    def write(self, ids, n_documents, n_bytes):
-        self.file.write(ids.data)
-        self.digest.update(ids.data)
-        self.tokens += ids.size
-        self.documents += n_documents
-        self.bytes += n_bytes
+    def write(self, array, **counts):
+        self.file.write(array.data)
+        self.digest.update(array.data)
+        for name, n in counts.items():
+            self.counts[name] += n
 
     def close(self):
+        """The counts, and the sha256 of all that was written."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        return dict(tokens=self.tokens, documents=self.documents, bytes=self.bytes, sha256=self.digest.hexdigest())
+        return self.counts, self.digest.hexdigest()
+
+
+@dataclass
+class Part:
+    """Some documents of one side, encoded. mask: of conversations."""
+
+    side: int
+    ids: np.ndarray
+    mask: np.ndarray | None
+    documents: int
+    bytes: int
+    trained_bytes: int
+    silent: list[str]  # conversations in which nobody answers
 
 
 def packed(ids, dtype, vocab_size):
@@ -234,36 +258,56 @@ def packed(ids, dtype, vocab_size):
     return np.concatenate(ids, dtype=dtype, casting="unsafe")
 
 
-def encode(texts, plan, tokenizer, leaks, dtype, folder, threads):
-    """Write train.bin and val.bin from what split_texts yields. Returns the counts of both, as meta.json has them.
+def encode(texts, plan, tokenizer, leaks, dtype, folder, settings):
+    """Write train.bin and val.bin, of conversations their masks too, from what split_texts yields.
+
+    Returns the counts of both sides, as meta.json has them, and the conversations in which nobody answers.
 
     A few threads encode a megabyte each; tokenizers and arrays work in C, where threads run side by side. What they
     return is written in the order of the text, so that their number changes nothing.
     """
-    writers = {side: BinWriter(os.path.join(folder, name)) for side, name in ((TRAIN, "train.bin"), (VAL, "val.bin"))}
+    chat, threads, silent = settings.format == "chat", settings.num_proc or os.cpu_count() or 1, []
+    names = {TRAIN: "train", VAL: "val"}
+    writers = {side: BinWriter(os.path.join(folder, f"{name}.bin"), "tokens", "documents", "bytes")
+               for side, name in names.items()}
+    masks = {side: BinWriter(os.path.join(folder, f"{name}.mask.bin"), "trained", "trained_bytes")
+             for side, name in names.items()} if chat else {}
     progress = Progress("encoding", plan.bytes)
     start = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]) if chat else None
 
     def work(batch):
-        """[(side, ids, documents, bytes)] of some texts; their training side is looked through for leaks."""
+        """The parts of some texts; their training side is looked through for leaks."""
         train = "".join(BORDER * starts + text for side, _, starts, text in batch if side == TRAIN)
         leaks.look(plan.words.grams(train))
-        done = []
-        for side in (TRAIN, VAL):
-            ids, n_documents, n_bytes = [], 0, 0
-            for text_side, _, starts, text in batch:
-                if text_side == side:
-                    ids += [start] * starts + [tokenizer.encode_to_numpy(text)]
-                    n_documents += starts
-                    n_bytes += len(text) if text.isascii() else len(text.encode())
-            if ids:
-                done.append((side, packed(ids, dtype, tokenizer.vocab_size), n_documents, n_bytes))
-        return done
+        return [part(side, texts) for side in (TRAIN, VAL) if (texts := [item for item in batch if item[0] == side])]
+
+    def part(side, texts):
+        ids, mask, trained_bytes, silent = [], [], 0, []
+        for _, document, starts, text in texts:
+            ids += [start] * starts
+            if not chat:
+                ids.append(tokenizer.encode_to_numpy(text))
+                continue
+            try:
+                spoken, learned = map(np.array, tokenizer.conversation(document.messages))
+            except UserError as error:
+                raise UserError(f"{document.name}: {error.fact}", error.fix) from None
+            ids.append(spoken)
+            mask += [np.zeros(1, np.uint8), learned.astype(np.uint8)]
+            trained_bytes += int(lengths[spoken[learned == 1]].sum())
+            silent += [document.name] * (not learned.any())
+        n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for *_, text in texts)
+        return Part(side, packed(ids, dtype, tokenizer.vocab_size), np.concatenate(mask) if chat else None,
+                    sum(starts for _, _, starts, _ in texts), n_bytes, trained_bytes, silent)
 
     def finish(future):
-        for side, ids, n_documents, n_bytes in future.result():
-            writers[side].write(ids, n_documents, n_bytes)
-            progress.add(n_bytes)
+        for part in future.result():
+            writers[part.side].write(part.ids, tokens=part.ids.size, documents=part.documents, bytes=part.bytes)
+            if chat:
+                masks[part.side].write(part.mask, trained=int(part.mask.sum()), trained_bytes=part.trained_bytes)
+            silent.extend(part.silent)
+            progress.add(part.bytes)
 
     with ThreadPoolExecutor(threads) as pool:
         running = deque()
@@ -273,12 +317,23 @@ def encode(texts, plan, tokenizer, leaks, dtype, folder, threads):
                 finish(running.popleft())
         while running:
             finish(running.popleft())
-    counts = dict(train=writers[TRAIN].close(), val=writers[VAL].close())
+    counts = {}
+    for side, name in names.items():
+        counts[name], sha256 = writers[side].close()
+        counts[name]["sha256"] = sha256
+        if chat:
+            trained, sha256 = masks[side].close()
+            counts[name] |= dict(trained, mask_sha256=sha256)
     if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
         raise UserError("the text changed while it was being read", "run the command again")
     if not counts["train"]["tokens"] or not counts["val"]["tokens"]:
-        raise UserError(f"{plan.bytes} bytes of text are too few to train on some and hold some out", "give more text")
-    return counts
+        few = f"{plan.documents} conversation is" if chat else f"{plan.bytes} bytes of text are"
+        raise UserError(f"{few} too few to train on some and hold some out", "give more text")
+    for name in names.values() if chat else ():
+        if not counts[name]["trained_bytes"]:
+            raise UserError(f"in none of the {counts[name]['documents']:,} conversations of the side {name} does the "
+                            "assistant say anything", "give more conversations with answers")
+    return counts, silent
 
 
 def batches(texts):
@@ -304,6 +359,9 @@ def prepare(sources, settings):
     if not (0 < settings.val_fraction < 1 and 0.98 <= settings.character_coverage <= 1):
         raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1, or character_coverage="
                         f"{settings.character_coverage} not from 0.98 to 1", "--val_fraction=0.05")
+    for name in sources if settings.format == "chat" else ():
+        if name in NAMES and not os.path.exists(name):
+            raise UserError(f"{name} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
     out = folder_to_write(sources, settings)
     existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
     sources, origins = fetch(sources, settings.input, settings.mirror)
@@ -311,7 +369,6 @@ def prepare(sources, settings):
     plan = make_plan(sources, settings)
     tokenizer, leaks = learn_tokenizer(sources, plan, settings, existing)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    threads = settings.num_proc or os.cpu_count() or 1
     part = out + ".part"
     guard = lock_folder(out)
     try:
@@ -319,12 +376,12 @@ def prepare(sources, settings):
         os.makedirs(part)
         tokenizer.save(os.path.join(part, "tokenizer"))
         texts = split_texts(sources, plan, settings)
-        counts = encode(texts, plan, tokenizer, leaks, dtype, part, threads)
+        counts, silent = encode(texts, plan, tokenizer, leaks, dtype, part, settings)
         origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
-        lines, leaked = report(plan, leaks, tokenizer, counts)
+        lines, leaked = report(plan, leaks, tokenizer, counts, silent)
         meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
                     source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
-                    report=lines, leaked=leaked)
+                    report=lines, leaked=leaked, **(dict(chat=True) if settings.format == "chat" else {}))
         with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
         shutil.rmtree(out + ".old", ignore_errors=True)
@@ -377,7 +434,7 @@ def lock_folder(out):
     return file
 
 
-def report(plan, leaks, tokenizer, counts):
+def report(plan, leaks, tokenizer, counts, silent=()):
     """What a reader should know about this text before a model is trained on it: lines, and the share that leaks."""
     dropped = [f"{n:,} {what}" for n, what in ((plan.duplicates, "exact duplicates"), (plan.empty, "empty ones"),
                                                (plan.short, "with too few words")) if n]
@@ -392,7 +449,11 @@ def report(plan, leaks, tokenizer, counts):
             *census, *about_leaks,
             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token",
             *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} documents, "
-              f"{counts[side]['bytes']:,} bytes of text" for side in ("train", "val"))], leaked
+              f"{counts[side]['bytes']:,} bytes of text" + (f"; {counts[side]['trained']:,} tokens to be learned"
+                                                            if "trained" in counts[side] else "")
+              for side in ("train", "val")),
+            *([f"in {len(silent):,} of them the assistant says nothing to learn from: {silent[0]}" + (
+                ", ..." if len(silent) > 1 else "")] if silent else [])], leaked
 
 
 def next_command(out, meta, settings):
@@ -405,6 +466,8 @@ def next_command(out, meta, settings):
     short = "" if steps >= RECIPE_STEPS else f" --max_iters={max(steps, 50)} --eval_interval={max(steps // 5, 10)}"
     target = shlex.join([f"--dataset={name}", f"--out_dir=out/{os.path.basename(out)}"])
     target = "" if name == "stdlib" else " " + target
+    if meta.get("chat"):
+        return next_chat(target, settings)
     if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
         start = shlex.quote(f"--init_from={settings.tokenizer}")
         return f"python train.py {start}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
@@ -415,6 +478,17 @@ def next_command(out, meta, settings):
         note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
              "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
     return f"python train.py config/train_small.py{target}{block}{short}"
+
+
+def next_chat(target, settings):
+    """The command that makes a model answer: one that has the vocabulary of these conversations."""
+    has = {name for name in ("best.pt", "model.safetensors", "model.safetensors.index.json")
+           if os.path.exists(os.path.join(settings.tokenizer, name))}
+    if not has:
+        note(f"--tokenizer={settings.tokenizer} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
+        return f"python train.py config/train_small.py config/finetune_chat.py --init_from=scratch{target}"
+    recipe = "finetune_chat" if "best.pt" in has else "finetune_lora"
+    return f"python train.py config/{recipe}.py {shlex.quote(f'--init_from={settings.tokenizer}')}{target}"
 
 
 def main(argv):
@@ -430,6 +504,9 @@ def main(argv):
         raise UserError("no text was named", f"python prepare.py FILE, a folder, an address, or one of: stdlib, "
                         f"{', '.join(NAMES)}")
     out, meta = prepare(sources, settings)
+    if settings.format == "chat":
+        data = datasets.Dataset.open(out)
+        say("one of them:\n" + datasets.example(data, data.check_tokenizer(), sys.stderr))
     say(f"next: {next_command(out, meta, settings)}")
 
 

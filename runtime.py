@@ -11,6 +11,7 @@ weights_only=True, so that opening a stranger's file cannot run a stranger's cod
 """
 import contextlib
 import glob
+import hashlib
 import math
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import huggingface
+import lora
 import tokenizer as tokenizers
 from config import UserError, note, warn
 from model import GPT, GPTConfig, resolve, round_up
@@ -116,16 +118,17 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def best_loss_of(out_dir):
-    """The validation loss of best.pt; infinity where there is none, or none that can be read."""
+def best_of(out_dir):
+    """(validation loss, step) of best.pt; infinity and 0 where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
     if os.path.exists(path):
         try:
-            return load_checkpoint(path)["val_loss"]
+            best = load_checkpoint(path)
+            return best["val_loss"], best["step"]
         except (UserError, KeyError) as error:
             warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
             os.replace(path, path + ".damaged")
-    return math.inf
+    return math.inf, 0
 
 
 def prune_checkpoints(run, keep=2):
@@ -232,11 +235,14 @@ def checkpoint_path(run, which="best"):
 def read_run(run, which="best"):
     """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
 
-    Whatever it was, it comes as a checkpoint of this project, with `path` added.
+    Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: does the model know a chat
+    format? (A tokenizer of ours always does; whether the model has learned it, train.py has noted.)
     """
     if huggingface.is_folder(run):
         checkpoint, tokenizer = huggingface.read(run)
-        return checkpoint | {"path": run}, tokenizer
+        ours = tokenizer.kind in tokenizers.LEARNED  # export.py gives these a template only where the model can chat
+        chat = os.path.exists(os.path.join(run, "chat_template.jinja")) if ours else bool(tokenizer.template)
+        return checkpoint | {"path": run, "chat": chat}, tokenizer
     path = checkpoint_path(run, which)
     state = load_file(path)
     if "model_args" in state:
@@ -244,7 +250,11 @@ def read_run(run, which="best"):
     else:
         checkpoint = load_checkpoint(path)
         tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
-    return checkpoint | {"path": path}, tokenizer
+    if checkpoint.get("base"):
+        weights, settings = read_base(checkpoint["base"], run)["model"], checkpoint["settings"]
+        checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"], settings["lora_alpha"])
+    chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
+    return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 
 def load_run(run, which="best", device="cpu"):
@@ -260,9 +270,43 @@ def load_run(run, which="best", device="cpu"):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
+def learned(model):
+    """The weights that a checkpoint holds, a state_dict: of a model with LoRA, the corrections alone."""
+    weights = model.state_dict()
+    return lora.adapters(weights) or weights
+
+
+def name_base(path, start):
+    """What a LoRA run writes down about the weights that it corrects: their place, and their sha256."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(start["model"].items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return dict(path=path, sha256=digest.hexdigest())
+
+
+def read_base(base, run):
+    """The checkpoint that a LoRA run corrects. Raises UserError where it is not there, or not as it was."""
+    path = base["path"]
+    if not os.path.exists(path):
+        raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
+                        f"bring {path} back to its place; paths count from the folder where the command is typed")
+    start, _ = read_run(path)
+    if name_base(path, start) != base:
+        raise UserError(f"{run} holds corrections (LoRA) to the weights that {path} had; now it has others",
+                        f"bring the old ones back to {path}")
+    return start
+
+
 def load_weights(model, weights, path):
-    """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen."""
-    for name, expected in model.state_dict().items():
+    """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen.
+
+    A context may be cut: the learned positions beyond it are left out.
+    """
+    positions = "transformer.wpe.weight"
+    if isinstance(weights.get(positions), torch.Tensor):
+        weights = weights | {positions: weights[positions][:model.config.block_size]}
+    for name, expected in learned(model).items():
         found = getattr(weights.get(name), "shape", None)
         if found != expected.shape:
             has = f"{name} of shape {tuple(found)}" if found is not None else f"no {name}"

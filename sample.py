@@ -5,7 +5,8 @@ Sampling: let a trained model write, in the terminal.
     python sample.py                                        # the newest run under out/; asks for prompts in a terminal
     python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
-    python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder; a conversation
+    python sample.py out/chat --chat                        # a conversation with a model that was tuned to answer
+    python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder
 
 The text goes to standard output as it is written, everything else to standard error. A model gives a score to every
 token of its vocabulary, and there are two steps from there to text, which make up this file:
@@ -51,7 +52,7 @@ class SampleConfig(Sampling):
     start: str = ""  # the same, by nanoGPT's name
     num_samples: int = 1  # how many texts to write, one after the other
     max_new_tokens: int = 128  # longest text, in tokens
-    chat: bool = False  # the prompt is a message to a chat model, in its own format; in a terminal, a conversation
+    chat: bool = False  # the prompt is a message to a chat model, in its format; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
     # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
@@ -218,6 +219,16 @@ def begin(prompt, tokenizer):
     return tokenizer.encode(prompt) or ([nothing] if nothing is not None else tokenizer.encode("\n"))
 
 
+def fit(messages, tokenizer, room):
+    """The ids of a conversation, in at most `room` tokens if that is possible: its oldest questions and answers are
+    taken out of `messages`, whole ones. A system message stays, and the last question."""
+    first, ids = int(messages[0]["role"] == "system"), tokenizer.chat(messages)
+    while len(ids) > room and len(messages) > first + 1:
+        del messages[first:first + 2]
+        ids = tokenizer.chat(messages)
+    return ids
+
+
 LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1),
           "min_p": (0, 1), "repetition_penalty": (0.01, 100), "presence_penalty frequency_penalty": (-100, 100),
           "seed": (0, 2**62)}
@@ -248,18 +259,26 @@ def main(argv):
     seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
     dtype, _ = machine.choose_dtype(settings.dtype, device)
 
-    said = []  # the conversation so far, with --chat
-    if settings.chat and not getattr(tokenizer, "template", ""):
-        raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX)
+    said, outgrown, size = [], False, model.config.block_size  # said: the conversation so far, with --chat
+    if settings.chat and not run["chat"]:
+        folder = run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]) or "."
+        raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX if tokenizers.END not in tokenizer.special
+                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={folder}, then train.py "
+                        f"with --init_from={folder}")
 
     def answer(prompt, seed):
-        message = dict(role="user", content=prompt)
+        nonlocal outgrown
+        messages = [*said, dict(role="user", content=prompt)]
         for i in range(settings.num_samples):
-            ids = tokenizer.chat([*said, message]) if settings.chat else begin(prompt, tokenizer)
+            ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2)) if settings.chat else \
+                begin(prompt, tokenizer)
+            if len(messages) <= len(said) and not outgrown:
+                note(f"the conversation outgrows the context of {size:,} tokens: the model forgets the oldest messages")
+                outgrown = True
             started = time.perf_counter()
             text, n = write(model, tokenizer, ids, settings, seed + i)
             say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
-        said.extend((message, dict(role="assistant", content=text)))
+        said[:] = [*messages, dict(role="assistant", content=text)]
 
     with machine.autocast(device, dtype):
         if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -88,7 +88,7 @@ class Served:
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name, self.context = os.path.basename(os.path.normpath(folder)), c.block_size
         self.timeout = settings.request_timeout
-        self.tokenizer, self.chat = tokenizer, bool(getattr(tokenizer, "template", ""))
+        self.tokenizer, self.chat = tokenizer, run.get("chat", False)
         # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
         self.most_bytes = 4 * c.block_size * max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         device, parameters = model.lm_head.weight.device, model.n_params()

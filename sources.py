@@ -45,6 +45,7 @@ class Document:
     name: str
     blocks: Callable[[], Iterator[str]]
     held_out: bool | None = None  # None: prepare.py's split decides
+    messages: list | None = None  # of a conversation (chats.py): [{"role", "content"}, ...]; None: a text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,19 +179,22 @@ def kind(path):
     return os.path.splitext(stem)[1] or ".txt" if ending == ".gz" else ending
 
 
-def files(source):
-    """The files that a path means: itself, all texts below a folder, or what matches a pattern."""
+def files(source, kinds=KINDS, names=("stdlib", *NAMES)):
+    """The files that a path means: itself, all of these kinds below a folder, or what matches a pattern.
+
+    names: what an error proposes besides.
+    """
     if os.path.isfile(source):
-        if kind(source) not in (*KINDS, ".json"):
+        if kind(source) not in (*kinds, ".json"):
             raise UserError(f"{source}: {NOT_READABLE}", f"rename it to {source}.txt if it is plain text")
         return [source]
-    wanted = (*KINDS, ".json") if ".json" in source and not os.path.isdir(source) else KINDS
+    wanted = (*kinds, ".json") if ".json" in source and not os.path.isdir(source) else kinds
     found = list(walk(source)) if os.path.isdir(source) else glob.glob(source, recursive=True)
     found = sorted(path for path in found if os.path.isfile(path) and kind(path) in wanted)
     if not found:
         here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
-        raise UserError(f"{source} {here} {', '.join(KINDS)} file (or .gz of these)",
-                        f"give a text file, a folder, a pattern, an address, or one of: stdlib, {', '.join(NAMES)}")
+        raise UserError(f"{source} {here} {', '.join(wanted)} file (or .gz of these)",
+                        f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
     return found
 
 
@@ -273,9 +277,9 @@ def records(path, separator):
     yield rest
 
 
-def in_memory(name, text, held_out=None):
+def in_memory(name, text, held_out=None, messages=None):
     """A document that is in memory already."""
-    return Document(name, lambda: iter([text]), held_out)
+    return Document(name, lambda: iter([text]), held_out, messages)
 
 
 def jsonl_documents(path, text_field):
@@ -343,7 +347,7 @@ def bounded(texts, path):
         total += len(text)
         if total > JSON_CHARACTERS:
             raise UserError(f"{path} has more than {JSON_CHARACTERS / 1e6:.0f} million characters, and a .json file is "
-                            "read whole", 'write it as a .jsonl file, with one {"text": "..."} per line')
+                            "read whole", "write it as a .jsonl file, one object per line")
         yield text
 
 

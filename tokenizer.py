@@ -23,13 +23,20 @@ unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece: start from very m
 
 The vocabularies that others have learned, GPT-2's, Llama 3's and so on, are read by bytebpe.py.
 
-All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save. A token stands for *bytes*,
-not for characters (an emoji may be spread over four tokens), so text is put together by joining token_bytes and
-decoding the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
+All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save, chat, conversation. A token
+stands for *bytes*, not for characters (an emoji may be spread over four tokens), so text is put together by joining
+token_bytes and decoding the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
 
 Special tokens (<|endoftext|> in every vocabulary, and in those that are learned here all of SPECIAL) are put in by id
 alone: text that merely contains the characters "<|endoftext|>" is encoded as these characters, so no document and no
 user can forge one.
+
+A chat is a text in which they mark the turns, the same in preparation, in the terminal and in the server:
+
+    <|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
+
+A prompt (`chat`) ends with <|assistant|>. What comes behind it, up to its <|end|>, is what a model learns: to answer,
+and to stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
 """
 import hashlib
 import io
@@ -51,7 +58,14 @@ from forensics import code_points
 from sources import documents, fetch
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
-SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the others mark the turns of a chat
+END = "<|end|>"  # stands behind every message of a chat
+SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END)  # the others mark the turns of a chat
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
+    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 LEARNED = ("bpe", "unigram", "char")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
@@ -60,7 +74,35 @@ SCORE_STEPS = 64  # scores of unigram pieces are multiples of 1/64: float32 then
 PART_CHARACTERS = 2000  # a text is encoded in parts of about this length
 
 
-class CharTokenizer:
+class ChatFormat:
+    """The chat format of the tokenizers that are learned here."""
+
+    def chat(self, messages, answer=True):
+        """The ids of a conversation. messages: [{"role": "user", "content": "..."}, ...].
+
+        answer: end with the beginning of the assistant's turn. Raises UserError for other roles, and other content.
+        """
+        return self.conversation(messages)[0] + [self.special["<|assistant|>"]] * bool(answer)
+
+    def conversation(self, messages):
+        """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
+
+        That is every answer of the assistant with the end token behind it, but for empty ones. Each message is encoded
+        alone, so that what is before an answer are the ids of the prompt that asks for it.
+        """
+        if not self.special.keys() >= set(SPECIAL):  # nanoGPT's characters have none
+            raise UserError("this vocabulary has no tokens that mark the turns of a chat",
+                            f"--tokenizer=bpe, or {bytebpe.CHAT_FIX}")
+        bytebpe.check_messages(messages, ROLES)
+        ids, mask = [], []
+        for message in messages:
+            said = [*self.encode(message["content"]), self.special[END]]
+            ids += [self.special[f"<|{message['role']}|>"], *said]
+            mask += [0] + [int(message["role"] == "assistant" and message["content"] != "")] * len(said)
+        return ids, mask
+
+
+class CharTokenizer(ChatFormat):
     """One id per character: first the specials, then the characters of the training text in code point order."""
 
     kind = "char"
@@ -104,7 +146,7 @@ class CharTokenizer:
             return cls("".join(json.load(file)), special)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ChatFormat):
     """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
 
     def __init__(self, model, kind):
@@ -342,7 +384,7 @@ def copy(source, target, sha256):
 
 def ends(tokenizer):
     """The ids after which a text, or an answer in a chat, is over. (nanoGPT's characters have none.)"""
-    names = END_OF_TEXT, getattr(tokenizer, "settings", {}).get("eos_token")
+    names = END_OF_TEXT, END, getattr(tokenizer, "settings", {}).get("eos_token")
     return {tokenizer.special[name] for name in names if name in tokenizer.special}
 
 
@@ -387,7 +429,7 @@ def sentencepiece():
 class TokenizerConfig:
     # One of three things to do:
     train: bool = False  # learn a tokenizer from --input, and write it to --out
-    inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the model's chat format
+    inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the chat format
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small (bpe, unigram and char are learned there)
     # With what:
     input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
@@ -395,7 +437,7 @@ class TokenizerConfig:
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
     out: str = ""  # --train: the folder to write
-    chat: bool = False  # --inspect: the text is a message to a chat model
+    chat: bool = False  # --inspect: the text is a message in a chat
 
 
 def main(argv):
@@ -444,8 +486,6 @@ def inspect(settings):
     if settings.tokenizer in ("", *LEARNED):
         raise UserError("--inspect needs a tokenizer that exists", "--tokenizer=gpt2, or a folder: data/stdlib")
     tokenizer = get(settings.tokenizer)
-    if settings.chat and not isinstance(tokenizer, bytebpe.ByteBPETokenizer):
-        raise UserError(f"the tokenizer {settings.tokenizer} has no chat template", bytebpe.CHAT_FIX)
     ids = (tokenizer.chat([dict(role="user", content=settings.inspect)]) if settings.chat
            else tokenizer.encode(settings.inspect))
     names = {i: name for name, i in tokenizer.special.items()}

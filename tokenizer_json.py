@@ -18,8 +18,10 @@ from config import UserError
 GRAPHS = "--format=onnx, pt2 or torchscript"  # what is left to someone whose tokenizer is refused
 
 
-def tokenizer_files(tokenizer, context):
+def tokenizer_files(tokenizer, context, chat=False):
     """{name: bytes}: tokenizer.json and tokenizer_config.json. Raises UserError for what they cannot hold.
+
+    chat: has the model learned our chat format? Then chat_template.jinja describes it. (Others have theirs.)
 
     The class is always PreTrainedTokenizerFast, which takes tokenizer.json as it is: those that are named after a model
     put a pre-tokenizer of their own in the place of the one written there.
@@ -34,6 +36,8 @@ def tokenizer_files(tokenizer, context):
         settings = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=end, model_max_length=context,
                         clean_up_tokenization_spaces=False)
         settings = {name: value for name, value in settings.items() if value is not None}
+        if chat:
+            files["chat_template.jinja"] = tokenizers.CHAT_TEMPLATE.encode()
     settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
     return {**files, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
 

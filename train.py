@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 import checks
 import dataset as datasets
+import lora
 import machine
 import prepare
 import runtime
@@ -82,6 +83,10 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # AdamW: memory of the gradient, about 1 / (1 - beta1) updates
     beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # longest gradient, the rest is scaled down; 0: no limit
+    # fine-tuning, which is init_from=RUN and the same loop
+    patience: int = 0  # end after so many validations in a row without a lower loss; 0: never before max_iters
+    lora_rank: int = 0  # train a correction of this rank to every matrix, and not the weights: see lora.py; 8 or 16
+    lora_alpha: float = 16.0  # how much the correction counts: it is multiplied by lora_alpha / lora_rank
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
@@ -134,16 +139,23 @@ def train(settings, given, processes, stop, folder):
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
     resumed = runtime.find_checkpoint(settings.init_from, out_dir)
-    start = None
+    start = base = None
     if resumed:
         checks.continue_run(resumed, settings, given, data, versions)
         row = last_row(os.path.join(out_dir, "log.jsonl"))
-        if resumed["step"] == row.get("step") == settings.max_iters and "val_loss" in row and not settings.eval_only:
+        if resumed["step"] == row.get("step") and "val_loss" in row and not settings.eval_only and (
+                row["step"] == settings.max_iters or 0 < settings.patience <= row.get("since_best", 0)):
             say(f"{out_dir} is finished: {row['step']} updates, validation loss {row['val_loss']:.4f}")
             say_next(out_dir, data)
             return 0
+        base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
+        start = runtime.read_base(base, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
         start = checks.load_start(settings, given, data)
+        base = runtime.name_base(settings.init_from, start) if settings.lora_rank else None
+    if settings.lora_rank and not start:
+        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
+                        "--init_from=RUN, or leave --lora_rank out")
     data.check(settings.block_size)
     checks.advise(settings, data)
     settings.vocab_size = settings.vocab_size or data.meta["vocab_size"]
@@ -155,13 +167,18 @@ def train(settings, given, processes, stop, folder):
     processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
     model = checks.build_model(settings)
-    if resumed or start:
-        runtime.load_weights(model, (resumed or start).pop("model"), out_dir if resumed else settings.init_from)
+    if start:
+        runtime.load_weights(model, start.pop("model"), settings.init_from)
+    weights, whole = model.n_params(), model.flops_per_token()  # of a token, where all weights are trained
+    if settings.lora_rank:
+        lora.add(model, settings.lora_rank, settings.lora_alpha)
+    if resumed:
+        runtime.load_weights(model, resumed.pop("model"), out_dir)
     model.to(device).train()
     optimizers = make_optimizers(model, settings, device)
     if folder.writes:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        folder.open(at, needed=10 * weights)  # three checkpoints of weights and two averages each, and best.pt
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        folder.open(at, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
 
     # ------------------------------------------------------------------------------------------------------------------
     # 3) The machine. What `auto` chooses is written into the run and used again when it is resumed.
@@ -185,18 +202,25 @@ def train(settings, given, processes, stop, folder):
     val_batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters * cut)
     tokens_per_step = micros * batch_size * settings.block_size
     flops_per_token = model.flops_per_token()
+
+    def epochs(updates):
+        return data.epochs(updates * micros * batch_size, settings.block_size)
+
     if chosen["compile"] == "auto":  # worth half a minute? Eager code reaches about 30% of the peak, compiled 40%
         seconds = settings.max_iters * tokens_per_step * flops_per_token / (0.3 * peak * processes.world)
         seconds = checks.seconds_of(settings.budget) if settings.budget else seconds
         chosen["compile"] = device != "mps" and seconds > 120
     say(f"data: {data_dir}, {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
-    say(f"model: {model.n_params():,} parameters: {model.config.n_layer} layers, {model.config.n_embd} wide, context "
+    say(f"model: {weights:,} parameters: {model.config.n_layer} layers, {model.config.n_embd} wide, context "
         f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{peak / 1e9:,.0f} GFLOP/s")
     say(f"update: {tokens_per_step:,} tokens = {micros} micro-batches of {batch_size} x {settings.block_size}"
-        + (f", {len(mine)} for each of {processes.world} processes" if processes.world > 1 else ""))
+        + (f", {len(mine)} for each of {processes.world} processes" if processes.world > 1 else "")
+        + ("" if settings.budget else f"; {settings.max_iters:,} updates = {epochs(settings.max_iters):.1f} epochs"))
     checks.say_memory(model, batch_size, dtype, device, settings, processes)
+    if settings.lora_rank:
+        checks.say_lora(model, settings, flops_per_token / whole)
 
     def batch(step, micro):
         return data.batch(settings.block_size, batch_size, settings.seed, step, micro, micros)
@@ -223,6 +247,11 @@ def train(settings, given, processes, stop, folder):
         model.train()
         return total / count
 
+    before = resumed.get("before") if resumed else None
+    if start and not resumed and not settings.eval_only:  # so that it can be seen what fine-tuning does
+        loss = validate()
+        before = dict(val_loss=loss, val_bpb=data.bits_per_byte(loss), text=sample(model, data, autocast, device))
+        say(f"before: validation loss {loss:.4f}, {before['val_bpb']:.4f} bits per byte")
     if chosen["compile"]:
         chosen["compile"] = machine.compile_model(model, settings.compile, lambda: loss_of(model, *batch(0, 0)))
     if settings.eval_only:
@@ -233,7 +262,8 @@ def train(settings, given, processes, stop, folder):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it. The first process writes it.
-    step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
+    step, row, train_seconds, wall_before, skipped, times = 0, None, 0.0, 0.0, 0, []
+    best_loss, best_step = math.inf, 0
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
@@ -244,14 +274,16 @@ def train(settings, given, processes, stop, folder):
     def header():
         return dict(versions=versions, chosen=chosen, settings=asdict(settings), data=data.meta)
 
+    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does it know a chat format?
+
     def wall_seconds():
         return wall_before + time.time() - PROCESS_START
 
     def save(name, **state):
         runtime.save_checkpoint(os.path.join(out_dir, name), dict(
-            format=1, step=step, model=model.state_dict(), settings=asdict(settings), chosen=chosen,
-            tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
-            data_sha256=data_sha256, versions=versions, **state))
+            format=1, step=step, model=runtime.learned(model), settings=asdict(settings), chosen=chosen,
+            tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"], data_sha256=data_sha256,
+            versions=versions, chat=chat, base=base, before=before, **state))
 
     def save_run():
         """All that the next update depends on."""
@@ -263,7 +295,7 @@ def train(settings, given, processes, stop, folder):
     if folder.writes:
         tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
         if resumed:
-            best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
+            best_loss, best_step = runtime.best_of(out_dir)  # it may be newer than the checkpoint
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
@@ -283,14 +315,21 @@ def train(settings, given, processes, stop, folder):
                     row["val_bpb"] = data.bits_per_byte(row["val_loss"])
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
-                        best_loss = row["val_loss"]
+                        best_loss, best_step = row["val_loss"], step
+                    row["since_best"] = processes.first(math.ceil((step - best_step) / settings.eval_interval))
                 if folder.writes and ("val_loss" in row or step % settings.log_interval == 0):
                     row["wall_seconds"] = wall_seconds()
                     log.write(row)
                     say(progress_line(row, settings.max_iters, flops_per_token / (peak * processes.world)))
                     if wandb:
                         wandb.log(row, step=step)
-            if last:
+            stuck = step > 0 and 0 < settings.patience <= row.get("since_best", 0)
+            if stuck and not last:
+                say(f"patience={settings.patience}: the validation loss has not been lower for {row['since_best']} "
+                    f"validations; it was {best_loss:.4f} after {best_step} updates")
+                if folder.writes:
+                    save_run()
+            if last or stuck:
                 break
             measured = step >= max(1, min(10, settings.warmup_iters)) and times
             if settings.budget and "max_iters" not in chosen and measured:
@@ -302,17 +341,21 @@ def train(settings, given, processes, stop, folder):
                     left, settings, val_batches / micros, took)
                 if folder.writes:
                     log.rewrite(header())
-                say(f"budget: enough for {settings.max_iters:,} updates; to repeat this run without the clock: "
-                    f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
+                say(f"budget: enough for {settings.max_iters:,} updates = {epochs(settings.max_iters):.1f} epochs; to "
+                    f"repeat this run without the clock: --max_iters={settings.max_iters} "
+                    f"--compile={str(chosen['compile']).lower()}")
 
             # b) One update: in which direction, how far, and the move.
+            #    Every target counts the same, whichever micro-batch and process it is in: their number is known first.
             started = time.perf_counter()
-            loss = 0.0
-            for micro in mine:
+            loss, batches = 0.0, [batch(step, micro) for micro in mine]
+            counts = [int((targets >= 0).sum()) for _, targets in batches]
+            mean_count = max(1, processes.sum(sum(counts))[0]) / processes.world  # (backward averages over processes)
+            for micro, count, (idx, targets) in zip(mine, counts, batches):
                 check_stop()
                 torch.manual_seed(datasets.fold("dropout", settings.seed, step, micro))  # the same masks after a resume
                 with processes.keep(wrapped, last=micro == mine[-1]):
-                    part = loss_of(wrapped, *batch(step, micro)) / len(mine)
+                    part = loss_of(wrapped, idx, targets) * (count / mean_count)
                     scaler.scale(part).backward()  # adds to the gradients of the micro-batches before: a mean over all
                 loss += part.item()
             loss = processes.sum(loss)[0] / processes.world
@@ -335,8 +378,7 @@ def train(settings, given, processes, stop, folder):
             seconds = time.perf_counter() - started
             train_seconds += seconds
             times = times[-9:] + [seconds]
-            row = dict(step=step, tokens=step * tokens_per_step,
-                       epoch=step * tokens_per_step / data.meta["train"]["tokens"], train_seconds=train_seconds,
+            row = dict(step=step, tokens=step * tokens_per_step, epoch=epochs(step), train_seconds=train_seconds,
                        wall_seconds=wall_seconds(), loss=loss, lr=settings.learning_rate * factor,
                        grad_norm=-1.0 if skipped else norm,  # (JSON has no infinity)
                        tokens_per_second=tokens_per_step / seconds, memory=machine.peak_memory(device))
@@ -365,13 +407,19 @@ def train(settings, given, processes, stop, folder):
         return 0
     # Which Python it was that the model has read: losses can be compared on the same text only.
     corpus = next((f" ({source})" for source in data.meta["source"] if source.startswith("stdlib")), "")
-    say(f"\nfinished: {step} updates in {train_seconds:.0f} s of training, {wall_seconds():.0f} s in all; validation "
-        f"loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
-    model, tokenizer, best = runtime.load_run(out_dir, device=device)
-    best_loss = best.get("val_loss", row["val_loss"])
-    say(f"{best['path']}: validation loss {best_loss:.4f} after {best['step']} updates; this is what sample.py reads, "
-        "and what writes here:\n")
-    print_sample(model, tokenizer, autocast, device)
+    say(f"\nfinished: {step} updates = {epochs(step):.1f} epochs in {train_seconds:.0f} s of training, "
+        f"{wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; validation loss {row['val_loss']:.4f}, "
+        f"{row['val_bpb']:.4f} bits per byte{corpus}")
+    model, _, best = runtime.load_run(out_dir, device=device)
+    best = dict(val_loss=row["val_loss"], val_bpb=row["val_bpb"]) | best
+    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} updates; this is what sample.py "
+        "reads, and what writes here:\n")
+    if before:
+        say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
+            f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
+    print(sample(model, data, autocast, device, fresh=before is None), flush=True)
+    if before and best["val_loss"] >= before["val_loss"]:
+        warn("nothing was gained, the held-out text was easier for it before: a lower --learning_rate, or more text")
     say_next(out_dir, data)
     return 0
 
@@ -388,8 +436,9 @@ def make_optimizers(model, settings, device):
     def for_muon(name, p):
         return settings.optimizer == "muon" and p.dim() == 2 and ".h." in name
 
-    inside = [p for name, p in model.named_parameters() if for_muon(name, p)]
-    outside = [p for name, p in model.named_parameters() if not for_muon(name, p)]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inside = [p for name, p in trained if for_muon(name, p)]
+    outside = [p for name, p in trained if not for_muon(name, p)]
     groups = [dict(params=[p for p in outside if p.dim() == 2], weight_decay=settings.weight_decay),
               dict(params=[p for p in outside if p.dim() == 1], weight_decay=0.0)]
     betas = settings.beta1, settings.beta2
@@ -438,23 +487,27 @@ def saved(must, save, *args, **kw):
         return False
 
 
-def print_sample(model, tokenizer, autocast, device, n=200):
-    """What the model writes by itself, from the end-of-text token on; the text alone goes to standard output."""
+def sample(model, data, autocast, device, fresh=False):
+    """What the model writes: an answer to the first held-out question; of a text, how the held-out side goes on after
+    its first words, or, fresh, what comes after nothing but the end-of-text token."""
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
-    model.eval()
+    tokenizer, ids = tokenizers.load_from(data.folder), []
+    prompt, ends = data.prompt(model.config.block_size, nothing=fresh), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
-    ids, start = [], tokenizer.special[tokenizers.END_OF_TEXT]
+    model.eval()
     with autocast:
-        for token in model.generate(torch.tensor([[start]], device=device), n, pick):
-            if token.item() == start:
+        for token in model.generate(torch.tensor([prompt], device=device), 200 if fresh else 100, pick):
+            if token.item() in ends:
                 break
             ids.append(token.item())
-    print(tokenizer.decode(ids), flush=True)
+    model.train()
+    return tokenizer.decode(prompt) + (" -> " if data.chat else "") + tokenizer.decode(ids)
 
 
 def say_next(out_dir, data):
-    prompt = " --prompt='def'" if any(source.startswith("stdlib") for source in data.meta["source"]) else ""
+    stdlib = any(source.startswith("stdlib") for source in data.meta["source"])
+    prompt = " --chat" if data.chat else " --prompt='def'" if stdlib else ""
     say(f"\nnext: python sample.py {out_dir}{prompt}\n      python sample.py --help")
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What several test files share: a place to work in, a small text, a trained tiny run, and how an error is provoked."""
 import contextlib
+import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -80,6 +82,48 @@ def nasty(n, seed=0):
         yield "".join(rng.choice(bits if rng.random() < 0.8 else others) for _ in range(rng.randrange(14)))
 
 
+def turns(*texts, system=None):
+    """Messages of a user and an assistant in turn."""
+    first = [] if system is None else [dict(role="system", content=system)]
+    return first + [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+
+
+def talks(n, seed=0):
+    """n different conversations of `words`, with answers of very uneven length; some have two answers."""
+    rng, found = random.Random(seed), {}
+    subjects, verbs = ["the cat", "a dog", "my friend", "the old man"], ["sees", "likes", "hears", "finds"]
+    while len(found) < n:
+        texts = []
+        for _ in range(rng.choice((1, 1, 2))):
+            asked = [f"{rng.choice(subjects)} {rng.choice(verbs)}" for _ in range(rng.choice((1, 1, 3)))]
+            texts += [" ".join(asked), " ".join(rng.choices(subjects, k=rng.choice((1, 1, 2, 6))))]
+        found[tuple(texts)] = turns(*texts)
+    return list(found.values())
+
+
+def write_talks(path, talks):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dict(messages=messages)) + "\n" for messages in talks)
+
+
+def check_conversation(tokenizer, messages, end):
+    """Is what `conversation` gives right? In front of every answer is the prompt that asks for it; learned are the
+    answers with the end token behind them, and nothing else. Returns the ids of each."""
+    ids, mask = tokenizer.conversation(messages)
+    assert len(ids) == len(mask) and set(mask) <= {0, 1} and all(type(i) is int for i in ids)
+    learned, answers = 0, []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and message["content"]:
+            prompt = tokenizer.chat(messages[:i])
+            assert ids[:len(prompt)] == prompt and mask[:len(prompt)].count(1) == learned
+            n = ids.index(end, len(prompt)) + 1 - len(prompt)
+            assert mask[len(prompt):len(prompt) + n] == [1] * n
+            answers.append(ids[len(prompt):len(prompt) + n])
+            learned += n
+    assert mask.count(1) == learned
+    return answers
+
+
 def prepare_words(folder):
     """data/words in a folder: 20,000 characters of `words`, with a token for each."""
     with contextlib.chdir(folder):
@@ -107,6 +151,14 @@ def gpt2(tmp_path_factory):
     if done.returncode:
         pytest.skip("GPT-2's vocabulary cannot be fetched here")
     return str(cache)
+
+
+def chat_run(tiny_run, path):
+    """tiny_run's model as a run that is said to know the chat format (it has not learned it)."""
+    import runtime
+    shutil.copytree(tiny_run / "out/words", path)
+    for file in path.glob("*.pt"):
+        runtime.save_checkpoint(str(file), {**runtime.load_checkpoint(str(file)), "chat": True})
 
 
 @pytest.fixture(scope="session")

@@ -274,7 +274,7 @@ def note_windows():
         with open(f"windows.{me()}", "a", encoding="utf-8") as file:
             file.write(json.dumps([args[3], sorted(found.tolist())]) + "\n")
         return found
-    calls(datasets.Dataset, "starts", act)
+    calls(datasets.Dataset, "spans", act)
 
 
 def slow_steps(seconds):

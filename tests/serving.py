@@ -37,7 +37,7 @@ END = 256  # the id of END_OF_TEXT
 KEY = "sesame-0123456789"
 SECRET = "/secret/place"  # where the run is said to lie: no answer may tell
 RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words", f"{SECRET}/notes.txt?token=secret"],
-       "val_loss": 2.5, "tokenizer_sha256": "ab" * 32}
+       "val_loss": 2.5, "tokenizer_sha256": "ab" * 32, "chat": True}
 SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=2, body_timeout=2)
 
 os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one
@@ -51,9 +51,9 @@ class ByteTokenizer:
 
     kind, special = "bytes", {END_OF_TEXT: END}
 
-    def __init__(self, words=(), template="{role}: {content}"):
+    def __init__(self, words=()):
         self.bytes = [*(bytes([i]) for i in range(256)), b"", *words]
-        self.vocab_size, self.template = len(self.bytes), template
+        self.vocab_size = len(self.bytes)
 
     def encode(self, text):
         return list(text.encode())
@@ -65,7 +65,7 @@ class ByteTokenizer:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def chat(self, messages, answer=True):
-        lines = [self.template.format(**message) + "\n" for message in messages]
+        lines = ["{role}: {content}\n".format(**message) for message in messages]
         return self.encode("".join(lines) + "assistant: " * answer)
 
 
@@ -417,13 +417,13 @@ def settings(**changes):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer=None, load=None, key=None, **changes):
+def serving(model, tokenizer=None, load=None, key=None, run=RUN, **changes):
     """A server in this process; the client to it. load: instead of giving out the model at once."""
     threads = torch.get_num_threads()
 
     def at_once():
         torch.set_num_threads(1)  # of the engine's: several would wait for each other, for seconds where cores are busy
-        return model, tokenizer or ByteTokenizer(), dict(RUN)
+        return model, tokenizer or ByteTokenizer(), dict(run)
     server = serve.Server(settings(**changes), load or at_once)
     server.start()
     client = Client(server.port, server, model, key)

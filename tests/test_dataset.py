@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import error, words
+from conftest import error, talks, words, write_talks
 
 import dataset as datasets
 import prepare
@@ -180,3 +180,129 @@ def test_inspect_finds_every_damage(prepared, monkeypatch, damage, named, large)
 def test_inspect_wants_a_folder(here):
     assert "--inspect wants one folder" in error(prepare.main, "--inspect")[0]
     assert "no prepared data in nowhere" in error(prepare.main, "--inspect", "nowhere")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+@pytest.fixture
+def chat(here):
+    """Sixty conversations of 12 to 120 tokens."""
+    write_talks("talk.jsonl", talks(60))
+    prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--val_fraction=0.2"])
+    return datasets.Dataset.open("data/talk")
+
+
+def conversations(data, side):
+    """[(where it begins, where it ends)], and the mask of the side, from the files alone."""
+    ids = np.fromfile(f"{data.folder}/{side}.bin", np.uint16)
+    borders = [*np.flatnonzero(ids == data.meta["special"]["<|endoftext|>"]).tolist(), len(ids)]
+    return [(a + 1, b) for a, b in zip(borders, borders[1:])], np.fromfile(f"{data.folder}/{side}.mask.bin", np.uint8)
+
+
+@pytest.mark.parametrize("T", [40, 64, 200, 5000])
+def test_a_window_is_whole_conversations_or_a_part_of_one(chat, T):
+    found, mask = conversations(chat, "train")
+    first, past = zip(*found)
+    spans = chat.layout("train", T)
+    for start, end, n in spans.tolist():
+        i, j = first.index(start), np.searchsorted(past, end, side="right")
+        assert end == past[j - 1] or (end - start == T + 1 and j == i)  # whole ones, or the beginning of a long one
+        assert j == len(past) or past[j] - start > T + 1  # no more would have fitted
+        assert n == mask[start + 1:end].sum() > 0
+    assert (spans[1:, 0] >= spans[:-1, 1]).all() and len(spans) > 1 or T == 5000
+    assert chat.epochs(3 * len(spans), T) == 3 and chat.windows(T) == len(spans)
+
+
+@pytest.mark.parametrize("T", [40, 64, 5000])
+def test_an_epoch_teaches_every_answer_once_and_nothing_else(chat, T):
+    found, mask = conversations(chat, "train")
+    ids, due = np.fromfile("data/talk/train.bin", np.uint16), np.zeros(len(mask), int)
+    for start, end in found:
+        due[start:min(end, start + T + 1)] = mask[start:min(end, start + T + 1)]  # a long one is cut
+    n = chat.windows(T)
+    for epoch in range(2):
+        seen = np.zeros(len(mask), int)
+        for step in range(epoch * n, epoch * n + n):
+            (start, end), = chat.spans(T, 1, 7, step).tolist()
+            (idx,), (targets,) = (rows.numpy() for rows in chat.batch(T, 1, 7, step))
+            assert np.array_equal(idx[:end - start - 1], ids[start:end - 1]) and not idx[end - start - 1:].any()
+            at = np.flatnonzero(targets >= 0)
+            assert np.array_equal(targets[at], ids[start + 1 + at])
+            seen[start + 1 + at] += 1
+        assert np.array_equal(seen, due) and due.sum() > 300
+    # The same of the held-out side, which is read in its order.
+    found, mask = conversations(chat, "val")
+    ids = np.fromfile("data/talk/val.bin", np.uint16)
+    due = [ids[i] for start, end in found for i in range(start, min(end, start + T + 1)) if mask[i]]
+    batches = [chat.val_batch(i, T, 3)[1] for i in range(chat.n_val_batches(T, 3))]
+    assert torch.cat(batches).flatten()[torch.cat(batches).flatten() >= 0].tolist() == due
+    count = datasets.validation_sums(lambda *_: 1.0, chat, T, 3, len(batches))[1]
+    assert count == len(due) and (T < 5000 or count == chat.meta["val"]["trained"])
+
+
+def test_windows_of_conversations_are_the_same_after_a_resume(chat):
+    due = [chat.batch(64, 4, 7, step) for step in range(9)]
+    again = datasets.Dataset.open("data/talk")
+    again.val_batch(0, 32, 2), again.batch(200, 4, 7, 3)
+    for step in (8, 5):
+        assert all(torch.equal(a, b) for a, b in zip(due[step], again.batch(64, 4, 7, step)))
+    parts = [again.batch(64, 1, 7, 5, micro, micros=4) for micro in range(4)]
+    assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(zip(*parts), due[5]))
+
+
+def test_bits_per_byte_of_conversations_are_those_of_the_answers(chat):
+    text = "".join(m["content"] for messages in talks(60) for m in messages if m["role"] == "assistant")
+    assert sum(chat.meta[side]["trained_bytes"] for side in ("train", "val")) == len(text)
+    val = chat.meta["val"]
+    assert chat.bits_per_byte(math.log(2)) == pytest.approx(val["trained"] / val["trained_bytes"])
+
+
+def test_a_prompt_ends_where_the_assistant_answers(chat):
+    tokenizer = chat.check_tokenizer()
+    start, _ = conversations(chat, "val")[0][0]
+    ids = chat.prompt(64)
+    assert ids == chat.tokens("val", start, len(ids)).tolist() and ids[-1] == tokenizer.special["<|assistant|>"]
+    assert len(ids) == 2 + len(tokenizer.decode(ids)) + 1
+
+
+def test_a_context_that_cuts_all_answers_is_refused(chat):
+    chat.check(40)
+    fact, fix = error(lambda _: chat.check(8))
+    assert "block_size=8 cuts every conversation of data/talk/train.bin off" in fact
+    assert fix == "--block_size=16 or more"
+
+
+@pytest.mark.parametrize("damage, named", [
+    ("bit", "has the checksum"), ("move", "has the checksum"), ("short", "bytes, but meta.json says"),
+    ("gone", "has 0 bytes"), ("trained", " trained, but meta.json"), ("trained_bytes", "trained_bytes, but meta.json")])
+@pytest.mark.parametrize("large", [False, True])
+def test_inspect_finds_a_damaged_mask(chat, here, monkeypatch, damage, named, large):
+    if large:  # too large to be hashed whenever it is opened
+        monkeypatch.setattr(datasets, "HASHED_BYTES", 0)
+    path = here / "data/talk/train.mask.bin"
+    raw = bytearray(path.read_bytes())
+    if damage == "bit":
+        raw[100] ^= 1
+    elif damage == "move":  # another token is learned: no count tells
+        a, b = raw.index(1), raw.index(0, raw.index(1))
+        raw[a], raw[b + 2] = 0, 1
+    elif damage == "short":
+        raw.pop()
+    path.write_bytes(raw)
+    if damage == "gone":
+        path.unlink()
+    if damage.startswith("trained"):
+        meta = json.loads((here / "data/talk/meta.json").read_text())
+        meta["train"][damage] -= 1
+        (here / "data/talk/meta.json").write_text(json.dumps(meta))
+    assert named in error(prepare.main, "--inspect", "data/talk")[0]
+
+
+@pytest.mark.parametrize("change", [dict(trained=0), dict(trained_bytes="9"), dict(mask_sha256=None)])
+def test_counts_of_a_mask_that_were_edited_are_refused(chat, here, change):
+    path = here / "data/talk/meta.json"
+    meta = json.loads(path.read_text())
+    meta["val"] |= change
+    path.write_text(json.dumps(meta))
+    assert "data/talk/meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/talk"))[0]

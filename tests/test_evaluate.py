@@ -15,7 +15,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, error, random_model, words
+from conftest import FAMILIES, chat_run, error, random_model, words
 from test_processes import free_port
 from test_runtime import nanogpt
 
@@ -409,9 +409,24 @@ def test_a_chat_in_a_models_own_format(here):
     assert list(grading.choice_ids(items[0], items[1:], tokenizer, chat=True)) == [(asked + [97], 1), (asked + [98], 1)]
     model = random_model(vocab_size=259, block_size=150)
     for chat in (True, False):
-        settings = evaluate.EvaluateConfig(chat=chat)
-        found = evaluate.run_task(engine.Engine(model, tokenizer, 2), items, [[], []], settings, ONE, "x")
+        settings = evaluate.EvaluateConfig()
+        found = evaluate.run_task(engine.Engine(model, tokenizer, 2), items, [[], []], settings, ONE, "x", chat)
         assert found["chat"] == chat and ("assistant" in found["items"][0]["prompt"]) == chat
+
+
+def test_a_chat_in_our_format(place, tiny_run, capsys):
+    chat_run(tiny_run, place / "chat")
+    model, tokenizer, _ = runtime.load_run("chat")
+    asked = task("x.jsonl", dict(prompt="my", choices=["a cat", "a dog"], answer=0))
+    for argv, due in ((["--chat"], True), ([], False)):
+        found = evaluated("chat", asked, "--samples=0", "--data=none", *argv)["models"][0]["tasks"]["x"]
+        assert found["chat"] is due and "no chat format" not in capsys.readouterr().err
+        ids = tokenizer.chat([dict(role="user", content="my")]) if due else tokenizer.encode("my")
+        choice = tokenizer.encode("a dog" if due else " a dog")
+        with torch.no_grad():
+            rows = model(torch.tensor([ids + choice]))[0].log_softmax(-1)
+        logprob = sum(rows[len(ids) - 1 + i, token].item() for i, token in enumerate(choice))
+        assert found["items"][0]["logprobs"][1] == pytest.approx(logprob, abs=1e-3)
 
 
 def test_votes(place):

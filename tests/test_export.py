@@ -13,7 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, error, random_model, script
+from conftest import FAMILIES, ROOT, chat_run, error, random_model, script, turns
 
 import export
 import huggingface
@@ -119,7 +119,7 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
         assert "the" + tokenizer.decode(ids.tolist()) == text, name
     card = (out / "README.md").read_text(encoding="utf-8")
     inner = (out / "hf/README.md").read_text(encoding="utf-8")
-    assert inner.startswith("---\n") and "model.pt2" not in inner.split("## Use")[1]
+    assert inner.startswith("---\n") and "model.pt2" not in inner.split("## Use")[1] and "chat" not in card
     for fact in (f"{model.n_params():,}", "2 layers, 32 wide", "words.txt", f"{run['val_loss']:.4f} nats per token",
                  f"{run['val_bpb']:.4f} bits per byte", f"{40 * 4 * 32:,} in 40 updates"):
         assert fact in card, fact
@@ -284,6 +284,18 @@ def save_run(folder, tiny_run, spoil=0.1, **shape):
     settings = {**run["settings"], **vars(model.config)}
     runtime.save_checkpoint(f"{folder}/best.pt", {**run, "settings": settings, "model": model.state_dict()})
     shutil.copytree(tiny_run / "out/words/tokenizer", f"{folder}/tokenizer")
+
+
+def test_a_chat_model_stays_one(tiny_run, here):
+    """Out, and out again from there; the card tells how to talk to it."""
+    chat_run(tiny_run, here / "chat")
+    for run, out in ("chat", "a"), ("a/hf", "b"):
+        assert export.main([run, "--format=hf", f"--out={out}"]) == 0
+        checkpoint, tokenizer = runtime.read_run(f"{out}/hf")
+        assert checkpoint["chat"] is True and checkpoint["generation"]["eos_token_id"] == [0, 4]
+        assert (here / out / "hf/chat_template.jinja").read_text() == tokenizers.CHAT_TEMPLATE
+        assert "apply_chat_template" in (here / out / "hf/README.md").read_text()
+        assert tokenizer.chat(turns("a dog"))[-2:] == [tokenizer.special["<|end|>"], tokenizer.special["<|assistant|>"]]
 
 
 def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):

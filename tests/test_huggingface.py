@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, error, nasty, random_model, script, words
+from conftest import FAMILIES, ROOT, error, nasty, random_model, script, turns, words
 
 import bytebpe
 import huggingface
@@ -250,10 +250,11 @@ def small_folder(path, **shape):
 
 def test_chat(here, capsys, monkeypatch):
     """--chat speaks the folder's own format, remembers what was said, and stops at its end-of-turn token."""
-    _, tokenizer = small_folder(here / "model", tie_weights=False, bias=True)
+    _, tokenizer = small_folder(here / "model", tie_weights=False, bias=True, block_size=128)
     (here / "model/chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}<assistant>")
     edit(here / "model/tokenizer_config.json", eos_token="<|im_end|>")
+    assert runtime.read_run("model")[0]["chat"] is True
     assert sample.main(["model", "--chat", "--prompt=the", "--temperature=0", "--max_new_tokens=5"]) is None
     assert "[5 tokens" in capsys.readouterr().err
     tensors = tensors_of("model")
@@ -277,7 +278,42 @@ def test_chat(here, capsys, monkeypatch):
                     + tokenizer.encode("<assistant>")]
     monkeypatch.undo()
     folder_of(here / "plain")
+    assert runtime.read_run(str(here / "plain"))[0]["chat"] is False
     assert "plain has no chat format" in error(sample.main, here / "plain", "--chat", "--prompt=x")[0]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "unigram"])
+def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
+    """transformers makes the same prompts and stops where an answer ends; read back, it is a chat model still."""
+    tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
+    end, size = tokenizer.special["<|end|>"], dict(vocab_size=tokenizer.vocab_size, block_size=64)
+    model = random_model(**size, tie_weights=False, bias=True)
+    for name, chat in ("chat", True), ("text", False):
+        huggingface.write(name, model, tokenizer, chat=chat)
+        checkpoint, again = runtime.read_run(name)
+        assert checkpoint["chat"] is chat and again.chat(turns("a")) == tokenizer.chat(turns("a"))
+        assert (here / name / "chat_template.jinja").exists() is chat
+        assert checkpoint["generation"]["eos_token_id"] == ([tokenizer.special["<|endoftext|>"], end] if chat else
+                                                            tokenizer.special["<|endoftext|>"])
+    theirs = transformers.AutoTokenizer.from_pretrained("chat")
+    for texts in zip(TEXTS[::40], TEXTS[7::40], TEXTS[11::40]):
+        for talk, answer in ((turns(*texts), True), (turns(*texts, "", system=texts[0]), False), (turns(" \n "), True)):
+            due = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
+            assert tokenizer.chat(talk, answer) == due, talk
+    with pytest.raises(Exception, match="the roles are system, user and assistant"):
+        theirs.apply_chat_template([dict(role="tool", content="x")])
+
+    weights = model.state_dict()
+    weights["transformer.ln_f.weight"].zero_()  # a model that says nothing but <|end|>
+    weights["transformer.ln_f.bias"].fill_(1.0)
+    weights["lm_head.weight"].zero_()[end] = 1.0
+    huggingface.write("chat", model, tokenizer, chat=True)
+    ids = torch.tensor([tokenizer.chat(turns("a"))])
+    speaker = transformers.AutoModelForCausalLM.from_pretrained("chat")
+    assert speaker.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)[0].tolist() == [*ids[0], end]
+    sample.main(["chat", "--chat", "--prompt=a", "--temperature=0"])
+    found = capsys.readouterr()
+    assert found.out == "\n" and "[1 tokens" in found.err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

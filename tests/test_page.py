@@ -44,10 +44,10 @@ class Torn(ScriptModel):
 
 
 @contextlib.contextmanager
-def serve_torn(run=RUN, wait=None, tokenizer=None, **settings):
+def serve_torn(run=RUN, wait=None, **settings):
     """A server of a Torn model. wait: what happens before it is loaded."""
     model = Torn()
-    with serving(model, load=lambda: (wait and wait(), model, tokenizer or ByteTokenizer(), dict(run))[1:],
+    with serving(model, load=lambda: (wait and wait(), model, ByteTokenizer(), dict(run))[1:],
                  **settings) as client:
         assert wait or until(lambda: client.server.state == "ok", 20)
         yield client
@@ -318,7 +318,7 @@ def test_chat(page, model, browser):
 
 
 def test_no_chat_without_a_format(visit, browser):
-    with serve_torn(tokenizer=ByteTokenizer(template="")) as client:
+    with serve_torn(RUN | {"chat": False}) as client:
         page = visit(client.port)
         page.says("Ready")
         assert not page.element("tabs").is_displayed() and page.element("text").is_displayed()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Data: what is written, how it is split, how it is read back, and what people get wrong."""
 import gzip
+import hashlib
+import io
 import json
 import random
 
 import numpy as np
 import pytest
-from conftest import ROOT, error, words
+from conftest import ROOT, error, talks, turns, words, write_talks
 
 import bench
 import dataset as datasets
@@ -281,3 +283,130 @@ def test_a_space_that_is_rare_comes_back(here, kind):
     prepare.main(["zh.txt", f"--tokenizer={kind}", "--character_coverage=0.9995", "--vocab_size=300"])
     assert "".join(read(here / "data/zh", "train") + read(here / "data/zh", "val")).endswith("a b")
     prepare.main(["--inspect", "data/zh"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+CHAT = ["--format=chat", "--tokenizer=char"]
+
+
+def read_chats(folder, side):
+    """[(ids, mask)] of each conversation, from the files alone, which are held against meta.json."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    raw = (folder / f"{side}.mask.bin").read_bytes()
+    ids, mask, end = np.fromfile(folder / f"{side}.bin", np.uint16), np.frombuffer(raw, np.uint8), meta["special"]
+    due, tokenizer, borders = meta[side], tokenizers.load(folder / "tokenizer"), ids == end["<|endoftext|>"]
+    assert meta["chat"] is True and len(ids) == len(mask) == due["tokens"] and set(mask.tolist()) == {0, 1}
+    assert due["mask_sha256"] == hashlib.sha256(raw).hexdigest() and due["trained"] == mask.sum()
+    assert due["trained_bytes"] == sum(len(tokenizer.token_bytes(i)) for i in ids[mask == 1].tolist())
+    assert borders[0] and borders.sum() == due["documents"] and not mask[borders].any()
+    at = np.flatnonzero(borders)[1:]
+    return [(a[1:].tolist(), b[1:].tolist()) for a, b in zip(np.split(ids, at), np.split(mask, at))]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("n", [2, 12, 230])
+def test_conversations_are_held_out_whole(here, n, kind):
+    """However few there are; and the mask is what the tokenizer says."""
+    write_talks("talk.jsonl", talks(n))
+    prepare.main(["talk.jsonl", "--format=chat", f"--tokenizer={kind}", "--vocab_size=320", "--num_proc=2"])
+    tokenizer = tokenizers.load(here / "data/talk/tokenizer")
+    sides = [read_chats(here / "data/talk", side) for side in ("train", "val")]
+    assert sorted(sides[0] + sides[1]) == sorted(tokenizer.conversation(messages) for messages in talks(n))
+    assert 1 <= len(sides[1]) <= max(1, n // 10)
+    meta = json.loads((here / "data/talk/meta.json").read_text())
+    said = sum(len(message["content"]) for messages in talks(n) for message in messages)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == said + sum(len(messages) - 1 for messages in talks(n))
+
+
+def test_one_conversation_beside_those_with_sides_of_their_own(here, monkeypatch):
+    """Neither cut nor on both sides."""
+    mine = [dict(role="user", content="and you?"), dict(role="assistant", content="I am here.")]
+    rows = [prepare.chats.in_memory(f"{i}", f"{i}", side, mine) for i, side in enumerate([True, False, None])]
+    monkeypatch.setattr(prepare.chats, "conversations", lambda sources: iter(rows))
+    plan = prepare.make_plan([], prepare.PrepareConfig(format="chat"))
+    assert plan.fate.tolist() == [prepare.VAL, prepare.TRAIN, prepare.TRAIN]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_an_example_shows_what_is_learned(here, capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    write_talks("talk.jsonl", [turns("silent"), turns("a", "", "b", "c", system="be kind"), *talks(5)])
+    prepare.main(["talk.jsonl", *CHAT, "--val_fraction=0.0001"])
+    due = "<|system|>be kind<|end|><|user|>a<|end|><|assistant|><|end|><|user|>b<|end|><|assistant|>>>>c<|end|><<<\n"
+    assert f"one of them:\n{due}(learned: what stands between >>> and <<<)\n" in capsys.readouterr().err
+    data = datasets.Dataset.open("data/talk")
+    shown = datasets.example(data, data.check_tokenizer(), Terminal())
+    assert "<|assistant|>\x1b[0m" in shown and shown.startswith("\x1b[90m<|") and "<|end|>\n(grey: read, not" in shown
+    assert ">>>" not in shown
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in datasets.example(data, data.check_tokenizer(), Terminal())
+    capsys.readouterr()
+    prepare.main(["--inspect", "data/talk"])
+    shown = capsys.readouterr()
+    assert f"{data.meta['train']['trained']} to be learned: as meta.json says" in shown.err and ">>>" in shown.out
+
+
+def test_conversations_without_an_answer_stay_and_are_named(here, capsys):
+    rows = talks(40)
+    rows[3:3], rows[9:9] = [turns("a cat")], [turns("the man", "")]
+    write_talks("talk.jsonl", rows)
+    prepare.main(["talk.jsonl", *CHAT])
+    meta = json.loads((here / "data/talk/meta.json").read_text())
+    due = "in 2 of them the assistant says nothing to learn from: talk.jsonl, line 4, ..."
+    assert due in capsys.readouterr().err and due in meta["report"]
+    silent = [mask for side in ("train", "val") for _, mask in read_chats(here / "data/talk", side) if not any(mask)]
+    assert len(silent) == 2 and meta["train"]["documents"] + meta["val"]["documents"] == 42
+    write_talks("other.jsonl", rows[:8])
+    prepare.main(["other.jsonl", *CHAT])
+    assert "in 1 of them the assistant says nothing to learn from: other.jsonl, line 4\n" in capsys.readouterr().err
+
+
+def test_what_people_get_wrong_with_conversations(here):
+    write_talks("talk.jsonl", talks(20))
+    prepare.main(["talk.jsonl", *CHAT, "--out=base"])
+    write_talks("bad.jsonl", [*talks(2), turns("a cat", "Zebra"), *talks(3, seed=1)])
+    fact, fix = error(prepare.main, "bad.jsonl", "--format=chat", "--tokenizer=base")
+    assert fact.startswith("bad.jsonl, line 3: the character 'Z' (U+005A)") and "--tokenizer=bpe" in fix
+    (here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 7}\n')
+    assert "rows.jsonl, line 2" in error(prepare.main, "rows.jsonl", *CHAT)[0]
+    for argv in (["shakespeare"], ["talk.jsonl", "squad"]):
+        fact, fix = error(prepare.main, *argv, *CHAT)
+        assert f"{argv[-1]} is text, not conversations" in fact and "--format=chat" in fix
+    write_talks("one.jsonl", talks(1) * 2)
+    for kind in ("char", "bpe"):
+        argv = ["one.jsonl", "--format=chat", f"--tokenizer={kind}"]
+        assert "1 conversation is too few" in error(prepare.main, *argv)[0]
+    for texts in (["a"], ["a", ""]), (["a", ""], ["b", "c"]):
+        write_talks("two.jsonl", [turns(*one) for one in texts])
+        fact, _ = error(prepare.main, "two.jsonl", *CHAT)
+        assert "in none of the 1 conversations of the side " in fact and "does the assistant say anything" in fact
+    assert "'chats' is not text or chat" in error(prepare.main, "talk.jsonl", "--format=chats")[0]
+    assert not list(here.glob("data/*"))
+
+
+def test_the_number_of_threads_changes_no_mask(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 1000)
+    write_talks("talk.jsonl", talks(150))
+    made = []
+    for threads in (1, 3):
+        prepare.main(["talk.jsonl", *CHAT, f"--num_proc={threads}"])
+        made.append({path.name: path.read_bytes() for path in (here / "data/talk").rglob("*") if path.is_file()})
+    assert made[0] == made[1] and {"train.mask.bin", "val.mask.bin"} < made[0].keys()
+
+
+def test_texts_have_no_masks(here):
+    (here / "a.txt").write_text(words(1000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    meta = json.loads((here / "data/a/meta.json").read_text())
+    assert "chat" not in meta and "trained" not in meta["train"] and not list(here.rglob("*.mask.bin"))
+    write_talks("a.jsonl", talks(9))
+    prepare.main(["a.jsonl", *CHAT, "--out=data/a"])  # in its place
+    assert len(list(here.rglob("*.mask.bin"))) == 2
+    prepare.main(["a.txt", "--tokenizer=char"])
+    assert not list(here.rglob("*.mask.bin"))

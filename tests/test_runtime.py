@@ -4,7 +4,7 @@ import os
 import pickle
 
 import torch
-from conftest import error, prepare_words, random_model
+from conftest import chat_run, error, prepare_words, random_model
 
 import machine
 import runtime
@@ -128,6 +128,15 @@ def test_weights_that_do_not_fit_are_named():
     assert "no transformer.h.1.mlp.c_fc.weight" in error(lambda _: runtime.load_weights(model, weights, "x.pt"))[0]
 
 
+def test_a_run_knows_whether_it_can_chat(tiny_run, here):
+    """All our tokenizers can; what a checkpoint says counts. (Hugging Face folders are in test_huggingface.py.)"""
+    run = str(tiny_run / "out/words")
+    assert runtime.load_run(run)[2]["chat"] is False
+    chat_run(tiny_run, here / "chat")
+    for path in ("chat", "chat/best.pt", "chat/ckpt_00000040.pt"):
+        assert runtime.load_run(path)[2]["chat"] is True
+
+
 def test_one_place_reads_checkpoints():
     from conftest import ROOT
     for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py")]:
@@ -171,7 +180,7 @@ def test_nanogpts_checkpoint(here, capsys):
     idx = torch.randint(len(characters), (2, 24))
     with torch.no_grad():
         assert torch.equal(model(idx), loaded(idx))
-    assert run["step"] == 7 and run["source"] == ["shakespeare_char"]
+    assert run["step"] == 7 and run["source"] == ["shakespeare_char"] and run["chat"] is False
     assert tokenizer.encode("\n a!") == [0, 1, 3, 2] and tokenizer.decode([3, 4]) == "ab"
     for prompt in ("--prompt=abc", "--prompt="):
         sample.main(["out/ckpt.pt", prompt, "--max_new_tokens=5", "--seed=1"])

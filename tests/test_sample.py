@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, error, script
+from conftest import ROOT, chat_run, error, script, turns
 
+import runtime
 import sample
 import tokenizer as tokenizers
 from sample import TextStream, draw, filter_logits, penalize
@@ -242,3 +243,69 @@ def test_scores_that_are_not_finite_are_refused():
     settings = sample.SampleConfig()
     with pytest.raises(Exception, match="not finite"):
         sample.make_pick(settings, [], 0)(torch.full((1, 5), float("nan")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chats
+
+
+@pytest.fixture
+def chatter(tiny_run, here, monkeypatch, capsys):
+    """(tokenizer, talk): a model that answers "my dog", and whatever is typed to it: its prompts, and what was said."""
+    chat_run(tiny_run, here / "chat")
+    _, tokenizer, _ = runtime.load_run("chat")
+    asked = []
+
+    def pick(settings, prompt, seed):
+        asked.append(prompt)
+        answer = iter([*tokenizer.encode("my dog"), tokenizer.special["<|end|>"], *tokenizer.encode("no more")])
+        return lambda logits: torch.tensor([next(answer)])
+
+    def talk(*says, argv=()):
+        says, terminal = iter(says), type("Terminal", (), dict(isatty=lambda self: True))()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", terminal)
+            patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            patch.setattr("builtins.input", lambda _: next(says, None) or (_ for _ in ()).throw(EOFError))
+            sample.main(["chat", "--chat", "--max_new_tokens=8", *argv])
+        return capsys.readouterr()
+    monkeypatch.setattr(sample, "make_pick", pick)
+    return tokenizer, asked, talk
+
+
+def test_a_chat_ends_its_answers_by_itself(chatter):
+    tokenizer, asked, talk = chatter
+    shown = talk("a dog", "a cat?", "a")  # the second has a character that the model does not know
+    assert shown.out == "my dog\nmy dog\n" and shown.err.count("[7 tokens") == 2
+    assert asked == [tokenizer.chat(turns("a dog")), tokenizer.chat(turns("a dog", "my dog", "a"))]
+    assert "'?' (U+003F)" in shown.err and "context" not in shown.err
+
+
+def test_a_chat_forgets_whole_messages(chatter):
+    """The context has 32 tokens, and 8 of them are for the answer."""
+    tokenizer, asked, talk = chatter
+    shown = talk(*"acdef", "c" * 50, "d")
+    assert asked[:4] == [tokenizer.chat(turns("a")), tokenizer.chat(turns("a", "my dog", "c")),
+                         tokenizer.chat(turns("c", "my dog", "d")), tokenizer.chat(turns("d", "my dog", "e"))]
+    assert shown.err.count("note: the conversation outgrows the context of 32 tokens") == 1
+    assert len(asked[5]) == 32 and "the prompt has 53 tokens" in shown.err  # one message alone is too long
+    assert asked[6] == tokenizer.chat(turns("d")) and shown.out == "my dog\n" * 7
+
+
+def test_a_system_message_stays(chatter):
+    tokenizer, _, _ = chatter
+    talk = turns("a", "c", "d", "e", "f", system="my")
+    ids = sample.fit(messages := [*talk], tokenizer, 16)
+    assert messages == [talk[0], *talk[3:]] and ids == tokenizer.chat(messages) and len(ids) <= 16
+    assert sample.fit(messages := [*talk], tokenizer, 1) == tokenizer.chat([talk[0], talk[-1]]) == \
+        tokenizer.chat(messages)
+    assert sample.fit([*talk], tokenizer, 99) == tokenizer.chat(talk)
+
+
+def test_a_run_that_cannot_chat(tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run)
+    for run in ("out/words", "out/words/best.pt"):
+        fact, fix = error(sample.main, run, "--chat", "--prompt=x")
+        assert fact == "out/words/best.pt has no chat format"
+        assert fix == ("python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer=out/words, then train.py with "
+                       "--init_from=out/words")

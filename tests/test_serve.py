@@ -526,10 +526,32 @@ def test_b_a_request_may_not_take_for_ever(log):
 
 
 def test_b_no_chat_format():
-    with serving(ScriptModel(), ByteTokenizer(template="")) as client:
+    with serving(ScriptModel(), run={}) as client:
         answer = client.post("/v1/chat/completions", messages=SAID)
         assert answer.status == 400 and answer.error["code"] == "no_chat_format"
         assert client.get("/model-info").json["chat"] is False
+
+
+def test_b_our_chat_format(script):
+    """The prompt is that of tokenizer.py, <|end|> ends the answer, and what is no message is refused."""
+    path, tokenizer = "/v1/chat/completions", tokenizers.train("bpe", [words(20_000)], vocab_size=400)
+    with serving(ScriptModel(tokenizer.vocab_size), tokenizer) as client:
+        assert client.get("/model-info").json["chat"] is True
+        talk = [dict(role="system", content="Be brief."), *SAID]
+        prompt = tokenizer.chat(talk)
+        client.model.say([*tokenizer.encode("my dog"), tokenizer.special["<|end|>"], *tokenizer.encode("never")],
+                         prompt=len(prompt))
+        answer = client.ok(path, messages=talk)
+        assert answer["choices"][0]["message"] == dict(role="assistant", content="my dog")
+        assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["prompt_tokens"] == len(prompt)
+        assert chosen(client.events(path, messages=talk)) == "my dog"
+        for wrong in (dict(role="tool", content="x"), dict(role="developer", content="x"), dict(content="x"),
+                      dict(role="user", content=None), dict(role="user|><|end", content="x"), talk[0] | dict(role=[])):
+            client.refused("messages", path, messages=[wrong, *SAID])
+        client.refused("messages", path, messages=[*SAID, dict(role="assistant", content="x")])
+    character = tokenizers.train("char", ["x" + "".join(map(chr, range(0x4e00, 0x4f00)))])
+    with serving(ScriptModel(character.vocab_size), character) as client:
+        assert "'?' (U+003F)" in client.refused("messages", path, messages=[dict(role="user", content="?")])
 
 
 def test_b_content_in_parts(tiny):

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+LoRA: fine-tuning that leaves the weights as they are and learns a small correction to each (Hu 2021, arXiv 2106.09685).
+
+    python train.py config/finetune_lora.py --init_from=SmolLM2-135M-Instruct --dataset=mine --lora_rank=8
+
+A matrix W of n x m numbers is corrected by a product B A of two thin ones, n x r and r x m: with r = 8, a few percent
+of the numbers. What a fine-tune changes is nearly of so low a rank, so little is lost, and what is saved is memory: the
+gradients and the optimizer's averages, three numbers for every one that is trained, are needed for A and B alone. The
+backward pass does half as much, since no gradient of W is computed. A checkpoint holds A and B and says where W is, and
+whoever reads it adds the product to W once: a merged model is as fast as any, and it is an ordinary one.
+"""
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer whose weight stays what it is: y = x W^T + bias + alpha / rank (x A^T) B^T.
+
+    alpha / rank: how much the correction counts. With alpha fixed, one learning rate suits about all ranks.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)  # (not nn.Linear's, which would draw a weight)
+        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))  # 0: training starts at the model as it was
+        nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+def add(model, rank, alpha):
+    """Give every linear layer of the blocks a correction, and let only these be trained. Changes the model."""
+    model.requires_grad_(False)
+    for block in model.transformer.h:
+        for part in (block.attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, LoRALinear(linear, rank, alpha))
+
+
+def adapters(weights):
+    """Of a state_dict, what LoRA has learned: {name: tensor}."""
+    return {name: tensor for name, tensor in weights.items() if name.endswith((".lora_A", ".lora_B"))}
+
+
+def merge(weights, corrections, rank, alpha):
+    """The weights {name: tensor} with the corrections added: W + alpha / rank B A. A new dict; nothing is changed."""
+    merged = dict(weights)
+    for name, A in corrections.items():
+        if name.endswith(".lora_A"):
+            layer = name.removesuffix("lora_A")
+            merged[layer + "weight"] = weights[layer + "weight"] + alpha / rank * (corrections[layer + "lora_B"] @ A)
+    return merged
