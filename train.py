@@ -162,6 +162,7 @@ def train(settings, given, processes, stop, folder):
     if settings.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={settings.vocab_size}, but {data_dir} was written with a tokenizer of "
                         f"{data.meta['vocab_size']} tokens", "leave --vocab_size out")
+    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
     data_sha256 = [data.meta[side]["sha256"] for side in ("train", "val")]
     at = resumed["step"] if resumed else None  # finished updates; None: a new run
     processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
@@ -273,8 +274,6 @@ def train(settings, given, processes, stop, folder):
 
     def header():
         return dict(versions=versions, chosen=chosen, settings=asdict(settings), data=data.meta)
-
-    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does it know a chat format?
 
     def wall_seconds():
         return wall_before + time.time() - PROCESS_START

@@ -12,11 +12,12 @@ import time
 
 import pytest
 import requests
-from conftest import ROOT, words
+from conftest import ROOT, random_model, words
 
 import bench
 import evaluate
 import export
+import huggingface
 import prepare
 import sample
 import serve
@@ -48,8 +49,19 @@ def clone(tmp_path_factory):
         (folder / name).write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
     for i, language in enumerate(("en", "es", "fr", "de", "zh")):
         (folder / f"{language}.txt").write_text(words(60_000, seed=i), encoding="utf-8")
+    write_model(folder / "SmolLM2-135M-Instruct")
+    for name, seed in (("gsm8k_train.jsonl", 0), ("gsm8k_test.jsonl", 1)):
+        rows = [dict(question=f"{a} and {a + seed}?", answer=f"#### {a + a + seed}") for a in range(220)]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.symlink(ROOT / "tests/reference", folder / "nanoGPT")  # which is not part of this project; this one is
     return folder
+
+
+def write_model(path):
+    """A small random chat model as a Hugging Face folder, in place of the large one that the page names."""
+    vocabulary = tokenizer.train("bpe", [words(20_000)], 400)
+    model = random_model(vocab_size=vocabulary.vocab_size, block_size=512, bias=True)
+    huggingface.write(str(path), model, vocabulary, chat=True)
 
 
 @contextlib.contextmanager
