@@ -3,6 +3,7 @@
 Measurements: every number in the README that is not a line of a training log comes from here.
 
     python bench.py syntax out/small    # how many of the functions that the model writes are Python?
+    python bench.py chat out/chats      # how many answers to held-out questions end by themselves?
     python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
     python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
     python bench.py prepare --peer=../nanoGPT   # how fast is text prepared, beside nanoGPT's own scripts?
@@ -55,10 +56,10 @@ class BenchConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # serve: of matrix products
     prompt: int = 32  # serve: tokens of a prompt
-    new_tokens: int = 64  # serve: tokens of an answer
+    new_tokens: int = 64  # serve: tokens of an answer; chat: of the longest one
     requests: int = 4  # serve: requests of each client, one after the other
     peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
-    dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there
+    dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there, chat: the run's
     steps: int = 200  # parity: updates to compare; languages: updates of each run
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
     repeats: int = 3  # prepare: pairs of processes; serve: rounds
@@ -118,6 +119,33 @@ def parses(source):
         return True
     except (SyntaxError, ValueError):  # ValueError: a NUL byte
         return False
+
+
+def chat(settings, runs):
+    """Share of held-out questions whose answer ends by itself, and of those answered as expected; greedily.
+
+    The questions are those with which the windows of the run's own validation begin.
+    """
+    device = machine.choose_device(settings.device)
+    model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
+    data = datasets.Dataset.open(os.path.join("data", settings.dataset or run["settings"].get("dataset", "")))
+    if not data.chat:
+        raise UserError(f"{data.folder} holds no conversations", "--dataset=NAME of some, or another run")
+    ended = same = 0
+    questions = data.layout("val", model.config.block_size)[:settings.samples, :2].tolist()
+    for start, end in questions:
+        ids, mask = data.tokens("val", start, end - start), data.mask("val", start, end - start)
+        first = int(mask.argmax())
+        expected = ids[first:first + int(np.append(mask[first:], 0).argmin())].tolist()
+        answer = []
+        for token in model.generate(torch.tensor([ids[:first].tolist()], device=device), settings.new_tokens):
+            answer.append(token.item())
+            if answer[-1] in tokenizers.ends(tokenizer):
+                ended += 1
+                break
+        same += answer == expected
+    print(f"chat: {run['path']}: of {len(questions)} held-out questions, {ended} answers ended by themselves within "
+          f"{settings.new_tokens} tokens, {same} were the expected ones to the letter")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,7 +465,7 @@ def languages(settings, files):
               f"{alone_shared:.3f} |")
 
 
-BENCHES = {bench.__name__: bench for bench in (syntax, parity, doctor, prepare, languages, serve)}
+BENCHES = {bench.__name__: bench for bench in (syntax, chat, parity, doctor, prepare, languages, serve)}
 
 
 def main(argv):
