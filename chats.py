@@ -5,7 +5,8 @@ Chats: where conversations come from, for a model that is to answer and to stop 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small --out=data/chats  # about Python's library
 
-Every line of a .jsonl file is one of these, or every element of the list in a .json; what else it has is ignored:
+Every line of a .jsonl file is one of these, or every element of the list in a .json. A field `system` beside them is
+what the system says first; what else there is, is ignored:
 
     messages                       [{"role": "system", "user" or "assistant", "content": "..."}, ...]
     conversations                  the same in ShareGPT's words: [{"from": "system", "human" or "gpt", "value": "..."}]
@@ -27,6 +28,7 @@ from sources import (NAMES, bounded, check_text, decoded, files, in_memory, kind
                      stdlib_documents)
 
 FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
+       '{"conversations": [{"from": "human", "value": "..."}, ...]}, '
        '{"prompt": "...", "completion": "..."}, {"instruction": "...", "input": "...", "output": "..."} or '
        '{"question": "...", "answer": "..."}; mend it or delete it')
 LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
@@ -78,15 +80,17 @@ def read(row, where):
         raise UserError(f"{where}: {fact}", FIX)
     if not isinstance(row, dict):
         fail(f"not an object but {kind_of(row)}")
+    system = check_text(row.get("system") or "", where, "system", FIX)
+    first = [dict(role="system", content=system)] if system else []
     for field in LISTS:  # before a `prompt`, which repeats a part of the messages in some files
         if field in row:
-            return read_list(row[field], where, field, fail)
+            return first + read_list(row[field], where, field, fail)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
             texts = [check_text(row[name], where, name, FIX) for name in (asked, answered)]
             if asked == "instruction" and row.get("input") not in (None, ""):
                 texts[0] += "\n\n" + check_text(row["input"], where, "input", FIX)
-            return dialogue(texts)
+            return first + dialogue(texts)
     fail(f"no fields of a conversation, but {', '.join(row) or 'none'}")
 
 
@@ -103,6 +107,8 @@ def read_list(messages, where, field, fail):
             if name not in message:
                 fail(f"no field `{here}.{name}`, but {', '.join(message) or 'none'}")
             check_text(message[name], where, f"{here}.{name}", FIX)
+        if message.get("tool_calls") or message.get("weight", 1) != 1:
+            fail(f"`{here}` has tool_calls or a weight, which cannot be learned here")
         if message[role] not in roles:
             fail(f"`{here}.{role}` is {message[role][:40]!r}, none of {', '.join(roles)}")
         found.append(dict(role=roles[message[role]], content=message[content]))

@@ -147,7 +147,7 @@ def continue_run(resumed, settings, given, data, here):
             was[name] = now[name]
     was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
     was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
-        resumed["data_sha256"], [data.meta[side]["sha256"] for side in ("train", "val")]))
+        resumed["data_sha256"], data.sha256()))
     differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
     if settings.init_from not in ("auto", "resume", was["init_from"]):
         differ.append("init_from")
@@ -183,7 +183,8 @@ def load_start(settings, given, data):
         same = tokenizer.name if tokenizer.kind == "tiktoken" else settings.init_from
         raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
                         f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
-                        f"python prepare.py YOUR_TEXT --out={data.folder} --tokenizer={same}")
+                        f"python prepare.py {'YOUR_CHATS --format=chat' if data.chat else 'YOUR_TEXT'} "
+                        f"--out={data.folder} --tokenizer={same}")
     was = start["settings"]
     for field in fields(GPTConfig):
         name, now = field.name, getattr(settings, field.name)
@@ -193,6 +194,8 @@ def load_start(settings, given, data):
                             f"--{name}={was[name]}: the shape comes with the weights")
         if name not in given:
             setattr(settings, name, was[name])
+        if cut and name in given:
+            note(f"the context is cut from {was[name]:,} tokens to {now:,}: what is trained here reads no more")
     return start
 
 

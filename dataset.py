@@ -73,12 +73,20 @@ class Dataset:
         """Is this conversations, of which only a part is to be learned?"""
         return self.meta.get("chat", False)
 
+    def sha256(self):
+        """The checksums of all that is learned from and measured on."""
+        return [self.meta[side][kind] for kind in ("sha256", "mask_sha256") for side in ("train", "val")
+                if kind in self.meta[side]]
+
     def check_tokenizer(self):
         """The tokenizer of these ids. Raises UserError where it is not the one that they were written with."""
         tokenizer = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
         if tokenizer.vocab_size != self.meta["vocab_size"]:
             raise UserError(f"{self.folder}/meta.json says vocab_size={self.meta['vocab_size']}, but the tokenizer "
                             f"there has {tokenizer.vocab_size} tokens", f"prepare {self.folder} again")
+        if self.meta.get("special") != tokenizer.special:
+            raise UserError(f"{self.folder}/meta.json and the tokenizer there do not name the same special tokens",
+                            f"meta.json was changed; prepare {self.folder} again")
         return tokenizer
 
     def check(self, block_size):
@@ -86,8 +94,11 @@ class Dataset:
         shortest = min(self.meta[side]["tokens"] for side in ("train", "val"))
         for side in ("train", "val"):
             if self.chat and not len(self.layout(side, block_size)):
+                enough = block_size
+                while not all(len(self.layout(each, enough)) for each in ("train", "val")):
+                    enough *= 2
                 raise UserError(f"block_size={block_size} cuts every conversation of {self.folder}/{side}.bin off "
-                                "before the assistant says anything", f"--block_size={2 * block_size} or more")
+                                "before the assistant says anything", f"--block_size={enough} or more")
             if not self.chat and self.meta[side]["tokens"] <= block_size:
                 smaller = f"--block_size={1 << ((shortest - 1).bit_length() - 1)}, or " if shortest > 1 else ""
                 raise UserError(f"{self.folder}/{side}.bin has {self.meta[side]['tokens']:,} tokens, but block_size="
@@ -163,8 +174,9 @@ class Dataset:
     def layout(self, side, block_size):
         """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
 
-        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit. A
-        conversation that is longer than a window is cut at its end. A window that teaches nothing is left out.
+        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit
+        (the later ones can see the earlier ones, past the end-of-text token between them). A conversation that is
+        longer than a window is cut at its end. A window that teaches nothing is left out.
         """
         if (side, block_size) not in self.layouts:
             tokens, border = self.meta[side]["tokens"], self.meta["special"][tokenizers.END_OF_TEXT]
@@ -173,7 +185,7 @@ class Dataset:
             past = np.append(first[1:] - 1, tokens)  # its end: where the end-of-text token before the next one stands
             spans, i = [], 0
             while i < len(first):
-                limit = int(first[i]) + block_size + 1
+                limit = int(first[i]) + block_size + 1  # block_size inputs, and the target of the last
                 fit = max(i + 1, int(np.searchsorted(past, limit, side="right")))
                 start, end = int(first[i]), min(int(past[fit - 1]), limit)
                 spans.append((start, end, int(self.mask(side, start + 1, max(end - start - 1, 0)).sum())))
@@ -236,7 +248,9 @@ def check_meta(meta):
         raise ValueError("not format 1")
     if not all(isinstance(line, str) for line in meta["report"]) or not 0 <= meta["leaked"] <= 1:
         raise ValueError("the report is damaged")
-    if not all(isinstance(n, int) and n > 0 for n in (*counts, meta["vocab_size"])):
+    if meta.get("chat", False) is not ("trained" in meta["train"]):
+        raise ValueError("chat and trained do not agree")
+    if not all(type(n) is int and n > 0 for n in (*counts, meta["vocab_size"])):
         raise ValueError("a count is not a positive number")
 
 
@@ -323,8 +337,9 @@ def example(data, tokenizer, stream, longest=400):
     for learned, run in itertools.groupby(zip(ids[start:end].tolist(), mask[start:end].tolist()), lambda pair: pair[1]):
         part = b"".join(names[i].encode() if i in names else tokenizer.token_bytes(i) for i, _ in run)
         part = part.decode(errors="replace")
-        text += part if grey and learned else f"\x1b[90m{part}\x1b[0m" if grey else f">>>{part}<<<" if learned else part
-    return text + ("\n(grey: read, not learned)" if grey else "\n(learned: what stands between >>> and <<<)")
+        before, behind = ("\x1b[90m", "\x1b[0m") if grey else ("\u27e6", "\u27e7")
+        text += before + part + behind if grey != bool(learned) else part
+    return text + ("\n(grey: read, not learned)" if grey else "\n(learned: what stands between \u27e6 and \u27e7)")
 
 def inspect(folder, sample_tokens=120):
     """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
@@ -365,9 +380,6 @@ def inspect(folder, sample_tokens=120):
         learning = f", {due['trained']:,} to be learned" if data.chat else ""
         say(f"{path}: {due['tokens']:,} tokens, {due['documents']:,} documents, {due['bytes']:,} bytes of text, "
             f"{due['bytes'] / due['tokens']:.2f} per token{learning}: as meta.json says")
-    if meta["special"] != tokenizer.special:
-        raise UserError(f"{folder}/meta.json and the tokenizer there do not name the same special tokens",
-                        f"meta.json was changed; prepare {folder} again")
     for line in meta["report"]:
         say(line)
     if data.chat:

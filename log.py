@@ -45,6 +45,11 @@ class Log:
             raise UserError(f"cannot write {self.path}: {error.strerror}", "make room; the same command continues",
                             code=1) from None
 
+    def since_best(self, loss):
+        """How many validations have passed since the one with the lowest loss; the last of them has this loss."""
+        losses = [validation for _, _, validation in self.curve if validation is not None] + [loss]
+        return len(losses) - 1 - losses.index(min(losses))
+
     def write(self, row):
         """Add a row. Where the disk is full, it waits in memory for the next: the run is worth more than its log."""
         self.curve.append((row["step"], row["loss"], row.get("val_loss")))

@@ -4,11 +4,11 @@ LoRA: fine-tuning that leaves the weights as they are and learns a small correct
 
     python train.py config/finetune_lora.py --init_from=SmolLM2-135M-Instruct --dataset=mine --lora_rank=8
 
-A matrix W of n x m numbers is corrected by a product B A of two thin ones, n x r and r x m: with r = 8, a few percent
-of the numbers. What a fine-tune changes is nearly of so low a rank, so little is lost, and what is saved is memory: the
-gradients and the optimizer's averages, three numbers for every one that is trained, are needed for A and B alone. The
-backward pass does half as much, since no gradient of W is computed. A checkpoint holds A and B and says where W is, and
-whoever reads it adds the product to W once: a merged model is as fast as any, and it is an ordinary one.
+A matrix W of n x m numbers is corrected by a product B A of two thin ones, n x r and r x m: with r = 8, one or two
+percent of the numbers. What a fine-tune changes is nearly of so low a rank, so little is lost, and what is saved is
+memory: the gradients and the optimizer's averages, three numbers for every one that is trained, are needed for A and B
+alone. Nearly a third of the arithmetic is saved as well, since no gradient of W is computed. A checkpoint holds A and B
+and says where W is, and whoever reads it adds the product to W once: a merged model is as fast as any.
 """
 import math
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 class LoRALinear(nn.Linear):
     """A linear layer whose weight stays what it is: y = x W^T + bias + alpha / rank (x A^T) B^T.
 
-    alpha / rank: how much the correction counts. With alpha fixed, one learning rate suits about all ranks.
+    alpha / rank: how much the correction counts. Divided by the rank, because the sum over more of them is larger.
     """
 
     def __init__(self, linear, rank, alpha):
@@ -51,10 +51,17 @@ def adapters(weights):
 
 
 def merge(weights, corrections, rank, alpha):
-    """The weights {name: tensor} with the corrections added: W + alpha / rank B A. A new dict; nothing is changed."""
+    """The weights {name: tensor} with the corrections added: W + alpha / rank B A. A new dict; nothing is changed.
+
+    Raises KeyError, ValueError or RuntimeError where they do not fit.
+    """
     merged = dict(weights)
-    for name, A in corrections.items():
-        if name.endswith(".lora_A"):
-            layer = name.removesuffix("lora_A")
-            merged[layer + "weight"] = weights[layer + "weight"] + alpha / rank * (corrections[layer + "lora_B"] @ A)
+    layers = {name[:-len("lora_A")] for name in adapters(corrections)}
+    if not layers:
+        raise ValueError("there are none")
+    for layer in layers:
+        A, B, W = corrections[layer + "lora_A"], corrections[layer + "lora_B"], weights[layer + "weight"]
+        if A.size(0) != rank:
+            raise ValueError(f"{layer}lora_A has {A.size(0)} rows, but the rank is {rank}")
+        merged[layer + "weight"] = W + alpha / rank * (B @ A)
     return merged

@@ -66,7 +66,7 @@ def read_text(source, megabytes=0.0, text_field="text"):
         data = Dataset.open(folder)
         if data.chat:
             raise UserError(f"{folder} holds conversations, of which train.py measures what the assistant says",
-                            "--data=A_TEXT; or train.py with --eval_only=True, for the loss of a run on its own data")
+                            "--data=A_TEXT; the log.jsonl of a run has the loss on its own conversations")
         tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
         borders = (ids == tokenizer.special[tokenizers.END_OF_TEXT]).nonzero()[0]
         found = ([tokenizer.decode(part[1:].tolist())] for part in np.split(ids, borders)[1:])

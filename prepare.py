@@ -47,6 +47,7 @@ import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
 from download import Progress, lock
 from forensics import BORDER, Census, Leaks, Words
+from log import read_header
 from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
 
 
@@ -99,7 +100,7 @@ def read(sources, settings):
 def make_plan(sources, settings):
     """Read everything once: find duplicates, decide what is held out, count characters."""
     census, words, progress = Census(), Words(), Progress("reading")
-    keys, sizes, lengths, fates = array("Q"), array("q"), array("q"), array("b")
+    keys, sizes, lengths, fates, silent = array("Q"), array("q"), array("q"), array("b"), array("b")
     waiting, weight = [], 0  # short texts are counted together: a call of numpy costs as much as a thousand characters
 
     def count(text):
@@ -123,6 +124,10 @@ def make_plan(sources, settings):
                     counting.result()
                     n_words += words.count(block)
                 progress.add(len(raw))
+            if document.messages:  # the same words of other people are another conversation
+                digest.update(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
+            silent.append(document.messages is not None and not any(
+                said["role"] == "assistant" and said["content"] for said in document.messages))
             keys.append(int.from_bytes(digest.digest()[:8], "big"))
             sizes.append(size)
             lengths.append(length)
@@ -150,8 +155,11 @@ def make_plan(sources, settings):
         # A number in [0, 1) from the text itself decides: the same text is on the same side wherever it stands.
         fraction = keys[undecided] / 2.0**64
         fate[undecided] = np.where(fraction < settings.val_fraction, VAL, TRAIN)
-        fate[undecided[fraction.argmin()]] = VAL  # so that neither side is ever empty
-        fate[undecided[fraction.argmax()]] = TRAIN
+        last = np.array(silent)[undecided]  # those with nothing to learn, which are taken where there are no others
+        held_out = (fraction + last).argmin()
+        fate[undecided[held_out]] = VAL  # so that neither side is ever empty
+        last[held_out] = 2
+        fate[undecided[(fraction - last).argmax()]] = TRAIN
     duplicates, short = len(order) - len(kept), dropped - empty
     return Plan(fate, np.array(lengths), census, words, int(sizes[kept].sum()), len(kept), duplicates, empty, short)
 
@@ -445,10 +453,11 @@ def report(plan, leaks, tokenizer, counts, silent=()):
     census, (about_leaks, leaked) = plan.census.report(), leaks.report()
     if dropped:
         census[0] = f"of all that was read, {census[0]}"
-    return [f"{plan.documents:,} documents, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
+    kind = "conversations" if "trained" in counts["train"] else "documents"
+    return [f"{plan.documents:,} {kind}, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
             *census, *about_leaks,
             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token",
-            *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} documents, "
+            *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} {kind}, "
               f"{counts[side]['bytes']:,} bytes of text" + (f"; {counts[side]['trained']:,} tokens to be learned"
                                                             if "trained" in counts[side] else "")
               for side in ("train", "val")),
@@ -467,7 +476,7 @@ def next_command(out, meta, settings):
     target = shlex.join([f"--dataset={name}", f"--out_dir=out/{os.path.basename(out)}"])
     target = "" if name == "stdlib" else " " + target
     if meta.get("chat"):
-        return next_chat(target, settings)
+        return next_chat(target, meta, settings)
     if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
         start = shlex.quote(f"--init_from={settings.tokenizer}")
         return f"python train.py {start}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
@@ -480,15 +489,22 @@ def next_command(out, meta, settings):
     return f"python train.py config/train_small.py{target}{block}{short}"
 
 
-def next_chat(target, settings):
+def next_chat(target, meta, settings):
     """The command that makes a model answer: one that has the vocabulary of these conversations."""
     has = {name for name in ("best.pt", "model.safetensors", "model.safetensors.index.json")
            if os.path.exists(os.path.join(settings.tokenizer, name))}
+    start = shlex.quote(f"--init_from={settings.tokenizer}" if has else "--init_from=scratch")
     if not has:
         note(f"--tokenizer={settings.tokenizer} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
-        return f"python train.py config/train_small.py config/finetune_chat.py --init_from=scratch{target}"
-    recipe = "finetune_chat" if "best.pt" in has else "finetune_lora"
-    return f"python train.py config/{recipe}.py {shlex.quote(f'--init_from={settings.tokenizer}')}{target}"
+        recipe, updates, tokens = "config/train_small.py config/finetune_chat.py", 300, 16 * 256
+    elif has == {"best.pt"} and not read_header(os.path.join(settings.tokenizer, "log.jsonl")).get(
+            "settings", {}).get("lora_rank"):
+        recipe, updates, tokens = "config/finetune_chat.py", 300, 16 * 256
+    else:
+        recipe, updates, tokens = "config/finetune_lora.py", 100, 4 * 512
+    steps = max(10, round(5 * meta["train"]["tokens"] / tokens))  # five times through few conversations, at the most
+    short = f" --max_iters={steps} --eval_interval={steps // 5} --warmup_iters={steps // 10}" * (steps < updates)
+    return f"python train.py {recipe} {start}{target}{short}"
 
 
 def main(argv):

@@ -118,17 +118,16 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def best_of(out_dir):
-    """(validation loss, step) of best.pt; infinity and 0 where there is none, or none that can be read."""
+def best_loss_of(out_dir):
+    """The validation loss of best.pt; infinity where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
     if os.path.exists(path):
         try:
-            best = load_checkpoint(path)
-            return best["val_loss"], best["step"]
+            return load_checkpoint(path)["val_loss"]
         except (UserError, KeyError) as error:
             warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
             os.replace(path, path + ".damaged")
-    return math.inf, 0
+    return math.inf
 
 
 def prune_checkpoints(run, keep=2):
@@ -252,7 +251,13 @@ def read_run(run, which="best"):
         tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
     if checkpoint.get("base"):
         weights, settings = read_base(checkpoint["base"], run)["model"], checkpoint["settings"]
-        checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"], settings["lora_alpha"])
+        checkpoint["corrections"] = checkpoint["model"]
+        try:
+            checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"],
+                                             settings["lora_alpha"])
+        except (KeyError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+            raise UserError(f"{path} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
+                            "use another checkpoint of the same run") from None
     chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
@@ -278,8 +283,8 @@ def learned(model):
 
 def name_base(path, start):
     """What a LoRA run writes down about the weights that it corrects: their place, and their sha256."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(start["model"].items()):
+    digest = hashlib.sha256(str(start.get("base")).encode())
+    for name, tensor in sorted(start.get("corrections", start["model"]).items()):  # (a sum may differ in its last bits)
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return dict(path=path, sha256=digest.hexdigest())
@@ -287,10 +292,11 @@ def name_base(path, start):
 
 def read_base(base, run):
     """The checkpoint that a LoRA run corrects. Raises UserError where it is not there, or not as it was."""
-    path = base["path"]
+    path = base["path"] if isinstance(base, dict) and isinstance(base.get("path"), str) else "(no path)"
     if not os.path.exists(path):
         raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
-                        f"bring {path} back to its place; paths count from the folder where the command is typed")
+                        f"bring {path} back, or go to the folder where {run} was trained: the path counts from there; "
+                        f"python export.py {run} --format=hf makes a model that needs no other")
     start, _ = read_run(path)
     if name_base(path, start) != base:
         raise UserError(f"{run} holds corrections (LoRA) to the weights that {path} had; now it has others",

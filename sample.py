@@ -291,6 +291,8 @@ def main(argv):
             except EOFError:
                 say()
                 return
+            if settings.chat and not prompt.strip():
+                continue
             try:
                 answer(prompt, seed)
             except UserError as error:

@@ -33,6 +33,8 @@ from download import download, file_sha256
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 NOT_READABLE = f"none of the kinds that can be read: {', '.join(KINDS)}, .json, or .gz of these"
+CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
+               {"question", "answer"}]  # by which a conversation is known, see chats.py
 BLOCK_BYTES = 1 << 20
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
 JSON_CHARACTERS = 200 << 20  # and so is a .json file
@@ -296,7 +298,10 @@ def jsonl_text(line, where, text_field):
     if not isinstance(row, dict) or text_field not in row:
         has = ", ".join(row) if isinstance(row, dict) else kind_of(row)
         texts = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-        raise UserError(f"{where}: no field `{text_field}`, but {has}", f"--text_field={texts[0]}" if texts else fix)
+        fix = f"--text_field={texts[0]}" if texts else fix
+        if isinstance(row, dict) and any(row.keys() >= fields for fields in CHAT_FIELDS):
+            fix = "--format=chat, if these are conversations to learn to answer from" + f"; or {fix}" * bool(texts)
+        raise UserError(f"{where}: no field `{text_field}`, but {has}", fix)
     return check_text(row[text_field], where, text_field, fix)
 
 

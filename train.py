@@ -126,6 +126,10 @@ def train(settings, given, processes, stop, folder):
     machine.set_up(device, processes)
     versions = machine.versions(device, processes.world)
 
+    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not runtime.checkpoints(out_dir):
+        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
+                        "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
+
     # ------------------------------------------------------------------------------------------------------------------
     # 1) The data; what is built in is prepared here if it is missing: by one process, while the others wait to be met.
     data_dir = os.path.join("data", settings.dataset)
@@ -145,7 +149,8 @@ def train(settings, given, processes, stop, folder):
         row = last_row(os.path.join(out_dir, "log.jsonl"))
         if resumed["step"] == row.get("step") and "val_loss" in row and not settings.eval_only and (
                 row["step"] == settings.max_iters or 0 < settings.patience <= row.get("since_best", 0)):
-            say(f"{out_dir} is finished: {row['step']} updates, validation loss {row['val_loss']:.4f}")
+            early = f", ended by patience={settings.patience}" if row["step"] < settings.max_iters else ""
+            say(f"{out_dir} is finished: {row['step']} updates{early}, validation loss {row['val_loss']:.4f}")
             say_next(out_dir, data)
             return 0
         base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
@@ -153,9 +158,6 @@ def train(settings, given, processes, stop, folder):
     elif settings.init_from not in ("auto", "scratch"):
         start = checks.load_start(settings, given, data)
         base = runtime.name_base(settings.init_from, start) if settings.lora_rank else None
-    if settings.lora_rank and not start:
-        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
-                        "--init_from=RUN, or leave --lora_rank out")
     data.check(settings.block_size)
     checks.advise(settings, data)
     settings.vocab_size = settings.vocab_size or data.meta["vocab_size"]
@@ -163,7 +165,7 @@ def train(settings, given, processes, stop, folder):
         raise UserError(f"vocab_size={settings.vocab_size}, but {data_dir} was written with a tokenizer of "
                         f"{data.meta['vocab_size']} tokens", "leave --vocab_size out")
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
-    data_sha256 = [data.meta[side]["sha256"] for side in ("train", "val")]
+    data_sha256 = data.sha256()
     at = resumed["step"] if resumed else None  # finished updates; None: a new run
     processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
@@ -263,8 +265,7 @@ def train(settings, given, processes, stop, folder):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it. The first process writes it.
-    step, row, train_seconds, wall_before, skipped, times = 0, None, 0.0, 0.0, 0, []
-    best_loss, best_step = math.inf, 0
+    step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
@@ -294,7 +295,7 @@ def train(settings, given, processes, stop, folder):
     if folder.writes:
         tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
         if resumed:
-            best_loss, best_step = runtime.best_of(out_dir)  # it may be newer than the checkpoint
+            best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
@@ -314,8 +315,8 @@ def train(settings, given, processes, stop, folder):
                     row["val_bpb"] = data.bits_per_byte(row["val_loss"])
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
-                        best_loss, best_step = row["val_loss"], step
-                    row["since_best"] = processes.first(math.ceil((step - best_step) / settings.eval_interval))
+                        best_loss = row["val_loss"]
+                    row["since_best"] = processes.first(log.since_best(row["val_loss"]) if log else None)
                 if folder.writes and ("val_loss" in row or step % settings.log_interval == 0):
                     row["wall_seconds"] = wall_seconds()
                     log.write(row)
@@ -324,8 +325,8 @@ def train(settings, given, processes, stop, folder):
                         wandb.log(row, step=step)
             stuck = step > 0 and 0 < settings.patience <= row.get("since_best", 0)
             if stuck and not last:
-                say(f"patience={settings.patience}: the validation loss has not been lower for {row['since_best']} "
-                    f"validations; it was {best_loss:.4f} after {best_step} updates")
+                say(f"patience={settings.patience}: {row['since_best']} validations brought no lower loss than "
+                    f"{best_loss:.4f}")
                 if folder.writes:
                     save_run()
             if last or stuck:

@@ -13,6 +13,7 @@ from conftest import ROOT, error
 
 import chats
 import sources
+from config import UserError
 
 HELLO = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good morning."}]
 
@@ -311,3 +312,19 @@ class Box(dict):
     counts = Counter((document.name, document.held_out) for document in chats.conversations(["stdlib"]))
     assert counts["a.one", True] == 2 and counts["b.same", False] == 2 and counts["a.Box.size", True] == 1
     assert not {name for name, _ in counts} & {"a.small", "a.short", "a.long", "a.bare"}
+
+
+def test_a_system_message_beside_the_others(here):
+    rows = [{"system": "be kind", "prompt": "a", "completion": "b"}, {"system": "", "prompt": "a", "completion": "c"},
+            {"system": "be rude", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    (here / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    roles = [[said["role"] for said in document.messages] for document in chats.conversations(["a.jsonl"])]
+    assert roles == [["system", "user", "assistant"], ["user", "assistant"], ["system", "user", "assistant"]]
+    for extra in ({"tool_calls": [1]}, {"weight": 0}):
+        message = {"role": "assistant", "content": "x", **extra}
+        (here / "b.jsonl").write_text(json.dumps({"messages": [message]}) + "\n")
+        with pytest.raises(UserError, match="b.jsonl, line 1: `messages.0.` has tool_calls or a weight"):
+            list(chats.conversations(["b.jsonl"]))
+    (here / "b.jsonl").write_text(json.dumps({"system": 7, "prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(UserError, match="`system` is not a text but int"):
+        list(chats.conversations(["b.jsonl"]))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Fine-tuning: only answers teach, whatever happens; LoRA; an end in time; and what it did, before and after."""
 import copy
+import hashlib
 import json
 import os
 import shlex
@@ -310,7 +311,7 @@ def test_a_base_that_is_gone_or_another(lab):
     for use in (lambda _: runtime.load_run("out/talk"), lambda _: train.main([*argv, "--max_iters=4"])):
         fact, fix = error(use)
         assert "out/talk holds corrections (LoRA) to the weights of mine, which is not there" in fact
-        assert "bring mine back to its place" in fix
+        assert "bring mine back" in fix and "export.py" in fix
     os.rename("elsewhere", "mine")
     state = runtime.load_checkpoint("mine/best.pt")
     state["model"]["lm_head.weight"][0, 0] += 1e-6
@@ -369,12 +370,12 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     validations(monkeypatch, 3.0, 2.0, 2.5, 2.0)
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
     shown = capsys.readouterr().err
-    assert "patience=2: the validation loss has not been lower for 2 validations; it was 2.0000 after 4 " in shown
+    assert "patience=2: 2 validations brought no lower loss than 2.0000" in shown
     assert "finished: 8 updates" in shown and "a/best.pt: validation loss 2.0000 after 4 updates" in shown
     assert [row["since_best"] for row in rows("a") if "val_loss" in row] == [0, 0, 1, 2]
     assert runtime.load_checkpoint("a/best.pt")["step"] == 4 and runtime.checkpoints("a")[-1].endswith("00000008.pt")
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
-    assert "a is finished: 8 updates, validation loss 2.0000" in capsys.readouterr().err
+    assert "a is finished: 8 updates, ended by patience=2, validation loss 2.0000" in capsys.readouterr().err
     # Killed in a validation, it comes to the same end.
     validations(monkeypatch, 3.0, 2.0)
     with pytest.raises(ZeroDivisionError):
@@ -474,3 +475,35 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
     assert "lora_rank=0" in error(train.main, *argv, "--out_dir=b", "--max_iters=21", "--lora_rank=4")[0]
     tune("--init_from=b", "--max_iters=1")
     assert runtime.read_run("b")[0]["chat"] is False
+
+
+def test_corrections_that_are_damaged_are_refused(lab):
+    assert train.main([*CHAT, *LORA, "--max_iters=2", "--out_dir=a"]) == 0
+    state = runtime.load_checkpoint("a/best.pt")
+    name = next(name for name in state["model"] if name.endswith("lora_A"))
+
+    def fact(**changes):
+        runtime.save_checkpoint("a/best.pt", {**state, **changes})
+        return error(lambda _: runtime.load_run("a"))[0]
+
+    without = {key: value for key, value in state["model"].items() if key != name}
+    assert "do not fit: KeyError" in fact(model=without)
+    assert "do not fit: ValueError: there are none" in fact(model={})
+    assert "has 1 rows, but the rank is 2" in fact(model=state["model"] | {name: state["model"][name][:1]})
+    assert "corrections (LoRA) to the weights of (no path)" in fact(base="base")
+
+
+def test_another_mask_is_other_data(lab):
+    assert train.main([*CHAT, "--max_iters=2", "--out_dir=a"]) == 0
+    shutil.copytree("data/talk", "data/other")
+    meta = json.loads(open("data/other/meta.json").read())
+    mask = bytes([1]) * meta["train"]["tokens"]
+    open("data/other/train.mask.bin", "wb").write(mask)
+    meta["train"] |= dict(mask_sha256=hashlib.sha256(mask).hexdigest(), trained=len(mask))
+    open("data/other/meta.json", "w").write(json.dumps(meta))
+    again = [*CHAT, "--max_iters=4", "--out_dir=a", "--dataset=other"]
+    assert "was begun with data=" in error(train.main, *again)[0]
+    for change in (dict(chat=False), dict(special={})):
+        open("data/other/meta.json", "w").write(json.dumps(meta | change))
+        fact = error(train.main, *CHAT, "--out_dir=b", "--dataset=other")[0]
+        assert "chat and trained do not agree" in fact or "same special tokens" in fact

@@ -85,7 +85,7 @@ def test_planted_duplicates_and_leaks(here, capsys):
     assert plan.duplicates == 60 and (plan.fate[2000:] == prepare.SKIP).all()  # the later ones: precision and recall 1
     tokenizer, leaks = prepare.learn_tokenizer(["a.jsonl"], plan, settings)
     texts = prepare.split_texts(["a.jsonl"], plan, settings)
-    prepare.encode(texts, plan, tokenizer, leaks, np.dtype("<u2"), ".", threads=2)
+    prepare.encode(texts, plan, tokenizer, leaks, np.dtype("<u2"), ".", prepare.PrepareConfig(num_proc=2))
     found = {int(name.rsplit(" ", 1)[1]) - 1: share for share, name, _ in leaks.shares() if share > 0}
     assert set(found) == set(leaked)  # precision 1, recall 1
     for i, share in leaked.items():  # and how much: grams of a passage, of all grams of its document
