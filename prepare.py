@@ -38,6 +38,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 
@@ -124,11 +125,12 @@ def make_plan(sources, settings):
                     counting.result()
                     n_words += words.count(block)
                 progress.add(len(raw))
-            if document.messages:  # the same words of other people are another conversation
-                digest.update(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
             silent.append(document.messages is not None and not any(
                 said["role"] == "assistant" and said["content"] for said in document.messages))
-            keys.append(int.from_bytes(digest.digest()[:8], "big"))
+            key = int.from_bytes(digest.digest()[:8], "big")
+            if document.messages:  # the same words from others: no duplicate, but, by the upper half, on the same side
+                key ^= crc32(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
+            keys.append(key)
             sizes.append(size)
             lengths.append(length)
             side = CUT if document.held_out is None else VAL if document.held_out else TRAIN

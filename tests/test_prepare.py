@@ -411,3 +411,11 @@ def test_texts_have_no_masks(here):
     assert len(list(here.rglob("*.mask.bin"))) == 2
     prepare.main(["a.txt", "--tokenizer=char"])
     assert not list(here.rglob("*.mask.bin"))
+
+
+def test_the_same_words_from_other_people_are_another_conversation(here):
+    rows = [turns("a", "b\nc"), turns("a\nb", "c"), turns("a", "b", "c"), turns("a", "b\nc"), turns("x", "y")]
+    write_talks("talk.jsonl", rows)
+    prepare.main(["talk.jsonl", *CHAT])
+    meta = json.loads((here / "data/talk/meta.json").read_text())
+    assert meta["report"][0].startswith("4 conversations, ") and "1 exact duplicates" in meta["report"][0]
