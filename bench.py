@@ -9,6 +9,10 @@ Measurements: every number in the README that is not a line of a training log co
     python bench.py prepare --peer=../nanoGPT   # how fast is text prepared, beside nanoGPT's own scripts?
     python bench.py languages en.txt fr.txt     # what does each language lose by sharing a vocabulary?
     python bench.py serve               # how fast is the server with 1, 4 and 16 clients? (bench_serve.py)
+    python bench.py loss shakespeare.txt --peer=../nanoGPT     # how soon has a model learned? (bench_train.py, as
+    python bench.py throughput --peer=../nanoGPT        # the next two) How fast is an update?
+    python bench.py ablation            # what does each idea of the model buy?
+    python bench.py generate --peer=../nanoGPT --prompt=8 --new_tokens=504     # and a text? (bench_generate.py)
 
 Each prints what it measured on standard output, and on which machine.
 """
@@ -39,7 +43,9 @@ import runtime
 import sample
 import tokenizer as tokenizers
 import train
+from bench_generate import generate
 from bench_serve import serve
+from bench_train import ablation, loss, throughput
 from config import UserError, check_limits, command_line, load, say
 from model import GPT, GPTConfig, KVCache, PRESETS
 from sources import fetch
@@ -55,14 +61,16 @@ class BenchConfig:
     checkpoint: Literal["best", "last"] = "best"  # of a run folder
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # serve: of matrix products
-    prompt: int = 32  # serve: tokens of a prompt
-    new_tokens: int = 64  # serve: tokens of an answer; chat: of the longest one
+    prompt: int = 32  # serve, generate: tokens of a prompt
+    new_tokens: int = 64  # serve, generate: tokens of an answer; chat: of the longest one
     requests: int = 4  # serve: requests of each client, one after the other
-    peer: str = ""  # parity: folder of nanoGPT (its train.py and model.py)
+    peer: str = ""  # parity, prepare, generate: folder of nanoGPT
     dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there, chat: the run's
     steps: int = 200  # parity: updates to compare; languages: updates of each run
+    compiled: bool = False  # loss: nanoGPT with --compile=True as well
+    tiny: bool = False  # loss, throughput, ablation, generate: with models of no size, only to see that it runs
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
-    repeats: int = 3  # prepare: pairs of processes; serve: rounds
+    repeats: int = 3  # prepare: pairs of processes; serve, generate: rounds
     vocab_size: int = 4096  # languages: tokens of each vocabulary
     character_coverage: float = 0.9995  # languages: share of the characters that get a token
 
@@ -307,9 +315,11 @@ def doctor(settings, _):
             optimizer.step()
         check(f"{family}: learns", loss.item() < 0.5, f"one batch, 60 updates: loss {loss.item():.3f}")
         with torch.no_grad():
-            whole, changed = model(idx), idx.clone()
+            changed, leak = idx.clone(), 0.0
             changed[:, 20:] = (idx[:, 20:] + 1) % 128
-            leak = (whole - model(changed))[:, :20].abs().max().item()
+            for training in (True, False):  # attention by its formula, and by PyTorch's own function
+                whole = model.train(training)(idx)
+                leak = max(leak, (whole - model(changed))[:, :20].abs().max().item())
             check(f"{family}: no leak", leak == 0, f"later tokens move earlier scores by {leak:.0e}")
             cache = KVCache(model.config, 4, device=device)
             parts = torch.cat([model(part, cache=cache) for part in idx.split((7, 1, 1, 23), dim=1)], dim=1)
@@ -465,7 +475,8 @@ def languages(settings, files):
               f"{alone_shared:.3f} |")
 
 
-BENCHES = {bench.__name__: bench for bench in (syntax, chat, parity, doctor, prepare, languages, serve)}
+BENCHES = {bench.__name__: bench for bench in (
+    syntax, chat, parity, doctor, prepare, languages, serve, generate, loss, throughput, ablation)}
 
 
 def main(argv):

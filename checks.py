@@ -176,6 +176,7 @@ def windows(settings):
 def load_start(settings, given, data):
     """The checkpoint of the RUN that init_from names; its shape becomes that of this run. Its context may be cut."""
     start, tokenizer = runtime.read_run(settings.init_from)
+    runtime.check_whole(start)
     if not tokenizer.special:
         raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: "
                         "no data prepared here have its ids", "sample.py and export.py read it; or train a new one")

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 import machine
 import tokenizer as tokenizers
 from config import note, print_error
-from model import KVCache
+from model import KVCache, look_back
 from sample import Sampling, TextStream, make_pick
 
 CHUNK = 128  # prompt tokens that are read in one step
@@ -107,13 +107,20 @@ class Rows:
     def __init__(self, caches):
         self.caches = caches
         self.length = max(cache.length for cache in caches)
+        # For each row, layer by layer: where the key of the new token goes, and all keys up to it; the same for values.
+        # (Found once for all layers: what is small in the model is large in a loop over rows and layers.)
+        tensors = [tensor for cache in caches for tensor in (cache.k, cache.v)]
+        ends = [cache.length + 1 for cache in caches for _ in range(2)]
+        self.new = list(zip(*(t[:, :, :, end - 1:end].unbind(0) for t, end in zip(tensors, ends))))
+        self.all = list(zip(*(t[:, :, :, :end].unbind(0) for t, end in zip(tensors, ends))))
 
     def positions(self, T):
         return torch.tensor([[cache.length] for cache in self.caches], device=self.caches[0].k.device)  # (B, 1)
 
     def attend(self, layer, q, k, v):
-        return torch.cat([cache.attend(layer, q[i:i + 1], k[i:i + 1], v[i:i + 1])
-                          for i, cache in enumerate(self.caches)])  # (B, n_head, 1, head_dim)
+        k, v, past = k.split(1), v.split(1), self.all[layer]  # (1, n_kv_head, ..., head_dim) each
+        torch._foreach_copy_(self.new[layer], [x for pair in zip(k, v) for x in pair])
+        return torch.cat([look_back(*row) for row in zip(q.split(1), past[::2], past[1::2])])  # (B, n_head, 1, ...)
 
     def advance(self, T):
         for cache in self.caches:
@@ -122,32 +129,6 @@ class Rows:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits whatever the number of rows
-
-
-def linear(layer, x):
-    """What nn.Linear does, in the type of its weights. In float32 on a CPU by oneDNN; PyTorch itself would take MKL.
-
-    Measured for the matrices of openllm-small: oneDNN gives a row the same bits among 2 to 16 rows (MKL only among 4, 8
-    and 12 to 16), and takes 82 instead of 104 us for two rows of 512 x 2048, 125 instead of 264 for sixteen.
-    """
-    x = x.to(layer.weight.dtype)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def use_linear(model, dtype):
-    """Have the model's matrix products done by `linear`, with weights that are in `dtype` once and for all.
-
-    The same numbers as autocast, which would convert all weights at every step.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            for name, tensor in list(layer.named_parameters()):
-                if tensor.dtype != dtype:  # (a head that is tied to the embedding gets a matrix of its own)
-                    setattr(layer, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
-            layer.forward = partial(linear, layer)
-    return model
 
 
 @torch.inference_mode()
@@ -176,7 +157,7 @@ def steady(model, rows):
         w, x = torch.cat((w, w[:, shuffled]), dim=1), torch.cat((x, -x[:, shuffled]), dim=1)
         w, x = (F.pad(tensor, (0, K % 2)).to(layer.weight) for tensor in (w, x))  # (N, K), (rows, K)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
-        trials.append((partial(linear, SimpleNamespace(weight=w, bias=bias)), x))
+        trials.append((partial(machine.linear, SimpleNamespace(weight=w, bias=bias)), x))
 
     counts = set(range(1, rows + 1))
     for compute, x in trials:
@@ -197,7 +178,7 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32):
-        self.model, self.tokenizer, self.ends = use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
+        self.model, self.tokenizer, self.ends = machine.use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
         self.device, self.max_queue, c = model.lm_head.weight.device, max_queue, model.config
         size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a row's cache
         self.rows = max(1, min(rows, int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)))
@@ -316,8 +297,13 @@ class Engine:
         x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(caches))  # (n, 1, C)
         self.spare.length = 0
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
+        best = [None] * len(requests)
+        for k in {request.top_k for request in requests if 1 < request.top_k < logits.size(1)}:
+            rows = [i for i, request in enumerate(requests) if request.top_k == k]
+            for i, *row in zip(rows, *(found.split(1) for found in logits[rows].topk(k))):
+                best[i] = row
         for i, request in enumerate(requests):
-            self.choose(request, logits[i:i + 1])
+            self.choose(request, logits[i:i + 1], best[i])
 
     def recall(self, request):
         """Copy the beginning of a prompt from a row that has read the same: the same examples, the chat so far.
@@ -365,10 +351,11 @@ class Engine:
             else:
                 self.choose(request, self.model.logits(x[:, -1]).float())
 
-    def choose(self, request, logits):
-        """One token from scores (1, vocab_size), and what follows from it."""
+    def choose(self, request, logits, best=None):
+        """One token from scores (1, vocab_size), and what follows from it. best: the top_k of them, if they are known.
+        """
         try:
-            token = request.pick(logits).item()
+            token = request.pick(logits, best).item()
         except Exception as error:  # scores that are not finite: this request's alone
             print_error(f"a request failed: {getattr(error, 'fact', error)}")
             return self.finish(request, "error")

@@ -78,6 +78,7 @@ class EvaluateConfig:
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens samples": (0, 1e9), "megabytes": (0, 1e6),
@@ -258,7 +259,8 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
     save: is called whenever there is something new.
     """
     name, dtype = row["model"], getattr(torch, settings.dtype)
-    model, tokenizer, about = runtime.load_run(run, settings.checkpoint, device)
+    model, tokenizer, about = runtime.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    dtype = torch.float32 if about["int8"] else dtype  # what is not in 8 bits
     row |= dict(path=about["path"], parameters=model.n_params(), context=model.config.block_size)
 
     def attempt(what, measure):

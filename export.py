@@ -6,6 +6,7 @@ Export: the model for other people's programs, each file proven before it is ann
     python export.py out/small --format=hf                  # exports/small/hf/, for transformers, CTranslate2, ...
     python export.py out/small --format=onnx --out=exports/mine
     python export.py SmolLM2-135M --format=hf --dtype=bfloat16
+    python export.py out/small --format=int8                # a smaller and faster RUN, for sample.py and serve.py
 
 hf            hf/          Hugging Face: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, with its tokenizer
 onnx          model.onnx   one graph with a cache of keys and values, in the naming of the optimum tools
@@ -17,8 +18,14 @@ when the graph was recorded. So each file is written under another name, read ba
 project (readback.py), and compared with the model: the logits on real text, at lengths from 1 to the whole context and
 for several texts at once, and the 64 likeliest tokens one after the other. Only then does it get its name. Exit code 1:
 it differs by more than it may.
+
+int8          int8/        a run folder with matrices of 8-bit integers, see model.quantize
+
+This one is no translation: it is not the same model any more, so it is written when it is asked for, and what it costs
+is said instead: bits per byte before and after.
 """
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -38,22 +45,26 @@ import torch.nn as nn
 
 import dataset as datasets
 import huggingface
+import machine
 import runtime
-from config import UserError, command_line, load, note, say
-from model import KVCache
+import tokenizer as tokenizers
+from config import UserError, command_line, load, note, say, warn
+from model import KVCache, quantize
+from perplexity import measure_text, read_text
 from sources import LICENCES
 
 # By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
 # or 1e-4 where that is more.
 TOLERANCE, RELATIVE = 1e-4, 1e-5
 HERE = os.path.dirname(os.path.abspath(__file__))
-FILES = {"hf": "hf", "onnx": "model.onnx", "torchscript": "model.ts", "pt2": "model.pt2"}
+FILES = {"hf": "hf", "onnx": "model.onnx", "torchscript": "model.ts", "pt2": "model.pt2", "int8": "int8"}
 PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 @dataclass
 class ExportConfig:
     format: list[str] = field(default_factory=list)  # hf, onnx, torchscript, pt2, may be given several times; none: all
+    # four of them. int8 only if asked for
     out: str = ""  # the folder to write into; exports/NAME of the run by default
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
     # keep weights of 16 bits as float32 numbers)
@@ -147,6 +158,18 @@ def save_whole(save, what, path):
         file.write(buffer.getbuffer())
 
 
+def write_int8(model, tokenizer, run, path):
+    """A run folder, whose best.pt has 8-bit matrices. Returns the model that it holds."""
+    tokenizer.save(os.path.join(path, "tokenizer"))
+    model = quantize(copy.deepcopy(model))
+    keep = "step", "settings", "source", "chat", "data_sha256", "versions"
+    kept = {name: run[name] for name in keep if name in run}
+    runtime.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
+        format=1, int8=True, model=model.state_dict(),
+        tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))
+    return model
+
+
 WRITE = {"onnx": write_onnx, "torchscript": write_torchscript, "pt2": write_pt2}
 
 
@@ -199,13 +222,20 @@ def ask(model, run, tokenizer):
     lines = [line for line in lines if not any(name in line for name in tokenizer.special)]  # which text never becomes
     with torch.inference_mode():
         logits = [model(idx)[:, at] for idx, at in zip(batches, positions)]
-    for _ in range(2):  # as there: the second time counts
-        started = time.perf_counter()
-        tokens = torch.cat(list(model.generate(prompt, n)), dim=1)[0]
-        rate = n / (time.perf_counter() - started)
+    tokens = torch.cat(list(model.generate(prompt, n)), dim=1)[0]
+    rate = speed(machine.use_linear(copy.deepcopy(model), torch.float32), prompt, n)
     questions = dict(batches=batches, positions=positions, prompt=prompt, n=n, lines=lines)
     return questions, dict(logits=logits, tokens=tokens, tokens_per_second=rate,
                            ids=[tokenizer.encode(line) for line in lines])
+
+
+def speed(model, prompt, n):
+    """Tokens per second, as sample.py writes them."""
+    for _ in range(2):  # as in readback.py: the second time counts
+        started = time.perf_counter()
+        list(model.generate(prompt, n))
+        rate = n / (time.perf_counter() - started)
+    return rate
 
 
 def prove(path, asked):
@@ -245,6 +275,32 @@ def compare(model, questions, ours, theirs):
     return difference, what, passes
 
 
+def prove_int8(model, tokenizer, run, questions, ours, path):
+    """Write a run folder of 8 bits, and see what is lost: (its row of the table, the comparison in words, does it hold
+    what was written?)."""
+    written = write_int8(model, tokenizer, run, path)
+    started = time.perf_counter()
+    found, known, _ = runtime.load_run(path)
+    load = time.perf_counter() - started
+    with torch.inference_mode():
+        same = all(torch.equal(found(idx), written(idx)) for idx in questions["batches"])
+        difference = max((found(idx)[:, at] - logits).abs().max().item() for idx, at, logits in
+                         zip(questions["batches"], questions["positions"], ours["logits"]))
+    rate, what = speed(found, questions["prompt"], questions["n"]), f"logits within {difference:.1e}"
+    try:
+        text = read_text(os.path.join("data", run["settings"].get("dataset") or "(no data set)"), megabytes=1)
+        before, after = (measure_text(each, known, text)["bits_per_byte"] for each in (model, found))
+        worse = after / before - 1
+        what = (f"{before:.4f} bits per byte before, {after:.4f} after ({worse:+.2%}), on what {text.name} holds out; "
+                f"{what}")
+        if worse > 0.005:
+            warn(f"in 8 bits, the model is {worse:.1%} worse")
+    except UserError as error:
+        note(f"bits per byte are not compared, {error.fact}: python evaluate.py with both folders and --data=FILE")
+    what += f", {rate:,.0f} tokens/s instead of {ours['tokens_per_second']:,.0f}"
+    return dict(size=size_of(path), load=load, rate=rate, difference=f"{difference:.1e}"), what, same
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model card
 
@@ -272,7 +328,9 @@ which are the past of the next step. Past and length together are at most {c.blo
 padding: the texts of a batch have the same length.""",
     "model.ts": """TorchScript: `torch.jit.load("model.ts")(ids)` are the logits of all positions; ids (batch, length),
 at most {c.block_size:,} tokens.""",
-    "model.pt2": """torch.export: `torch.export.load("model.pt2").module()(ids)`, the same."""}
+    "model.pt2": """torch.export: `torch.export.load("model.pt2").module()(ids)`, the same.""",
+    "int8": """8 bits: a RUN of OpenLLM, `python sample.py FOLDER/int8`, also for serve.py and evaluate.py. It was
+rounded, so it is not the same model any more; the difference is as large as the table says."""}
 
 
 def model_card(name, model, run, dtype, rows, measured, prompt, folder="hf"):
@@ -350,7 +408,7 @@ def choose_formats(settings, model, tokenizer):
     for name in asked:
         if name not in (*FILES, "all"):
             raise UserError(f"there is no format {name!r}", f"--format={','.join(FILES)}, or all")
-    formats = list(FILES) if "all" in asked else asked
+    formats = [name for name in FILES if name != "int8" or name in asked] if "all" in asked else asked
     missing = [package for name in formats for package in PACKAGES.get(name, ()) if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
@@ -374,7 +432,7 @@ def check_format(name, model, tokenizer):
     if name == "hf":
         huggingface.their_kind(model.config)
         huggingface.tokenizer_files(tokenizer, model.config.block_size)
-    elif model.config.block_size < 8:
+    elif name != "int8" and model.config.block_size < 8:  # (int8 holds whatever a run holds)
         raise UserError(f"block_size={model.config.block_size} is too short to record a graph, which takes 8 tokens",
                         "--format=hf")
     elif name == "onnx" and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
@@ -392,10 +450,10 @@ def earlier(out, formats, weights):
     for file in [FILES[name] for name in formats] + ["README.md"]:
         if os.path.lexists(os.path.join(out, file)) and not (file in rows or file == "README.md" and rows):
             raise UserError(f"{os.path.join(out, file)} is there, and no export has written it", "--out=ANOTHER_FOLDER")
-    if os.path.isdir(os.path.join(out, "hf")) and "hf" in formats:
-        others = sorted(set(os.listdir(os.path.join(out, "hf"))) - huggingface.WRITTEN - {"README.md"})
-        if others:
-            raise UserError(f"{out}/hf holds {others[0]}, which no export has written, and would be replaced",
+    for name, written in (("hf", huggingface.WRITTEN | {"README.md"}), ("int8", {"best.pt", "tokenizer"})):
+        others = set(os.listdir(os.path.join(out, name))) - written if os.path.isdir(os.path.join(out, name)) else ()
+        if others and name in formats:
+            raise UserError(f"{out}/{name} holds {min(others)}, which no export has written, and would be replaced",
                             "--out=ANOTHER_FOLDER")
     stays = {file: row for file, row in rows.items() if file not in [FILES[name] for name in formats]}
     if stays and before.get("weights") != weights:
@@ -429,6 +487,7 @@ def main(argv):
     started = time.perf_counter()
     model, tokenizer, run = runtime.load_run(named, settings.checkpoint)
     run["load_seconds"] = time.perf_counter() - started
+    runtime.check_whole(run)
     formats = choose_formats(settings, model, tokenizer)
     folder = os.path.abspath(run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]))
     out = settings.out or os.path.join("exports", os.path.basename(folder))
@@ -447,8 +506,9 @@ def main(argv):
     try:
         os.makedirs(out, exist_ok=True)
         with runtime.RunFolder(out):
-            if os.path.isdir(os.path.join(part, "before")) and not os.path.exists(os.path.join(out, "hf")):
-                os.replace(os.path.join(part, "before"), os.path.join(out, "hf"))  # killed while it was put aside
+            for name in ("hf", "int8"):  # killed while it was put aside?
+                if os.path.isdir(os.path.join(part, "before-" + name)) and not os.path.exists(os.path.join(out, name)):
+                    os.replace(os.path.join(part, "before-" + name), os.path.join(out, name))
             stays = earlier(out, formats, fingerprint(model))
             shutil.rmtree(part, ignore_errors=True)  # what a kill left
             os.makedirs(part)
@@ -474,6 +534,11 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
         path = os.path.join(part, FILES[name])
         if name == "torchscript":
             note("PyTorch has deprecated TorchScript; pt2 is what comes after it")
+        if name == "int8":
+            rows[FILES[name]], what, passes = prove_int8(model, tokenizer, run, questions, ours, path)
+            say(f"{name}: {what}")
+            proven += [name] * passes
+            continue
         if name == "hf":
             generation = run["generation"] if os.path.isdir(run["path"]) else None
             huggingface.write(path, model, tokenizer, dtype, generation, run["chat"])
@@ -500,7 +565,8 @@ def export(model, tokenizer, run, formats, dtype, out, part, stays):
             if name == "hf":
                 inner = model_card(*about, {"hf": rows["hf"]}, measured, prompt, folder=".")
                 write_text(os.path.join(part, "hf", "README.md"), inner)
-            publish(os.path.join(part, FILES[name]), os.path.join(out, FILES[name]), os.path.join(part, "before"))
+            publish(os.path.join(part, FILES[name]), os.path.join(out, FILES[name]),
+                    os.path.join(part, "before-" + name))
         os.replace(os.path.join(part, "README.md"), os.path.join(out, "README.md"))
         print(measured)
         say(f"{out}: {', '.join(FILES[name] for name in proven)}, README.md")

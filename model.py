@@ -18,7 +18,9 @@ whole before its parts, begin at class GPT.
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
 import copy
+import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +128,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+def look_back(q, k, v):
+    """Attention of one token to all before it, and itself. q: (B, n_head, 1, head_dim); k, v: n_kv_head heads."""
+    if k.size(1) == q.size(1):
+        return F.scaled_dot_product_attention(q, k, v)
+    # Heads that share keys ask like several tokens, (B, n_kv_head, n_head / n_kv_head, head_dim). Otherwise each would
+    # get a copy of the keys, 3.6 times as slow in bfloat16.
+    return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.size(3)), k, v).reshape(q.shape)
+
+
 class KVCache:
     """Keys and values of the tokens read so far, so that a new token computes its own row of attention and no more.
 
@@ -155,9 +166,7 @@ class KVCache:
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         mask = self.mask(q.size(2))  # (T, past + T)
         if mask is None and self.length > 0:
-            # One token, which sees everything: heads that share keys ask like several tokens, (B, n_kv_head, n_head /
-            # n_kv_head, head_dim). Otherwise each would get a copy of the keys, 3.6 times as slow in bfloat16.
-            return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.size(3)), k, v).reshape(q.shape)
+            return look_back(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and self.length == 0,
                                               enable_gqa=k.size(1) != q.size(1))  # (B, n_head, T, head_dim)
 
@@ -165,9 +174,10 @@ class KVCache:
         """Write k, v (B, n_kv_head, T, head_dim) after the past. Returns past and new together."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys, values = self.k[layer], self.v[layer]  # (B, n_kv_head, capacity, head_dim)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, T):
         """Which keys each of T new queries may see, (T, past + T); None where the attention finds that out by itself.
@@ -182,6 +192,22 @@ class KVCache:
     def advance(self, T):
         """All layers have written T new positions."""
         self.length += T
+
+
+MOST_SCORES = 1 << 25  # of a layer; beyond them their memory costs more than their speed brings
+
+
+def attention(q, k, v, dropout=0.0):
+    """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads.
+
+    scaled_dot_product_attention is the same, and never holds all the scores at once. Trained on a CPU in bfloat16,
+    it takes twice as long, though: 54 instead of 28 ms forward and backward for 4 x 8 heads of 64 and 512 tokens.
+    """
+    if k.size(1) < q.size(1):  # a copy of keys and values for every head that shares them
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    later = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where j <= i
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, T)
+    return F.dropout((scores + later).softmax(dim=-1), dropout) @ v  # (B, n_head, T, head_dim)
 
 
 class Attention(nn.Module):
@@ -205,25 +231,25 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, _ = x.shape
-        width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        q, k, v = self.c_attn(x).split((width, kv_width, kv_width), dim=2)
         # Heads go next to the batch, so that each head is a matrix product of its own.
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_dim)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        if cache is None:
+        if cache is None and self.training and x.device.type == "cpu" and B * self.n_head * T * T <= MOST_SCORES:
+            y = attention(q, k, v, self.dropout)  # (B, n_head, T, head_dim)
+        elif cache is None:
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
                 enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
         else:
             y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim)
-        y = y.transpose(1, 2).reshape(B, T, width)  # the heads side by side again: (B, T, n_head * head_dim)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = y.transpose(1, 2).flatten(2)  # the heads side by side again: (B, T, n_head * head_dim)
+        y = self.c_proj(y)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 class MLP(nn.Module):
@@ -246,7 +272,114 @@ class MLP(nn.Module):
             x = F.silu(gate) * x
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        x = self.c_proj(x)
+        return F.dropout(x, self.dropout) if self.training else x
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of 8-bit integers, for a model that is done with training. x (B, ..., K) -> (B, ..., N).
+
+    Who writes a text token by token waits for the weights to come from memory, so that a quarter of the bytes is up to
+    four times the speed. Row n of the matrix is integers up to 127 times a scale of its own, which fits its largest
+    weight; and so is every row of x, as it comes, whose largest number is `top`:
+
+        y[n] = top scale[n] (sum over k of round(x[k] / top) weight[n, k]) + bias[n]
+
+    The sum, where the work is, is one of integers: exact, so that no row depends on which others it is computed with.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        scale = weight.detach().abs().amax(dim=1).clamp(min=1e-30) / 127  # (N,)
+        self.weight = nn.Parameter((weight.detach() / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.compute = None  # made when it is first needed, from the weights that are there then
+
+    def forward(self, x):
+        if self.compute is None:
+            self.compute = int8_linear(self.weight, self.scale, self.bias)
+        return self.compute(x)
+
+
+class Int8Embedding(nn.Module):
+    """The same for an embedding: idx (B, T) -> its rows (B, T, C) in float32."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.register_buffer("scale", linear.scale)
+
+    def forward(self, idx):
+        return F.embedding(idx, self.weight).float() * F.embedding(idx, self.scale[:, None])
+
+
+def int8_linear(weight, scale, bias):
+    """The function x -> y of an Int8Linear, with the weights laid out as its kernel reads them."""
+    product = int8_product(weight)
+
+    def compute(x):
+        x = x.float()
+        top = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)  # (B, ..., 1)
+        y = product((x / top).nan_to_num_(0.0)).mul_(scale)  # (what was no number is one in `top`, too)
+        return y.mul_(top) if bias is None else torch.addcmul(bias, y, top)
+    return compute
+
+
+def int8_product(weight):
+    """A function that rounds x (B, ..., K), between -1 and 1, to 8 bits and multiplies it by weight (N, K), integers.
+
+    The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster, at one row and at sixteen, than
+    all that came after it. It rounds x by itself, to the range that it finds in the whole of it. That two rows cannot
+    change each other's rounding, each gets two numbers more, the ends of the range, and the matrix columns of zeros.
+    """
+    top = int8_top() if weight.device.type == "cpu" else None
+    if top is None:  # another processor, a GPU, or a PyTorch without it: the same integers, as float32 numbers
+        return lambda x: F.linear((x * 127).round(), weight.float()) / 127
+    padded, ends, zeros = F.pad(weight, (0, 2)), torch.tensor([-1.0, top]), torch.zeros(len(weight))
+    shape, sums = weight.new_zeros(1, 1).expand(padded.shape), padded.sum(dim=1, dtype=torch.int32)
+    kernel = torch.fbgemm_pack_quantized_matrix(padded)
+
+    def product(x):
+        x = torch.cat((x, ends.expand(*x.shape[:-1], 2)), dim=-1)
+        return torch.fbgemm_linear_int8_weight_fp32_activation(x, shape, kernel, sums, 1.0, 0, zeros)
+    return product
+
+
+@functools.cache
+def int8_top():
+    """The upper end of the kernel's range: 1, 3, or None where there is no such kernel.
+
+    Without special instructions (VNNI), processors add two products in 16 bits: 2 x 127 x 255 is too much for them, and
+    they take 32,767 without a word. A range up to 3 has half as many steps below 1, which is just small enough.
+    """
+    K, most = 64, torch.full((1, 66), 127, dtype=torch.int8)
+    most[:, K:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch has announced for years that it will remove these functions
+        for top in (1.0, 3.0):
+            x, sums = torch.tensor([[1.0] * K + [-1.0, top]]), torch.tensor([K * 127], dtype=torch.int32)
+            try:
+                kernel = torch.fbgemm_pack_quantized_matrix(most)
+                y = torch.fbgemm_linear_int8_weight_fp32_activation(x, most, kernel, sums, 1.0, 0, torch.zeros(1))
+            except (AttributeError, RuntimeError):
+                return None
+            if abs(y.item() / (K * 127) - 1) < 0.01:
+                return top
+
+
+def quantize(model):
+    """Turn the matrices of a trained GPT into 8-bit integers, in place; vectors and learned positions stay. Returns it.
+
+    A tied head stays tied: the row that predicts a token is, with its one scale, also the row that reads it.
+    """
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer.weight, layer.bias))
+    tied = model.config.tie_weights
+    model.transformer.wte = Int8Embedding(model.lm_head if tied else Int8Linear(model.transformer.wte.weight))
+    return model
 
 
 class Block(nn.Module):
@@ -263,6 +396,54 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), rotation, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+CHUNK_SCORES = 1 << 24  # scores that exist at the same time: 64 MB in float32
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of -ln p over the targets other than -1, without ever holding the scores of all tokens.
+
+    N tokens have N vocab_size scores, of a large vocabulary more than all the rest of the model together; their
+    softmax and their gradient take as much again. But the gradient by the scores is known at once, softmax(scores)
+    minus 1 at the target. So a chunk of tokens gets its scores, which yield a part of the loss and of both gradients,
+    and are forgotten. x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, dtype, chunk_of):
+        w, x_grad, w_grad = weight[:vocab_size].to(dtype), None, None
+        if ctx.needs_input_grad[0]:
+            x_grad = torch.empty_like(x)
+        if ctx.needs_input_grad[1]:
+            w_grad = torch.zeros_like(weight)
+        total = x.new_zeros((), dtype=torch.float32)
+        size = math.ceil(len(x) / math.ceil(len(x) * vocab_size / CHUNK_SCORES))  # chunks of equal length
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = x[rows].to(dtype)
+            loss, grad = chunk_of(F.linear(part, w), targets[rows])  # grad: (rows, vocab_size)
+            total += loss
+            if x_grad is not None:
+                x_grad[rows] = grad @ w
+            if w_grad is not None:
+                w_grad[:vocab_size] += grad.T @ part
+        ctx.grads = x_grad, w_grad
+        return total
+
+    @staticmethod
+    def backward(ctx, above):
+        return *(grad if grad is None else grad.mul_(above) for grad in ctx.grads), None, None, None, None
+
+
+def chunk_loss(scores, targets):
+    """(sum of -ln p of the targets (N,) other than -1, its gradient by the scores (N, vocab_size))."""
+    logprobs = scores.float().log_softmax(dim=-1)  # the sum of exp over the vocabulary needs float32
+    wanted, at = targets >= 0, targets.clamp(min=0)[:, None]
+    loss = -(logprobs.gather(1, at)[:, 0] * wanted).sum()
+    grad = logprobs.exp_()  # the probabilities, in the same memory
+    grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
+    return loss, grad.mul_(wanted[:, None]).to(scores.dtype)
 
 
 def argmax(logits):
@@ -293,6 +474,7 @@ class GPT(nn.Module):
         if config.pos == "rope":  # computed, not learned: not part of a checkpoint
             for name, table in zip(("rope_cos", "rope_sin"), rotary_table(config)):
                 self.register_buffer(name, table, persistent=False)
+        self.chunk_loss = chunk_loss  # (which machine.compile_model compiles)
         self.init_weights()
 
     @torch.no_grad()
@@ -324,7 +506,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
         else:  # one axis more, for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2)
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout) if self.training else x
         for block in self.transformer.h:
             x = block(x, rotation, cache)
         if cache is not None:
@@ -337,8 +519,10 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1; of none, 0."""
-        logits = self.logits(x).float()  # the sum of exp over the vocabulary needs float32
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained; ask the model for logits"
+        x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
+        total = CrossEntropy.apply(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, self.dtype(),
+                                   self.chunk_loss)
         return total / (targets >= 0).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, cache=None):
@@ -371,13 +555,15 @@ class GPT(nn.Module):
     def dtype(self):
         """The type in which attention computes: autocast's where it is on, else that of the weights."""
         device = self.lm_head.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+        weights = self.lm_head.weight.dtype
+        weights = weights if weights.is_floating_point else torch.float32  # (integers are for storage)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights
 
     def n_params(self):
         """Number of parameters: tied weights once, padding of the vocabulary left out."""
-        padding = self.lm_head.weight.size(0) - self.config.vocab_size
-        matrices = 1 if self.config.tie_weights else 2
-        return sum(p.numel() for p in self.parameters()) - matrices * padding * self.config.n_embd
+        tied = self.config.tie_weights
+        padding = (1 if tied else 2) * (self.lm_head.weight.size(0) - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for name, p in self.named_parameters() if not (tied and "lm_head" in name)) - padding
 
     def flops_per_token(self, T=None):
         """Floating-point operations that training spends on a token of a context of T (PaLM, arXiv 2204.02311, B).
@@ -399,7 +585,8 @@ class GPT(nn.Module):
         batch_size: windows of a micro-batch; width: bytes of a number in matrix products; optimizer_bytes: per weight.
         Activations are what the backward pass needs of the forward pass: per token and layer, the inputs of the norms
         in float32, and the inputs and outputs of the matrix products and of attention. For the last step, the scores
-        over the vocabulary are there several times: as they come, in float32, as probabilities, and their gradient.
+        over the vocabulary are there several times: as they come, in float32, as probabilities, and their gradient; but
+        of a chunk alone. (Where attention is done by its formula, its probabilities are kept as well.)
         """
         c, weights = self.config, sum(p.numel() for p in self.parameters())
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -407,7 +594,9 @@ class GPT(nn.Module):
         norms = 2 * c.n_embd * (4 + width) + (8 * c.n_embd if c.norm == "rmsnorm" else 0)
         attention = width * (3 * q + 2 * k) + (width * (q + k) if c.pos == "rope" else 0) + (12 * (q + k) * c.qk_norm)
         mlp = width * c.n_inner * (4 if c.mlp == "swiglu" else 2)
-        tokens = batch_size * c.block_size
+        tokens, T = batch_size * c.block_size, c.block_size
+        attention += width * c.n_head * T if tokens * c.n_head * T <= MOST_SCORES else 0
         copies = weights * width if width < 4 else 0  # of the weights, in the type of the products
         return dict(weights=weights * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes, activations=(
-            copies + tokens * (c.n_layer * (norms + attention + mlp) + c.vocab_size * (2 * width + 12))))
+            copies + tokens * c.n_layer * (norms + attention + mlp)), scores=(
+            min(tokens * c.vocab_size, CHUNK_SCORES) * (2 * width + 12)))

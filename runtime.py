@@ -28,7 +28,7 @@ import huggingface
 import lora
 import tokenizer as tokenizers
 from config import UserError, note, warn
-from model import GPT, GPTConfig, resolve, round_up
+from model import GPT, GPTConfig, quantize, resolve, round_up
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -262,8 +262,11 @@ def read_run(run, which="best"):
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 
-def load_run(run, which="best", device="cpu"):
-    """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN."""
+def load_run(run, which="best", device="cpu", int8=False):
+    """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN.
+
+    int8: with matrices of 8-bit integers, see model.quantize; an export of that kind has them anyway.
+    """
     checkpoint, tokenizer = read_run(run, which)
     path = checkpoint["path"]
     try:
@@ -271,8 +274,18 @@ def load_run(run, which="best", device="cpu"):
     except (AssertionError, LookupError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{path} describes no model that can be built here: {what}", "use another model") from None
+    model = quantize(model) if checkpoint.get("int8") else model
     load_weights(model, checkpoint.pop("model"), path)
+    model = quantize(model) if int8 and not checkpoint.get("int8") else model
+    checkpoint["int8"] = int8 or bool(checkpoint.get("int8"))
     return model.to(device).eval(), tokenizer, checkpoint
+
+
+def check_whole(checkpoint):
+    """Raises UserError where the weights have been rounded to 8 bits, and more is asked of them."""
+    if checkpoint.get("int8"):
+        raise UserError(f"{checkpoint['path']} has weights of 8 bits, for reading and writing text",
+                        "take the run that it was made from")
 
 
 def learned(model):
@@ -298,6 +311,7 @@ def read_base(base, run):
                         f"bring {path} back, or go to the folder where {run} was trained: the path counts from there; "
                         f"python export.py {run} --format=hf makes a model that needs no other")
     start, _ = read_run(path)
+    check_whole(start)
     if name_base(path, start) != base:
         raise UserError(f"{run} holds corrections (LoRA) to the weights that {path} had; now it has others",
                         f"bring the old ones back to {path}")
@@ -314,6 +328,9 @@ def load_weights(model, weights, path):
         weights = weights | {positions: weights[positions][:model.config.block_size]}
     for name, expected in learned(model).items():
         found = getattr(weights.get(name), "shape", None)
+        if found is not None and weights[name].is_floating_point() != expected.is_floating_point():
+            raise UserError(f"{path} has {name} in {weights[name].dtype}, but the model has {expected.dtype} there",
+                            "use another checkpoint")
         if found != expected.shape:
             has = f"{name} of shape {tuple(found)}" if found is not None else f"no {name}"
             raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",

@@ -60,6 +60,7 @@ class SampleConfig(Sampling):
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,11 +127,13 @@ def draw(logits, generator):
 def make_pick(settings, prompt, seed, bias=None):
     """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
 
-    settings: a Sampling. bias: {id: what to add to its score}.
+    settings: a Sampling. bias: {id: what to add to its score}. best: logits.topk(top_k), if somebody has found it
+    already (the engine does, for many texts at once).
     """
     generator, written = torch.Generator().manual_seed(seed), []
+    changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
 
-    def pick(logits):
+    def pick(logits, best=None):
         if not torch.isfinite(logits.sum()):
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
         logits = penalize(logits.cpu(), prompt, written, settings.repetition_penalty, settings.presence_penalty,
@@ -139,9 +142,12 @@ def make_pick(settings, prompt, seed, bias=None):
             logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
         if settings.temperature == 0 or settings.top_k == 1:
             token = logits.argmax(dim=-1)  # (1,): of equal scores the lowest id
+        elif 0 < settings.top_k < logits.size(-1):  # (exactly k here: then all that follows is done with k scores)
+            scores, ids = logits.topk(settings.top_k) if changes or best is None else best  # (1, k) each
+            token = ids[0, draw(filter_logits(scores, settings.temperature, 0, settings.top_p, settings.min_p),
+                                generator)]
         else:
-            token = draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p),
-                         generator)
+            token = draw(filter_logits(logits, settings.temperature, 0, settings.top_p, settings.min_p), generator)
         written.append(token.item())
         return token
     return pick
@@ -252,12 +258,13 @@ def main(argv):
     check_limits(settings, LIMITS)
     prompt = read_prompt(settings.prompt or settings.start)
     device = machine.choose_device(settings.device)
-    model, tokenizer, run = runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
+    named, int8 = runtime.choose_run(runs, settings), settings.quantize == "int8"
+    model, tokenizer, run = runtime.load_run(named, settings.checkpoint, device, int8)
     say(f"{run['path']}: {model.n_params():,} parameters, " + (
         "a Hugging Face model" if os.path.isdir(run["path"]) else
-        f"{run['step']} updates on {', '.join(run['source'])}"))
+        f"{run['step']} updates on {', '.join(run['source'])}") + (", in 8 bits" if run["int8"] else ""))
     seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
-    dtype, _ = machine.choose_dtype(settings.dtype, device)
+    machine.use_linear(model, machine.choose_dtype(settings.dtype, device)[0])
 
     said, outgrown, size = [], False, model.config.block_size  # said: the conversation so far, with --chat
     if settings.chat and not run["chat"]:
@@ -280,26 +287,25 @@ def main(argv):
             say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
         said[:] = [*messages, dict(role="assistant", content=text)]
 
-    with machine.autocast(device, dtype):
-        if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            answer(prompt, seed)
+    if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        answer(prompt, seed)
+        return
+    say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            say()
             return
-        say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
-        while True:
-            try:
-                prompt = input("> ")
-            except EOFError:
-                say()
-                return
-            if settings.chat and not prompt.strip():
-                continue
-            try:
-                answer(prompt, seed)
-            except UserError as error:
-                say(f"error: {error.fact}")  # one bad prompt need not end the conversation
-            except KeyboardInterrupt:
-                say("\n(stopped; Ctrl-D ends)")
-            seed += settings.num_samples
+        if settings.chat and not prompt.strip():
+            continue
+        try:
+            answer(prompt, seed)
+        except UserError as error:
+            say(f"error: {error.fact}")  # one bad prompt need not end the conversation
+        except KeyboardInterrupt:
+            say("\n(stopped; Ctrl-D ends)")
+        seed += settings.num_samples
 
 
 if __name__ == "__main__":

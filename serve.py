@@ -67,6 +67,7 @@ class ServeConfig:
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
@@ -102,7 +103,8 @@ class Served:
                 re.split(r"[/\\]", source.partition("?")[0])[-1] for source in run.get("source", [])],
             val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
             vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            family=f"{c.pos} {c.norm} {c.mlp}", dtype=str(dtype).removeprefix("torch."), device=str(device),
+            family=f"{c.pos} {c.norm} {c.mlp}", device=str(device),
+            dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
             tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")), chat=self.chat,
             rows=self.engine.rows,
             defaults=api.generate_defaults(), curve=[
@@ -374,7 +376,8 @@ def main(argv):
         import machine
         import runtime
         device = machine.choose_device(settings.device)
-        return runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device)
+        return runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device,
+                                settings.quantize == "int8")
 
     server, signals = Server(settings, load_model), []
 

@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, error, prepare_words, words
+from conftest import FAMILIES, TINY, error, prepare_words, random_model, words
 from torch.nn import functional as F
 
 import bench
+import bench_generate
 import dataset as datasets
 import machine
 import model
@@ -95,3 +96,27 @@ def test_chat_counts_answers_that_end_and_those_that_are_right(here, capsys, mon
     assert says([*answer[1:], 7]) == [n, n, 64, 0] and says([7] * 5) == [n, 0, 64, 0]
     prepare_words(here)
     assert "holds no conversations" in error(bench.main, "chat", "out/talk", "--dataset=words")[0]
+
+
+def test_the_speed_benches_need_what_they_compare_with(here):
+    for name in ("loss", "throughput"):
+        words_file = here / "words.txt"
+        words_file.write_text(words(3000), encoding="utf-8")
+        assert "is not a folder of nanoGPT: it has no train.py" in error(
+            bench.main, name, str(words_file), "--peer=nowhere", "--tiny=true")[0]
+    assert "steps=3" in error(bench.main, "throughput", "--steps=3")[0]
+
+
+def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
+    monkeypatch.setattr(bench_generate, "find_spec", lambda name: None)
+    assert not bench.main(["generate", "--tiny=true", "--repeats=1", "--new_tokens=8", "--prompt=4"])
+    out, err = capsys.readouterr()
+    assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
+    assert re.search(r"int8: [\d.]+ ms: matrices \d+%, attention \d+%, choosing a token \d+%", out)
+    for peer in ("transformers is not installed", "llama.cpp is not installed", "is no folder of nanoGPT"):
+        assert f"note: {peer}" in err or peer in err
+
+
+def test_generate_compares_models_of_gpt2s_layout(here, monkeypatch):
+    monkeypatch.setattr(bench_generate, "load_model", lambda *_: (random_model(**FAMILIES["modern"]), None, {}))
+    assert "GPT-2's layout only" in error(bench.main, "generate", "out/modern")[0]

@@ -112,6 +112,8 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
     model, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
     prompt = torch.tensor([tokenizer.encode("the")])
     for name, file in export.FILES.items():
+        if name == "int8":  # only if asked for: test_int8.py
+            continue
         path = str(out / file)
         reader = readback.OPEN.get(path.rpartition(".")[2], readback.open_hugging_face)
         with torch.no_grad():
@@ -320,7 +322,7 @@ def test_a_full_disk(tiny_run, here, format):
     before = files(here / "x")
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
     done = subprocess.run([sys.executable, ROOT / "export.py", tiny_run / "out/words", f"--out={here}/x",
                            f"--format={format}"], capture_output=True, text=True, preexec_fn=limit, cwd=here)
     assert done.returncode == 1 and done.stderr.count("error: cannot write") == 1, done.stderr
@@ -356,7 +358,7 @@ def test_what_replaces_what(tiny_run, here, monkeypatch):
         assert before.keys() == after.keys()
         assert all(after[path] == before[path] for path in before if path.name != "export.json")  # (its times)
         (here / "x/.part").mkdir()
-        os.replace(here / "x/hf", here / "x/.part/before")  # a kill between the two
+        os.replace(here / "x/hf", here / "x/.part/before-hf")  # a kill between the two
         assert export.main([*run, "--format=torchscript"]) == 0
         assert (here / "x/hf/model.safetensors").exists() and not (here / "x/.part").exists()
         with runtime.RunFolder(f"{here}/x"):

@@ -7,6 +7,7 @@ import torch
 from conftest import FAMILIES, random_model
 from torch.nn import functional as F
 
+import model
 from model import GPT, GPTConfig, KVCache, PRESETS, argmax
 
 
@@ -199,3 +200,41 @@ def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
     assert 0.9 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.35
     n = sum(p.numel() for p in model.parameters())
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_attention_by_its_formula_is_scaled_dot_product_attention(n_kv_head):
+    q = torch.randn(2, 4, 9, 6, requires_grad=True)
+    k, v = (torch.randn(2, n_kv_head, 9, 6, requires_grad=True) for _ in range(2))
+    found, expected = model.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert (found - expected).abs().max() < 1e-6
+    above = torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), above) for y in (found, expected))):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scores", [1, 700, 1 << 24])  # a chunk of one token, of some (the last one shorter), of all
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, scores, tie_weights):
+    gpt = random_model(vocab_size=101, tie_weights=tie_weights).train()
+    idx, targets = torch.randint(101, (3, 23)), torch.randint(101, (3, 23))
+    targets[0, :7] = targets[2] = -1  # where nothing is learned
+    expected = F.cross_entropy(gpt(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    wanted = torch.autograd.grad(expected, list(gpt.parameters()))
+    monkeypatch.setattr(model, "CHUNK_SCORES", scores)
+    loss = gpt(idx, targets)
+    assert abs(loss - expected) < 1e-6
+    for found, right in zip(torch.autograd.grad(loss, list(gpt.parameters())), wanted):
+        assert (found - right).abs().max() < 1e-6 * max(1, right.abs().max())
+    gpt.requires_grad_(False)
+    gpt.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)  # as with LoRA: the head itself is not trained
+    found = torch.autograd.grad(gpt(idx, targets), [gpt.transformer.h[0].mlp.c_fc.weight])
+    assert len(found) == 1 and found[0].abs().sum() > 0
+
+
+def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
+    gpt, sizes = random_model(vocab_size=101).train(), []
+    monkeypatch.setattr(model, "CHUNK_SCORES", 7 * 101)
+    gpt.chunk_loss = lambda scores, targets: (sizes.append(scores.numel()), model.chunk_loss(scores, targets))[1]
+    gpt(torch.randint(101, (3, 23)), torch.randint(101, (3, 23))).backward()
+    assert sum(sizes) == 3 * 23 * 101 and max(sizes) <= 7 * 101

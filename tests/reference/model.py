@@ -20,17 +20,37 @@ class GPTConfig:
 
 class GPT:
     def __init__(self, config):
-        self.config, self.weights, self.training = config, {}, True
+        self.config, self.training, C = config, True, config.n_embd
+        shapes = {"transformer.wte.weight": (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C),
+                  "transformer.ln_f.weight": (C,)}
+        for i in range(config.n_layer):
+            for name, shape in (("ln_1", (C,)), ("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C)), ("ln_2", (C,)),
+                                ("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C))):
+                shapes[f"transformer.h.{i}.{name}.weight"] = shape
+        self.load_state_dict({name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
+                              for name, shape in shapes.items()})
 
     def load_state_dict(self, weights, strict=True):
         self.weights = {name: w.double().requires_grad_() for name, w in weights.items() if name != "lm_head.weight"}
         return types.SimpleNamespace(missing_keys=[])
+
+    def state_dict(self):
+        weights = {name: w.detach().float() for name, w in self.weights.items()}
+        return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
 
     def train(self):
         self.training = True
 
     def eval(self):
         self.training = False
+        return self
+
+    def generate(self, idx, n, temperature=1.0, top_k=1):
+        for _ in range(n):
+            logits = self(idx, idx)[0][:, -1] / temperature
+            values, ids = logits.topk(top_k)
+            idx = torch.cat((idx, ids.gather(1, torch.multinomial(values.softmax(-1), 1))), dim=1)
+        return idx
 
     def forward(self, idx, targets):
         w, T, n_head = self.weights, idx.size(1), self.config.n_head
