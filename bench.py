@@ -45,7 +45,7 @@ import tokenizer as tokenizers
 import train
 from bench_generate import generate
 from bench_serve import serve
-from bench_train import ablation, loss, throughput
+from bench_train import ablation, loss, project, throughput
 from config import UserError, check_limits, command_line, load, say
 from model import GPT, GPTConfig, KVCache, PRESETS
 from sources import fetch
@@ -400,11 +400,6 @@ def measure(command):
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed: {' '.join(done.stderr.strip().splitlines()[-2:])}", "see above")
     return tuple(map(float, done.stdout.split()))
-
-
-def project(name):
-    """The path of a file of this project."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
 def machine_line():

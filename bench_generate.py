@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import huggingface
 import machine
 from bench_serve import load_model
+from bench_train import spread
 from config import UserError, check_limits, note, say
 from engine import Engine, Request
 from model import GPT, GPTConfig, quantize
@@ -184,23 +185,20 @@ def generate(settings, runs):
             rates[name].append(many * new / run())
         say(f"round {i + 1} of {settings.repeats}")
 
-    def spread(values, digits=0):
-        return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-
     print(f"{c.n_layer} layers, {c.n_embd} wide, vocabulary {c.vocab_size:,}; {len(prompt)} tokens, then {new} more; "
           f"{settings.repeats} rounds: median (lowest to highest); {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}")
     print("| | tokens/s | seconds |\n|---|---|---|")
     for name, values in rates.items():
         many = MANY if name.endswith(f"{MANY} at once") else 1
-        print(f"| {name} | {spread(values)} | {many * new / statistics.median(values):.2f} |")
+        print(f"| {name} | {spread(values, 0)} | {many * new / statistics.median(values):.2f} |")
     pairs = [("int8", "transformers, float32"), ("int8", "nanoGPT, float32"), ("float32", "transformers, float32"),
              ("int8", "llama.cpp, Q8_0"), ("int8", "float32"), (f"int8, {MANY} at once", "int8, 1 at once"),
              (f"float32, {MANY} at once", "float32, 1 at once")]
     print("\n| | times as fast as |  |\n|---|---|---|")
     for a, b in pairs:
         if a in rates and b in rates:
-            print(f"| {a} | {b} | {spread([x / y for x, y in zip(rates[a], rates[b])], 2)} |")
+            print(f"| {a} | {b} | {spread([x / y for x, y in zip(rates[a], rates[b])])} |")
     print("\nwhere the time of a token goes (the profiler adds some):")
     for name in [*mine, f"int8, {MANY} at once"]:
         print(f"{name}: {where(racers[name], new)}")

@@ -127,8 +127,8 @@ def draw(logits, generator):
 def make_pick(settings, prompt, seed, bias=None):
     """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
 
-    settings: a Sampling. bias: {id: what to add to its score}. best: logits.topk(top_k), if somebody has found it
-    already (the engine does, for many texts at once).
+    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `best`: logits.topk(top_k), where
+    somebody has found it already (the engine does, for many texts at once).
     """
     generator, written = torch.Generator().manual_seed(seed), []
     changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
