@@ -12,6 +12,7 @@ Measurements: every number in the README that is not a line of a training log co
     python bench.py loss shakespeare.txt --peer=../nanoGPT     # how soon has a model learned? (bench_train.py, as
     python bench.py throughput --peer=../nanoGPT        # the next two) How fast is an update?
     python bench.py ablation            # what does each idea of the model buy?
+    python bench.py scaling             # how good will a long run be? Six short ones say it (bench_scaling.py)
     python bench.py generate --peer=../nanoGPT --prompt=8 --new_tokens=504     # and a text? (bench_generate.py)
 
 Each prints what it measured on standard output, and on which machine.
@@ -44,6 +45,7 @@ import sample
 import tokenizer as tokenizers
 import train
 from bench_generate import generate
+from bench_scaling import scaling
 from bench_serve import serve
 from bench_train import ablation, loss, project, throughput
 from config import UserError, check_limits, command_line, load, say
@@ -68,7 +70,8 @@ class BenchConfig:
     dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there, chat: the run's
     steps: int = 200  # parity: updates to compare; languages: updates of each run
     compiled: bool = False  # loss: nanoGPT with --compile=True as well
-    tiny: bool = False  # loss, throughput, ablation, generate: with models of no size, only to see that it runs
+    minutes: float = 2.0  # scaling: of each short run
+    tiny: bool = False  # loss and those that follow above: with models of no size, only to see that it runs
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
     repeats: int = 3  # prepare: pairs of processes; serve, generate: rounds
     vocab_size: int = 4096  # languages: tokens of each vocabulary
@@ -471,7 +474,7 @@ def languages(settings, files):
 
 
 BENCHES = {bench.__name__: bench for bench in (
-    syntax, chat, parity, doctor, prepare, languages, serve, generate, loss, throughput, ablation)}
+    syntax, chat, parity, doctor, prepare, languages, serve, generate, loss, throughput, ablation, scaling)}
 
 
 def main(argv):

@@ -299,9 +299,10 @@ class Engine:
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
         best = [None] * len(requests)
         for k in {request.top_k for request in requests if 1 < request.top_k < logits.size(1)}:
-            rows = [i for i, request in enumerate(requests) if request.top_k == k]
-            for i, *row in zip(rows, *(found.split(1) for found in logits[rows].topk(k))):
-                best[i] = row
+            scores, found = logits.topk(k)  # (n, k) each
+            for i, request in enumerate(requests):
+                if request.top_k == k:
+                    best[i] = scores[i:i + 1], found[i:i + 1]
         for i, request in enumerate(requests):
             self.choose(request, logits[i:i + 1], best[i])
 

@@ -140,17 +140,25 @@ def loss_svg(curve, width=720, height=400):
     def line(points, style):
         return f'<polyline points="{" ".join(f"{x(s)},{y(v)}" for s, v in points)}" fill="none" {style}/>'
 
-    parts = []
     unit = 0.5 if high - low < 5 else 1
-    for value in (low + i * unit for i in range(int((high - low) / unit) + 1)):
-        parts += [f'<line x1="50" x2="{width - 20}" y1="{y(value)}" y2="{y(value)}" stroke="#ddd"/>',
-                  f'<text x="42" y="{y(value)}" dy="4" text-anchor="end">{value:g}</text>']
+    parts = ruling([low + i * unit for i in range(int((high - low) / unit) + 1)], y, width)
     parts += [f'<text x="{x(last * i // 4)}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
               for i in range(5)]
     parts += [line(training, 'stroke="#999"'), line(validation, 'stroke="#0969da" stroke-width="2"')]
     parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="3" fill="#0969da"/>' for step, loss in validation]
     parts += [f'<text x="{width - 20}" y="34" text-anchor="end">loss in nats per token over updates: training grey, '
               'validation blue</text>']
+    return svg(parts, width, height)
+
+
+def ruling(values, y, width):
+    """Level lines of a picture, each with its value."""
+    return [part for value in values for part in (
+        f'<line x1="50" x2="{width - 20}" y1="{y(value)}" y2="{y(value)}" stroke="#ddd"/>',
+        f'<text x="42" y="{y(value)}" dy="4" text-anchor="end">{value:g}</text>')]
+
+
+def svg(parts, width, height):
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
             'font-size="12" fill="#444">\n<rect width="100%" height="100%" fill="white"/>\n'
             + "\n".join(parts) + "\n</svg>\n")

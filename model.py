@@ -320,8 +320,8 @@ def int8_linear(weight, scale, bias):
 
     def compute(x):
         x = x.float()
-        top = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)  # (B, ..., 1)
-        y = product((x / top).nan_to_num_(0.0)).mul_(scale)  # (what was no number is one in `top`, too)
+        top = x.abs().amax(dim=-1, keepdim=True)  # (B, ..., 1)
+        y = product(x, top).mul_(scale)
         return y.mul_(top) if bias is None else torch.addcmul(bias, y, top)
     return compute
 
@@ -335,14 +335,24 @@ def int8_product(weight):
     """
     top = int8_top() if weight.device.type == "cpu" else None
     if top is None:  # another processor, a GPU, or a PyTorch without it: the same integers, as float32 numbers
-        return lambda x: F.linear((x * 127).round(), weight.float()) / 127
+        return lambda x, top: F.linear((x / top * 127).nan_to_num_(0.0).round(), weight.float()) / 127
     padded, ends, zeros = F.pad(weight, (0, 2)), torch.tensor([-1.0, top]), torch.zeros(len(weight))
     shape, sums = weight.new_zeros(1, 1).expand(padded.shape), padded.sum(dim=1, dtype=torch.int32)
     kernel = torch.fbgemm_pack_quantized_matrix(padded)
 
-    def product(x):
-        x = torch.cat((x, ends.expand(*x.shape[:-1], 2)), dim=-1)
-        return torch.fbgemm_linear_int8_weight_fp32_activation(x, shape, kernel, sums, 1.0, 0, zeros)
+    @functools.lru_cache(maxsize=4)
+    def room(*rows):
+        """Memory for x, with the ends of the range behind it; (rows, K + 2) and its first K columns."""
+        with torch.inference_mode(False):
+            whole = torch.cat((torch.zeros(*rows, weight.size(1)), ends.expand(*rows, 2)), dim=-1)
+            return whole, whole[..., :-2]
+
+    def product(x, top):
+        # Token after token uses the same memory. (Not those of a long prompt: they would take megabytes per matrix.)
+        whole, scaled = (room if top.numel() <= 64 else room.__wrapped__)(*x.shape[:-1])
+        torch.div(x, top, out=scaled)
+        whole.nan_to_num_(0.0)  # 0 / 0, and what was no number, which is one in `top`, too
+        return torch.fbgemm_linear_int8_weight_fp32_activation(whole, shape, kernel, sums, 1.0, 0, zeros)
     return product
 
 
@@ -373,6 +383,7 @@ def quantize(model):
 
     A tied head stays tied: the row that predicts a token is, with its one scale, also the row that reads it.
     """
+    model.requires_grad_(False)
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):

@@ -134,7 +134,8 @@ def make_pick(settings, prompt, seed, bias=None):
     changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
 
     def pick(logits, best=None):
-        if not torch.isfinite(logits.sum()):
+        best = None if changes else best
+        if not torch.isfinite(logits.sum() if best is None else best[0].sum()):  # (nan and inf are among the best)
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
         logits = penalize(logits.cpu(), prompt, written, settings.repetition_penalty, settings.presence_penalty,
                           settings.frequency_penalty)
@@ -143,7 +144,7 @@ def make_pick(settings, prompt, seed, bias=None):
         if settings.temperature == 0 or settings.top_k == 1:
             token = logits.argmax(dim=-1)  # (1,): of equal scores the lowest id
         elif 0 < settings.top_k < logits.size(-1):  # (exactly k here: then all that follows is done with k scores)
-            scores, ids = logits.topk(settings.top_k) if changes or best is None else best  # (1, k) each
+            scores, ids = logits.topk(settings.top_k) if best is None else best  # (1, k) each
             token = ids[0, draw(filter_logits(scores, settings.temperature, 0, settings.top_p, settings.min_p),
                                 generator)]
         else:
