@@ -32,11 +32,13 @@ SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100
     --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=100 --gradient_accumulation_steps=1
     --always_save_checkpoint=False""".split()
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()
-SHAPES = {  # by name: settings of both programs; the vocabulary
-    "openllm-small, 4 x 512": (["--n_layer=6", "--n_head=8", "--n_embd=512", "--block_size=512", "--batch_size=4",
-                                "--bias=True"], 32000),
+SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True".split()  # openllm-small
+SHAPES = {  # by name: settings of both programs; the vocabulary; how often it is measured, if not as often as asked
+    "openllm-small, 4 x 512": ([*SMALL, "--block_size=512", "--batch_size=4"], 32000, None),
     "6 x 6 x 384, 16 x 256": (["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256", "--batch_size=16",
-                               "--bias=False"], 65)}
+                               "--bias=False"], 65, None),
+    # its own context and the batch that is the default of train.py, for the memory: an update takes half a minute
+    "openllm-small, 12 x 1024": ([*SMALL, "--block_size=1024", "--batch_size=12"], 32000, 1)}
 SWITCHES = {  # what is changed: the recipe stays otherwise what it is
     "config/train_small.py": [], "learned positions instead of rope": ["--pos=learned"],
     "layernorm instead of rmsnorm": ["--norm=layernorm"], "gelu instead of swiglu": ["--mlp=gelu"],
@@ -159,7 +161,8 @@ def throughput(settings, _):
           f"{settings.steps - 5} updates in each: median (lowest to highest)")
     print("| shape | nanoGPT, tokens/s | ours | times as fast | of the peak | memory: nanoGPT | ours | share |")
     print("|---" * 8 + "|")
-    for shape, (argv, vocab_size) in ({"tiny": (TINY, 65)} if settings.tiny else SHAPES).items():
+    for shape, (argv, vocab_size, rounds) in ({"tiny": (TINY, 65, None)} if settings.tiny else SHAPES).items():
+        rounds = rounds or settings.repeats
         with tempfile.TemporaryDirectory() as folder:
             ids = np.random.default_rng(0).integers(0, 60, 200_000)
             theirs = os.path.join(folder, "theirs")
@@ -172,7 +175,7 @@ def throughput(settings, _):
                     "--eval_interval=1000000", "--dataset=random", "--gradient_accumulation_steps=1"]
             size = [int(value.partition("=")[2]) for value in argv if value.startswith(("--block", "--batch"))]
             rates, memories, shares = {"nanoGPT": [], "ours": []}, {"nanoGPT": [], "ours": []}, []
-            for i in range(settings.repeats):
+            for i in range(rounds):
                 _, memory, text = run(["train.py", *argv, "--device=cpu", "--compile=False", f"--out_dir=out{i}"],
                                       theirs)
                 times = [float(ms) / 1000 for ms in re.findall(r"iter \d+: loss .* time ([\d.]+)ms", text)][5:]
@@ -183,7 +186,7 @@ def throughput(settings, _):
                 rates["ours"].append(statistics.median(row["tokens_per_second"] for row in log[5:]))
                 memories["ours"].append(memory)
                 shares.append(statistics.median(map(int, re.findall(r"(\d+)% of peak", text)[5:])))
-                say(f"{shape}: round {i + 1} of {settings.repeats}")
+                say(f"{shape}: round {i + 1} of {rounds}")
             ratios = [b / a for a, b in zip(*rates.values())]
             megabytes = [max(values) / 1e6 for values in memories.values()]
             print(f"| {shape} | {spread(rates['nanoGPT'], 0)} | {spread(rates['ours'], 0)} | {spread(ratios)} | "

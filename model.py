@@ -327,16 +327,18 @@ def int8_linear(weight, scale, bias):
 
 
 def int8_product(weight):
-    """A function that rounds x (B, ..., K), between -1 and 1, to 8 bits and multiplies it by weight (N, K), integers.
+    """A function that rounds x / top, between -1 and 1, to 8 bits and multiplies it by weight (N, K), integers.
+
+    x: (B, ..., K); top: (B, ..., 1)
 
     The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster, at one row and at sixteen, than
     all that came after it. It rounds x by itself, to the range that it finds in the whole of it. That two rows cannot
     change each other's rounding, each gets two numbers more, the ends of the range, and the matrix columns of zeros.
     """
-    top = int8_top() if weight.device.type == "cpu" else None
-    if top is None:  # another processor, a GPU, or a PyTorch without it: the same integers, as float32 numbers
+    end = int8_top() if weight.device.type == "cpu" else None
+    if end is None:  # another processor, a GPU, or a PyTorch without it: the same integers, as float32 numbers
         return lambda x, top: F.linear((x / top * 127).nan_to_num_(0.0).round(), weight.float()) / 127
-    padded, ends, zeros = F.pad(weight, (0, 2)), torch.tensor([-1.0, top]), torch.zeros(len(weight))
+    padded, ends, zeros = F.pad(weight, (0, 2)), torch.tensor([-1.0, end]), torch.zeros(len(weight))
     shape, sums = weight.new_zeros(1, 1).expand(padded.shape), padded.sum(dim=1, dtype=torch.int32)
     kernel = torch.fbgemm_pack_quantized_matrix(padded)
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
+import dataclasses
 import json
+import os
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,12 +14,14 @@ from torch.nn import functional as F
 
 import bench
 import bench_generate
+import bench_scaling
 import dataset as datasets
 import machine
 import model
 import prepare
 import tokenizer as tokenizers
 import train
+from log import read_rows
 
 
 def test_doctor(here, capsys):
@@ -105,6 +110,35 @@ def test_the_speed_benches_need_what_they_compare_with(here):
         assert "is not a folder of nanoGPT: it has no train.py" in error(
             bench.main, name, str(words_file), "--peer=nowhere", "--tiny=true")[0]
     assert "steps=3" in error(bench.main, "throughput", "--steps=3")[0]
+
+
+def test_the_law_is_found_in_its_own_points():
+    law = bench_scaling.Law(E=0.6, A=0.3, a=0.4, B=0.7, b=0.3)
+    curves = [(n, [(d, law.bits(n, d)) for d in (2e5, 5e5, 1e6, 2e6)]) for n in (7e5, 2e6, 4e6, 9e6)]
+    found = bench_scaling.fit(curves)
+    assert found == bench_scaling.Law(*(pytest.approx(value, rel=1e-3) for value in dataclasses.astuple(law)))
+    assert found.bits(9e6, 1e8) == pytest.approx(0.6 + 0.3 / 9**0.4 + 0.7 / 100**0.3)
+    # Numbers that no law of this kind gives, as larger models that are worse: the nearest that is one, not below 0.
+    worse = [(n, [(d, 1 + n / 1e8 + d / 1e8) for d in (1e5, 1e6)]) for n in (1e6, 1e7)]
+    assert min(dataclasses.astuple(bench_scaling.fit(worse))) >= 0
+
+
+def test_scaling_says_what_will_come_and_then_looks(here, capsys):
+    prepare_words(here)
+    assert not bench.main(["scaling", "--tiny=true", "--dataset=words"])
+    out = capsys.readouterr().out
+    said, came = out.split(" channels will be the best, with ")
+    best, bits = said.split()[-1], came.split()[0]
+    row = re.search(rf"\| {best}, the long run \| [\d,]+ \| ([\d,]+) \| \d+ \| [\d.]+ \| ([\d.]+) \| [+-]", out)
+    assert bits == row[2] and f"after {row[1]} tokens" in came  # what was said before is what it is compared with
+    picture = ElementTree.parse("scaling.svg").getroot()
+    lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
+    assert len(lines) == 3 and len(dots) == 12 + 12 + len(train_rows(f"out/scaling/{best}-long"))
+    assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
+
+
+def train_rows(run):
+    return [row for row in read_rows(os.path.join(run, "log.jsonl")) if "val_bpb" in row]
 
 
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
