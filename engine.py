@@ -102,25 +102,29 @@ class Request(Sampling):
 
 
 class Rows:
-    """The caches of several rows as one, for a batch of one new token each: every row attends to its own past."""
+    """Rows of a cache as one, for a batch of one new token each: every row attends to its own past.
 
-    def __init__(self, caches):
-        self.caches = caches
+    memory: the cache; caches: those of its rows that take part, see KVCache.row.
+    """
+
+    def __init__(self, memory, caches):
+        self.memory, self.caches = memory, caches
         self.length = max(cache.length for cache in caches)
-        # For each row, layer by layer: where the key of the new token goes, and all keys up to it; the same for values.
+        places = [(cache.number, cache.length) for cache in caches]
+        self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)  # (B,) each
+        # For each layer, row by row: all keys, that of the new token included; and all values.
         # (Found once for all layers: what is small in the model is large in a loop over rows and layers.)
-        tensors = [tensor for cache in caches for tensor in (cache.k, cache.v)]
-        ends = [cache.length + 1 for cache in caches for _ in range(2)]
-        self.new = list(zip(*(t[:, :, :, end - 1:end].unbind(0) for t, end in zip(tensors, ends))))
-        self.all = list(zip(*(t[:, :, :, :end].unbind(0) for t, end in zip(tensors, ends))))
+        self.keys, self.values = (list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
+                                  for whole in (memory.k, memory.v))
 
     def positions(self, T):
-        return torch.tensor([[cache.length] for cache in self.caches], device=self.caches[0].k.device)  # (B, 1)
+        return self.ends[:, None]  # (B, 1)
 
     def attend(self, layer, q, k, v):
-        k, v, past = k.split(1), v.split(1), self.all[layer]  # (1, n_kv_head, ..., head_dim) each
-        torch._foreach_copy_(self.new[layer], [x for pair in zip(k, v) for x in pair])
-        return torch.cat([look_back(*row) for row in zip(q.split(1), past[::2], past[1::2])])  # (B, n_head, 1, ...)
+        for whole, new in ((self.memory.k, k), (self.memory.v, v)):
+            whole[layer][self.numbers, :, self.ends] = new[:, :, 0]  # (B, n_kv_head, head_dim)
+        rows = zip(q.split(1), self.keys[layer], self.values[layer])
+        return torch.cat([look_back(*row) for row in rows])  # (B, n_head, 1, head_dim)
 
     def advance(self, T):
         for cache in self.caches:
@@ -145,8 +149,8 @@ def steady(model, rows):
     tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator).to(device)
 
     def scores(tokens):
-        caches = [KVCache(config, 1, 1, device, model.dtype()) for _ in tokens]
-        return model.logits(model.trunk(tokens, Rows(caches)))
+        memory = KVCache(config, len(tokens), 1, device, model.dtype())
+        return model.logits(model.trunk(tokens, Rows(memory, [memory.row(i) for i in range(len(tokens))])))
 
     trials = [(scores, tokens)]
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -187,10 +191,10 @@ class Engine:
                  "free memory at most")
         rows = self.rows
         self.counts = steady(model, rows)
-        memory = KVCache(model.config, rows, None, self.device, model.dtype())
-        self.free = deque(memory.row(i) for i in range(rows))
+        self.memory = KVCache(model.config, rows + 1, None, self.device, model.dtype())
+        *each, self.spare = (self.memory.row(i) for i in range(rows + 1))  # one that only fills up a batch
+        self.free = deque(each)
         self.held = {row: [] for row in self.free}  # the ids of a prompt whose keys and values are still in a row
-        self.spare = KVCache(model.config, 1, 1, self.device, model.dtype())  # for the rows that only fill up a batch
         self.waiting, self.running, self.news = deque(), [], threading.Condition()
         self.steps = self.n_cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
         self.stopping = False
@@ -294,7 +298,7 @@ class Engine:
         fill = n - len(requests)  # rows that only make the number right
         ids = [request.next for request in requests] + [0] * fill
         caches = [request.cache for request in requests] + [self.spare] * fill
-        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(caches))  # (n, 1, C)
+        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (n, 1, C)
         self.spare.length = 0
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
         best = [None] * len(requests)

@@ -154,7 +154,7 @@ class KVCache:
     def row(self, i):
         """Row i as a cache of its own, in the same memory and with a length of its own."""
         row = copy.copy(self)
-        row.k, row.v = self.k[:, i:i + 1], self.v[:, i:i + 1]
+        row.number, row.k, row.v = i, self.k[:, i:i + 1], self.v[:, i:i + 1]
         return row
 
     def positions(self, T):

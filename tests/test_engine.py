@@ -70,10 +70,11 @@ def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
     ids, pasts = torch.randint(512, (16, 1)), torch.randint(512, (16, 9))
 
     def scores(n):
-        caches = [KVCache(model.config, 1, dtype=model.dtype()) for _ in range(n)]
+        memory = KVCache(model.config, n, dtype=model.dtype())
+        caches = [memory.row(i) for i in range(n)]
         for i, cache in enumerate(caches):
             model.trunk(pasts[i:i + 1, :1 + i % 9], cache)
-        return model.logits(model.trunk(ids[:n], Rows(caches)))
+        return model.logits(model.trunk(ids[:n], Rows(memory, caches)))
 
     with torch.inference_mode():
         whole = scores(16)
