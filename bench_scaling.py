@@ -2,16 +2,18 @@
 """
 A scaling law on a laptop: short runs predict a long one before it starts. Called as `python bench.py scaling`.
 
-Six models of different width train for two minutes each. A law with five numbers is fitted to all their validations,
+Six models of different width train for two minutes each. A law is fitted to their validations,
 
-    bits per byte = E + A / N^a + B / D^b                       (Hoffmann 2022, arXiv 2203.15556, equation 10)
+    bits per byte = E + ((A / N)^(a / b) + B / D)^b      (Kaplan 2020, arXiv 2001.08361, equation 1.5, and an E)
 
-with N parameters that have read D tokens: E is what no model can know about the text, A / N^a what a model of this size
-cannot hold, B / D^b what it has not read yet. The law says which width will be the best after thirty minutes, and how
-good it will be. Only then does that run start; the picture, scaling.svg, shows what was said and what came.
+with N parameters that have read D tokens. A model that has read little is limited by that, however large it is:
+(B / D)^b. One that has read enough is limited by what it can hold: (A / N)^a. E stands for what no model can know.
+Runs so short cannot tell it (whatever it is, A, a, B and b adapt), so it is set by hand, to about what models a thousand
+times as large reach on program text. The law says which width will be the best after thirty minutes, and how good it will be.
+Only then does that run start; the picture, scaling.svg, shows what was said and what came.
 
-The learning rate stays level after its warm-up. So every moment of a run is the end of a shorter one, and a run gives a
-curve to fit instead of a point. (A rate that falls to 0 ends lower; but where it is half-way down, nothing ends.)
+The learning rate stays level after its warm-up, lower than the recipe's, which falls to 0. So every moment of a run is
+the end of a shorter one, and a run gives a curve to fit. (A rate that falls ends lower, but gives a single point.)
 The runs stay in out/scaling, and what is finished there is not trained again.
 """
 import math
@@ -26,9 +28,10 @@ from config import check_limits, say
 from log import read_header, read_rows, ruling, svg
 from model import GPT
 
-WIDTHS = (64, 128, 192, 256, 384, 512)  # 0.7 to 14 million parameters with a vocabulary of 4,096
+WIDTHS = (64, 96, 128, 192, 256, 384)  # 0.7 to 8 million parameters with a vocabulary of 4,096
 LONGER = 15  # the long run takes so many times as long: 30 minutes
-SKIPPED = 0.2  # of each short run: so early it is the warm-up that limits the loss, and no power of N or D
+SKIPPED = 60  # updates of each run that are not fitted: three times the warm-up, which limits the loss so early
+E = 0.4  # bits per byte: a guess, near what models of billions of parameters reach on program text
 
 
 @dataclass
@@ -47,42 +50,45 @@ class Run:
 
     def points(self):
         """(tokens, bits per byte) of the validations that count."""
-        return [(row["tokens"], row["val_bpb"]) for row in self.rows if row["tokens"] > SKIPPED * self.tokens]
+        return [(row["tokens"], row["val_bpb"]) for row in self.rows if row["step"] > SKIPPED]
 
 
 @dataclass
 class Law:
-    E: float
     A: float
     a: float
     B: float
     b: float
 
     def bits(self, n, d):
-        """Bits per byte of n parameters after d tokens. (Both count in millions, so that A and B are handy numbers.)"""
-        return self.E + self.A / (n / 1e6) ** self.a + self.B / (d / 1e6) ** self.b
+        """Bits per byte of n parameters after d tokens."""
+        return E + ((self.A / n) ** (self.a / self.b) + self.B / d) ** self.b
 
     def __str__(self):
-        return f"{self.E:.3f} + {self.A:.3f} / (N / 10^6)^{self.a:.2f} + {self.B:.3f} / (D / 10^6)^{self.b:.2f}"
+        return f"{E} + (({self.A:.3g} / N)^{self.a / self.b:.2f} + {self.B:.3g} / D)^{self.b:.2f}"
 
 
 def fit(curves):
     """The law that fits best. curves: for each run (n, [(d, bits per byte), ...]); all runs count the same.
 
-    With a and b given, E, A and B are a matter of linear least squares; so all pairs of a and b are tried.
+    (bits - E)^(1 / b) is a sum of two terms, so that with b and r = a / b given, what stands before them is a matter of
+    linear least squares; all pairs of b and r are tried.
     """
     n, d, bits, weight = torch.tensor([(n, *point, len(points) ** -0.5) for n, points in curves for point in points],
                                       dtype=torch.float64).T  # (P,) each
-    grid = torch.arange(0.05, 1.5, 0.01, dtype=torch.float64)
-    a, b = (x.flatten()[:, None] for x in torch.meshgrid(grid, grid, indexing="ij"))  # (G, 1) each
-    terms = torch.stack(((a * 0 + n) ** 0, (n / 1e6) ** -a, (d / 1e6) ** -b), dim=-1)  # (G, P, 3)
-    scale = (weight / bits)[:, None]  # what counts is by how many percent the law is off
-    found = torch.linalg.lstsq(terms * scale, (bits[:, None] * scale).expand(len(a), -1, -1)).solution[..., 0]  # (G, 3)
+    n, d = n / 1e6, d / 1e6  # (numbers of everyday size)
+    b, r = (x.flatten()[:, None] for x in torch.meshgrid(
+        torch.arange(0.05, 1, 0.005, dtype=torch.float64), torch.arange(0.1, 4, 0.05, dtype=torch.float64),
+        indexing="ij"))  # (G, 1) each
+    wanted = (bits - E) ** (1 / b)  # (G, P)
+    # Not the error of `wanted` is to be small but that of the bits, relatively: d bits / bits = scale d wanted.
+    scale = weight * b * (bits - E) / bits / wanted
+    terms = torch.stack((n ** -r, (1 / d).expand_as(wanted)), dim=-1)  # (G, P, 2)
+    found = torch.linalg.lstsq(terms * scale[..., None], (wanted * scale)[..., None]).solution  # (G, 2, 1)
     found = found.clamp(min=0)  # nothing knows less for being larger or having read more
-    off = ((terms @ found[..., None])[..., 0] - bits) * scale[:, 0]  # (G, P)
-    best = int(off.square().sum(dim=1).argmin())
-    E, A, B = found[best].tolist()
-    return Law(E, A, a[best].item(), B, b[best].item())
+    best = int((((terms @ found)[..., 0] - wanted) * scale).square().sum(dim=1).argmin())
+    (holds, reads), b, r = found[best, :, 0].tolist(), b[best].item(), r[best].item()
+    return Law(1e6 * holds ** (1 / r), r * b, 1e6 * reads, b)
 
 
 def trained(name, width, dataset, argv, tiny):
@@ -104,7 +110,7 @@ def scaling(settings, _):
     dataset, tiny, short = settings.dataset or "stdlib", settings.tiny, {}
     minutes = 0.01 if tiny else settings.minutes
     for width in (32, 64) if tiny else WIDTHS:  # (some ten validations each; an update of a wide model takes longer)
-        short[width] = trained(f"{width}", width, dataset, ["--max_iters=12", "--eval_interval=1"] if tiny else [
+        short[width] = trained(f"{width}", width, dataset, ["--max_iters=70", "--eval_interval=3"] if tiny else [
             f"--budget={60 * minutes:.0f}s", f"--eval_interval={math.ceil(2500 * minutes / width)}"], tiny)
     curves = {width: (run.n, run.points()) for width, run in short.items()}
     law = fit(curves.values())
@@ -154,7 +160,7 @@ def picture(law, short, long, width=720, height=400):
     parts += [f'<text x="{x(10 ** i)}" y="{height - 20}" text-anchor="middle">10<tspan dy="-5" font-size="9">{i}'
               '</tspan></text>' for i in range(left, math.floor(right) + 1)]
     for run in runs:
-        color, first = ("#0969da", 1 / LONGER) if run is long else ("#999", SKIPPED)
+        color, first = "#0969da" if run is long else "#999", SKIPPED / run.rows[-1]["step"]
         seen = [run.tokens * first ** (1 - i / 50) for i in range(51)]
         points = " ".join(f"{x(run.operations * d)},{y(law.bits(run.n, d))}" for d in seen)
         parts += [f'<polyline points="{points}" fill="none" stroke="{color}"/>']

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast does a model learn? Whole programs, from the start of the process, as a user runs them.
+How fast does a model learn? Whole programs, as a user runs them.
 
     python bench.py loss shakespeare.txt --peer=../nanoGPT      # how long until nanoGPT's loss on tiny Shakespeare?
-    python bench.py throughput --peer=../nanoGPT                # tokens per second and memory, two shapes
+    python bench.py throughput --peer=../nanoGPT                # tokens per second and memory, three shapes
     python bench.py ablation                                    # what does each idea of the model buy?
 
 The programs take turns, so that a machine that is slow for a minute is slow for both; what counts are the ratios.

@@ -109,11 +109,12 @@ class Rows:
 
     def __init__(self, memory, caches):
         self.memory, self.caches = memory, caches
-        self.length = max(cache.length for cache in caches)
+        self.length = max(cache.length for cache in caches)  # (which GPT.trunk checks)
         places = [(cache.number, cache.length) for cache in caches]
-        self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)  # (B,) each
-        # For each layer, row by row: all keys, that of the new token included; and all values.
-        # (Found once for all layers: what is small in the model is large in a loop over rows and layers.)
+        # (B,) each: which row of the memory, and where in it the new token goes
+        self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)
+        # keys[layer][row]: (1, n_kv_head, length + 1, head_dim), a part of the memory, whose last place is still empty.
+        # (Made once for all layers: what takes a moment takes a twentieth of a step if it is done for each row and layer.)
         self.keys, self.values = (list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
                                   for whole in (memory.k, memory.v))
 
@@ -299,9 +300,9 @@ class Engine:
         ids = [request.next for request in requests] + [0] * fill
         caches = [request.cache for request in requests] + [self.spare] * fill
         x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (n, 1, C)
-        self.spare.length = 0
+        self.spare.length = 0  # (it was advanced for every row that it filled up)
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
-        best = [None] * len(requests)
+        best = [None] * len(requests)  # (scores (1, k), ids (1, k)) of the top_k that a request asks for
         for k in {request.top_k for request in requests if 1 < request.top_k < logits.size(1)}:
             scores, found = logits.topk(k)  # (n, k) each
             for i, request in enumerate(requests):

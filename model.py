@@ -194,14 +194,15 @@ class KVCache:
         self.length += T
 
 
-MOST_SCORES = 1 << 25  # of a layer; beyond them their memory costs more than their speed brings
+MOST_SCORES = 1 << 25  # B n_head T^2 of a layer: beyond it, their memory costs more than the formula's speed brings
 
 
 def attention(q, k, v, dropout=0.0):
     """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads.
 
     scaled_dot_product_attention is the same, and never holds all the scores at once. Trained on a CPU in bfloat16,
-    it takes twice as long, though: 54 instead of 28 ms forward and backward for 4 x 8 heads of 64 and 512 tokens.
+    it takes twice as long, though: 54 instead of 28 ms forward and backward for 4 x 8 heads of 64 and 512 tokens. (In
+    float32 it takes as long, and is done alike, so that there is one way to train.)
     """
     if k.size(1) < q.size(1):  # a copy of keys and values for every head that shares them
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
@@ -281,9 +282,9 @@ class Int8Linear(nn.Module):
 
     Who writes a text token by token waits for the weights to come from memory, so that a quarter of the bytes is up to
     four times the speed. Row n of the matrix is integers up to 127 times a scale of its own, which fits its largest
-    weight; and so is every row of x, as it comes, whose largest number is `top`:
+    weight; and so is every row of x, as it comes: integers up to 127 times top / 127, if its largest number is `top`:
 
-        y[n] = top scale[n] (sum over k of round(x[k] / top) weight[n, k]) + bias[n]
+        y[n] = top / 127 scale[n] (sum over k of round(127 x[k] / top) weight[n, k]) + bias[n]
 
     The sum, where the work is, is one of integers: exact, so that no row depends on which others it is computed with.
     """
@@ -332,11 +333,12 @@ def int8_product(weight):
     x: (B, ..., K); top: (B, ..., 1)
 
     The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster, at one row and at sixteen, than
-    all that came after it. It rounds x by itself, to the range that it finds in the whole of it. That two rows cannot
-    change each other's rounding, each gets two numbers more, the ends of the range, and the matrix columns of zeros.
+    all that came after it. It rounds x by itself, to 256 steps from the lowest to the highest number in the whole of it.
+    So that no row changes another's rounding, each gets two numbers more, the ends of the range, and the matrix gets two
+    columns of zeros.
     """
     end = int8_top() if weight.device.type == "cpu" else None
-    if end is None:  # another processor, a GPU, or a PyTorch without it: the same integers, as float32 numbers
+    if end is None:  # another processor, a GPU, or a PyTorch without it: the same weights, and x in steps of 1 / 127
         return lambda x, top: F.linear((x / top * 127).nan_to_num_(0.0).round(), weight.float()) / 127
     padded, ends, zeros = F.pad(weight, (0, 2)), torch.tensor([-1.0, end]), torch.zeros(len(weight))
     shape, sums = weight.new_zeros(1, 1).expand(padded.shape), padded.sum(dim=1, dtype=torch.int32)
@@ -353,7 +355,8 @@ def int8_product(weight):
         # Token after token uses the same memory. (Not those of a long prompt: they would take megabytes per matrix.)
         whole, scaled = (room if top.numel() <= 64 else room.__wrapped__)(*x.shape[:-1])
         torch.div(x, top, out=scaled)
-        whole.nan_to_num_(0.0)  # 0 / 0, and what was no number, which is one in `top`, too
+        whole.nan_to_num_(0.0)  # 0 / 0; and what was no number: then `top` is none either, and y will show it
+        # x, the matrix (of which its shape is looked at), packed, sums of its rows, its scale, its zero point, bias
         return torch.fbgemm_linear_int8_weight_fp32_activation(whole, shape, kernel, sums, 1.0, 0, zeros)
     return product
 
@@ -363,7 +366,7 @@ def int8_top():
     """The upper end of the kernel's range: 1, 3, or None where there is no such kernel.
 
     Without special instructions (VNNI), processors add two products in 16 bits: 2 x 127 x 255 is too much for them, and
-    they take 32,767 without a word. A range up to 3 has half as many steps below 1, which is just small enough.
+    they take 32,767 without a word. In a range from -1 to 3, a 1 is step 128 and not step 255: 2 x 127 x 128 just fits.
     """
     K, most = 64, torch.full((1, 66), 127, dtype=torch.int8)
     most[:, K:] = 0
@@ -411,7 +414,7 @@ class Block(nn.Module):
         return x
 
 
-CHUNK_SCORES = 1 << 24  # scores that exist at the same time: 64 MB in float32
+CHUNK_SCORES = 1 << 24  # scores of a chunk: 67 MB in float32, and some copies
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -420,7 +423,9 @@ class CrossEntropy(torch.autograd.Function):
     N tokens have N vocab_size scores, of a large vocabulary more than all the rest of the model together; their
     softmax and their gradient take as much again. But the gradient by the scores is known at once, softmax(scores)
     minus 1 at the target. So a chunk of tokens gets its scores, which yield a part of the loss and of both gradients,
-    and are forgotten. x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
+    and are forgotten: forward computes the gradients, and backward, once, does nothing but scale them.
+
+    x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
     """
 
     @staticmethod
@@ -431,11 +436,11 @@ class CrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             w_grad = torch.zeros_like(weight)
         total = x.new_zeros((), dtype=torch.float32)
-        size = math.ceil(len(x) / math.ceil(len(x) * vocab_size / CHUNK_SCORES))  # chunks of equal length
+        size = math.ceil(len(x) / math.ceil(len(x) * vocab_size / CHUNK_SCORES))  # chunks as equal as can be
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
-            loss, grad = chunk_of(F.linear(part, w), targets[rows])  # grad: (rows, vocab_size)
+            loss, grad = chunk_of(F.linear(part, w), targets[rows])  # grad: (chunk, vocab_size)
             total += loss
             if x_grad is not None:
                 x_grad[rows] = grad @ w
