@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import huggingface
 import machine
+import runtime
 from bench_serve import load_model
 from bench_train import spread
 from config import UserError, check_limits, note, say
@@ -46,7 +47,9 @@ def ours(model, prompt, new):
 
 def engine_of(engine, n, prompt, new):
     """Seconds that the engine takes for n requests at once."""
-    requests = [Request(ids=prompt, max_tokens=new, seed=i, ignore_eos=True, **CHOICE) for i in range(n)]
+    engine.held = {row: [] for row in engine.held}  # or it would not read what it has read before
+    requests = [Request(ids=prompt[i:] + prompt[:i], max_tokens=new, seed=i, ignore_eos=True, **CHOICE)
+                for i in range(n)]
     started = time.perf_counter()
     engine.complete(requests)
     return time.perf_counter() - started
@@ -62,12 +65,12 @@ def transformers(model, prompt, new):
     theirs = GPT2LMHeadModel(GPT2Config(**{name: value for name, value in facts.items() if name != "dtype"})).eval()
     lacks = theirs.load_state_dict(huggingface.their_weights(model), strict=False).missing_keys
     assert all(name == "lm_head.weight" for name in lacks), lacks  # (which is tied)
+    theirs.generation_config.eos_token_id = None  # nothing ends before its time
 
     @torch.inference_mode()
     def run():
         started = time.perf_counter()
-        theirs.generate(torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=True, pad_token_id=0,
-                        **CHOICE)
+        theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=True, pad_token_id=0, **CHOICE)
         return time.perf_counter() - started
     return run
 
@@ -152,12 +155,15 @@ def where(run, new):
 
 def generate(settings, runs):
     check_limits(settings, {"repeats prompt": (1, 1e6), "new_tokens": (2, 1e6)})
-    model, tokenizer, _ = load_model(runs[0] if runs else "", "cpu")
+    model, tokenizer, run = load_model(runs[0] if runs else "", "cpu")
+    runtime.check_whole(run)
     if settings.tiny:
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=512)).eval()
     c, new = model.config, settings.new_tokens
     if (c.pos, c.norm, c.mlp) != ("learned", "layernorm", "gelu"):
         raise UserError("this bench compares with other programs, which have GPT-2's layout only", "leave the RUN out")
+    if settings.prompt + 2 > c.block_size:
+        raise UserError(f"prompt={settings.prompt} leaves no room in a context of {c.block_size}", "--prompt=8")
     prompt = [i * 1009 % c.vocab_size for i in range(settings.prompt)]
     new = min(new, c.block_size - len(prompt))
     fast = machine.use_linear(copy.deepcopy(model), torch.float32)

@@ -6,10 +6,10 @@ Six models of different width train for two minutes each. A law is fitted to the
 
     bits per byte = E + ((A / N)^(a / b) + B / D)^b      (Kaplan 2020, arXiv 2001.08361, equation 1.5, and an E)
 
-with N parameters that have read D tokens. A model that has read little is limited by that, however large it is:
-(B / D)^b. One that has read enough is limited by what it can hold: (A / N)^a. E stands for what no model can know.
-Runs so short cannot tell it (whatever it is, A, a, B and b adapt), so it is set by hand, to about what models a thousand
-times as large reach on program text. The law says which width will be the best after thirty minutes, and how good it will be.
+with N parameters that have read D tokens. A model that has read little is limited by that, however large it is: (B /
+D)^b. One that has read enough is limited by what it can hold: (A / N)^a. E stands for what no model can know. Runs so
+short cannot tell it (whatever it is, A, a, B and b adapt), so it is set by hand, to about what models a thousand times
+as large reach on program text. The law says which width will be the best after thirty minutes, and how good it will be.
 Only then does that run start; the picture, scaling.svg, shows what was said and what came.
 
 The learning rate stays level after its warm-up, lower than the recipe's, which falls to 0. So every moment of a run is
@@ -24,7 +24,7 @@ import torch
 
 import train
 from bench_train import TINY, ours, project
-from config import check_limits, say
+from config import UserError, check_limits, note, say
 from log import read_header, read_rows, ruling, svg
 from model import GPT
 
@@ -74,6 +74,10 @@ def fit(curves):
     (bits - E)^(1 / b) is a sum of two terms, so that with b and r = a / b given, what stands before them is a matter of
     linear least squares; all pairs of b and r are tried.
     """
+    if any(not points for _, points in curves):
+        raise UserError(f"a run has no validation after {SKIPPED} updates", "more --minutes")
+    if min(bits for _, points in curves for _, bits in points) <= E:
+        raise UserError(f"less than {E} bits per byte, which the law takes for the least there is", "another text")
     n, d, bits, weight = torch.tensor([(n, *point, len(points) ** -0.5) for n, points in curves for point in points],
                                       dtype=torch.float64).T  # (P,) each
     n, d = n / 1e6, d / 1e6  # (numbers of everyday size)
@@ -86,7 +90,8 @@ def fit(curves):
     terms = torch.stack((n ** -r, (1 / d).expand_as(wanted)), dim=-1)  # (G, P, 2)
     found = torch.linalg.lstsq(terms * scale[..., None], (wanted * scale)[..., None]).solution  # (G, 2, 1)
     found = found.clamp(min=0)  # nothing knows less for being larger or having read more
-    best = int((((terms @ found)[..., 0] - wanted) * scale).square().sum(dim=1).argmin())
+    law = E + (terms @ found)[..., 0] ** b  # (G, P)
+    best = int(((law / bits - 1) * weight).square().sum(dim=1).argmin())
     (holds, reads), b, r = found[best, :, 0].tolist(), b[best].item(), r[best].item()
     return Law(1e6 * holds ** (1 / r), r * b, 1e6 * reads, b)
 
@@ -95,10 +100,12 @@ def trained(name, width, dataset, argv, tiny):
     """The run out/scaling/`name`: trained now, unless it is there already."""
     out = os.path.join("out", "scaling", name)
     shape = [f"--n_embd={width}", f"--n_head={max(1, width // 64)}", *(TINY[-2:] if tiny else [])]
+    path = os.path.join(out, "log.jsonl")
+    if os.path.exists(path):
+        note(f"{out} is there already")
     ours([project("config/train_small.py"), f"--dataset={dataset}", *shape, *argv, "--decay_lr=false",
           "--learning_rate=0.01", "--muon_lr=0.0015", "--compile=false", "--eval_iters=24", "--save_interval=1000",
           "--always_save_checkpoint=false"], ".", out)
-    path = os.path.join(out, "log.jsonl")
     model = GPT(train.TrainConfig(**read_header(path)["settings"]))
     run = Run(model.n_params(), model.flops_per_token(), [row for row in read_rows(path) if "val_bpb" in row])
     say(f"{name}: {run.n:,} parameters, {run.tokens:,} tokens, {run.bits:.4f} bits per byte")

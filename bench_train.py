@@ -69,7 +69,7 @@ def run(command, folder):
 
 def ours(argv, folder, out):
     """Run train.py. Returns (seconds, bytes, rows of its log, what it printed)."""
-    took, memory, text = run([project("train.py"), *argv, f"--out_dir={out}"], folder)
+    took, memory, text = run([project("train.py"), *argv, "--device=cpu", f"--out_dir={out}"], folder)
     with open(os.path.join(folder, out, "log.jsonl"), encoding="utf-8") as file:
         return took, memory, [json.loads(line) for line in file][1:], text
 

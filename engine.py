@@ -114,7 +114,7 @@ class Rows:
         # (B,) each: which row of the memory, and where in it the new token goes
         self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)
         # keys[layer][row]: (1, n_kv_head, length + 1, head_dim), a part of the memory, whose last place is still empty.
-        # (Made once for all layers: what takes a moment takes a twentieth of a step if it is done for each row and layer.)
+        # (Made here for all layers: done layer by layer and row by row, it would take a twentieth of a step.)
         self.keys, self.values = (list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
                                   for whole in (memory.k, memory.v))
 
@@ -304,7 +304,7 @@ class Engine:
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
         best = [None] * len(requests)  # (scores (1, k), ids (1, k)) of the top_k that a request asks for
         for k in {request.top_k for request in requests if 1 < request.top_k < logits.size(1)}:
-            scores, found = logits.topk(k)  # (n, k) each
+            scores, found = (x.cpu() for x in logits.topk(k))  # (n, k) each
             for i, request in enumerate(requests):
                 if request.top_k == k:
                     best[i] = scores[i:i + 1], found[i:i + 1]

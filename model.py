@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -291,16 +292,28 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        scale = weight.detach().abs().amax(dim=1).clamp(min=1e-30) / 127  # (N,)
-        self.weight = nn.Parameter((weight.detach() / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        weight = weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (N,)
+        self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("scale", scale)
-        self.compute = None  # made when it is first needed, from the weights that are there then
+        self.compute = None  # made when it is first needed, and again when the weights are others or elsewhere
 
     def forward(self, x):
         if self.compute is None:
             self.compute = int8_linear(self.weight, self.scale, self.bias)
         return self.compute(x)
+
+    def _apply(self, *args, **kw):  # what .to() and .cuda() call
+        self.compute = None
+        return super()._apply(*args, **kw)
+
+    def _load_from_state_dict(self, *args):
+        self.compute = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self):  # what copy and pickle ask for
+        return self.__dict__ | {"compute": None}
 
 
 class Int8Embedding(nn.Module):
@@ -316,7 +329,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_linear(weight, scale, bias):
-    """The function x -> y of an Int8Linear, with the weights laid out as its kernel reads them."""
+    """The function x -> y of an Int8Linear, with the weights laid out as its kernel reads them. For one thread."""
     product = int8_product(weight)
 
     def compute(x):
@@ -333,9 +346,9 @@ def int8_product(weight):
     x: (B, ..., K); top: (B, ..., 1)
 
     The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster, at one row and at sixteen, than
-    all that came after it. It rounds x by itself, to 256 steps from the lowest to the highest number in the whole of it.
-    So that no row changes another's rounding, each gets two numbers more, the ends of the range, and the matrix gets two
-    columns of zeros.
+    all that came after it. It rounds x by itself, to 256 steps from the lowest to the highest number in the whole of
+    it. So that no row changes another's rounding, each gets two numbers more, the ends of the range, and the matrix
+    gets two columns of zeros.
     """
     end = int8_top() if weight.device.type == "cpu" else None
     if end is None:  # another processor, a GPU, or a PyTorch without it: the same weights, and x in steps of 1 / 127
@@ -436,7 +449,8 @@ class CrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             w_grad = torch.zeros_like(weight)
         total = x.new_zeros((), dtype=torch.float32)
-        size = math.ceil(len(x) / math.ceil(len(x) * vocab_size / CHUNK_SCORES))  # chunks as equal as can be
+        chunks = max(1, math.ceil(len(x) * vocab_size / CHUNK_SCORES))
+        size = max(1, math.ceil(len(x) / chunks))  # as equal as can be
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
@@ -450,8 +464,11 @@ class CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, above):
-        return *(grad if grad is None else grad.mul_(above) for grad in ctx.grads), None, None, None, None
+        assert ctx.grads is not None, "this loss goes backward once only"
+        grads, ctx.grads = ctx.grads, None  # (they are large: nobody else shall hold them)
+        return *(grad if grad is None else grad.mul_(above) for grad in grads), None, None, None, None
 
 
 def chunk_loss(scores, targets):
@@ -539,8 +556,11 @@ class GPT(nn.Module):
         """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1; of none, 0."""
         assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained; ask the model for logits"
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
-        total = CrossEntropy.apply(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, self.dtype(),
-                                   self.chunk_loss)
+        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        # (A sum over thousands of tokens, as the gradient of a token's row is, can be too large for float16.)
+        dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
+        with torch.autocast(x.device.type, enabled=False):  # the type is chosen already
+            total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
         return total / (targets >= 0).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, cache=None):

@@ -21,6 +21,7 @@ import model
 import prepare
 import tokenizer as tokenizers
 import train
+from config import UserError
 from log import read_rows
 
 
@@ -135,6 +136,9 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys):
     lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
     assert len(lines) == 3 and len(dots) == 24 + 24 + len(train_rows(f"out/scaling/{best}-long"))
     assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
+    for points, said in (([], "no validation after 60 updates"), ([(1e6, 0.3)], "less than 0.4 bits per byte")):
+        with pytest.raises(UserError, match=said):
+            bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
 
 
 def train_rows(run):
@@ -144,6 +148,7 @@ def train_rows(run):
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     monkeypatch.setattr(bench_generate, "find_spec", lambda name: None)
     assert not bench.main(["generate", "--tiny=true", "--repeats=1", "--new_tokens=8", "--prompt=4"])
+    assert "prompt=63 leaves no room" in error(bench.main, "generate", "--tiny=true", "--prompt=63")[0]
     out, err = capsys.readouterr()
     assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
     assert re.search(r"int8: [\d.]+ ms: matrices \d+%, attention \d+%, choosing a token \d+%", out)

@@ -45,7 +45,7 @@ def test_a_text_does_not_depend_on_its_neighbours(family, dtype):
     bit."""
     rng, neighbours = random.Random(family), make(dtype=dtype, **FAMILIES[family])
     for _ in range(5):
-        settings = dict(temperature=1.0, top_k=0, logprobs=3, prompt_logprobs=0)
+        settings = dict(temperature=1.0, top_k=rng.choice([0, 5]), logprobs=3, prompt_logprobs=0)
         ids, seed = a_request(rng).ids, rng.randrange(2**40)
         alone = Request(ids=ids, max_tokens=18, seed=seed, **settings)
         neighbours.complete([alone])

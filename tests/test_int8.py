@@ -4,6 +4,7 @@ the run folder that holds them, from export.py to the server."""
 import copy
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -121,6 +122,26 @@ def test_a_row_has_the_same_bits_among_any_others():
                 others = [i for i in range(17) if i != 5]
                 assert torch.equal(layer(among)[others], alone[others])
                 assert torch.equal(layer(among)[5], layer(among[5:6])[0])
+
+
+def test_the_kernel_knows_of_other_weights():
+    """What was laid out for the kernel is made anew where the weights are loaded, copied, kept in a file or moved."""
+    layers, x = [Int8Linear(torch.randn(8, 16)) for _ in range(2)], torch.randn(3, 16)
+    a, b = (layer(x) for layer in layers)
+    copied = copy.deepcopy(layers[0])
+    copied.load_state_dict(layers[1].state_dict())
+    assert torch.equal(copied(x), b) and torch.equal(layers[0](x), a)
+    kept = pickle.loads(pickle.dumps(layers[0]))
+    assert torch.equal(kept(x), a)
+    layers[0].load_state_dict(layers[1].state_dict())
+    assert torch.equal(layers[0](x), b)
+    layers[0].to(torch.device("cpu"))
+    assert layers[0].compute is None and torch.equal(layers[0](x), b)
+
+
+def test_weights_of_16_bits_are_rounded_from_float32():
+    weight = torch.linspace(-1, 1, 512).to(torch.bfloat16)[None]
+    assert torch.equal(Int8Linear(weight).weight, Int8Linear(weight.float()).weight)
 
 
 @pytest.mark.parametrize("at", [0, 1, 8, 16])

@@ -232,6 +232,43 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, scores, tie_weights):
     assert len(found) == 1 and found[0].abs().sum() > 0
 
 
+def test_the_loss_goes_backward_once():
+    gpt, idx = random_model().train(), torch.randint(64, (2, 9))
+    loss = gpt(idx, idx)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="once only"):
+        loss.backward()
+
+
+def test_the_loss_of_nothing_is_0():
+    gpt = random_model().train()
+    loss = gpt.loss(torch.zeros(0, 5, gpt.config.n_embd), torch.zeros(0, 5, dtype=torch.long))
+    loss.backward()
+    assert loss == 0 and gpt.lm_head.weight.grad.abs().sum() == 0
+
+
+def test_a_validation_computes_no_gradients(monkeypatch):
+    gpt, idx, contexts = random_model().train(), torch.randint(64, (2, 9)), []
+    forward = model.CrossEntropy.forward
+    monkeypatch.setattr(model.CrossEntropy, "forward",
+                        staticmethod(lambda ctx, *args: (forward(ctx, *args), contexts.append(ctx.grads))[0]))
+    expected = gpt(idx, idx)
+    with torch.no_grad():
+        assert gpt(idx, idx) == expected
+    assert all(grad is not None for grad in contexts[0]) and contexts[1] == (None, None)
+
+
+def test_the_gradient_of_a_frequent_token_fits_into_float16():
+    """Of 6,000 tokens all have the same target: its row of the head gets a sum of 6,000 streams."""
+    gpt = random_model(vocab_size=64, block_size=1000, n_layer=1, tie_weights=False).train()
+    gpt.transformer.ln_f.weight.data.fill_(20.0)
+    idx = torch.full((6, 1000), 3)
+    wanted, = torch.autograd.grad(gpt(idx, idx + 1), [gpt.lm_head.weight])
+    with torch.autocast("cpu", torch.float16):
+        found, = torch.autograd.grad(gpt(idx, idx + 1), [gpt.lm_head.weight])
+    assert torch.isfinite(found).all() and (found - wanted).abs().max() < 0.01 * wanted.abs().max()
+
+
 def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
     gpt, sizes = random_model(vocab_size=101).train(), []
     monkeypatch.setattr(model, "CHUNK_SCORES", 7 * 101)
