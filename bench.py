@@ -71,7 +71,7 @@ class BenchConfig:
     steps: int = 200  # parity: updates to compare; languages: updates of each run
     compiled: bool = False  # loss: nanoGPT with --compile=True as well
     minutes: float = 2.0  # scaling: of each short run
-    tiny: bool = False  # loss and those that follow above: with models of no size, only to see that it runs
+    tiny: bool = False  # loss and all below it: with models of no size; languages: two; only to see that it runs
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
     repeats: int = 3  # prepare: pairs of processes; serve, generate: rounds
     vocab_size: int = 4096  # languages: tokens of each vocabulary
@@ -426,6 +426,7 @@ def languages(settings, files):
     check_limits(settings, {"steps": (1, 100_000), "vocab_size": (300, 1_000_000)})
     if len(files) < 2:
         raise UserError(f"{len(files)} files", "one text file per language, two or more")
+    files = files[:2] if settings.tiny else files
     names = [os.path.basename(path).removesuffix(".gz").removesuffix(".txt") for path in files]
     learned = [f"--vocab_size={settings.vocab_size}", f"--character_coverage={settings.character_coverage}"]
     started, rows = time.perf_counter(), []

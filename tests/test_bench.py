@@ -2,7 +2,6 @@
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
 import dataclasses
 import json
-import os
 import re
 from xml.etree import ElementTree
 
@@ -22,7 +21,6 @@ import prepare
 import tokenizer as tokenizers
 import train
 from config import UserError
-from log import read_rows
 
 
 def test_doctor(here, capsys):
@@ -124,25 +122,37 @@ def test_the_law_is_found_in_its_own_points():
     assert worse.bits(1e7, 1e6) <= worse.bits(1e6, 1e6) < worse.bits(1e6, 1e5)
 
 
-def test_scaling_says_what_will_come_and_then_looks(here, capsys):
-    prepare_words(here)
-    assert not bench.main(["scaling", "--tiny=true", "--dataset=words"])
+def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
+    """With runs that obey a law, all is as it says. (The README's command trains.)"""
+    law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
+
+    def trained(name, width, dataset, argv, tiny):
+        asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * width
+        updates = int(asked[name].get("max_iters", 50_000 // width))
+        every = int(asked[name]["eval_interval"])
+        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * width / 500,
+                     wall_seconds=1.0) for step in range(every, updates + 1, every)]
+        return bench_scaling.Run(n, 6 * n, rows)
+
+    monkeypatch.setattr(bench_scaling, "trained", trained)
+    assert not bench.main(["scaling", "--minutes=2"])
     out = capsys.readouterr().out
-    said, came = out.split(" channels will be the best, with ")
-    best, bits = said.split()[-1], came.split()[0]
-    row = re.search(rf"\| {best}, the long run \| [\d,]+ \| ([\d,]+) \| \d+ \| [\d.]+ \| ([\d.]+) \| [+-]", out)
-    assert bits == row[2] and f"after {row[1]} tokens" in came  # what was said before is what it is compared with
+    best = re.search(r"after 30 minutes, (\d+) channels will be the best", out)[1]
+    long = asked[f"{best}-long"]
+    assert int(long["max_iters"]) == round(1800 / 1.05 / (int(best) / 500)) and asked[best]["budget"] == "120s"
+    n, d = 10_000 * int(best), 3072 * int(long["max_iters"])
+    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.WIDTHS]
+    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other width is better
+    said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
+    assert said == pytest.approx(law.bits(n, d), rel=2e-3)
+    assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
     picture = ElementTree.parse("scaling.svg").getroot()
     lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
-    assert len(lines) == 3 and len(dots) == 24 + 24 + len(train_rows(f"out/scaling/{best}-long"))
+    assert len(lines) == len(asked) == 7 and len(dots) > 70
     assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
     for points, said in (([], "no validation after 60 updates"), ([(1e6, 0.3)], "less than 0.4 bits per byte")):
         with pytest.raises(UserError, match=said):
             bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
-
-
-def train_rows(run):
-    return [row for row in read_rows(os.path.join(run, "log.jsonl")) if "val_bpb" in row]
 
 
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def clone(tmp_path_factory):
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
     (folder / "pytorch").mkdir()  # in place of what pip has installed
-    (folder / "pytorch/a.py").write_text(words(30_000, seed=2), encoding="utf-8")
+    (folder / "pytorch/a.py").write_text(" ".join(map(str, range(7, 10**9, 123457))), encoding="utf-8")
     (folder / "prompt.txt").write_text("def ", encoding="utf-8")
     (folder / "shakespeare").mkdir()  # in place of the download: a folder that bears a name is taken for it
     os.symlink(folder / "shakespeare.txt", folder / "shakespeare/input.txt")
