@@ -1124,7 +1124,8 @@ def test_e8_a_client_that_stops_reading():
                 assert time.monotonic() - started < 2
                 neighbours += 1
                 assert neighbours < 1000, "it is not cut off"
-            assert neighbours > 0 and client.busy() == (0, 0)
+            assert neighbours > 0
+            assert until(lambda: client.busy() == (0, 0))  # (its row is free at the next step, which may come later)
             received = b""
             with contextlib.suppress(ConnectionError):
                 while part := wire.socket.recv(1 << 20):
