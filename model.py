@@ -235,7 +235,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         # Heads go next to the batch, so that each head is a matrix product of its own.
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_dim)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:

@@ -16,6 +16,7 @@ token of its vocabulary, and there are two steps from there to text, which make 
    and nothing that may yet turn out to be the beginning of a stop string.
 """
 import codecs
+import math
 import os
 import sys
 import time
@@ -119,7 +120,7 @@ def draw(logits, generator):
     point on it is the choice. (A point in (0, length], and the first token whose end is not before it: a token of
     probability 0 has no length, so it is never met. In float64, since 50,000 additions in float32 would lose the rare.)
     """
-    ends = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     point = (1 - torch.rand(logits.size(0), 1, dtype=torch.float64, generator=generator)) * ends[:, -1:]
     return torch.searchsorted(ends, point)[:, 0]
 
@@ -135,7 +136,7 @@ def make_pick(settings, prompt, seed, bias=None):
 
     def pick(logits, best=None):
         best = None if changes else best
-        if not torch.isfinite(logits.sum() if best is None else best[0].sum()):  # (nan and inf are among the best)
+        if not math.isfinite(logits.sum() if best is None else best[0].sum()):  # (nan and inf are among the best)
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
         logits = penalize(logits.cpu(), prompt, written, settings.repetition_penalty, settings.presence_penalty,
                           settings.frequency_penalty)
