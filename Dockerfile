@@ -13,6 +13,9 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt jinja2==3.1.6 safetensors==0.8.0
 COPY . .
 
+# Memory in pages of 2 MB, where the kernel has them: texts are written some 5% faster (README.md, "Writing").
+ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
 RUN useradd --uid 1000 --create-home openllm
 USER 1000
 EXPOSE 8000

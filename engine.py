@@ -44,7 +44,7 @@ import machine
 import tokenizer as tokenizers
 from config import note, print_error
 from model import KVCache, look_back
-from sample import Sampling, TextStream, make_pick
+from sample import Sampling, TextStream, chances, is_greedy, make_pick
 
 CHUNK = 128  # prompt tokens that are read in one step
 EVENTS = 100  # a second, for all streams together: waking a thread for every token would cost a tenth of all tokens
@@ -302,14 +302,16 @@ class Engine:
         x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (n, 1, C)
         self.spare.length = 0  # (it was advanced for every row that it filled up)
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
-        best = [None] * len(requests)  # (scores (1, k), ids (1, k)) of the top_k that a request asks for
-        for k in {request.top_k for request in requests if 1 < request.top_k < logits.size(1)}:
-            scores, found = (x.cpu() for x in logits.topk(k))  # (n, k) each
-            for i, request in enumerate(requests):
-                if request.top_k == k:
-                    best[i] = scores[i:i + 1], found[i:i + 1]
+        alike = {}  # those that ask for the same choice among few tokens are prepared for it together
         for i, request in enumerate(requests):
-            self.choose(request, logits[i:i + 1], best[i])
+            if 0 < request.top_k < logits.size(1) and not is_greedy(request):
+                alike.setdefault((request.temperature, request.top_k, request.top_p, request.min_p), []).append(i)
+        known = {}
+        for rows in alike.values():
+            parts = [x.cpu().split(1) for x in chances(logits[rows], requests[rows[0]])]  # of each row (1, top_k)
+            known.update(zip(rows, zip(*parts)))
+        for i, request in enumerate(requests):
+            self.choose(request, logits[i:i + 1], known.get(i))
 
     def recall(self, request):
         """Copy the beginning of a prompt from a row that has read the same: the same examples, the chat so far.
@@ -357,11 +359,10 @@ class Engine:
             else:
                 self.choose(request, self.model.logits(x[:, -1]).float())
 
-    def choose(self, request, logits, best=None):
-        """One token from scores (1, vocab_size), and what follows from it. best: the top_k of them, if they are known.
-        """
+    def choose(self, request, logits, known=None):
+        """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if they are computed."""
         try:
-            token = request.pick(logits, best).item()
+            token = request.pick(logits, known).item()
         except Exception as error:  # scores that are not finite: this request's alone
             print_error(f"a request failed: {getattr(error, 'fact', error)}")
             return self.finish(request, "error")

@@ -113,43 +113,63 @@ def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.
     return logits
 
 
-def draw(logits, generator):
-    """One token of each row (B, V) by its probability: (B,).
+def lay(logits):
+    """Lay the probabilities of all tokens side by side on a line: scores (B, V) -> where each of them ends, (B, V).
 
-    Laid side by side, the probabilities of all tokens make a line, of a length that is 1 but for rounding; a random
-    point on it is the choice. (A point in (0, length], and the first token whose end is not before it: a token of
-    probability 0 has no length, so it is never met. In float64, since 50,000 additions in float32 would lose the rare.)
+    (In float64, since 50,000 additions in float32 would lose the rare.)
     """
-    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    point = (1 - torch.rand(logits.size(0), 1, dtype=torch.float64, generator=generator)) * ends[:, -1:]
-    return torch.searchsorted(ends, point)[:, 0]
+    return logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+
+
+def draw(line, generator):
+    """One token of each row (B, V) by its probability: the one on which a random point of the line falls, (B,).
+
+    A point in (0, length], with a length that is 1 but for rounding, and the first token whose end is not before it: a
+    token of probability 0 has no length, so it is never met.
+    """
+    point = (1 - torch.rand(line.size(0), 1, dtype=torch.float64, generator=generator)) * line[:, -1:]
+    return torch.searchsorted(line, point)[:, 0]
+
+
+def is_greedy(settings):
+    """Is the choice always the likeliest token?"""
+    return settings.temperature < 1e-6 or settings.top_k == 1
+
+
+def chances(logits, settings):
+    """What a token of each row is drawn from: the line of its probabilities, and the ids of the tokens on it.
+
+    logits: (B, V). With top_k, (B, top_k) of both, and all that follows is done with so few; else (B, V), and None for
+    ids that are in their order.
+    """
+    ids, top_k = None, settings.top_k
+    if 0 < top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)
+    return lay(filter_logits(logits, settings.temperature, 0, settings.top_p, settings.min_p)), ids
 
 
 def make_pick(settings, prompt, seed, bias=None):
     """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
 
-    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `best`: logits.topk(top_k), where
-    somebody has found it already (the engine does, for many texts at once).
+    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `known`: the `chances`, where
+    somebody has computed them already (the engine does, for many texts at once).
     """
     generator, written = torch.Generator().manual_seed(seed), []
     changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
 
-    def pick(logits, best=None):
-        best = None if changes else best
-        if not math.isfinite(logits.sum() if best is None else best[0].sum()):  # (nan and inf are among the best)
-            raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
-        logits = penalize(logits.cpu(), prompt, written, settings.repetition_penalty, settings.presence_penalty,
-                          settings.frequency_penalty)
+    def pick(logits, known=None):
+        logits = logits.cpu() if known is None or changes else logits
+        if changes:
+            known = None
+            logits = penalize(logits, prompt, written, settings.repetition_penalty, settings.presence_penalty,
+                              settings.frequency_penalty)
         if bias:
             logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
-        if settings.temperature == 0 or settings.top_k == 1:
-            token = logits.argmax(dim=-1)  # (1,): of equal scores the lowest id
-        elif 0 < settings.top_k < logits.size(-1):  # (exactly k here: then all that follows is done with k scores)
-            scores, ids = logits.topk(settings.top_k) if best is None else best  # (1, k) each
-            token = ids[0, draw(filter_logits(scores, settings.temperature, 0, settings.top_p, settings.min_p),
-                                generator)]
-        else:
-            token = draw(filter_logits(logits, settings.temperature, 0, settings.top_p, settings.min_p), generator)
+        line, ids = (None, None) if is_greedy(settings) else known or chances(logits, settings)
+        if not math.isfinite(logits.sum() if line is None else line[0, -1]):  # (nan and inf are among the likeliest)
+            raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
+        token = logits.argmax(dim=-1) if line is None else draw(line, generator)  # (1,); greedy: of equals the lowest
+        token = token if ids is None else ids[0, token]
         written.append(token.item())
         return token
     return pick

@@ -348,7 +348,7 @@ class Script:
     def __init__(self, ids):
         self.ids = iter(ids)
 
-    def __call__(self, logits, best=None):
+    def __call__(self, logits, known=None):
         return torch.tensor([next(self.ids)])
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT, chat_run, error, script, turns
 import runtime
 import sample
 import tokenizer as tokenizers
-from sample import TextStream, draw, filter_logits, penalize
+from sample import TextStream, draw, filter_logits, lay, penalize
 
 
 def kept(logits, **settings):
@@ -76,13 +76,13 @@ def test_penalties_by_brute_force():
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
     generator = torch.Generator().manual_seed(0)
-    drawn = draw(logits.expand(200_000, -1), generator)
+    drawn = draw(lay(logits.expand(200_000, -1)), generator)
     share = drawn.bincount(minlength=6) / len(drawn)
     assert torch.allclose(share, logits[0].softmax(0), atol=0.004)  # three standard deviations
     for point, wanted in ((0.0, 4), (1 - 2**-53, 1)):  # the ends of what torch.rand gives: no token of probability 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *size, **_: torch.full(size, point, dtype=torch.float64))
-            assert draw(logits, None).tolist() == [wanted]
+            assert draw(lay(logits), None).tolist() == [wanted]
 
 
 def test_a_bias_decides():
