@@ -122,8 +122,8 @@ class Rows:
         return self.ends[:, None]  # (B, 1)
 
     def attend(self, layer, q, k, v):
-        for whole, new in ((self.memory.k, k), (self.memory.v, v)):
-            whole[layer][self.numbers, :, self.ends] = new[:, :, 0]  # (B, n_kv_head, head_dim)
+        for whole, new in zip(self.memory.layers[layer], (k, v)):
+            whole[self.numbers, :, self.ends] = new[:, :, 0]  # (B, n_kv_head, head_dim)
         rows = zip(q.split(1), self.keys[layer], self.values[layer])
         return torch.cat([look_back(*row) for row in rows])  # (B, n_head, 1, head_dim)
 
@@ -302,14 +302,15 @@ class Engine:
         x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (n, 1, C)
         self.spare.length = 0  # (it was advanced for every row that it filled up)
         logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
-        alike = {}  # those that ask for the same choice among few tokens are prepared for it together
+        alike, known = {}, {}  # rows that ask for the same choice among the top_k get their `chances` together
         for i, request in enumerate(requests):
             if 0 < request.top_k < logits.size(1) and not is_greedy(request):
                 alike.setdefault((request.temperature, request.top_k, request.top_p, request.min_p), []).append(i)
-        known = {}
-        for rows in alike.values():
-            parts = [x.cpu().split(1) for x in chances(logits[rows], requests[rows[0]])]  # of each row (1, top_k)
-            known.update(zip(rows, zip(*parts)))
+        best = {k: [x.cpu() for x in logits.topk(k)] for k in {top_k for _, top_k, _, _ in alike}}  # (n, k) each
+        for (_, top_k, _, _), rows in alike.items():
+            scores, ids = (x[rows] for x in best[top_k])
+            line, _ = chances(scores, requests[rows[0]])
+            known.update(zip(rows, zip(line.split(1), ids.split(1))))  # (1, k) each
         for i, request in enumerate(requests):
             self.choose(request, logits[i:i + 1], known.get(i))
 
@@ -360,7 +361,7 @@ class Engine:
                 self.choose(request, self.model.logits(x[:, -1]).float())
 
     def choose(self, request, logits, known=None):
-        """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if they are computed."""
+        """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if there are any."""
         try:
             token = request.pick(logits, known).item()
         except Exception as error:  # scores that are not finite: this request's alone

@@ -150,12 +150,14 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, capacity or config.block_size, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.layers = list(zip(self.k, self.v))  # views of the same memory, made once
         self.length = 0
 
     def row(self, i):
         """Row i as a cache of its own, in the same memory and with a length of its own."""
         row = copy.copy(self)
         row.number, row.k, row.v = i, self.k[:, i:i + 1], self.v[:, i:i + 1]
+        row.layers = list(zip(row.k, row.v))
         return row
 
     def positions(self, T):
@@ -175,7 +177,7 @@ class KVCache:
         """Write k, v (B, n_kv_head, T, head_dim) after the past. Returns past and new together."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
-        keys, values = self.k[layer], self.v[layer]  # (B, n_kv_head, capacity, head_dim)
+        keys, values = self.layers[layer]  # (B, n_kv_head, capacity, head_dim)
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]

@@ -151,8 +151,9 @@ def chances(logits, settings):
 def make_pick(settings, prompt, seed, bias=None):
     """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
 
-    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `known`: the `chances`, where
-    somebody has computed them already (the engine does, for many texts at once).
+    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `known`: the `chances` of
+    these scores, if somebody has computed them already, as the engine does for many texts at once. (They are of no use
+    where penalties or a bias change the scores.)
     """
     generator, written = torch.Generator().manual_seed(seed), []
     changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
@@ -166,7 +167,7 @@ def make_pick(settings, prompt, seed, bias=None):
         if bias:
             logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
         line, ids = (None, None) if is_greedy(settings) else known or chances(logits, settings)
-        if not math.isfinite(logits.sum() if line is None else line[0, -1]):  # (nan and inf are among the likeliest)
+        if not math.isfinite(logits.amax() if line is None else line[0, -1]):  # (nan and inf are among the likeliest)
             raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
         token = logits.argmax(dim=-1) if line is None else draw(line, generator)  # (1,); greedy: of equals the lowest
         token = token if ids is None else ids[0, token]

@@ -81,6 +81,32 @@ def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
         assert all(torch.equal(scores(n), whole[:n]) for n in rows.counts if rows.counts != [1])
 
 
+def test_who_asks_alike_is_served_together_and_gets_its_own():
+    """Rows with the same choice are computed in one piece, but for those whose scores are changed; and one that is not
+    finite fails alone."""
+    rows, texts = make(), []
+    alike = dict(max_tokens=18, temperature=1.1, top_k=7, top_p=0.9, min_p=0.02, logprobs=2)
+    others = dict(presence_penalty=1.0), dict(logit_bias={5: 3.0}), dict(top_k=20)
+    asked = [alike | more for more in ({}, {}, *others, {})]
+    for together in (False, True):
+        requests = [Request(ids=[i + 1], seed=i, **settings) for i, settings in enumerate(asked)]
+        for part in ([requests] if together else [[request] for request in requests]):
+            rows.complete(part)
+        texts.append([request.tokens for request in requests])
+    assert texts[0] == texts[1] and all(len(tokens) == 18 for tokens in texts[0])
+
+    logits, broken = rows.model.logits, []
+    def spoil(x):  # the second of the rows that write
+        found = logits(x)
+        if found.size(0) > 1:
+            found[1, 0, 3] = broken.append(1) or float("nan")
+        return found
+    rows.model.logits = spoil
+    requests = rows.complete([Request(ids=[i + 1], seed=i, **alike) for i in range(2)])
+    assert broken and [request.finish_reason for request in requests] == ["length", "error"]
+    assert requests[0].tokens == texts[0][0]
+
+
 def test_a_text_does_not_depend_on_the_number_of_rows():
     texts = []
     for rows in (1, 2, 5, 16, 20):

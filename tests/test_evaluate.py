@@ -381,7 +381,7 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
         def __init__(self, *_):
             self.ids = iter(ids)
 
-        def __call__(self, logits, best=None):
+        def __call__(self, logits, known=None):
             return torch.tensor([next(self.ids)])
     monkeypatch.setattr(engine, "make_pick", Script)
     rows = [dict(question=f"{i}?", answer=f"so\n#### {i}.0") for i in (3, 4, 5)]
