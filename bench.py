@@ -71,7 +71,7 @@ class BenchConfig:
     steps: int = 200  # parity: updates to compare; languages: updates of each run
     compiled: bool = False  # loss: nanoGPT with --compile=True as well
     minutes: float = 2.0  # scaling: of each short run
-    tiny: bool = False  # loss and all below it: with models of no size; languages: two; only to see that it runs
+    tiny: bool = False  # loss and all below it: models of no size; languages: two files; only to see that it runs
     megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
     repeats: int = 3  # prepare: pairs of processes; serve, generate: rounds
     vocab_size: int = 4096  # languages: tokens of each vocabulary
