@@ -213,6 +213,19 @@ def test_attention_by_its_formula_is_scaled_dot_product_attention(n_kv_head):
         assert (ours - theirs).abs().max() < 1e-5
 
 
+def test_a_compiled_gelu_is_gelu(monkeypatch):
+    """(Without compiling it: what takes another form is told that it is being compiled.)"""
+    torch.manual_seed(0)
+    mlp = model.MLP(model.resolve(GPTConfig(n_embd=8, n_head=1))).double()
+    x = (5 * torch.randn(64, 8, dtype=torch.float64)).requires_grad_()
+    due = mlp(x)
+    due_grad, = torch.autograd.grad(due.square().sum(), x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(F, "gelu", None)
+    y = mlp(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), x)), (due, due_grad), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("scores", [1, 700, 1 << 24])  # a chunk of one token, of some (the last one shorter), of all
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_the_loss_in_chunks_is_the_loss(monkeypatch, scores, tie_weights):
