@@ -12,8 +12,9 @@ short cannot tell it (whatever it is, A, a, B and b adapt), so it is set by hand
 best after thirty minutes, and how good it will be. Only then does that run start; the picture, scaling.svg, shows what
 was said and what came.
 
-The text is read in pieces of 32 tokens. In a longer context, a model finds out at some moment how to copy from what it
-has read (an induction head), and its loss falls in a leap that no law of this form foretells.
+The text is read in pieces of 32 tokens. In a longer context, a model learns at some moment to use much more of what it
+has read (most likely it forms induction heads, which copy; Olsson 2022, arXiv 2209.11895), and its loss falls in a leap
+that no law of this form foretells.
 
 The learning rate stays level after its warm-up, lower than the recipe's, which falls to 0. So every moment of a run is
 the end of a shorter one, and a run gives a curve to fit. (A rate that falls ends lower, but gives a single point.)
@@ -34,7 +35,7 @@ from model import GPT
 WIDTHS = (64, 96, 128, 192, 256, 384)  # 0.7 to 8 million parameters with a vocabulary of 4,096
 LONGER = 15  # the long run takes so many times as long: 30 minutes
 SKIPPED = 60  # updates of each run that are not fitted: three times the warm-up, which limits the loss so early
-E = 0.7  # bits per byte: near what the best of models could reach on program text in pieces of 32 tokens
+E = 0.7  # bits per byte, in pieces of 32 tokens: fits what 256 channels reach in 7 minutes on PyTorch's source
 
 
 @dataclass
@@ -156,8 +157,13 @@ def scaling(settings, _):
 def picture(law, short, long, width=720, height=400):
     """Bits per byte over the operations that training has taken: dots are validations, lines the law."""
     runs = [*short, long]
+    curves = []  # for each run the law, at 51 places from its first point to its last: [(tokens, bits per byte), ...]
+    for run in runs:
+        first, last = run.points()[0][0], run.points()[-1][0]
+        places = [first * (last / first) ** (i / 50) for i in range(51)]
+        curves.append([(d, law.bits(run.n, d)) for d in places])
     operations = [run.operations * d for run in runs for d, _ in run.points()]
-    bits = [bits for run in runs for _, bits in run.points()]
+    bits = [bits for curve in [*curves, *(run.points() for run in runs)] for _, bits in curve]
     left, right = math.floor(math.log10(min(operations))), math.log10(max(operations))
     low, high = math.floor(10 * min(bits)), math.ceil(10 * max(bits)) + 1  # in tenths of a bit
 
@@ -170,15 +176,13 @@ def picture(law, short, long, width=720, height=400):
     parts = ruling([i / 10 for i in range(low, high + 1)], y, width)
     parts += [f'<text x="{x(10 ** i)}" y="{height - 20}" text-anchor="middle">10<tspan dy="-5" font-size="9">{i}'
               '</tspan></text>' for i in range(left, math.floor(right) + 1)]
-    for run in runs:
-        color, first, last = "#0969da" if run is long else "#999", run.points()[0], run.points()[-1]
-        seen = [first[0] * (last[0] / first[0]) ** (i / 50) for i in range(51)]
-        points = " ".join(f"{x(run.operations * d)},{y(law.bits(run.n, d))}" for d in seen)
-        parts += [f'<polyline points="{points}" fill="none" stroke="{color}"/>']
-        parts += [f'<circle cx="{x(run.operations * d)}" cy="{y(bits)}" r="3" fill="{color}"/>'
-                  for d, bits in run.points()]
-        at, side = (last, 'dx="6" dy="4"') if run is long else (first, 'dy="-8" text-anchor="middle"')
-        parts += [f'<text x="{x(run.operations * at[0])}" y="{y(at[1])}" {side}>{run.n / 1e6:.1f}M</text>']
+    for run, curve in zip(runs, curves):
+        color, points = "#0969da" if run is long else "#999", run.points()
+        line = " ".join(f"{x(run.operations * d)},{y(bits)}" for d, bits in curve)
+        parts += [f'<polyline points="{line}" fill="none" stroke="{color}"/>']
+        parts += [f'<circle cx="{x(run.operations * d)}" cy="{y(bits)}" r="3" fill="{color}"/>' for d, bits in points]
+        (d, bits), side = (points[-1], 'dx="6" dy="4"') if run is long else (points[0], 'dy="-8" text-anchor="middle"')
+        parts += [f'<text x="{x(run.operations * d)}" y="{y(bits)}" {side}>{run.n / 1e6:.1f}M</text>']
     parts += [f'<text x="{width - 20}" y="34" text-anchor="end">bits per byte over operations of training; dots: '
               'measured, lines: the law; grey: short runs, blue: the long one</text>']
     return svg(parts, width, height)

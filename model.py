@@ -274,8 +274,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, x = x.chunk(2, dim=-1)  # (B, T, n_inner) each
             x = F.silu(gate) * x
-        elif self.kind == "gelu" and self.training and torch.compiler.is_compiling():
-            # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel on a CPU, exp takes half the time of tanh.
+        elif self.kind == "gelu" and self.training and x.device.type == "cpu" and torch.compiler.is_compiling():
+            # The same, by 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time of tanh.
             x = x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
