@@ -19,13 +19,12 @@ import itertools
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
 import tokenizer as tokenizers
-from config import UserError, say
+from config import UserError, say, show
 from download import file_sha256
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
@@ -325,9 +324,8 @@ def not_ours(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # python prepare.py --inspect data/NAME
 
-def example(data, tokenizer, stream, longest=400):
-    """The first conversation that teaches something, for a stream: what is only read is grey in a terminal."""
-    grey = stream.isatty() and "NO_COLOR" not in os.environ
+def example(data, tokenizer, longest=400):
+    """The first conversation that teaches something, as a text in which \u27e6 and \u27e7 enclose what is learned."""
     names, text = {i: name for name, i in tokenizer.special.items()}, ""
     n = min(1 << 20, data.meta["train"]["tokens"])
     ids, mask = data.tokens("train", 0, n), data.mask("train", 0, n)
@@ -337,9 +335,9 @@ def example(data, tokenizer, stream, longest=400):
     for learned, run in itertools.groupby(zip(ids[start:end].tolist(), mask[start:end].tolist()), lambda pair: pair[1]):
         part = b"".join(names[i].encode() if i in names else tokenizer.token_bytes(i) for i, _ in run)
         part = part.decode(errors="replace")
-        before, behind = ("\x1b[90m", "\x1b[0m") if grey else ("\u27e6", "\u27e7")
-        text += before + part + behind if grey != bool(learned) else part
-    return text + ("\n(grey: read, not learned)" if grey else "\n(learned: what stands between \u27e6 and \u27e7)")
+        text += f"\u27e6{part}\u27e7" if learned else part
+    return text + "\n(learned: what stands between \u27e6 and \u27e7)"
+
 
 def inspect(folder, sample_tokens=120):
     """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
@@ -384,7 +382,7 @@ def inspect(folder, sample_tokens=120):
         say(line)
     if data.chat:
         say("the first conversation:")
-        print(example(data, tokenizer, sys.stdout))
+        show(example(data, tokenizer))
         return
     # A window around the border between two documents, if there is one.
     ids = data.tokens("train", 0, min(1 << 20, meta["train"]["tokens"]))
@@ -394,4 +392,4 @@ def inspect(folder, sample_tokens=120):
     text = b"".join(b"\n--- " + tokenizers.END_OF_TEXT.encode() + b" ---\n" if i == end else tokenizer.token_bytes(i)
                     for i in ids)
     say("a sample of the training side:\n")
-    print(text.decode(errors="replace"))
+    show(text.decode(errors="replace"))

@@ -31,7 +31,6 @@ import os
 import platform
 import shlex
 import shutil
-import sys
 import time
 from array import array
 from collections import deque
@@ -524,7 +523,7 @@ def main(argv):
     out, meta = prepare(sources, settings)
     if settings.format == "chat":
         data = datasets.Dataset.open(out)
-        say("one of them:\n" + datasets.example(data, data.check_tokenizer(), sys.stderr))
+        say("one of them:\n" + datasets.example(data, data.check_tokenizer()))
     say(f"next: {next_command(out, meta, settings)}")
 
 

@@ -30,7 +30,7 @@ import bytebpe
 import machine
 import runtime
 import tokenizer as tokenizers
-from config import UserError, check_limits, command_line, load, note, say
+from config import UserError, check_limits, command_line, load, note, say, show
 
 
 @dataclass(eq=False)  # (compared as objects: engine.py tells requests apart that ask for the same)
@@ -225,25 +225,25 @@ def write(model, tokenizer, ids, settings, seed):
     stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
     text = []
 
-    def show(new, end=""):
+    def write_on(new, end=""):
         text.append(new)
-        print(new, end=end, flush=True)
+        show(new, end)
 
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     for token in model.generate(idx, settings.max_new_tokens, make_pick(settings, ids, seed)):
         n += 1
         if token.item() in ends and not settings.ignore_eos:
             break
-        show(stream.push(token.item()))
+        write_on(stream.push(token.item()))
         if stream.stopped:
             break
-    show(stream.finish(), end="\n")
+    write_on(stream.finish(), end="\n")
     return "".join(text), n
 
 
 def begin(prompt, tokenizer):
     """Print the prompt; the ids that the model goes on from: nothing goes before a prompt."""
-    print(prompt, end="", flush=True)
+    show(prompt, end="")
     nothing = tokenizer.special.get(tokenizers.END_OF_TEXT)  # what stands before every document
     return tokenizer.encode(prompt) or ([nothing] if nothing is not None else tokenizer.encode("\n"))
 

@@ -42,7 +42,7 @@ import machine
 import prepare
 import runtime
 import tokenizer as tokenizers
-from config import UserError, command_line, load, note, say, warn
+from config import UserError, command_line, load, note, say, show, warn
 from log import Log, last_row, progress_line, read_header
 from model import GPTConfig, PRESETS
 from muon import Muon
@@ -417,7 +417,7 @@ def train(settings, given, processes, stop, folder):
     if before:
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
             f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
-    print(sample(model, data, autocast, device, fresh=before is None), flush=True)
+    show(sample(model, data, autocast, device, fresh=before is None))
     if before and best["val_loss"] >= before["val_loss"]:
         warn("nothing was gained, the held-out text was easier for it before: a lower --learning_rate, or more text")
     say_next(out_dir, data)

@@ -19,6 +19,8 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
+import select
 import sys
 import traceback
 import types
@@ -44,11 +46,48 @@ def say(text=""):
         print_error(text)
 
 
+dropped = 0  # lines that standard error has not taken since the last one that it took
+
+
 def print_error(text):
+    """Write a line to standard error. A line that cannot be written is dropped, and the next one says how many were.
+
+    A reader that has stopped (`| less`, a full pipe, a full disk) must not stop a training run or a server, so nothing
+    here waits for long. Nor does it hold a lock: a signal may arrive at any moment.
+    """
+    global dropped
+    text = f"\n({dropped} lines could not be written here)\n" * bool(dropped) + printable(text) + "\n"
     try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:  # whoever was listening has gone (`| head`): no reason to end a training run
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        write_soon(text, seconds=0 if dropped else 1)
+        dropped = 0
+    except OSError:
+        dropped += 1
+
+
+def write_soon(text, seconds):
+    """Write to standard error, waiting no longer than this for its reader. Raises OSError where nobody reads."""
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # it is closed, None, or in memory, as in a test
+        print(text, end="", file=sys.stderr)
+        return
+    data = text.encode(sys.stderr.encoding, "backslashreplace")
+    while data:
+        if os.name == "posix" and not select.select([], [descriptor], [], seconds)[1]:
+            raise BlockingIOError
+        data = data[os.write(descriptor, data[:512]):]  # a pipe that is ready takes 512 bytes at once (POSIX)
+
+
+def printable(text):
+    """The text without what a terminal obeys: control characters (a window's title, a pasted command) and characters
+    that reverse the order of others are written as escapes such as \\x1b. Line ends and tabs stay."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def show(text, end="\n"):
+    """Print a text on standard output: to a terminal what is printable, to a file or a pipe exactly the text."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def note(text):

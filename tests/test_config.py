@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Settings: types, order, nearest names, config files, help, and how an error leaves the program."""
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -133,3 +136,38 @@ def test_every_source_file_names_its_licence():
     assert len(files) > 10
     for path in files:
         assert "SPDX-License-Identifier: GPL-3.0-only" in path.read_text(encoding="utf-8").split("\n")[0], path
+
+
+def test_what_a_terminal_obeys_is_written_as_escapes(capsys, monkeypatch):
+    text = "title \x1b]0;mine\x07 \x9b2J over\rwritten \u202ereversed\x7f, but \t and \n and \u00e9\u4e2d stay"
+    due = "title \\x1b]0;mine\\x07 \\x9b2J over\\rwritten \\u202ereversed\\x7f, but \t and \n and \u00e9\u4e2d stay"
+    config.say(text)
+    assert capsys.readouterr().err == due + "\n"
+    config.show(text)  # to a pipe: exactly the text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    config.show(text)
+    assert capsys.readouterr().out == f"{text}\n{due}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot tell whether a pipe is ready")
+def test_a_line_that_cannot_be_written_is_dropped_and_counted(tmp_path):
+    """A full pipe, a reader that has left, a full disk: the program goes on, and says later how much was lost."""
+    program = """if True:
+        import os, sys
+        import config
+        read, write = os.pipe()
+        stderr = os.dup(2)
+        os.dup2(write, 2)
+        for i in range(1000):
+            config.say(f"line {i} " + 100 * "x")
+        taken = len(os.read(read, 1 << 20))
+        config.say("there is room again")
+        assert b"lines could not be written here)\\nthere is room again" in os.read(read, 1 << 20)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        config.say("lost")
+        os.dup2(stderr, 2)
+        config.say("the end")
+        print(taken)
+        """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "\n(1 lines could not be written here)\nthe end\n" and 0 < int(done.stdout) < 100_000

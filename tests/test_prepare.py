@@ -2,7 +2,6 @@
 """Data: what is written, how it is split, how it is read back, and what people get wrong."""
 import gzip
 import hashlib
-import io
 import json
 import random
 
@@ -329,27 +328,14 @@ def test_one_conversation_beside_those_with_sides_of_their_own(here, monkeypatch
     assert plan.fate.tolist() == [prepare.VAL, prepare.TRAIN, prepare.TRAIN]
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_an_example_shows_what_is_learned(here, capsys, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_an_example_shows_what_is_learned(here, capsys):
     write_talks("talk.jsonl", [turns("silent"), turns("a", "", "b", "c", system="be kind"), *talks(5)])
     prepare.main(["talk.jsonl", *CHAT, "--val_fraction=0.0001"])
     due = ("<|system|>be kind<|end|><|user|>a<|end|><|assistant|><|end|><|user|>b<|end|><|assistant|>\u27e6c<|end|>"
            "\u27e7\n")
     assert f"one of them:\n{due}(learned: what stands between \u27e6 and \u27e7)\n" in capsys.readouterr().err
-    data = datasets.Dataset.open("data/talk")
-    shown = datasets.example(data, data.check_tokenizer(), Terminal())
-    assert "<|assistant|>\x1b[0m" in shown and shown.startswith("\x1b[90m<|") and "<|end|>\n(grey: read, not" in shown
-    assert "\u27e6" not in shown
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in datasets.example(data, data.check_tokenizer(), Terminal())
-    capsys.readouterr()
     prepare.main(["--inspect", "data/talk"])
-    shown = capsys.readouterr()
+    shown, data = capsys.readouterr(), datasets.Dataset.open("data/talk")
     assert f"{data.meta['train']['trained']} to be learned: as meta.json says" in shown.err and "\u27e6" in shown.out
 
 
