@@ -140,8 +140,10 @@ def loss_svg(curve, width=720, height=400):
     def line(points, style):
         return f'<polyline points="{" ".join(f"{x(s)},{y(v)}" for s, v in points)}" fill="none" {style}/>'
 
-    unit = 0.5 if high - low < 5 else 1
-    parts = ruling([low + i * unit for i in range(int((high - low) / unit) + 1)], y, width)
+    power = 10.0 ** math.floor(math.log10((high - low) / 10))
+    unit = max(0.5, next(n * power for n in (1, 2, 5, 10) if 10 * n * power >= high - low))  # at most ten lines
+    first = math.ceil(low / unit) * unit
+    parts = ruling([first + i * unit for i in range(int((high - first) / unit) + 1)], y, width)
     parts += [f'<text x="{x(last * i // 4)}" y="{height - 20}" text-anchor="middle">{last * i // 4}</text>'
               for i in range(5)]
     parts += [line(training, 'stroke="#999"'), line(validation, 'stroke="#0969da" stroke-width="2"')]

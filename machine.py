@@ -237,28 +237,31 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Notes a SIGINT (Ctrl-C) or SIGTERM in `signal`, from listen on; a second one ends the process at once.
+    """Keeps the number of a signal that asks for the end in `signal`, from listen on: SIGINT (Ctrl-C), SIGTERM, and
+    SIGHUP (the terminal was closed). One that was ignored before, as SIGHUP is under nohup, stays ignored.
 
-    Not so under torchrun: a Ctrl-C reaches a process twice there, from the terminal and from torchrun, which ends what
-    hangs by itself after half a minute.
+    A second signal ends the process at once. Not so under torchrun: a Ctrl-C reaches a process twice there, from the
+    terminal and from torchrun, which kills after half a minute whatever hangs.
     """
 
     def __init__(self):
         self.signal, self.before = 0, {}
+        self.twice_ends = "TORCHELASTIC_RUN_ID" not in os.environ
 
     def __enter__(self):
         return self
 
     def listen(self):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # (Windows has no SIGHUP)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        again, self.signal = self.signal, number
-        alone = "TORCHELASTIC_RUN_ID" not in os.environ
-        if alone:
+        """It may interrupt anything, a line that is being written too, so it says nothing itself."""
+        self.signal = number
+        if self.twice_ends:
             signal.signal(number, signal.SIG_DFL)
-        if not again:
-            say(f"\n{signal.Signals(number).name}: saving" + ("; once more to stop at once" if alone else ""))
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
