@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 import machine
 import runtime
 from config import UserError, check_limits, note, say, warn
+from log import last_row, read_header
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +115,24 @@ def say_lora(model, settings, arithmetic):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a run starts
+
+def begun_before(settings):
+    """The header of the log that a run left here which was stopped before its first checkpoint; {} without any.
+
+    It is begun anew, which replaces its log. Raises UserError where that belongs to a run with other settings.
+    """
+    path = os.path.join(settings.out_dir, "log.jsonl")
+    header, now = read_header(path), asdict(settings)
+    was = header.get("settings", {})
+    if last_row(path):
+        differ = [name for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
+        if differ:
+            begun, asked = (", ".join(f"{name}={values.get(name)}" for name in differ) for values in (was, now))
+            raise UserError(f"{settings.out_dir} holds the log of a run with {begun}; now it is {asked}",
+                            "--out_dir=out/ANOTHER")
+        note(f"the run in {settings.out_dir} was stopped before its first checkpoint, and begins again at step 0")
+    return header
+
 
 MAY_CHANGE = {"init_from", "max_iters", "budget", "eval_interval", "eval_iters", "eval_only", "save_interval",
               "always_save_checkpoint", "log_interval", "patience", "out_dir", "device", "backend", "dist_timeout",

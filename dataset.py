@@ -30,6 +30,10 @@ from download import file_sha256
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
 
 
+class Changed(UserError):
+    """The data are not what they were when they were opened."""
+
+
 @dataclass
 class Dataset:
     """A prepared folder: its meta.json, and its two sides. files: {"train": file, "train.mask": file, ...}"""
@@ -38,6 +42,7 @@ class Dataset:
     meta: dict
     files: dict
     layouts: dict = field(default_factory=dict)  # what `layout` has found: {(side, block_size): spans}
+    versions: dict = field(default_factory=dict)  # of the files, by which `check_unchanged` knows them
 
     @classmethod
     def open(cls, folder):
@@ -65,7 +70,33 @@ class Dataset:
             if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side][sha256]:
                 raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side][sha256][:12]}",
                                 f"it was changed or damaged; prepare {folder} again")
-        return cls(folder, meta, files)
+        data = cls(folder, meta, files)
+        data.versions = {name: data.version(name) for name in files}
+        return data
+
+    def version(self, name):
+        about = os.fstat(self.files[name].fileno())
+        return about.st_size, about.st_mtime_ns
+
+    def is_changed(self):
+        """Has anyone written into a file since it was opened? (Replaced or deleted, an open file keeps its content.)"""
+        return any(self.version(name) != self.versions[name] for name in self.files)
+
+    def is_gone(self):
+        """Have files been deleted or replaced, so that no other process can open them any more?"""
+        try:
+            return not all(os.path.samestat(os.stat(file.name), os.fstat(file.fileno())) for file in self.files.values())
+        except OSError:
+            return True
+
+    def read(self, name, offset, size):
+        """Bytes of a file. Raises Changed where it has become shorter."""
+        file = self.files[name]
+        file.seek(offset)
+        raw = file.read(size)
+        if len(raw) < size and self.is_changed():
+            raise Changed(f"{file.name} was cut while it was being read", f"prepare {self.folder} again")
+        return raw
 
     @property
     def chat(self):
@@ -106,17 +137,15 @@ class Dataset:
     def tokens(self, side, start, count):
         """`count` ids from position `start` of a side, (count,) int64."""
         dtype = np.dtype(self.meta["dtype"])
-        self.files[side].seek(start * dtype.itemsize)
-        ids = np.frombuffer(self.files[side].read(count * dtype.itemsize), dtype)
+        ids = np.frombuffer(self.read(side, start * dtype.itemsize, count * dtype.itemsize), dtype)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
-            raise UserError(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
+            raise Changed(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
                             f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again")
         return ids.astype(np.int64)
 
     def mask(self, side, start, count):
         """Of conversations, which of `count` tokens are to be learned: (count,) uint8, 1 or 0."""
-        self.files[side + ".mask"].seek(start)
-        return np.frombuffer(self.files[side + ".mask"].read(count), np.uint8)
+        return np.frombuffer(self.read(side + ".mask", start, count), np.uint8)
 
     def rows(self, side, spans, block_size):
         """Windows that begin and end at these positions: (idx, targets), each (B, T) int64.

@@ -15,8 +15,10 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -28,6 +30,7 @@ import huggingface
 import lora
 import tokenizer as tokenizers
 from config import UserError, note, warn
+from log import read_header
 from model import GPT, GPTConfig, quantize, resolve, round_up
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +140,10 @@ def prune_checkpoints(run, keep=2):
             os.unlink(path)
 
 
+# What train.py writes into the folder of a run; while a file is being written, it has the ending .part.
+RUN_FILES = re.compile(r"(ckpt_\d{8}\.pt|best\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?")
+
+
 class RunFolder:
     """The folder of a run, and the right to write into it, which one process at a time has.
 
@@ -170,20 +177,36 @@ class RunFolder:
         except OSError as error:
             note(f"{self.path} cannot be locked ({error.strerror}): do not train in it twice at the same time")
 
-    def open(self, step, needed):
-        """Make the folder, see that it can be written, and clear away what a kill left; before the first update.
+    def check_ours(self):
+        """Raises UserError where a run can neither be continued nor begun: a run never writes among other files.
 
-        step: where the run goes on, None for a new one. needed: bytes that it will take here.
+        A run begins in a folder that is new, empty, or holds what a run leaves that was stopped before its first
+        checkpoint: its log, and perhaps a tokenizer. (Hidden files are ignored.)
+        """
+        names = {name for name in os.listdir(self.path) if name[0] != "."} if os.path.isdir(self.path) else set()
+        if not names or checkpoints(self.path):
+            return
+        if "best.pt" in names:
+            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) from which its run could continue",
+                            f"--out_dir=out/ANOTHER for a new run, with --init_from={self.path} to start from best.pt")
+        begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
+        foreign = [name for name in sorted(names) if not RUN_FILES.fullmatch(name) or not begun]
+        if foreign and names != {"log.jsonl.part"}:
+            raise UserError(f"out_dir={self.path} holds {foreign[0]}, which is not from a training run that stopped "
+                            "there", "--out_dir=out/ANOTHER")
+
+    def open(self, step, needed):
+        """Make the folder, see that it can be written, and delete what a kill left half-written; before the first step.
+
+        step: where the run continues, None for a new one. needed: bytes that it will take here.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
             if self.lock is None:
                 self.take()
-            with open(os.path.join(self.path, ".probe"), "wb"):
-                pass
-            os.unlink(os.path.join(self.path, ".probe"))
-            for path in filter(os.path.isfile, glob.glob(os.path.join(glob.escape(self.path), "*.part"))):
-                os.unlink(path)
+            tempfile.TemporaryFile(dir=self.path).close()
+            for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
+                os.unlink(os.path.join(self.path, name))
             free = shutil.disk_usage(self.path).free
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}", "--out_dir=ANOTHER_FOLDER") \

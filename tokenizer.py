@@ -374,12 +374,16 @@ def get(name):
 
 
 def copy(source, target, sha256):
-    """Copy source/tokenizer to target/tokenizer, unless the same one is there."""
+    """Copy source/tokenizer to target/tokenizer, unless the same one is there. Another one is kept, as *.damaged."""
+    path = os.path.join(target, "tokenizer")
     try:
         load_from(target, sha256)
     except UserError:
-        shutil.rmtree(os.path.join(target, "tokenizer"), ignore_errors=True)
-        shutil.copytree(os.path.join(source, "tokenizer"), os.path.join(target, "tokenizer"))
+        shutil.rmtree(path + ".part", ignore_errors=True)
+        shutil.copytree(os.path.join(source, "tokenizer"), path + ".part")
+        if os.path.lexists(path):
+            os.replace(path, path + ".damaged")
+        os.replace(path + ".part", path)
 
 
 def ends(tokenizer):

@@ -23,7 +23,7 @@ order; there it is the same up to rounding.
 """
 import time
 
-PROCESS_START = time.time()  # before the imports, which take seconds: the clock of a run counts them
+PROCESS_START = time.monotonic()  # before the imports, which take seconds: the clock of a run counts them
 
 import math
 import os
@@ -131,14 +131,16 @@ def train(settings, given, processes, stop, folder):
                         "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
 
     # ------------------------------------------------------------------------------------------------------------------
-    # 1) The data; what is built in is prepared here if it is missing: by one process, while the others wait to be met.
+    # 1) The data; what is built in is prepared here if it is missing: by one process of all, while the others wait.
     data_dir = os.path.join("data", settings.dataset)
-    if not os.path.exists(data_dir) and settings.dataset == "stdlib" and processes.local_rank == 0:
+    if not os.path.exists(data_dir) and settings.dataset == "stdlib" and processes.rank == 0:
         say(f"{data_dir} is missing; preparing it")
         prepare.prepare([settings.dataset], prepare.PrepareConfig(out=data_dir))
     processes.join(device, settings.backend, settings.dist_timeout)
     data = datasets.Dataset.open(data_dir)
-    data.check_tokenizer()  # better to find it damaged now than at the end
+    tokenizer = data.check_tokenizer()
+    if folder.writes:
+        folder.check_ours()
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
@@ -190,7 +192,7 @@ def train(settings, given, processes, stop, folder):
     else:
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
-        begun = read_header(os.path.join(out_dir, "log.jsonl"))  # by a run that was killed before its first checkpoint
+        begun = checks.begun_before(settings) if folder.writes else {}
         chosen = processes.first(begun["chosen"] if begun.get("settings") == asdict(settings) else chosen)
     dtype = getattr(torch, chosen["dtype"])
     autocast = machine.autocast(device, dtype)
@@ -213,7 +215,8 @@ def train(settings, given, processes, stop, folder):
         seconds = settings.max_iters * tokens_per_step * flops_per_token / (0.45 * peak * processes.world)
         seconds = checks.seconds_of(settings.budget) if settings.budget else seconds
         chosen["compile"] = device != "mps" and seconds > 120
-    say(f"data: {data_dir}, {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
+    kind = f"conversations, {data.meta['train']['trained']:,} tokens to learn in" if data.chat else "text,"
+    say(f"data: {data_dir}, {kind} {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
     say(f"model: {weights:,} parameters: {model.config.n_layer} layers, {model.config.n_embd} wide, context "
         f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
@@ -239,6 +242,7 @@ def train(settings, given, processes, stop, folder):
         """
         if number := processes.highest(stop.signal):
             stop.signal = number
+            say(f"\n{signal.Signals(number).name}: saving" + "; once more to stop at once" * stop.twice_ends)
             raise machine.Stopped
 
     def validate():
@@ -253,7 +257,7 @@ def train(settings, given, processes, stop, folder):
     before = resumed.get("before") if resumed else None
     if start and not resumed and not settings.eval_only:  # so that it can be seen what fine-tuning does
         loss = validate()
-        before = dict(val_loss=loss, val_bpb=data.bits_per_byte(loss), text=sample(model, data, autocast, device))
+        before = dict(val_loss=loss, val_bpb=data.bits_per_byte(loss), text=sample(model, data, tokenizer, autocast, device))
         say(f"before: validation loss {loss:.4f}, {before['val_bpb']:.4f} bits per byte")
     if chosen["compile"]:
         chosen["compile"] = machine.compile_model(model, settings.compile, lambda: loss_of(model, *batch(0, 0)))
@@ -266,6 +270,7 @@ def train(settings, given, processes, stop, folder):
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it. The first process writes it.
     step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
+    gone = False  # have the data been deleted?
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
@@ -277,7 +282,7 @@ def train(settings, given, processes, stop, folder):
         return dict(versions=versions, chosen=chosen, settings=asdict(settings), data=data.meta)
 
     def wall_seconds():
-        return wall_before + time.time() - PROCESS_START
+        return wall_before + time.monotonic() - PROCESS_START
 
     def save(name, **state):
         runtime.save_checkpoint(os.path.join(out_dir, name), dict(
@@ -293,10 +298,10 @@ def train(settings, given, processes, stop, folder):
 
     log = wandb = None
     if folder.writes:
-        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
         if resumed:
             best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
+        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])  # behind the log, which makes the folder ours
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
 
@@ -313,6 +318,9 @@ def train(settings, given, processes, stop, folder):
                 if last or step % settings.eval_interval == 0:
                     row["val_loss"] = validate()
                     row["val_bpb"] = data.bits_per_byte(row["val_loss"])
+                    if not math.isfinite(row["val_loss"]):
+                        raise UserError(f"the validation loss after {step} steps is {row['val_loss']}", "another "
+                                        f"--out_dir with --learning_rate={settings.learning_rate / 3:.1g}", code=3)
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
                         best_loss = row["val_loss"]
@@ -384,11 +392,27 @@ def train(settings, given, processes, stop, folder):
                        tokens_per_second=tokens_per_step / seconds, memory=machine.peak_memory(device))
 
             # c) Save before validating, so that a crash there loses nothing.
+            #    (The first validation saves in any case: best.pt alone would look like a run that was copied.)
             validates = step % settings.eval_interval == 0
             last = step >= settings.max_iters
-            if folder.writes and (last or step % (settings.save_interval or settings.eval_interval) == 0 or (
-                    settings.always_save_checkpoint and validates)):
+            saves = last or step % (settings.save_interval or settings.eval_interval) == 0
+            if validates or saves:
+                if processes.highest(int(data.is_changed())):
+                    raise datasets.Changed(f"{data_dir} was changed while this run was reading it", "")
+                if data.is_gone() and not gone:
+                    gone = True
+                    warn(f"{data_dir} was deleted or replaced: this run reads on from the files that it has open, but "
+                         "could not be resumed")
+            if folder.writes and (saves or validates and (
+                    settings.always_save_checkpoint or not runtime.checkpoints(out_dir))):
                 saved(last, save_run)
+    except datasets.Changed as error:
+        if folder.writes and step > 0:
+            save_run()
+        processes.wait()
+        raise UserError(f"{error.fact}; steps since the last validation or checkpoint may have read other text; the "
+                        f"run is saved after {step} steps", "bring the old data back, and the same command continues; "
+                        f"or --init_from={out_dir} --out_dir=out/ANOTHER") from None
     except machine.Stopped:
         if folder.writes and step > 0:
             save_run()
@@ -417,9 +441,13 @@ def train(settings, given, processes, stop, folder):
     if before:
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
             f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
-    show(sample(model, data, autocast, device, fresh=before is None))
+    show(sample(model, data, tokenizer, autocast, device, fresh=before is None))
     if before and best["val_loss"] >= before["val_loss"]:
         warn("nothing was gained, the held-out text was easier for it before: a lower --learning_rate, or more text")
+    guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
+    if row["val_loss"] > guessing + 0.5:  # (random weights cost a little more than guessing, too)
+        warn(f"the run has diverged: its validation loss of {row['val_loss']:,.2f} is worse than guessing, which costs "
+             f"{guessing:.2f}; --learning_rate={settings.learning_rate / 3:.1g}, with another --out_dir")
     say_next(out_dir, data)
     return 0
 
@@ -487,12 +515,12 @@ def saved(must, save, *args, **kw):
         return False
 
 
-def sample(model, data, autocast, device, fresh=False):
+def sample(model, data, tokenizer, autocast, device, fresh=False):
     """What the model writes: an answer to the first held-out question; of a text, how the held-out side goes on after
     its first words, or, fresh, what comes after nothing but the end-of-text token."""
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
-    tokenizer, ids = tokenizers.load_from(data.folder), []
+    ids = []
     prompt, ends = data.prompt(model.config.block_size, nothing=fresh), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
     model.eval()

@@ -127,8 +127,33 @@ def full_disk(first, last, size=1000):
 def nobody_listens(step):
     """Standard error is a pipe whose reader leaves at an update, as `| head` does."""
     read, write = os.pipe()
-    os.dup2(write, 2)
+    os.dup2(write, sys.stderr.fileno())
     at_step(int(step), lambda: os.close(read))
+
+
+def nobody_reads(step):
+    """Standard error is a full pipe that nobody reads, from an update on."""
+    def fill():
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        while True:
+            try:
+                os.write(write, bytes(65536))
+            except BlockingIOError:
+                break
+        os.set_blocking(write, True)
+        os.dup2(write, sys.stderr.fileno())
+        nobody_reads.pipe = read  # kept open
+    at_step(int(step), fill)
+
+
+def clock_is_set(step):
+    """Somebody sets the clock of the machine a day forward at an update."""
+    at_step(int(step), lambda: calls(time, "time", lambda real: real() + 86400))
+
+
+def shell(step, command):
+    at_step(int(step), lambda: os.system(command))
 
 
 def full_log(first, last):
@@ -146,6 +171,10 @@ def full_log(first, last):
 def signal_at_step(number, *steps):
     for step in map(int, steps):
         at_step(step, lambda: os.kill(os.getpid(), int(number)))
+
+
+def ignore_hangup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def signal_in_validation(number, batch):
@@ -206,6 +235,10 @@ def keep_all():
 
 def one_thread():
     calls(machine, "set_up", lambda real, *args: (real(*args), torch.set_num_threads(1)))
+
+
+def another_thread():
+    calls(machine, "set_up", lambda real, *args: (real(*args), torch.set_num_threads(torch.get_num_threads() + 1)))
 
 
 def small_files(size):
@@ -296,6 +329,7 @@ def child(folder, argv, fault, env, script):
     os.environ.update(env)
     sys.stdout = sys.stderr = open(f"said.{env.get('RANK', '0')}", "a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
+    train.PROCESS_START = time.monotonic()  # (and not when the process began from which this one was forked)
     apply(fault)
     config.command_line(lambda _: {"train": train, "prepare": prepare}[script].main(argv))
 

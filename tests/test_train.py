@@ -4,12 +4,14 @@ import json
 import math
 import os
 import pathlib
+import re
 import xml.etree.ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, TINY, error, script, words
+from conftest import ROOT, TINY, error, script, talks, words, write_talks
 
+import log as train_log
 import machine
 import muon
 import dataset as datasets
@@ -86,6 +88,95 @@ def test_a_finished_run_is_left_alone(data, capsys):
     assert run("--max_iters=10") == 0
     assert "out/words is finished: 10 updates" in capsys.readouterr().err
     assert before == files()
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("left", [["best.pt", "log.jsonl", "loss.svg", "tokenizer"], ["best.pt", "tokenizer"]])
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(data, left):
+    """A copied run, the folder that a server reads, an export in 8 bits."""
+    run("--max_iters=10")
+    for name in set(os.listdir("out/words")) - set(left):
+        os.unlink(f"out/words/{name}")
+    before = content("out/words")
+    for argv in ([], ["--init_from=scratch"], ["--seed=2"]):
+        fact, fix = error(lambda _: run("--max_iters=10", *argv))
+        assert "out/words holds best.pt, but no checkpoint" in fact and "--init_from=out/words" in fix
+    assert content("out/words") == before
+    assert run("--max_iters=3", "--out_dir=out/more", "--init_from=out/words", "--learning_rate=1e-3") == 0
+
+
+@pytest.mark.parametrize("files", [["notes.txt"], ["log.jsonl"], ["log.jsonl", "loss.svg"], ["tokenizer/config.json"],
+                                   ["draft.part"], ["ckpt.pt"], ["log.jsonl.part", "tokenizer/mine"]])
+def test_a_run_is_not_begun_among_the_files_of_others(data, files):
+    for name in files:
+        path = pathlib.Path("mine", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine\n")
+    before = content(".")
+    assert f"out_dir=mine holds {files[0].split('/')[0]}" in error(lambda _: run("--out_dir=mine"))[0]
+    assert "out_dir=data/words holds meta.json" in error(lambda _: run("--out_dir=data/words"))[0]
+    assert content(".") == before
+
+
+def test_a_run_deletes_nothing_that_it_did_not_write(data):
+    os.makedirs("out/words")
+    pathlib.Path("out/words/.hidden").write_text("mine")
+    run("--max_iters=10")
+    mine = {f"out/words/{name}": "mine" for name in (".hidden", "draft.part", "notes.txt", "tokenizer.txt")}
+    for name, text in mine.items():
+        pathlib.Path(name).write_text(text)
+    pathlib.Path("out/words/ckpt_00000020.pt.part").write_text("half a checkpoint, from a kill")
+    run("--max_iters=20")
+    assert {name: pathlib.Path(name).read_text() for name in mine} == mine
+    assert not os.path.exists("out/words/ckpt_00000020.pt.part")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(data, capsys):
+    os.makedirs("out/words")
+    header = dict(settings=train.asdict(train.TrainConfig()))
+    pathlib.Path("out/words/log.jsonl").write_text(json.dumps(header) + "\n" + '{"step": 1, "loss": 3.5}\n')
+    before = content("out")
+    fact, fix = error(lambda _: run("--max_iters=3"))
+    assert "n_layer=12" in fact and "now it is" in fact and "n_layer=2" in fact and content("out") == before
+    pathlib.Path("out/words/log.jsonl").write_text(json.dumps(header) + "\n")  # no step was made: nothing to lose
+    run("--max_iters=3")
+    assert log("out/words")[0]["settings"]["n_layer"] == 2
+
+
+def test_best_pt_never_stands_alone(data):
+    """Whatever the intervals are, a kill leaves no best.pt without a checkpoint to continue from."""
+    run("--max_iters=10", "--eval_interval=4", "--save_interval=100", "--always_save_checkpoint=false")
+    assert os.path.exists("out/words/ckpt_00000004.pt") and not os.path.exists("out/words/ckpt_00000008.pt")
+
+
+@pytest.mark.parametrize("losses", [[3.0, 1e6], [3.0, 3e38], [0.1, 0.1], [2.0, 2.4], [1.0, 9.9], [-1e9, 1e9]])
+def test_the_picture_has_few_lines_whatever_the_loss(losses):
+    picture = train_log.loss_svg([(i + 1, loss, loss) for i, loss in enumerate(losses)])
+    assert 2 <= picture.count('stroke="#ddd"') <= 12
+    xml.etree.ElementTree.fromstring(picture)
+
+
+def test_a_run_that_ends_worse_than_guessing_says_so(data, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "validation_sums", lambda *_: (3088.0, 1))
+    assert run("--max_iters=2") == 0
+    said = capsys.readouterr().err
+    assert "diverged: its validation loss of 3,088.00 is worse than guessing, which costs 3.22" in said  # ln 25
+    monkeypatch.setattr(datasets, "validation_sums", lambda *_: (math.inf, 1))
+    with pytest.raises(train.UserError, match="the validation loss after 3 steps is inf") as caught:
+        run("--max_iters=3")
+    assert caught.value.code == 3
+
+
+def test_what_kind_of_data_is_read(data, capsys):
+    run("--max_iters=1")
+    assert "data: data/words, text, 7,599 tokens of words.txt" in capsys.readouterr().err
+    write_talks("talk.jsonl", talks(40))
+    prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--out=data/talk"])
+    train.main(["--dataset=talk", *TINY, "--max_iters=1"])
+    assert re.search(r"data: data/talk, conversations, [\d,]+ tokens to learn in [\d,]+ ", capsys.readouterr().err)
 
 
 def test_what_a_run_leaves(data, capsys):
