@@ -2,12 +2,8 @@
 """
 Measurements: every number in the README that is not a line of a training log comes from here.
 
-    python bench.py syntax out/small    # how many of the functions that the model writes are Python?
-    python bench.py chat out/chats      # how many answers to held-out questions end by themselves?
     python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
     python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
-    python bench.py prepare --peer=../nanoGPT   # how fast is text prepared, beside nanoGPT's own scripts?
-    python bench.py languages en.txt fr.txt     # what does each language lose by sharing a vocabulary?
     python bench.py serve               # how fast is the server with 1, 4 and 16 clients? (bench_serve.py)
     python bench.py loss shakespeare.txt --peer=../nanoGPT     # how soon has a model learned? (bench_train.py, as
     python bench.py throughput --peer=../nanoGPT        # the next two) How fast is an update?
@@ -17,16 +13,11 @@ Measurements: every number in the README that is not a line of a training log co
 
 Each prints what it measured on standard output, and on which machine.
 """
-import ast
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
 import runpy
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,129 +25,35 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 import dataset as datasets
 import machine
-import runtime
-import sample
-import tokenizer as tokenizers
 import train
 from bench_generate import generate
 from bench_scaling import scaling
 from bench_serve import serve
-from bench_train import ablation, loss, project, throughput
-from config import UserError, check_limits, command_line, load, say
+from bench_train import ablation, loss, throughput
+from config import UserError, check_limits, command_line, load
 from model import GPT, GPTConfig, KVCache, PRESETS
-from sources import fetch
 
 
 @dataclass
 class BenchConfig:
-    samples: int = 200  # functions to sample
-    max_new_tokens: int = 200  # longest function, in tokens
-    temperature: float = 0.8  # as in sample.py
-    top_k: int = 50  # as in sample.py
-    seed: int = 1337  # of the samples
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder
+    seed: int = 1337  # ablation: of the first run
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # serve: of matrix products
     prompt: int = 32  # serve, generate: tokens of a prompt
-    new_tokens: int = 64  # serve, generate: tokens of an answer; chat: of the longest one
+    new_tokens: int = 64  # serve, generate: tokens of an answer
     requests: int = 4  # serve: requests of each client, one after the other
-    peer: str = ""  # parity, prepare, generate: folder of nanoGPT
-    dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there, chat: the run's
-    steps: int = 200  # parity: updates to compare; languages: updates of each run
+    peer: str = ""  # parity, loss, throughput, generate: folder of nanoGPT
+    dataset: str = ""  # data/NAME; parity: shakespeare_char, doctor: stdlib where it is there
+    steps: int = 200  # parity, throughput, ablation: updates
     compiled: bool = False  # loss: nanoGPT with --compile=True as well
     minutes: float = 2.0  # scaling: of each short run
-    tiny: bool = False  # loss and all below it: models of no size; languages: two files; only to see that it runs
-    megabytes: int = 200  # prepare: size of the text, which is repeated, its lines shuffled, until it is so long
-    repeats: int = 3  # prepare: pairs of processes; serve, generate: rounds
-    vocab_size: int = 4096  # languages: tokens of each vocabulary
-    character_coverage: float = 0.9995  # languages: share of the characters that get a token
-
-
-def syntax(settings, runs):
-    """Share of sampled functions that Python can parse.
-
-    The model continues "def" (without a space: in its vocabulary a space belongs to the word after it). A function
-    ends where the next line begins at the left margin; one that does not end within max_new_tokens is left out of the
-    count, and their number is printed.
-    """
-    check_limits(settings, {"samples max_new_tokens": (1, 1e6), "temperature": (0, 1e9)})
-    device = machine.choose_device(settings.device)
-    model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
-    end, prompt = tokenizer.special[tokenizers.END_OF_TEXT], "\n\n\ndef"
-    idx = torch.tensor([tokenizer.encode(prompt)] * settings.samples, device=device)  # (samples, T)
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def pick(logits):
-        logits = sample.filter_logits(logits.cpu(), settings.temperature, settings.top_k)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-
-    rows = torch.cat(list(model.generate(idx, settings.max_new_tokens, pick)), dim=1).tolist()
-    whole, good, example = 0, 0, ""
-    for row in rows:
-        ends = end in row
-        text = "def" + tokenizer.decode(row[:row.index(end)] if ends else row)
-        function = first_block(text, ends)
-        if function is None:
-            continue
-        whole += 1
-        if parses(function):
-            good += 1
-            example = function if 120 < len(function) < 600 and len(function) > len(example) else example
-    if example:
-        say(f"one of those that parse:\n\n{example}")
-    share = f"{good} of {whole} finished functions parse ({good / whole:.0%})" if whole else "no function was finished"
-    print(f"syntax: {run['path']}: {share}, Python {platform.python_version()}; {len(rows) - whole} of {len(rows)} "
-          f"were not finished after {settings.max_new_tokens} tokens")
-
-
-def first_block(text, ends):
-    """The first top-level statement of a text with all its indented lines; None where the text stops before it ends."""
-    lines = text.split("\n")
-    for i, line in enumerate(lines[1:], 1):
-        if line[:1].strip() and line[0] not in "#)]}":
-            return "\n".join(lines[:i]).rstrip() + "\n"
-    return text if ends else None
-
-
-def parses(source):
-    try:
-        ast.parse(source)
-        return True
-    except (SyntaxError, ValueError):  # ValueError: a NUL byte
-        return False
-
-
-def chat(settings, runs):
-    """Share of held-out questions whose answer ends by itself, and of those answered as expected; greedily.
-
-    The questions are those with which the windows of the run's own validation begin.
-    """
-    device = machine.choose_device(settings.device)
-    model, tokenizer, run = runtime.load_run(runs[0] if runs else runtime.find_run(), settings.checkpoint, device)
-    data = datasets.Dataset.open(os.path.join("data", settings.dataset or run["settings"].get("dataset", "")))
-    if not data.chat:
-        raise UserError(f"{data.folder} holds no conversations", "--dataset=NAME of some, or another run")
-    ended = same = 0
-    questions = data.layout("val", model.config.block_size)[:settings.samples, :2].tolist()
-    for start, end in questions:
-        ids, mask = data.tokens("val", start, end - start), data.mask("val", start, end - start)
-        first = int(mask.argmax())
-        expected = ids[first:first + int(np.append(mask[first:], 0).argmin())].tolist()
-        answer = []
-        for token in model.generate(torch.tensor([ids[:first].tolist()], device=device), settings.new_tokens):
-            answer.append(token.item())
-            if answer[-1] in tokenizers.ends(tokenizer):
-                ended += 1
-                break
-        same += answer == expected
-    print(f"chat: {run['path']}: of {len(questions)} held-out questions, {ended} answers ended by themselves within "
-          f"{settings.new_tokens} tokens, {same} were the expected ones to the letter")
+    tiny: bool = False  # loss and all below it: models of no size; only to see that it runs
+    repeats: int = 3  # rounds; ablation: seeds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,65 +247,6 @@ def compile_probe(device):
         return None, f"not here, training does without: {str(error).strip().splitlines()[0][:120]}"
 
 
-def prepare(settings, sources):
-    """prepare.py beside nanoGPT's own scripts for the same work: whole processes in turn, on the same text."""
-    check_limits(settings, {"megabytes": (1, 100_000), "repeats": (1, 100)})
-    check_peer(settings.peer, "data/shakespeare/prepare.py", "data/shakespeare_char/prepare.py")
-    lines = "".join(tokenizers.blocks(fetch(sources or ["stdlib"])[0])).splitlines(keepends=True)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        size, rng = 0, random.Random(settings.seed)
-        with open(os.path.join(folder, "input.txt"), "w", encoding="utf-8", newline="") as file:
-            while size < settings.megabytes * 1e6:
-                rng.shuffle(lines)
-                size += file.write("".join(lines))
-        size = os.path.getsize(os.path.join(folder, "input.txt"))
-        print(f"{size / 1e6:.0f} MB of text, {settings.repeats} pairs of processes; {machine_line()}")
-        for script, kind, first in (("shakespeare_char", "char", len(tokenizers.SPECIAL)), ("shakespeare", "gpt2", 0)):
-            peer, out, pairs = os.path.join(folder, kind), os.path.join(folder, "out-" + kind), []
-            os.makedirs(peer)
-            shutil.copy(os.path.join(settings.peer, "data", script, "prepare.py"), peer)
-            os.symlink("../input.txt", os.path.join(peer, "input.txt"))
-            for _ in range(settings.repeats):
-                pairs.append((measure([os.path.join(peer, "prepare.py")]),
-                              measure([project("prepare.py"), os.path.join(folder, "input.txt"), f"--tokenizer={kind}",
-                                       f"--out={out}", "--val_fraction=0.1"])))
-            a, b = (np.fromfile(os.path.join(at, "train.bin"), np.uint16) for at in (peer, out))
-            both = min(len(a), len(b) - 1) - 100  # (they cut the text at a character, we at a line)
-            same = bool((a[:both] + first == b[1:both + 1]).all())
-            for name, rows in zip(("nanoGPT", "ours"), zip(*pairs)):
-                speeds = sorted(size / 1e6 / seconds for seconds, _ in rows)
-                print(f"{kind:5} {name:8} {statistics.median(speeds):6.1f} MB/s ({speeds[0]:.1f} to {speeds[-1]:.1f}), "
-                      f"at most {max(peak for _, peak in rows) / 1e6:,.0f} MB of memory")
-            ratios = sorted(theirs[0] / mine[0] for theirs, mine in pairs)
-            print(f"{kind:5} {statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
-                  f"{'the same ids' if same else 'OTHER IDS'}", flush=True)
-            if not same:
-                return 1
-    return 0
-
-
-# A process that starts another and says how long it took and its memory at its peak. A small one has to: what Linux
-# reports is at least the memory of the process that started it.
-MEASURE = """import os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(time.perf_counter() - start, usage.ru_maxrss * 1024)
-sys.exit(status != 0)"""
-
-
-def measure(command):
-    """Run a script in a process of its own: (seconds, bytes of memory at its peak)."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed: {' '.join(done.stderr.strip().splitlines()[-2:])}", "see above")
-    return tuple(map(float, done.stdout.split()))
-
-
-def machine_line():
-    return f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
-
-
 def check_peer(peer, *names):
     for name in names:
         if not peer or not os.path.isfile(os.path.join(peer, name)):
@@ -416,66 +254,8 @@ def check_peer(peer, *names):
                             "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
 
 
-def languages(settings, files):
-    """What sharing one vocabulary, and one model, costs each of several languages. One file per language.
-
-    Everything lands in data/languages and out/languages: a vocabulary and a model for all, and for each file two models
-    of its own, of the same shape, one with a vocabulary of its own and one with the shared one. The held-out lines are
-    the same in all of them, and bits per byte do not depend on the vocabulary.
-    """
-    check_limits(settings, {"steps": (1, 100_000), "vocab_size": (300, 1_000_000)})
-    if len(files) < 2:
-        raise UserError(f"{len(files)} files", "one text file per language, two or more")
-    files = files[:2] if settings.tiny else files
-    names = [os.path.basename(path).removesuffix(".gz").removesuffix(".txt") for path in files]
-    learned = [f"--vocab_size={settings.vocab_size}", f"--character_coverage={settings.character_coverage}"]
-    started, rows = time.perf_counter(), []
-
-    def run(script, *argv):
-        done = subprocess.run([sys.executable, project(script), *argv], capture_output=True, text=True)
-        if done.returncode:
-            fact, fix = done.stderr.strip().splitlines()[-2:]  # the two lines of an error
-            raise UserError(f"{script} {' '.join(argv)}: {fact}", fix.removeprefix("fix: "))
-
-    def train_on(dataset, steps):
-        """Bits per byte of a fresh model after so many updates."""
-        out = os.path.join("out", dataset)
-        shutil.rmtree(out, ignore_errors=True)
-        run("train.py", project("config/train_small.py"), f"--dataset={dataset}", f"--out_dir={out}",
-            f"--max_iters={steps}", f"--eval_interval={steps}", f"--device={settings.device}")
-        with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
-            return [row["val_bpb"] for row in map(json.loads, file) if "val_bpb" in row][-1]
-
-    say("the shared vocabulary and model")
-    run("prepare.py", *files, "--out=data/languages/all", *learned)
-    together = train_on("languages/all", settings.steps * len(files))
-    device = machine.choose_device(settings.device)
-    model, _, _ = runtime.load_run("out/languages/all", settings.checkpoint, device)
-    for path, name in zip(files, names):
-        say(f"{name}, {time.perf_counter() - started:.0f} s")
-        run("prepare.py", path, f"--out=data/languages/{name}.own", *learned)
-        run("prepare.py", path, f"--out=data/languages/{name}.shared", "--tokenizer=data/languages/all")
-        own, shared = (datasets.Dataset.open(f"data/languages/{name}.{kind}") for kind in ("own", "shared"))
-        size = model.config.block_size
-        with torch.no_grad():
-            total, count = datasets.validation_sums(
-                lambda idx, targets: model(idx.to(device), targets.to(device)).item(),
-                shared, size, 8, shared.n_val_batches(size, 8))
-        rows.append((name, own.meta["train"]["bytes"] + own.meta["val"]["bytes"],
-                     *(data.meta["val"]["bytes"] / data.meta["val"]["tokens"] for data in (own, shared)),
-                     shared.bits_per_byte(total / count),
-                     *(train_on(f"languages/{name}.{kind}", settings.steps) for kind in ("own", "shared"))))
-    print(f"vocabularies of {settings.vocab_size:,} tokens, {settings.steps} updates per language, "
-          f"{time.perf_counter() - started:.0f} s in all; {machine_line()}")
-    print("| text | bytes | bytes per token, own vocabulary | shared | more tokens | bits per byte: one model for all "
-          f"({together:.3f}) | a model alone, own vocabulary | shared |\n|---" + "|---" * 7 + "|")
-    for name, size, own, shared, one, alone, alone_shared in rows:
-        print(f"| {name} | {size:,} | {own:.2f} | {shared:.2f} | {own / shared - 1:+.0%} | {one:.3f} | {alone:.3f} | "
-              f"{alone_shared:.3f} |")
-
-
 BENCHES = {bench.__name__: bench for bench in (
-    syntax, chat, parity, doctor, prepare, languages, serve, generate, loss, throughput, ablation, scaling)}
+    parity, doctor, serve, generate, loss, throughput, ablation, scaling)}
 
 
 def main(argv):

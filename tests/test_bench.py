@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
 import dataclasses
-import json
 import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, TINY, error, prepare_words, random_model, words
+from conftest import FAMILIES, error, random_model, words
 from torch.nn import functional as F
 
 import bench
 import bench_generate
 import bench_scaling
-import dataset as datasets
 import machine
 import model
 import prepare
-import tokenizer as tokenizers
-import train
 from config import UserError
 
 
@@ -77,29 +73,8 @@ def test_doctor_warns_of_leaks(here, capsys):
 
 
 def test_the_names_of_benches():
-    assert "one of: syntax, chat, parity, doctor" in error(bench.main)[1]
+    assert "one of: parity, doctor, serve" in error(bench.main)[1]
     assert "no bench 'x'" in error(bench.main, "x")[0]
-
-
-def test_chat_counts_answers_that_end_and_those_that_are_right(here, capsys, monkeypatch):
-    messages = [dict(role="user", content="the cat"), dict(role="assistant", content="sees")]
-    (here / "talk.jsonl").write_text("".join(json.dumps(dict(messages=[dict(messages[0], content=f"{i}"), messages[1]]))
-                                             + "\n" for i in range(60)))
-    prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--val_fraction=0.3"])
-    train.main(["--dataset=talk", *TINY, "--max_iters=1"])
-    tokenizer = tokenizers.load_from("data/talk")
-    answer = [*tokenizer.encode("sees"), tokenizer.special["<|end|>"]]
-
-    def says(ids):
-        monkeypatch.setattr(model.GPT, "generate", lambda *_: iter(torch.tensor(ids)[:, None, None]))
-        bench.main(["chat", "out/talk"])
-        return [int(n) for n in re.findall(r"\d+", capsys.readouterr().out.split("best.pt")[1])]
-
-    n = len(datasets.Dataset.open("data/talk").layout("val", 32))
-    assert n > 3 and says(answer) == [n, n, 64, n]
-    assert says([*answer[1:], 7]) == [n, n, 64, 0] and says([7] * 5) == [n, 0, 64, 0]
-    prepare_words(here)
-    assert "holds no conversations" in error(bench.main, "chat", "out/talk", "--dataset=words")[0]
 
 
 def test_the_speed_benches_need_what_they_compare_with(here):

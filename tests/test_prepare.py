@@ -4,12 +4,13 @@ import gzip
 import hashlib
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT, error, talks, turns, words, write_talks
 
-import bench
 import dataset as datasets
 import prepare
 import tokenizer as tokenizers
@@ -192,6 +193,16 @@ def test_settings_out_of_range(here, setting):
     assert setting[2:].split("=")[0] in error(prepare.main, "a.txt", setting)[0]
 
 
+def peak_memory(*command):
+    """The most memory that a script takes, in bytes. A small process starts it: Linux counts the memory of who does."""
+    measure = """import os, subprocess, sys
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss * 1024)
+sys.exit(status != 0)"""
+    return int(subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, check=True).stdout)
+
+
 def test_memory_does_not_grow_with_the_text(here):
     """64 MB of short documents and 64 MB in one: less than 70 MB beyond what a small text takes. (2 GB: README.)"""
     line = words(400).replace("\n", " ")
@@ -202,7 +213,7 @@ def test_memory_does_not_grow_with_the_text(here):
         for i in range(160_000):
             file.write(f"{i} {line}\n")
     (here / "c.txt").write_text(words(3000))
-    peaks = [bench.measure([ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=2"])[1]
+    peaks = [peak_memory(ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=2")
              for name in ("a.jsonl", "b.txt", "c.txt")]
     assert max(peaks) < peaks[2] + 100e6, peaks
 
