@@ -47,16 +47,7 @@ class Dataset:
     @classmethod
     def open(cls, folder):
         """Raises UserError when the folder is missing, or when a file is not what meta.json says."""
-        try:
-            with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-                meta = json.load(file)
-            check_meta(meta)
-        except FileNotFoundError:
-            raise UserError(f"there is no prepared data in {folder} (no meta.json)",
-                            f"python prepare.py YOUR_TEXT.txt --out={folder}") from None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
-                            "run prepare.py again") from None
+        meta = read_meta(folder)
         files, kinds = {}, [("", np.dtype(meta["dtype"]).itemsize, "sha256")]  # part of the name, bytes of a token
         if meta.get("chat"):
             kinds.append((".mask", 1, "mask_sha256"))
@@ -264,6 +255,21 @@ class Dataset:
         val = self.meta["val"]
         tokens, size = (val["trained"], val["trained_bytes"]) if self.chat else (val["tokens"] - 1, val["bytes"])
         return loss * tokens / size / math.log(2)
+
+
+def read_meta(folder):
+    """What its meta.json says. Raises UserError where there is none, or where it is not as `prepare` writes it."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+            meta = json.load(file)
+        check_meta(meta)
+        return meta
+    except FileNotFoundError:
+        raise UserError(f"there is no prepared data in {folder} (no meta.json)",
+                        f"python prepare.py YOUR_TEXT.txt --out={folder}") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
+                        "run prepare.py again") from None
 
 
 def check_meta(meta):

@@ -12,6 +12,7 @@ The rules that make it dependable:
 3. Nobody is believed. Where the size and the sha256 are known they are compared; where not, at least a web page (a
    login, a notice) is not taken for a text. The size is shown and the disk looked at before the first byte.
 """
+import contextlib
 import hashlib
 import os
 import re
@@ -43,11 +44,22 @@ def download(url, path, size=None, sha256=None):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "work in a folder that can be written to") from None
+    with locked(path):
+        part = receive_all(url, path, size, sha256, by_hand)
+        if sha256 and (found := file_sha256(part)) != sha256:
+            os.remove(part)
+            raise UserError(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}",
+                            f"try again, or --mirror=ANOTHER_HOST, or {by_hand}")
+        os.replace(part, path)
+    return path
+
+
+def receive_all(url, path, size, sha256, by_hand):
+    """As many attempts as it takes, up to TRIES without progress: returns the path of the whole `*.part`."""
     failures, most = 0, 0
     while True:
         try:
-            part = receive(url, path, size, sha256, by_hand)
-            break
+            return receive(url, path, size, sha256, by_hand)
         except Interrupted as stop:
             failures += 1
             if stop.have >= most + PROGRESS_BYTES:
@@ -57,12 +69,6 @@ def download(url, path, size=None, sha256=None):
                                 f"run the same command again, it goes on behind them; or {by_hand}") from None
             say(f"{url}: {stop.why}; trying again behind {stop.have:,} bytes")
             time.sleep(RETRY_SECONDS * failures)
-    if sha256 and (found := file_sha256(part)) != sha256:
-        os.remove(part)
-        raise UserError(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}",
-                        f"try again, or --mirror=ANOTHER_HOST, or {by_hand}")
-    os.replace(part, path)
-    return path
 
 
 class Interrupted(Exception):
@@ -106,12 +112,7 @@ def receive(url, path, size, sha256, by_hand):
                         f"{free / 1e6:,.1f} MB", "make room, or work in a folder on another disk")
     progress = Progress("fetching", total or 0, have)
     try:
-        with open(part, "ab") as file:
-            lock(file, path)
-            if not have:
-                file.truncate(0)
-            elif file.tell() != have:
-                raise Interrupted("another process went on with it", file.tell())
+        with open(part, "ab" if have else "wb") as file:
             for piece in response.raw.stream(1 << 16, decode_content=False):
                 if have == 0:
                     refuse_web_page(url, piece, by_hand)
@@ -137,15 +138,36 @@ def receive(url, path, size, sha256, by_hand):
     return part
 
 
-def lock(file, path):
-    """Keep other processes from writing the same file; where the system cannot (Windows), go on without."""
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Keep other processes from writing `path`, also those of another machine that shares the disk.
+
+    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on `*.lock` beside
+    the path. Where the system has no such locks (Windows), go on without.
+    """
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
+        yield
         return
-    except BlockingIOError:
-        raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
+    held = False
+    while not held:
+        file = open(path + ".lock", "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
+            say(f"another process is writing {path}; waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # the one that held it has removed it: what was locked is no longer there
+            held = os.path.samefile(file.name, file.fileno())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(file.name)  # before it is let go, or it might be the lock of the next one
+        file.close()
 
 
 def get(url, by_hand, have=0, version=""):
@@ -169,8 +191,9 @@ def get(url, by_hand, have=0, version=""):
     if response.status_code not in ((200, 206) if have else (200,)):
         raise UserError(f"{url}: the server answers {response.status_code} {response.reason}",
                         f"check the address, or {by_hand}")
-    if url.startswith("https:") and not response.url.startswith("https:"):
-        raise UserError(f"{url} is sent on to {response.url}, without encryption", by_hand)
+    for hop in [*response.history, response] if url.startswith("https:") else ():
+        if not hop.url.startswith("https:"):
+            raise UserError(f"{url} is sent on to {hop.url}, without encryption", by_hand)
     if "text/html" in response.headers.get("Content-Type", ""):
         refuse_web_page(url, b"<html", by_hand)
     packed = response.headers.get("Content-Encoding", "identity")

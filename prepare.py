@@ -22,7 +22,6 @@ documents are kept and which are held out, to learn a vocabulary, and to encode.
 some 75 bytes per document, so memory does not grow with their length. The result depends on the text and the settings
 alone, not on the number of threads, and appears under its name when it is whole.
 """
-import contextlib
 import glob
 import hashlib
 import json
@@ -45,7 +44,7 @@ import chats
 import dataset as datasets
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
-from download import Progress, lock
+from download import Progress, locked
 from forensics import BORDER, Census, Leaks, Words
 from log import read_header
 from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
@@ -361,9 +360,11 @@ def batches(texts):
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
 
-def prepare(sources, settings):
-    """Write data/NAME. Everything goes into a folder beside it first, so that what bears the name is whole."""
-    started = time.monotonic()
+def prepare(sources, settings, only_if_missing=False):
+    """Write data/NAME, and return (data/NAME, what its meta.json says).
+
+    only_if_missing: leave data that are there as they are, and wait where another process is writing them.
+    """
     check_limits(settings, {"min_words num_proc": (0, 1 << 30)})
     if not (0 < settings.val_fraction < 1 and 0.98 <= settings.character_coverage <= 1):
         raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1, or character_coverage="
@@ -372,47 +373,52 @@ def prepare(sources, settings):
         if name in NAMES and not os.path.exists(name):
             raise UserError(f"{name} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
     out = folder_to_write(sources, settings)
+    part = out + ".part"
+    try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        with locked(out, wait=only_if_missing):
+            if only_if_missing and os.path.exists(out):
+                return out, datasets.read_meta(out)
+            try:
+                return out, write(sources, settings, out, part)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
+
+
+def write(sources, settings, out, part):
+    """Everything goes into the folder `part` first, so that what bears the name is whole. Returns meta.json."""
+    started = time.monotonic()
     existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
     sources, origins = fetch(sources, settings.input, settings.mirror)
 
     plan = make_plan(sources, settings)
     tokenizer, leaks = learn_tokenizer(sources, plan, settings, existing)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    part = out + ".part"
-    guard = lock_folder(out)
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-        tokenizer.save(os.path.join(part, "tokenizer"))
-        texts = split_texts(sources, plan, settings)
-        counts, silent = encode(texts, plan, tokenizer, leaks, dtype, part, settings)
-        origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
-        lines, leaked = report(plan, leaks, tokenizer, counts, silent)
-        meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
-                    source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
-                    report=lines, leaked=leaked, **(dict(chat=True) if settings.format == "chat" else {}))
-        with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-        shutil.rmtree(out + ".old", ignore_errors=True)
-        if os.path.exists(out):
-            note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
-            os.replace(out, out + ".old")
-        os.replace(part, out)
-        shutil.rmtree(out + ".old", ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
-        raise
-    finally:
-        guard.close()
-        with contextlib.suppress(OSError):
-            os.unlink(guard.name)
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    tokenizer.save(os.path.join(part, "tokenizer"))
+    texts = split_texts(sources, plan, settings)
+    counts, silent = encode(texts, plan, tokenizer, leaks, dtype, part, settings)
+    origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
+    lines, leaked = report(plan, leaks, tokenizer, counts, silent)
+    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
+                source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
+                report=lines, leaked=leaked, **(dict(chat=True) if settings.format == "chat" else {}))
+    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+    shutil.rmtree(out + ".old", ignore_errors=True)
+    if os.path.exists(out):
+        note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
+        os.replace(out, out + ".old")
+    os.replace(part, out)
+    shutil.rmtree(out + ".old", ignore_errors=True)
 
     seconds = time.monotonic() - started
     say("\n" + "\n".join([f"{out}: {', '.join(origins)}", *meta["report"],
                           f"took {seconds:.1f} s, {plan.bytes / 1e6 / seconds:.1f} MB/s"]))
-    return out, meta
+    return meta
 
 
 def folder_to_write(sources, settings):
@@ -430,17 +436,6 @@ def folder_to_write(sources, settings):
         if other := datasets.not_ours(folder):
             raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
     return out
-
-
-def lock_folder(out):
-    """A file beside the folder, held until it is written: no two processes write the same one."""
-    try:
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        file = open(out + ".lock", "wb")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}", "--out=A_FOLDER_ON_ANOTHER_DISK") from None
-    lock(file, out)
-    return file
 
 
 def report(plan, leaks, tokenizer, counts, silent=()):

@@ -9,9 +9,12 @@ import random
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 from conftest import error, words
 from faults import Run
 
@@ -198,15 +201,44 @@ def test_a_part_of_another_version_is_not_added(here, server):
     assert open(fetch(server), "rb").read() == TEXT
 
 
-def test_two_at_once(here, server):
-    server.mode = "cut:30000"
-    error(lambda _: fetch(server))
-    part, = (here / "down").iterdir()
-    with open(part, "ab") as file:
-        download.lock(file, "x")
-        server.mode = ""
+@pytest.mark.parametrize("where, name", [(download, "receive"), (download, "file_sha256"), (os, "replace")])
+def test_two_at_once(here, server, monkeypatch, where, name):
+    """The second one is told, from the first byte to the moment when the file has its name."""
+    function = getattr(where, name)
+
+    def try_and_do(*args):
+        monkeypatch.setattr(where, name, function)
         assert "another process is writing down/a.txt" in error(lambda _: fetch(server))[0]
-    assert open(fetch(server), "rb").read() == TEXT
+        return function(*args)
+    monkeypatch.setattr(where, name, try_and_do)
+    assert open(fetch(server, sha256=sha(TEXT)), "rb").read() == TEXT and os.listdir("down") == ["a.txt"]
+
+
+def test_a_lock_that_was_removed_holds_nobody_off(here):
+    """Who waited for a lock holds a file that the one before has removed: it is not the lock of those that follow."""
+    inside, most = [], []
+
+    def hold(_):
+        with download.locked("a", wait=True):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.001)
+            inside.pop()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(400)))
+    assert max(most) == 1 and len(most) == 400 and not os.listdir()
+
+
+@pytest.mark.parametrize("hops", [["https"], ["http", "https"], ["https", "http"]])
+def test_every_hop_is_encrypted_once_the_first_one_was(here, monkeypatch, hops):
+    """A server in between that is asked without encryption may send on to anywhere."""
+    answers = [SimpleNamespace(url=f"{scheme}://host/a.txt", status_code=200, headers={}, history=[]) for scheme in hops]
+    answers[-1].history = answers[:-1]
+    monkeypatch.setattr(requests, "get", lambda *_, **__: answers[-1])
+    if "http" in hops:
+        assert "is sent on to http://host/a.txt, without" in error(lambda _: download.get("https://host/a.txt", "x"))[0]
+    else:
+        assert download.get("https://host/a.txt", "x") is answers[-1]
 
 
 def test_a_server_without_ranges_or_names_for_its_versions(here, server):

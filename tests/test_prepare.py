@@ -6,12 +6,15 @@ import json
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import ROOT, error, talks, turns, words, write_talks
 
 import dataset as datasets
+import download
 import prepare
 import tokenizer as tokenizers
 
@@ -262,12 +265,41 @@ def test_folders_that_only_look_like_ours(here):
         assert (here / precious).read_text() == "precious"
 
 
-def test_two_into_one_folder(here):
+def test_two_into_one_folder(here, capsys):
     (here / "a.txt").write_text(words(1000))
-    guard = prepare.lock_folder("data/a")
-    assert "another process is writing data/a" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
-    guard.close()
+    (here / "data").mkdir()
+    with download.locked("data/a"):
+        assert "another process is writing data/a" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
+        assert "reading" not in capsys.readouterr().err  # it is said at once
     prepare.main(["a.txt", "--tokenizer=char"])
+    assert [p.name for p in (here / "data").iterdir()] == ["a"]
+
+
+def test_who_needs_the_same_data_waits_for_the_one_that_writes_them(here, monkeypatch):
+    """All that come meanwhile find them ready; where the first one fails, the next one writes them."""
+    (here / "a.txt").write_text(words(1000))
+    write, started, go, wrote = prepare.write, threading.Event(), threading.Event(), []
+
+    def slow_write(*args):
+        started.set()
+        assert go.wait(60)
+        wrote.append(args)
+        if len(wrote) == 1:
+            raise OSError(5, "Input/output error")
+        return write(*args)
+    monkeypatch.setattr(prepare, "write", slow_write)
+    with ThreadPoolExecutor(4) as pool:
+        def need():
+            settings = prepare.PrepareConfig(tokenizer="char")
+            return pool.submit(prepare.prepare, ["a.txt"], settings, only_if_missing=True)
+        first = need()
+        assert started.wait(60)
+        others = [need() for _ in range(3)]
+        go.set()
+        with pytest.raises(prepare.UserError, match="Input/output error"):
+            first.result(60)
+        made = [other.result(60) for other in others]
+    assert len(wrote) == 2 and made[0] == made[1] == made[2] and made[0][1] == datasets.read_meta("data/a")
     assert [p.name for p in (here / "data").iterdir()] == ["a"]
 
 
