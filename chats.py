@@ -3,7 +3,7 @@
 Chats: where conversations come from, for a model that is to answer and to stop when it has answered.
 
     python prepare.py chats.jsonl --format=chat
-    python prepare.py stdlib --format=chat --tokenizer=out/small --out=data/chats  # about Python's library
+    python prepare.py stdlib --format=chat --tokenizer=out/small  # about Python's library
 
 Every line of a .jsonl file is one of these, or every element of the list in a .json. A field `system` beside them is
 what the system says first; what else there is, is ignored:

@@ -5,7 +5,7 @@ Data: text in, two files of token ids out.
     python prepare.py stdlib                               # Python's own source code: 8 MB of text on every machine
     python prepare.py notes.txt --out=data/notes           # a file, a folder or 'a pattern/*.md'; .gz of these too
     python prepare.py shakespeare --tokenizer=char --val_fraction=0.1 --out=data/shakespeare_char   # a download
-    python prepare.py chats.jsonl --format=chat --tokenizer=out/small    # conversations, for a model to answer
+    python prepare.py stdlib --format=chat --tokenizer=out/small    # conversations, into data/stdlib-chat
     python prepare.py --inspect data/notes                 # check all of it, and show a part
 
 sources.py says which texts there are and how they are read, chats.py does for conversations. What is written:
@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import time
@@ -52,7 +53,8 @@ from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
 
 @dataclass
 class PrepareConfig:
-    out: str = ""  # folder to write; by default data/NAME, with the name of the first source
+    out: str = ""  # folder to write; by default data/NAME, or data/NAME-chat, with the name of the first source
+    overwrite: bool = False  # replace what is in that folder, even if it comes from other sources or is no such format
     format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
@@ -379,6 +381,7 @@ def prepare(sources, settings, only_if_missing=False):
         with locked(out, wait=only_if_missing):
             if only_if_missing and os.path.exists(out):
                 return out, datasets.read_meta(out)
+            check_replaced(out, sources, settings)
             try:
                 return out, write(sources, settings, out, part)
             finally:
@@ -410,7 +413,6 @@ def write(sources, settings, out, part):
         json.dump(meta, file, indent=1)
     shutil.rmtree(out + ".old", ignore_errors=True)
     if os.path.exists(out):
-        note(f"{out} is replaced; runs that were trained on what it held cannot be resumed with this")
         os.replace(out, out + ".old")
     os.replace(part, out)
     shutil.rmtree(out + ".old", ignore_errors=True)
@@ -422,13 +424,14 @@ def write(sources, settings, out, part):
 
 
 def folder_to_write(sources, settings):
-    """--out, or data/NAME after the first source. What is about to be replaced must be ours."""
+    """--out, or data/NAME after the first source, for conversations data/NAME-chat. What is in it must be ours."""
     path = os.path.normpath(sources[0].split("?")[0] if is_url(sources[0]) else sources[0])
     if glob.has_magic(path) and not os.path.exists(path):
         path = os.path.dirname(path.split("*")[0])  # 'letters/*.txt' -> letters
     name = os.path.basename(path.removesuffix(".gz"))
     name = os.path.splitext(name)[0] if kind(name) in (*KINDS, ".json") else name
-    out = os.path.normpath(settings.out or os.path.join("data", name.lstrip(".") or "text"))
+    name = (name.lstrip(".") or "text") + "-chat" * (settings.format == "chat")
+    out = os.path.normpath(settings.out or os.path.join("data", name))
     out = os.path.realpath(out) if os.path.islink(out) else out
     if os.path.ismount(out) or os.path.abspath(out) == os.getcwd():
         raise UserError(f"{out} cannot be replaced by another folder", "--out=data/ANOTHER_NAME")
@@ -436,6 +439,28 @@ def folder_to_write(sources, settings):
         if other := datasets.not_ours(folder):
             raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
     return out
+
+
+def check_replaced(out, sources, settings):
+    """Say what will be replaced. Raises UserError where it is something else, which only --overwrite replaces."""
+    if not any(files for *_, files in os.walk(out)):
+        return
+    try:
+        meta = datasets.read_meta(out)
+        held = contents(meta["source"], meta.get("chat", False))
+    except UserError:
+        held = "data without a meta.json that can be read"
+    new = contents(sources, settings.format == "chat")
+    if held != new and not settings.overwrite:
+        raise UserError(f"{out} holds {held}; {new} would replace it", "--overwrite, or --out=data/ANOTHER_NAME")
+    note(f"{out} holds {held}, which will be replaced; runs that were trained on it cannot be resumed after that")
+
+
+def contents(sources, chat):
+    """What data are made of, in words: the same words when it is prepared again, by whatever Python."""
+    names = [re.sub(r"(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", name) for name in sources]
+    names = [name if is_url(name) else os.path.normpath(name) for name in names]
+    return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
 
 def report(plan, leaks, tokenizer, counts, silent=()):

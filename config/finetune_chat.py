@@ -2,12 +2,12 @@
 # From a text model to one that answers: the model of config/train_small.py learns the form of a conversation.
 #
 #     python train.py config/train_small.py
-#     python prepare.py stdlib --format=chat --tokenizer=out/small --out=data/chats
+#     python prepare.py stdlib --format=chat --tokenizer=out/small
 #     python train.py config/finetune_chat.py
 
 init_from = "out/small"
-dataset = "chats"
-out_dir = "out/chats"
+dataset = "stdlib-chat"
+out_dir = "out/stdlib-chat"
 
 # 16 windows x 256 tokens = 4,096 tokens per update, of which about a half is learned
 batch_size = 16

@@ -189,7 +189,7 @@ def test_inspect_wants_a_folder(here):
 def chat(here):
     """Sixty conversations of 12 to 120 tokens."""
     write_talks("talk.jsonl", talks(60))
-    prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--val_fraction=0.2"])
+    prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--val_fraction=0.2", "--out=data/talk"])
     return datasets.Dataset.open("data/talk")
 
 

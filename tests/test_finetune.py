@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     try:
         assert train.main(["--dataset=words", *TINY, f"--block_size={T}", "--max_iters=20", "--out_dir=base"]) == 0
         write_talks("talk.jsonl", talks(60))
-        prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.2"])
+        prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.2", "--out=data/talk"])
     finally:
         os.chdir(before)
     return folder
@@ -92,7 +92,7 @@ def gradients(model, idx, targets):
 def test_a_prompt_without_an_answer_gives_no_gradient(lab):
     write_talks("mixed.jsonl", [*talks(20), turns("a dog sees"), turns("my friend", "")])
     prepare.main(["mixed.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.001"])
-    data, model = datasets.Dataset.open("data/mixed"), runtime.load_run("base")[0]
+    data, model = datasets.Dataset.open("data/mixed-chat"), runtime.load_run("base")[0]
     tokenizer, ids = data.check_tokenizer(), data.tokens("train", 0, data.meta["train"]["tokens"]).tolist()
     spans = []
     for messages in (turns("a dog sees"), turns("my friend", "")):

@@ -100,6 +100,42 @@ def test_preparing_again_replaces_and_an_interruption_leaves_the_old_data(here, 
     assert not (here / "data/a.part").exists()
 
 
+@pytest.mark.parametrize("argv, held", [
+    (["b.txt"], "text from a.jsonl"), (["a.jsonl", "b.txt"], "text from a.jsonl"), (["stdlib"], "text from a.jsonl"),
+    (["a.jsonl", "--format=chat"], "text from a.jsonl"), (["a.jsonl"], "data without a meta.json")])
+def test_other_data_are_replaced_with_overwrite_alone(here, capsys, argv, held):
+    (here / "a.jsonl").write_text(json.dumps(dict(text=words(900), prompt="a", completion="b")) + "\n")
+    (here / "b.txt").write_text(words(1000, seed=1))
+    prepare.main(["a.jsonl", "--tokenizer=char", "--out=data/x"])
+    if "without" in held:
+        (here / "data/x/meta.json").unlink()  # as nanoGPT's own data are
+    before = {path.name: path.read_bytes() for path in (here / "data/x").glob("*.*")}
+    fact, fix = error(prepare.main, *argv, "--tokenizer=char", "--out=data/x")
+    assert f"data/x holds {held}" in fact and " from " + ", ".join(a for a in argv if "--" not in a) + " would" in fact
+    assert fix.startswith("--overwrite, or --out=") and "reading" not in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in (here / "data/x").glob("*.*")}
+    if "--format=chat" not in argv and "stdlib" not in argv:  # (too few, and too many)
+        prepare.main([*argv, "--tokenizer=char", "--out=data/x", "--overwrite"])
+        assert before != {path.name: path.read_bytes() for path in (here / "data/x").glob("*.*")}
+
+
+@pytest.mark.parametrize("first, again", [
+    ("stdlib of Python 3.10.1", "stdlib"), ("notes.txt", "./notes.txt"), ("letters", "letters/"),
+    ("https://h/a.txt (sha256 " + "0f" * 32 + ")", "https://h/a.txt")])
+def test_the_same_data_again(first, again):
+    assert prepare.contents([first], False) == prepare.contents([again], False) != prepare.contents([again], True)
+
+
+def test_what_is_replaced_is_said_before_the_work(here, monkeypatch, capsys):
+    (here / "a.txt").write_text(words(1000))
+    prepare.main(["a.txt", "--tokenizer=char"])
+    assert "replaced" not in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "make_plan", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.main(["./a.txt", "--vocab_size=300"])
+    assert "note: data/a holds text from a.txt, which will be replaced" in capsys.readouterr().err
+
+
 def test_a_tokenizer_can_be_taken_from_other_data(here):
     (here / "a.txt").write_text(words(3000))
     (here / "b.txt").write_text(words(1000, seed=1))
@@ -230,8 +266,6 @@ def test_names_and_quoting(here, capsys):
     assert sorted(p.name for p in (here / "data").iterdir()) == ["book.en", "book.es", "my notes (2)"]
     said = capsys.readouterr().err
     assert "'--dataset=my notes (2)' '--out_dir=out/my notes (2)'" in said
-    prepare.main(["book.en.txt", "--tokenizer=char", "--out=data/book.es"])
-    assert "data/book.es is replaced" in capsys.readouterr().err
 
 
 def test_another_field(here):
@@ -353,11 +387,11 @@ def test_conversations_are_held_out_whole(here, n, kind):
     """However few there are; and the mask is what the tokenizer says."""
     write_talks("talk.jsonl", talks(n))
     prepare.main(["talk.jsonl", "--format=chat", f"--tokenizer={kind}", "--vocab_size=320", "--num_proc=2"])
-    tokenizer = tokenizers.load(here / "data/talk/tokenizer")
-    sides = [read_chats(here / "data/talk", side) for side in ("train", "val")]
+    tokenizer = tokenizers.load(here / "data/talk-chat/tokenizer")
+    sides = [read_chats(here / "data/talk-chat", side) for side in ("train", "val")]
     assert sorted(sides[0] + sides[1]) == sorted(tokenizer.conversation(messages) for messages in talks(n))
     assert 1 <= len(sides[1]) <= max(1, n // 10)
-    meta = json.loads((here / "data/talk/meta.json").read_text())
+    meta = json.loads((here / "data/talk-chat/meta.json").read_text())
     said = sum(len(message["content"]) for messages in talks(n) for message in messages)
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == said + sum(len(messages) - 1 for messages in talks(n))
 
@@ -377,8 +411,8 @@ def test_an_example_shows_what_is_learned(here, capsys):
     due = ("<|system|>be kind<|end|><|user|>a<|end|><|assistant|><|end|><|user|>b<|end|><|assistant|>\u27e6c<|end|>"
            "\u27e7\n")
     assert f"one of them:\n{due}(learned: what stands between \u27e6 and \u27e7)\n" in capsys.readouterr().err
-    prepare.main(["--inspect", "data/talk"])
-    shown, data = capsys.readouterr(), datasets.Dataset.open("data/talk")
+    prepare.main(["--inspect", "data/talk-chat"])
+    shown, data = capsys.readouterr(), datasets.Dataset.open("data/talk-chat")
     assert f"{data.meta['train']['trained']} to be learned: as meta.json says" in shown.err and "\u27e6" in shown.out
 
 
@@ -387,10 +421,10 @@ def test_conversations_without_an_answer_stay_and_are_named(here, capsys):
     rows[3:3], rows[9:9] = [turns("a cat")], [turns("the man", "")]
     write_talks("talk.jsonl", rows)
     prepare.main(["talk.jsonl", *CHAT])
-    meta = json.loads((here / "data/talk/meta.json").read_text())
+    meta = json.loads((here / "data/talk-chat/meta.json").read_text())
     due = "in 2 of them the assistant says nothing to learn from: talk.jsonl, line 4, ..."
     assert due in capsys.readouterr().err and due in meta["report"]
-    silent = [mask for side in ("train", "val") for _, mask in read_chats(here / "data/talk", side) if not any(mask)]
+    silent = [mask for side in ("train", "val") for _, mask in read_chats(here / "data/talk-chat", side) if not any(mask)]
     assert len(silent) == 2 and meta["train"]["documents"] + meta["val"]["documents"] == 42
     write_talks("other.jsonl", rows[:8])
     prepare.main(["other.jsonl", *CHAT])
@@ -426,7 +460,7 @@ def test_the_number_of_threads_changes_no_mask(here, monkeypatch):
     made = []
     for threads in (1, 3):
         prepare.main(["talk.jsonl", *CHAT, f"--num_proc={threads}"])
-        made.append({path.name: path.read_bytes() for path in (here / "data/talk").rglob("*") if path.is_file()})
+        made.append({path.name: path.read_bytes() for path in (here / "data/talk-chat").rglob("*") if path.is_file()})
     assert made[0] == made[1] and {"train.mask.bin", "val.mask.bin"} < made[0].keys()
 
 
@@ -436,9 +470,9 @@ def test_texts_have_no_masks(here):
     meta = json.loads((here / "data/a/meta.json").read_text())
     assert "chat" not in meta and "trained" not in meta["train"] and not list(here.rglob("*.mask.bin"))
     write_talks("a.jsonl", talks(9))
-    prepare.main(["a.jsonl", *CHAT, "--out=data/a"])  # in its place
+    prepare.main(["a.jsonl", *CHAT, "--out=data/a", "--overwrite"])  # in its place
     assert len(list(here.rglob("*.mask.bin"))) == 2
-    prepare.main(["a.txt", "--tokenizer=char"])
+    prepare.main(["a.txt", "--tokenizer=char", "--overwrite"])
     assert not list(here.rglob("*.mask.bin"))
 
 
@@ -446,5 +480,5 @@ def test_the_same_words_from_other_people_are_another_conversation(here):
     rows = [turns("a", "b\nc"), turns("a\nb", "c"), turns("a", "b", "c"), turns("a", "b\nc"), turns("x", "y")]
     write_talks("talk.jsonl", rows)
     prepare.main(["talk.jsonl", *CHAT])
-    meta = json.loads((here / "data/talk/meta.json").read_text())
+    meta = json.loads((here / "data/talk-chat/meta.json").read_text())
     assert meta["report"][0].startswith("4 conversations, ") and "1 exact duplicates" in meta["report"][0]
