@@ -31,6 +31,7 @@ FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role":
        '{"conversations": [{"from": "human", "value": "..."}, ...]}, '
        '{"prompt": "...", "completion": "..."}, {"instruction": "...", "input": "...", "output": "..."} or '
        '{"question": "...", "answer": "..."}; mend it or delete it')
+KINDS = (".jsonl",)  # of a folder; a .json there may be anything
 LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
          "conversations": ("from", "value", dict(system="system", human="user", gpt="assistant"))}
 PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answer")]
@@ -51,13 +52,13 @@ def conversations(sources):
 # Files
 
 def file_chats(name, path):
-    """(where, messages, None) for each row of a file, or of a folder's .jsonl files: a .json there may be anything."""
+    """(where, messages, None) for each row of a file, or of those of a folder."""
     fact = "conversations come as .jsonl or .json, or .gz of these"
     if name or path in NAMES and not os.path.exists(path):
         raise UserError(f"{name or path} is a text, but {fact}", "give such a file, or stdlib; or --format=text")
-    if os.path.isfile(path) and kind(path) not in (".jsonl", ".json"):
+    if os.path.exists(path) and not os.path.isdir(path) and kind(path) not in (*KINDS, ".json"):
         raise UserError(f"{path}: {fact}", "--format=text, if it is to be learned as a text")
-    for file in files(path, kinds=(".jsonl",), names=("stdlib",)):
+    for file in files(path, KINDS):
         for where, row in rows(file):
             yield where, read(row, where), None
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import tokenizer as tokenizers
-from config import UserError, say, show
+from config import UserError, open_file, say, show
 from download import file_sha256
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
@@ -260,7 +260,7 @@ class Dataset:
 def read_meta(folder):
     """What its meta.json says. Raises UserError where there is none, or where it is not as `prepare` writes it."""
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+        with open_file(os.path.join(folder, "meta.json"), most=10 << 20) as file:
             meta = json.load(file)
         check_meta(meta)
         return meta

@@ -57,6 +57,7 @@ class PrepareConfig:
     overwrite: bool = False  # replace what is in that folder, even if it comes from other sources or is no such format
     format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
+    follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
     mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
     tokenizer: str = "bpe"  # bpe, unigram, char: learned from this text; gpt2, ...; or a folder: a run, data/NAME, ...
@@ -394,7 +395,8 @@ def write(sources, settings, out, part):
     """Everything goes into the folder `part` first, so that what bears the name is whole. Returns meta.json."""
     started = time.monotonic()
     existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
-    sources, origins = fetch(sources, settings.input, settings.mirror)
+    kinds = chats.KINDS if settings.format == "chat" else KINDS
+    sources, origins = fetch(sources, settings.input, settings.mirror, kinds, settings.follow_links)
 
     plan = make_plan(sources, settings)
     tokenizer, leaks = learn_tokenizer(sources, plan, settings, existing)

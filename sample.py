@@ -263,15 +263,21 @@ LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperatur
           "seed": (0, 2**62)}
 
 
+PROMPT_CHARACTERS = 10_000_000  # of which a model sees the end
+
+
 def read_prompt(prompt):
     if not prompt.startswith("FILE:"):
         if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
             raise UserError(f"the prompt {prompt!r} is not UTF-8", "--prompt=FILE:path of a UTF-8 text")
         return prompt
     try:
-        with open(prompt[5:], encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        with open(prompt[5:], encoding="utf-8", newline="") as file:  # a file, or a pipe that ends
+            text = file.read(PROMPT_CHARACTERS + 1)
+        if len(text) > PROMPT_CHARACTERS:
+            raise ValueError(f"it has more than {PROMPT_CHARACTERS:,} characters")
+        return text
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the prompt from {prompt[5:]}: {getattr(error, 'strerror', None) or error}",
                         "--prompt='some text', or --prompt=FILE:path of a UTF-8 text") from None
 

@@ -344,7 +344,7 @@ def read_key(settings):
         where = f"the first line of {settings.api_key_file}"
         try:
             with open(settings.api_key_file, encoding="utf-8-sig") as file:
-                key = file.readline()
+                key = file.readline(1 << 16)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
                             "--api_key_file=FILE, whose first line is the key") from None

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from config import UserError, note
+from config import UserError, note, open_file
 from download import download, file_sha256
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
@@ -38,6 +38,7 @@ CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"inst
 BLOCK_BYTES = 1 << 20
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
 JSON_CHARACTERS = 200 << 20  # and so is a .json file
+JSON_VALUES = 10_000_000  # in either of them: `[],` are three characters, but 64 bytes in memory
 
 
 @dataclass
@@ -111,15 +112,15 @@ def is_url(source):
     return source.startswith(("http://", "https://"))
 
 
-def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads")):
-    """Resolve names and addresses: (sources, origins), where every source is a pair (name or None, path).
+def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
+    """Resolve names, addresses and folders: (sources, origins), where every source is a pair (name or None, path).
 
     inputs: files to take for a name instead of downloading it. mirror: "https://host" to fetch from in place of the
     host that a name has. What is not there yet is downloaded. origins: what meta.json says about where texts are from.
     """
     if inputs and (len(sources) != 1 or sources[0] not in NAMES):
         raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
-    resolved, origins = [], []
+    resolved, origins, downloads = [], [], os.path.join("data", "downloads")
     for source in sources:
         try:
             urlsplit(source)
@@ -135,16 +136,18 @@ def fetch(sources, inputs=(), mirror="", folder=os.path.join("data", "downloads"
         elif known:
             for remote in NAMES[source]:
                 where = urlsplit(remote.url).path
-                path = os.path.join(folder, source, os.path.basename(where))
+                path = os.path.join(downloads, source, os.path.basename(where))
                 url = mirror.rstrip("/") + where if mirror else remote.url
                 resolved.append((source, download(url, path, remote.size, remote.sha256)))
         elif is_url(source):
             name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(urlsplit(source).path))) or "index"
             if kind(name) not in (*KINDS, ".json"):
                 raise UserError(f"{source}: {NOT_READABLE}", "download it, and give it a name that says what it is")
-            path = download(source, os.path.join(folder, hashlib.sha256(source.encode()).hexdigest()[:8], name))
+            path = download(source, os.path.join(downloads, hashlib.sha256(source.encode()).hexdigest()[:8], name))
             source = f"{source} (sha256 {file_sha256(path)})"
             resolved.append((None, path))
+        elif os.path.isdir(source) and source != "stdlib":
+            resolved += [(None, path) for path in files(source, kinds, follow_links)]
         else:
             resolved.append((None, source))
         origins.append(source)
@@ -181,41 +184,53 @@ def kind(path):
     return os.path.splitext(stem)[1] or ".txt" if ending == ".gz" else ending
 
 
-def files(source, kinds=KINDS, names=("stdlib", *NAMES)):
-    """The files that a path means: itself, all of these kinds below a folder, or what matches a pattern.
-
-    names: what an error proposes besides.
-    """
-    if os.path.isfile(source):
+def files(source, kinds=KINDS, follow_links=False):
+    """The files that a path means: itself, all of these kinds below a folder, or what matches a pattern."""
+    if os.path.exists(source) and not os.path.isdir(source):
         if kind(source) not in (*kinds, ".json"):
             raise UserError(f"{source}: {NOT_READABLE}", f"rename it to {source}.txt if it is plain text")
         return [source]
     wanted = (*kinds, ".json") if ".json" in source and not os.path.isdir(source) else kinds
-    found = list(walk(source)) if os.path.isdir(source) else glob.glob(source, recursive=True)
-    found = sorted(path for path in found if os.path.isfile(path) and kind(path) in wanted)
+    if os.path.isdir(source):
+        found, left_out = walk(source, follow_links)
+        if left_out:
+            note(f"{left_out:,} links, pipes and devices in {source} are left out (prepare.py has --follow_links)")
+    else:
+        found = filter(os.path.isfile, glob.glob(source, recursive=True))
+    found = sorted(path for path in found if kind(path) in wanted)
     if not found:
         here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
+        names = ["stdlib", *(NAMES if kinds == KINDS else ())]
         raise UserError(f"{source} {here} {', '.join(wanted)} file (or .gz of these)",
                         f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
     return found
 
 
-def walk(folder):
-    """The paths of all files below a folder, each once, however links lead there."""
-    def unreadable(error):
-        raise UserError(f"cannot read {error.filename}: {error.strerror}", "change its permissions, or move it away")
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if (real := os.path.realpath(os.path.join(parent, name))) not in seen
-                      and not seen.add(real)]
-        yield from (os.path.join(parent, name) for name in names)
+def walk(folder, follow_links):
+    """(the paths of all files below a folder, how many other things there are). A link may lead anywhere: it is such
+    another thing, unless follow_links; then each folder is read once, however links lead there."""
+    found, left_out, folders, seen = [], 0, [folder], {os.path.realpath(folder)}
+    while folders:
+        try:
+            for entry in os.scandir(folders.pop()):
+                if entry.is_file(follow_symlinks=follow_links):
+                    found.append(entry.path)
+                elif not entry.is_dir(follow_symlinks=follow_links):
+                    left_out += 1
+                elif (real := os.path.realpath(entry.path)) not in seen:
+                    seen.add(real)
+                    folders.append(entry.path)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}",
+                            "change its permissions, or move it away") from None
+    return found, left_out
 
 
 def decoded(path):
     """Read a UTF-8 file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are."""
     decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+        with open_file(path) as raw_file, gzip.open(raw_file) if path.lower().endswith(".gz") else raw_file as file:
             while True:
                 raw = file.read(BLOCK_BYTES)
                 if offset == 0 and raw.count(0) > len(raw) // 100:
@@ -306,6 +321,9 @@ def jsonl_text(line, where, text_field):
 
 
 def parse_json(text, where, fix, **options):
+    if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
+        raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
+                        "split it, or write it as a .jsonl file, one object per line")
     try:
         return json.loads(text, **options)
     except json.JSONDecodeError as error:

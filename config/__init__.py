@@ -17,6 +17,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -96,6 +97,17 @@ def note(text):
 
 def warn(text):
     say(f"warning: {text}")  # it works, but you may regret it
+
+
+def open_file(path, most=sys.maxsize):
+    """Open a file to read its bytes. It is an OSError, as where there is none, if it has more than `most` bytes, or if
+    it is a pipe or a device, which may have no end."""
+    size = os.path.getsize(path)
+    if not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
+    if size > most:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and no more than {most:,} are read")
+    return open(path, "rb")
 
 
 def command_line(main):
@@ -178,7 +190,7 @@ def read_config(path, kinds):
     """The settings that a config file assigns, as {name: value}. The file is Python, run in a namespace of its own."""
     try:
         with open(path, encoding="utf-8") as file:
-            source = file.read()
+            source = file.read(1 << 20)
     except OSError as error:
         near = difflib.get_close_matches(path, config_files(), 1)
         raise UserError(f"cannot read the config file {path}: {error.strerror}",

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ def clone(tmp_path_factory):
     (folder / "pytorch/a.py").write_text(" ".join(map(str, range(7, 10**9, 123457))), encoding="utf-8")
     (folder / "prompt.txt").write_text("def ", encoding="utf-8")
     (folder / "shakespeare").mkdir()  # in place of the download: a folder that bears a name is taken for it
-    os.symlink(folder / "shakespeare.txt", folder / "shakespeare/input.txt")
+    shutil.copy(folder / "shakespeare.txt", folder / "shakespeare/input.txt")
     for i, name in enumerate(("train-v1.1.json", "dev-v1.1.json")):
         paragraphs = [{"context": words(400, seed=j), "qas": []} for j in range(i * 100, i * 100 + 100)]
         (folder / name).write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))

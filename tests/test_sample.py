@@ -212,6 +212,9 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
+    (here / "large.txt").touch()
+    os.truncate(here / "large.txt", 20_000_000)
+    assert "more than 10,000,000 characters" in error(sample.main, f"--prompt=FILE:{here}/large.txt")[0]
     assert "2: a b" in error(sample.main, "a", "b")[0]
     assert "no best.pt" in error(sample.main, "data")[0]
     if not torch.cuda.is_available():

@@ -2,10 +2,13 @@
 """Sources: which documents there are, and what is said about files that are not what they should be."""
 import gzip
 import json
+import os
 
 import pytest
 from conftest import error, words
 
+import chats
+import grading
 import prepare
 import sources
 import tokenizer as tokenizers
@@ -156,12 +159,46 @@ def test_what_is_too_long_to_hold(here, monkeypatch):
     assert "and a .json file is read whole" in error(prepare.main, "a.json")[0]
 
 
-def test_links_that_lead_in_circles(here):
-    (here / "loop").mkdir()
-    (here / "loop/a.txt").write_text("text")
-    for name in "bc":
-        (here / "loop" / name).symlink_to(here / "loop", target_is_directory=True)
-    assert read("loop") == ["text"] * 2 or read("loop") == ["text"]
+@pytest.mark.parametrize("follow", [False, True])
+def test_links_below_a_folder(here, capsys, follow):
+    """They may lead anywhere: they are left out and counted, unless --follow_links; then also round in circles."""
+    for path in ("in/a.txt", "in/deep/b.txt", "other/c.txt", "d.txt"):
+        (here / path).parent.mkdir(exist_ok=True, parents=True)
+        (here / path).write_text(path)
+    links = {"in/d.txt": "d.txt", "in/other": "other", "in/loop": "in", "in/again": "in", "in/gone.txt": "nowhere",
+             "in/0": "in/deep", "named": "in"}
+    for link, target in links.items():
+        (here / link).symlink_to(here / target)
+    (here / "in/zero.txt").symlink_to("/dev/zero")
+    os.mkfifo("in/pipe.txt")
+    found, _ = sources.fetch(["named", "d.txt"], follow_links=follow)
+    said = capsys.readouterr().err
+    assert found[-1] == (None, "d.txt") and ("8 links, pipes and devices in named are left out" in said) is not follow
+    due = ["d.txt", "in/a.txt", "in/deep/b.txt"] + ["d.txt", "other/c.txt"] * follow
+    assert sorted(read(*found)) == sorted(due) and not capsys.readouterr().err
+    (here / "in/a.txt").unlink()
+    (here / "in/a.txt").symlink_to(here / "d.txt")
+    assert read("in/a.txt") == ["d.txt"] and read("in/a*.txt") == ["d.txt"]  # named on the command line
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: list(sources.documents([path])), lambda path: list(chats.conversations([path])), grading.read_task,
+    lambda path: prepare.main([path])])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_pipe_is_not_waited_for(here, read, name):
+    os.mkfifo(name)
+    assert f"cannot read {name}: it is a folder, a pipe or a device" in error(lambda _: read(name))[0]
+
+
+@pytest.mark.parametrize("name, text", [("a.json", "[%s]"), ("a.jsonl", '{"text": "a", "messages": [%s]}')])
+@pytest.mark.parametrize("values", ["[]," * 500, '{},' * 500, "1," * 1000, '{"a":1},' * 350])
+def test_what_is_small_in_a_file_and_large_in_memory(here, monkeypatch, name, text, values):
+    monkeypatch.setattr(sources, "JSON_VALUES", 1000)
+    (here / name).write_text(text % values)
+    for argv in ([name], [name, "--format=chat"]):
+        assert "too many values to hold" in error(prepare.main, *argv)[0]
+    (here / name).write_text(text % ('"' + "a" * 5000 + '"'))  # a long text is only long
+    assert "too many values" not in error(prepare.main, name)[0]
 
 
 def test_capitals_and_addresses_that_are_none(here):
