@@ -18,14 +18,12 @@ A wrong row is an error that names its file, line and field: nobody would miss a
 """
 import ast
 import functools
-import os
 import re
 from collections import Counter
 from zlib import crc32
 
 from config import UserError
-from sources import (NAMES, bounded, check_text, decoded, files, in_memory, kind, kind_of, parse_json, records,
-                     stdlib_documents)
+from sources import check_text, files, in_memory, kind, kind_of, parse_json, read_json, records, stdlib_documents
 
 FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
        '{"conversations": [{"from": "human", "value": "..."}, ...]}, '
@@ -43,21 +41,16 @@ def conversations(sources):
     Its text is what is said, a line end between the messages. Raises UserError for what is no conversation.
     """
     for source in sources:
-        name, path = source if isinstance(source, tuple) else (None, source)
-        for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(name, path):
+        path = source[1] if isinstance(source, tuple) else source
+        for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
             yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-def file_chats(name, path):
+def file_chats(path):
     """(where, messages, None) for each row of a file, or of those of a folder."""
-    fact = "conversations come as .jsonl or .json, or .gz of these"
-    if name or path in NAMES and not os.path.exists(path):
-        raise UserError(f"{name or path} is a text, but {fact}", "give such a file, or stdlib; or --format=text")
-    if os.path.exists(path) and not os.path.isdir(path) and kind(path) not in (*KINDS, ".json"):
-        raise UserError(f"{path}: {fact}", "--format=text, if it is to be learned as a text")
     for file in files(path, KINDS):
         for where, row in rows(file):
             yield where, read(row, where), None
@@ -69,7 +62,7 @@ def rows(path):
             if line.strip():
                 yield (where := f"{path}, line {number}"), parse_json(line, where, FIX)
         return
-    content = parse_json("".join(bounded(decoded(path), path)), path, FIX)
+    content = read_json(path, FIX)
     if not isinstance(content, list):
         raise UserError(f"{path}: not a list of rows but {kind_of(content)}", FIX)
     yield from ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))

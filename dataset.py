@@ -20,6 +20,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from shlex import quote
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Dataset:
     versions: dict = field(default_factory=dict)  # of the files, by which `check_unchanged` knows them
 
     @classmethod
-    def open(cls, folder):
+    def open(cls, folder, hash_all=False):
         """Raises UserError when the folder is missing, or when a file is not what meta.json says."""
         meta = read_meta(folder)
         files, kinds = {}, [("", np.dtype(meta["dtype"]).itemsize, "sha256")]  # part of the name, bytes of a token
@@ -58,7 +59,7 @@ class Dataset:
                 raise UserError(f"{path} has {size:,} bytes, but meta.json says {meta[side]['tokens']:,} tokens of "
                                 f"{item} bytes = {due:,}", f"it was cut or changed; prepare {folder} again")
             files[side + kind] = open(path, "rb")  # held open: a file that takes its place is not read by this run
-            if size <= HASHED_BYTES and (found := file_sha256(path)) != meta[side][sha256]:
+            if (hash_all or size <= HASHED_BYTES) and (found := file_sha256(path)) != meta[side][sha256]:
                 raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side][sha256][:12]}",
                                 f"it was changed or damaged; prepare {folder} again")
         data = cls(folder, meta, files)
@@ -102,12 +103,9 @@ class Dataset:
     def check_tokenizer(self):
         """The tokenizer of these ids. Raises UserError where it is not the one that they were written with."""
         tokenizer = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
-        if tokenizer.vocab_size != self.meta["vocab_size"]:
-            raise UserError(f"{self.folder}/meta.json says vocab_size={self.meta['vocab_size']}, but the tokenizer "
-                            f"there has {tokenizer.vocab_size} tokens", f"prepare {self.folder} again")
-        if self.meta.get("special") != tokenizer.special:
-            raise UserError(f"{self.folder}/meta.json and the tokenizer there do not name the same special tokens",
-                            f"meta.json was changed; prepare {self.folder} again")
+        if (self.meta["vocab_size"], self.meta.get("special")) != (tokenizer.vocab_size, tokenizer.special):
+            raise UserError(f"{self.folder}/meta.json and its tokenizer, of {tokenizer.vocab_size} tokens, do "
+                            "not have the same tokens", f"meta.json was changed; prepare {self.folder} again")
         return tokenizer
 
     def check(self, block_size):
@@ -266,7 +264,7 @@ def read_meta(folder):
         return meta
     except FileNotFoundError:
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
-                        f"python prepare.py YOUR_TEXT.txt --out={folder}") from None
+                        f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}") from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
                         "run prepare.py again") from None
@@ -343,16 +341,11 @@ def not_ours(folder):
     """The first thing in a folder that no prepare.py wrote, or an empty text."""
     if not os.path.isdir(folder):
         return "a file of this name" if os.path.lexists(folder) else ""
-    try:
-        for entry in os.scandir(folder):
-            inside = os.scandir(entry) if entry.name == "tokenizer" and entry.is_dir(follow_symlinks=False) else None
-            if inside is None and not (entry.name in OURS and entry.is_file(follow_symlinks=False)):
-                return entry.name
-            for file in inside or ():
-                if not (file.name in TOKENIZER_FILES and file.is_file(follow_symlinks=False)):
-                    return file.name
-    except OSError as error:
-        return f"{error.strerror}"
+    ours = OURS | {os.path.join("tokenizer", name) for name in TOKENIZER_FILES}
+    for parent, folders, files in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in folders + files):
+            if os.path.relpath(path, folder) not in ours and (os.path.islink(path) or not os.path.isdir(path)):
+                return os.path.basename(path)
     return ""
 
 
@@ -376,7 +369,7 @@ def example(data, tokenizer, longest=400):
 
 def inspect(folder, sample_tokens=120):
     """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
-    data = Dataset.open(folder)
+    data = Dataset.open(folder, hash_all=True)
     tokenizer, meta = data.check_tokenizer(), data.meta
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     end = tokenizer.special[tokenizers.END_OF_TEXT]
@@ -384,27 +377,18 @@ def inspect(folder, sample_tokens=120):
     say(f"{folder}: {', '.join(meta['source'])}\n{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} tokens, "
         f"{meta['dtype']}")
     for side in ("train", "val"):
-        due, digest, masks, found = meta[side], hashlib.sha256(), hashlib.sha256(), dict(tokens=0, documents=0, bytes=0)
+        due, found = meta[side], dict(tokens=0, documents=0, bytes=0)
         found |= dict(trained=0, trained_bytes=0) if data.chat else {}
         for start in range(0, due["tokens"], 1 << 20):
             ids = data.tokens(side, start, min(1 << 20, due["tokens"] - start))  # refuses an id that is too large
-            digest.update(ids.astype(np.dtype(meta["dtype"])))
             found["tokens"] += len(ids)
             found["documents"] += int((ids == end).sum())
             found["bytes"] += int(lengths[ids].sum())
             if data.chat:
-                mask = data.mask(side, start, len(ids))
-                masks.update(mask)
-                learned = ids[mask == 1]
+                learned = ids[data.mask(side, start, len(ids)) == 1]
                 found["trained"] += len(learned)
                 found["trained_bytes"] += int(lengths[learned].sum())
-        if data.chat and masks.hexdigest() != due["mask_sha256"]:
-            raise UserError(f"{folder}/{side}.mask.bin has the checksum {masks.hexdigest()[:12]}, but meta.json says "
-                            f"{due['mask_sha256'][:12]}", f"it was changed or damaged; prepare {folder} again")
         path = os.path.join(folder, side + ".bin")
-        if digest.hexdigest() != due["sha256"]:
-            raise UserError(f"{path} has the checksum {digest.hexdigest()[:12]}, but meta.json says "
-                            f"{due['sha256'][:12]}", f"it was changed or damaged; prepare {folder} again")
         for what, number in found.items():
             # (Between the messages of a conversation, a format of others may have text of its own.)
             if number != due[what] and not (what.endswith("bytes") and drops or what == "bytes" and data.chat):

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import time
+from shlex import quote
 
 from config import UserError, note, say
 
@@ -33,77 +34,75 @@ def download(url, path, size=None, sha256=None):
     ends this, the next call goes on behind the last byte. size, sha256: what it must be, where that is known.
     Raises UserError, after TRIES failures without progress.
     """
-    by_hand = f"download the file yourself, to {path}"
     if os.path.exists(path):
         if sha256 and (found := file_sha256(path)) != sha256:
             raise UserError(f"{path} is not what {url} should be: its sha256 is {found[:12]}, not {sha256[:12]}",
-                            f"delete {path}, and it is fetched again")
+                            f"rm {quote(path)}, and it is fetched again")
         note(f"{path} is there, from {url}: delete it to fetch it again")
         return path
+    failures, most, part = 0, 0, None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        with locked(path):
+            while not part:
+                try:
+                    part = receive(url, path, size, sha256)
+                except Interrupted as stop:
+                    failures += 1
+                    if stop.have >= most + PROGRESS_BYTES:
+                        failures, most = 1, stop.have
+                    if failures == TRIES:
+                        raise Refused(f"{url}: {stop}, {TRIES} times; {stop.have:,} bytes are there") from None
+                    say(f"{url}: {stop}; trying again behind {stop.have:,} bytes")
+                    time.sleep(RETRY_SECONDS * failures)
+            if sha256 and (found := file_sha256(part)) != sha256:
+                os.remove(part)
+                raise Refused(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}")
+            os.replace(part, path)
+    except Refused as error:
+        raise UserError(str(error), "run the same command again, it goes on behind the bytes that are there; or try "
+                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "work in a folder that can be written to") from None
-    with locked(path):
-        part = receive_all(url, path, size, sha256, by_hand)
-        if sha256 and (found := file_sha256(part)) != sha256:
-            os.remove(part)
-            raise UserError(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}",
-                            f"try again, or --mirror=ANOTHER_HOST, or {by_hand}")
-        os.replace(part, path)
+        raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
     return path
 
 
-def receive_all(url, path, size, sha256, by_hand):
-    """As many attempts as it takes, up to TRIES without progress: returns the path of the whole `*.part`."""
-    failures, most = 0, 0
-    while True:
-        try:
-            return receive(url, path, size, sha256, by_hand)
-        except Interrupted as stop:
-            failures += 1
-            if stop.have >= most + PROGRESS_BYTES:
-                failures, most = 1, stop.have
-            if failures == TRIES:
-                raise UserError(f"{url}: {stop.why}, {TRIES} times; {stop.have:,} bytes are there",
-                                f"run the same command again, it goes on behind them; or {by_hand}") from None
-            say(f"{url}: {stop.why}; trying again behind {stop.have:,} bytes")
-            time.sleep(RETRY_SECONDS * failures)
+class Refused(Exception):
+    """Why a download cannot succeed."""
 
 
 class Interrupted(Exception):
-    """A download that stopped before its end, and can be continued behind the `have` bytes that are there."""
+    """Why a download stopped before its end; it can be continued behind the `have` bytes that are there."""
 
-    def __init__(self, why, have=0):
+    def __init__(self, why, have):
         super().__init__(why)
-        self.why, self.have = why, have
+        self.have = have
 
 
-def receive(url, path, size, sha256, by_hand):
+def receive(url, path, size, sha256):
     """One attempt: returns the path of the whole `*.part`. Raises Interrupted where another attempt may help."""
     import urllib3  # what requests is built on
 
-    response = get(url, by_hand)
+    response = get(url)
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else size
     if size and total != size:
-        raise UserError(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due",
-                        f"--mirror=ANOTHER_HOST, or {by_hand}")
+        raise Refused(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due")
     version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
     version = "" if version.startswith("W/") else version  # a weak one does not promise the same bytes
     part = f"{path}.{hashlib.sha256(f'{sha256 or version} {total}'.encode()).hexdigest()[:8]}.part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    if have and have == total and (sha256 or version):
+    if not (sha256 or version) or total and have > total:
+        have = 0  # nobody knows what these bytes belong to
+    if have and have == total:
         return part
-    if have and (sha256 or version) and have < (total or have + 1):
+    if have:
         response.close()
-        response = get(url, by_hand, have, version)
+        response = get(url, have, version)
         due = f"bytes {have}-" + (f"{total - 1}/{total}" if total else "")
         if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(due):
             have = 0  # the server has another file by now, or does not continue: from the start
-            response = get(url, by_hand) if response.status_code == 206 else response
-    else:
-        have = 0
+            response = response if response.status_code == 200 else get(url)
     free = shutil.disk_usage(os.path.dirname(path)).free
     shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
     say(f"{url}: {shown}" + f", {have:,} bytes of it are here" * bool(have))
@@ -111,30 +110,27 @@ def receive(url, path, size, sha256, by_hand):
         raise UserError(f"{url}: {(total - have) / 1e6:,.1f} MB are to come, but {os.path.dirname(path)} has room for "
                         f"{free / 1e6:,.1f} MB", "make room, or work in a folder on another disk")
     progress = Progress("fetching", total or 0, have)
-    try:
-        with open(part, "ab" if have else "wb") as file:
+    broken = False
+    with open(part, "ab" if have else "wb") as file:
+        try:
             for piece in response.raw.stream(1 << 16, decode_content=False):
                 if have == 0:
-                    refuse_web_page(url, piece, by_hand)
+                    refuse_web_page(url, piece)
                 have += len(piece)
                 if total and have > total:
-                    raise UserError(f"{url}: the server sends more than the {total:,} bytes that are due",
-                                    f"--mirror=ANOTHER_HOST, or {by_hand}")
+                    raise Refused(f"{url}: the server sends more than the {total:,} bytes that are due")
                 file.write(piece)
                 progress.add(len(piece))
-            file.flush()
-            os.fsync(file.fileno())
-    except urllib3.exceptions.ReadTimeoutError:
-        raise Interrupted(f"no byte came for {STALL_SECONDS} seconds", have) from None
-    except urllib3.exceptions.HTTPError:
-        end = f" of {total:,}" if total else ""
-        raise Interrupted(f"the connection ended after {have:,}{end} bytes", have) from None
-    except OSError as error:
-        raise UserError(f"cannot write {part}: {error.strerror}", "make room, and run the same command again") from None
-    if total and have < total:
-        raise Interrupted(f"the connection ended after {have:,} of {total:,} bytes", have)
+        except urllib3.exceptions.ReadTimeoutError:
+            raise Interrupted(f"no byte came for {STALL_SECONDS} seconds", have) from None
+        except urllib3.exceptions.HTTPError:
+            broken = True
+        file.flush()
+        os.fsync(file.fileno())
+    if broken or total and have < total:
+        raise Interrupted(f"the connection ended after {have:,} bytes" + f" of {total or 0:,}" * bool(total), have)
     if not have:
-        raise UserError(f"{url}: the server sent nothing", by_hand)
+        raise Refused(f"{url}: the server sent nothing")
     return part
 
 
@@ -170,50 +166,40 @@ def locked(path, wait=False):
         file.close()
 
 
-def get(url, by_hand, have=0, version=""):
+def get(url, have=0, version=""):
     """The server's answer to a request for the bytes from `have` on of this version; its body is not read yet."""
+    try:
+        import requests
+    except ImportError:
+        raise UserError("downloading needs the package requests", "pip install requests") from None
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
     try:
-        response = requests().get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
-    except requests().TooManyRedirects:
-        raise UserError(f"{url}: the server sends from address to address without end", by_hand) from None
-    except requests().ReadTimeout:
+        response = requests.get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
+    except requests.ReadTimeout:
         raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
-    except (requests().RequestException, ValueError) as error:
+    except (requests.RequestException, ValueError) as error:
         reason = str(error).split(": ")[-1].strip("()'\"")  # the innermost of many: [Errno 111] Connection refused
-        raise UserError(f"{url} cannot be reached: {reason}", f"check the network, or {by_hand}") from None
+        raise Refused(f"{url} cannot be reached: {reason}") from None
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)
-    if response.status_code == 416 and have:  # the part is no part of what the server has now
-        return get(url, by_hand)
-    if response.status_code not in ((200, 206) if have else (200,)):
-        raise UserError(f"{url}: the server answers {response.status_code} {response.reason}",
-                        f"check the address, or {by_hand}")
+    if response.status_code not in ((200, 206, 416) if have else (200,)):
+        raise Refused(f"{url}: the server answers {response.status_code} {response.reason}")
     for hop in [*response.history, response] if url.startswith("https:") else ():
         if not hop.url.startswith("https:"):
-            raise UserError(f"{url} is sent on to {hop.url}, without encryption", by_hand)
+            raise Refused(f"{url} is sent on to {hop.url}, without encryption")
     if "text/html" in response.headers.get("Content-Type", ""):
-        refuse_web_page(url, b"<html", by_hand)
+        refuse_web_page(url, b"<html")
     packed = response.headers.get("Content-Encoding", "identity")
     if packed != "identity" and not url.endswith(".gz"):
-        raise UserError(f"{url}: the server sends it packed ({packed}), though asked not to", by_hand)
+        raise Refused(f"{url}: the server sends it packed ({packed}), though asked not to")
     return response
 
 
-def refuse_web_page(url, start, by_hand):
+def refuse_web_page(url, start):
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{url} gives a web page and not a text: a login, a notice, or a page about the file",
-                        f"use the address of the file itself, or {by_hand}")
-
-
-def requests():
-    try:
-        import requests
-        return requests
-    except ImportError:
-        raise UserError("downloading needs the package requests", "pip install requests") from None
+        raise Refused(f"{url} gives a web page and not a text: a login, a notice, or a page about the file")
 
 
 def file_sha256(path):

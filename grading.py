@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from config import UserError
-from sources import bounded, check_text, decoded, kind_of, member, parse_json, records
+from sources import check_text, kind_of, member, parse_json, read_json, records
 
 LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '
            '"...", "answers": ["..."]}, {"prompt": "...", "answers": ["..."]} or {"question": "...", "answer": '
@@ -137,7 +137,7 @@ def squad_items(path):
 
     In 2.0, some have no answer in the text: the right one is then to say nothing."""
     fix = '{"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": [{"text": "..."}]}]}]}]}'
-    content = parse_json("".join(bounded(decoded(path), path)), path, fix)
+    content = read_json(path, fix)
 
     def text(value, field, where):
         if not isinstance(value, dict) or field not in value:

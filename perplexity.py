@@ -21,6 +21,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from shlex import quote
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def read_text(source, megabytes=0.0, text_field="text"):
     elif os.path.exists(source):
         found = (document.blocks() for document in documents([source], text_field))
     else:
-        raise UserError(f"there is no text {source}", f"python prepare.py {source}, or --data=FILE.txt")
+        raise UserError(f"there is no text {source}", f"python prepare.py {quote(source)}, or --data=FILE.txt")
     for blocks in found:
         parts, size = [], 0
         for block in blocks:

@@ -368,13 +368,8 @@ def prepare(sources, settings, only_if_missing=False):
 
     only_if_missing: leave data that are there as they are, and wait where another process is writing them.
     """
-    check_limits(settings, {"min_words num_proc": (0, 1 << 30)})
-    if not (0 < settings.val_fraction < 1 and 0.98 <= settings.character_coverage <= 1):
-        raise UserError(f"val_fraction={settings.val_fraction} is not between 0 and 1, or character_coverage="
-                        f"{settings.character_coverage} not from 0.98 to 1", "--val_fraction=0.05")
-    for name in sources if settings.format == "chat" else ():
-        if name in NAMES and not os.path.exists(name):
-            raise UserError(f"{name} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
+    check_limits(settings, {"min_words num_proc": (0, 1 << 30), "val_fraction": (1e-9, 0.999),
+                            "character_coverage": (0.98, 1)})
     out = folder_to_write(sources, settings)
     part = out + ".part"
     try:
@@ -460,8 +455,7 @@ def check_replaced(out, sources, settings):
 
 def contents(sources, chat):
     """What data are made of, in words: the same words when it is prepared again, by whatever Python."""
-    names = [re.sub(r"(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", name) for name in sources]
-    names = [name if is_url(name) else os.path.normpath(name) for name in names]
+    names = (re.sub(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", name) for name in sources)
     return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
 

@@ -263,9 +263,6 @@ LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperatur
           "seed": (0, 2**62)}
 
 
-PROMPT_CHARACTERS = 10_000_000  # of which a model sees the end
-
-
 def read_prompt(prompt):
     if not prompt.startswith("FILE:"):
         if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
@@ -273,9 +270,9 @@ def read_prompt(prompt):
         return prompt
     try:
         with open(prompt[5:], encoding="utf-8", newline="") as file:  # a file, or a pipe that ends
-            text = file.read(PROMPT_CHARACTERS + 1)
-        if len(text) > PROMPT_CHARACTERS:
-            raise ValueError(f"it has more than {PROMPT_CHARACTERS:,} characters")
+            text = file.read(10_000_001)
+        if len(text) > 10_000_000:
+            raise ValueError("it has more than 10,000,000 characters")
         return text
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the prompt from {prompt[5:]}: {getattr(error, 'strerror', None) or error}",

@@ -25,6 +25,7 @@ import re
 import sysconfig
 import zlib
 from dataclasses import dataclass
+from shlex import quote
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
@@ -32,7 +33,6 @@ from config import UserError, note, open_file
 from download import download, file_sha256
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
-NOT_READABLE = f"none of the kinds that can be read: {', '.join(KINDS)}, .json, or .gz of these"
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
                {"question", "answer"}]  # by which a conversation is known, see chats.py
 BLOCK_BYTES = 1 << 20
@@ -127,6 +127,8 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
         except ValueError as error:
             raise UserError(f"{source} is no address: {error}", "https://HOST/FILE.txt") from None
         known = source in NAMES and not os.path.exists(source)
+        if known and kinds != KINDS:
+            raise UserError(f"{source} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
         if known and inputs:
             due = {remote.sha256 for remote in NAMES[source]}
             for path in inputs:
@@ -141,8 +143,7 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
                 resolved.append((source, download(url, path, remote.size, remote.sha256)))
         elif is_url(source):
             name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(urlsplit(source).path))) or "index"
-            if kind(name) not in (*KINDS, ".json"):
-                raise UserError(f"{source}: {NOT_READABLE}", "download it, and give it a name that says what it is")
+            check_kind(name, source, kinds)
             path = download(source, os.path.join(downloads, hashlib.sha256(source.encode()).hexdigest()[:8], name))
             source = f"{source} (sha256 {file_sha256(path)})"
             resolved.append((None, path))
@@ -184,22 +185,25 @@ def kind(path):
     return os.path.splitext(stem)[1] or ".txt" if ending == ".gz" else ending
 
 
+def check_kind(name, source, kinds):
+    if kind(name) not in (*kinds, ".json"):
+        raise UserError(f"{source}: none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
+                        "if it is plain text: give it a name that ends in .txt, and leave out --format=chat")
+
+
 def files(source, kinds=KINDS, follow_links=False):
     """The files that a path means: itself, all of these kinds below a folder, or what matches a pattern."""
-    if os.path.exists(source) and not os.path.isdir(source):
-        if kind(source) not in (*kinds, ".json"):
-            raise UserError(f"{source}: {NOT_READABLE}", f"rename it to {source}.txt if it is plain text")
-        return [source]
-    wanted = (*kinds, ".json") if ".json" in source and not os.path.isdir(source) else kinds
     if os.path.isdir(source):
-        found, left_out = walk(source, follow_links)
-        if left_out:
-            note(f"{left_out:,} links, pipes and devices in {source} are left out (prepare.py has --follow_links)")
+        wanted, here, found = kinds, "holds no", walk(source, follow_links)
+    elif os.path.exists(source):
+        check_kind(source, source, kinds)
+        return [source]
     else:
+        wanted = (*kinds, ".json") if ".json" in source else kinds
+        here = "does not exist, nor does a name or pattern of it match a"
         found = filter(os.path.isfile, glob.glob(source, recursive=True))
     found = sorted(path for path in found if kind(path) in wanted)
     if not found:
-        here = "holds no" if os.path.isdir(source) else "does not exist, nor does a name or pattern of it match a"
         names = ["stdlib", *(NAMES if kinds == KINDS else ())]
         raise UserError(f"{source} {here} {', '.join(wanted)} file (or .gz of these)",
                         f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
@@ -207,8 +211,8 @@ def files(source, kinds=KINDS, follow_links=False):
 
 
 def walk(folder, follow_links):
-    """(the paths of all files below a folder, how many other things there are). A link may lead anywhere: it is such
-    another thing, unless follow_links; then each folder is read once, however links lead there."""
+    """The paths of all files below a folder. A link may lead anywhere, and is read with follow_links alone; then each
+    folder is read once, however links lead there."""
     found, left_out, folders, seen = [], 0, [folder], {os.path.realpath(folder)}
     while folders:
         try:
@@ -223,7 +227,9 @@ def walk(folder, follow_links):
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}",
                             "change its permissions, or move it away") from None
-    return found, left_out
+    if left_out:
+        note(f"{left_out:,} links, pipes and devices in {folder} are left out (prepare.py has --follow_links)")
+    return found
 
 
 def decoded(path):
@@ -235,7 +241,7 @@ def decoded(path):
                 raw = file.read(BLOCK_BYTES)
                 if offset == 0 and raw.count(0) > len(raw) // 100:
                     raise UserError(f"{path} is not text: {raw.count(0)} of its first {len(raw)} bytes are NUL",
-                                    f"iconv -f utf-16 -t utf-8 {path} > utf8.txt if it is UTF-16; or leave it out")
+                                    f"iconv -f utf-16 -t utf-8 {quote(path)} > utf8.txt, if it is UTF-16")
                 text = decoder.decode(raw, final=not raw)
                 offset += len(raw)
                 if text:
@@ -245,7 +251,7 @@ def decoded(path):
     except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
         at = offset + len(raw) - len(error.object) + error.start
         raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
-                        f"iconv -f latin1 -t utf-8 {path} > utf8.txt, with the encoding that it has") from None
+                        f"iconv -f latin1 -t utf-8 {quote(path)} > utf8.txt, with the encoding that it has") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None
@@ -313,7 +319,7 @@ def jsonl_text(line, where, text_field):
     if not isinstance(row, dict) or text_field not in row:
         has = ", ".join(row) if isinstance(row, dict) else kind_of(row)
         texts = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-        fix = f"--text_field={texts[0]}" if texts else fix
+        fix = f"--text_field={quote(texts[0])}" if texts else fix
         if isinstance(row, dict) and any(row.keys() >= fields for fields in CHAT_FIELDS):
             fix = "--format=chat, if these are conversations to learn to answer from" + f"; or {fix}" * bool(texts)
         raise UserError(f"{where}: no field `{text_field}`, but {has}", fix)
@@ -353,8 +359,7 @@ def squad_documents(path):
     """The paragraphs of a file in SQuAD's layout (Rajpurkar et al. 2016): data[i].paragraphs[j].context."""
     fix = '{"data": [{"paragraphs": [{"context": "..."}]}]} can be read, or a .jsonl file with {"text": "..."} lines'
     # The questions, four fifths of the file, are dropped while it is being read.
-    content = parse_json("".join(bounded(decoded(path), path)), path, fix,
-                         object_hook=lambda fields: {k: v for k, v in fields.items() if k != "qas"})
+    content = read_json(path, fix, object_hook=lambda fields: {k: v for k, v in fields.items() if k != "qas"})
     for i, article in enumerate(member(content, "data", path, fix)):
         for j, paragraph in enumerate(member(article, "paragraphs", f"{path}, data[{i}]", fix)):
             where = f"{path}, data[{i}].paragraphs[{j}]"
@@ -363,15 +368,16 @@ def squad_documents(path):
             yield in_memory(where, check_text(paragraph["context"], where, "context", fix).strip())
 
 
-def bounded(texts, path):
-    """The same texts, up to JSON_CHARACTERS in all."""
-    total = 0
-    for text in texts:
+def read_json(path, fix, **options):
+    """What a .json file holds, which is read whole: up to JSON_CHARACTERS."""
+    texts, total = [], 0
+    for text in decoded(path):
+        texts.append(text)
         total += len(text)
         if total > JSON_CHARACTERS:
             raise UserError(f"{path} has more than {JSON_CHARACTERS / 1e6:.0f} million characters, and a .json file is "
                             "read whole", "write it as a .jsonl file, one object per line")
-        yield text
+    return parse_json("".join(texts), path, fix, **options)
 
 
 def member(value, name, where, fix):

@@ -158,13 +158,8 @@ def test_wrong_sources(here, monkeypatch):
     for name in ("notes.txt", "page.md", "code.py", "table.csv", "README", "notes.txt.gz"):
         (here / name).write_text("text")
         fact, fix = wrong(name)
-        assert fact == f"{name}: conversations come as .jsonl or .json, or .gz of these" and "--format=text" in fix
-    for name in sources.NAMES:
-        for source in (name, (name, "notes.txt")):
-            with pytest.raises(chats.UserError) as caught:
-                read(source)
-            assert f"{name} is a text, but conversations come as .jsonl" in caught.value.fact
-            assert "stdlib" in caught.value.fix
+        assert fact == f"{name}: none of the kinds that can be read: .jsonl, .json, or .gz of these"
+        assert "--format=chat" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
         assert fact.startswith(f"{name} does not exist, nor does") and " .jsonl" in fact and ".txt" not in fact

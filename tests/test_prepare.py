@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import shlex
 import subprocess
 import sys
 import threading
@@ -266,6 +267,16 @@ def test_names_and_quoting(here, capsys):
     assert sorted(p.name for p in (here / "data").iterdir()) == ["book.en", "book.es", "my notes (2)"]
     said = capsys.readouterr().err
     assert "'--dataset=my notes (2)' '--out_dir=out/my notes (2)'" in said
+
+
+def test_what_can_be_pasted_is_quoted(here):
+    """Names come from others: of files, and of fields in their data."""
+    name = "my $(notes); x.txt"
+    (here / name).write_bytes(b"caf\xe9 " * 5)
+    assert name in shlex.split(error(prepare.main, name)[1].split(" > ")[0])
+    (here / "a.jsonl").write_text(json.dumps({"x; touch y": "text"}))
+    assert shlex.split(error(prepare.main, "a.jsonl")[1]) == ["--text_field=x; touch y"]
+    assert f"--out=data/{name}" in shlex.split(error(lambda _: datasets.Dataset.open(f"data/{name}"))[1])
 
 
 def test_another_field(here):
