@@ -60,8 +60,9 @@ def download(url, path, size=None, sha256=None):
                 raise Refused(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}")
             os.replace(part, path)
     except Refused as error:
-        raise UserError(str(error), "run the same command again, it goes on behind the bytes that are there; or try "
-                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
+        mirror = "try --mirror=ANOTHER_HOST, or " * bool(sha256)
+        raise UserError(str(error), "run the same command again, it goes on behind the bytes that are there; or "
+                        f"{mirror}download the file yourself, to {quote(path)}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
     return path

@@ -232,7 +232,8 @@ def test_a_lock_that_was_removed_holds_nobody_off(here):
 @pytest.mark.parametrize("hops", [["https"], ["http", "https"], ["https", "http"]])
 def test_every_hop_is_encrypted_once_the_first_one_was(here, monkeypatch, hops):
     """A server in between that is asked without encryption may send on to anywhere."""
-    answers = [SimpleNamespace(url=f"{scheme}://host/a.txt", status_code=200, headers={}, history=[]) for scheme in hops]
+    answers = [SimpleNamespace(url=f"{scheme}://host/a.txt", status_code=200, headers={}, history=[])
+               for scheme in hops]
     answers[-1].history = answers[:-1]
     monkeypatch.setattr(requests, "get", lambda *_, **__: answers[-1])
     if "http" in hops:

@@ -435,7 +435,8 @@ def test_conversations_without_an_answer_stay_and_are_named(here, capsys):
     meta = json.loads((here / "data/talk-chat/meta.json").read_text())
     due = "in 2 of them the assistant says nothing to learn from: talk.jsonl, line 4, ..."
     assert due in capsys.readouterr().err and due in meta["report"]
-    silent = [mask for side in ("train", "val") for _, mask in read_chats(here / "data/talk-chat", side) if not any(mask)]
+    sides = [read_chats(here / "data/talk-chat", side) for side in ("train", "val")]
+    silent = [mask for _, mask in sides[0] + sides[1] if not any(mask)]
     assert len(silent) == 2 and meta["train"]["documents"] + meta["val"]["documents"] == 42
     write_talks("other.jsonl", rows[:8])
     prepare.main(["other.jsonl", *CHAT])
