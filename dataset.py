@@ -43,7 +43,7 @@ class Dataset:
     meta: dict
     files: dict
     layouts: dict = field(default_factory=dict)  # what `layout` has found: {(side, block_size): spans}
-    versions: dict = field(default_factory=dict)  # of the files, by which `check_unchanged` knows them
+    versions: dict = field(default_factory=dict)  # (size, time of the last change) of each file when it was opened
 
     @classmethod
     def open(cls, folder, hash_all=False):
