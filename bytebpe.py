@@ -24,7 +24,7 @@ from datetime import datetime
 
 import numpy as np
 
-from config import UserError
+from config import UserError, needs
 
 # GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
 # space before them, runs of other signs, white space. The last space before a word is left to that word.
@@ -231,10 +231,9 @@ def alternatives(texts):
 
 def from_tiktoken(name):
     """An encoding by its name in tiktoken, which fetches it once. Raises UserError where it cannot."""
+    library = tiktoken()
     try:
-        encoding = tiktoken().get_encoding(name)
-    except UserError:
-        raise
+        encoding = library.get_encoding(name)
     except Exception as error:  # of requests, of the disk, or a checksum that is not the due one
         reason = f"{type(error).__name__}: {error}".split("(Caused")[0][:200]
         raise UserError(f"tiktoken cannot fetch the vocabulary {name}: {reason}",
@@ -262,11 +261,7 @@ def tiktoken_tokenizer(files):
 
 
 def tiktoken():
-    try:
-        import tiktoken
-        return tiktoken
-    except ImportError:
-        raise UserError("byte-level vocabularies need the package tiktoken", "pip install tiktoken") from None
+    return needs("tiktoken", "byte-level vocabularies")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,17 +390,14 @@ def render(template, **values):
 @functools.lru_cache(maxsize=8)  # it takes a hundred times as long as filling it in
 def compiled(template):
     """A chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError("chat templates need the package jinja2", "pip install jinja2") from None
+    needs("jinja2", "chat templates")
+    import jinja2.sandbox
 
     def raise_exception(message):
-        raise TemplateError(message)
+        raise jinja2.TemplateError(message)
 
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     # {% generation %} marks what the assistant says, for training; here it is an `if` that is always true.

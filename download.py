@@ -20,7 +20,7 @@ import shutil
 import time
 from shlex import quote
 
-from config import UserError, note, say
+from config import UserError, needs, note, say
 
 STALL_SECONDS = 30  # no byte for so long is a failure
 TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds
@@ -176,6 +176,7 @@ def get(url, have=0, version=""):
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
+    requests = needs("requests", "downloads")
     try:
         response = requests.get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests.ReadTimeout:

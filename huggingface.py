@@ -20,7 +20,7 @@ import torch
 
 import bytebpe
 import tokenizer as tokenizers
-from config import UserError
+from config import UserError, needs
 from model import GPT, GPTConfig, resolve
 from tokenizer_json import tokenizer_files
 
@@ -338,14 +338,6 @@ def read_tensors(folder):
         except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}", "take it from the folder's source again") from None
     return tensors
-
-
-def needs(package, what):
-    """Import an optional package. Raises UserError with the command that installs it."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise UserError(f"{what} need the package {package}", f"pip install {package}") from None
 
 
 WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer", *bytebpe.PARTS}

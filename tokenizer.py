@@ -53,7 +53,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import bytebpe
-from config import UserError, command_line, load as load_settings, note, say
+from config import UserError, command_line, load as load_settings, needs, note, say
 from forensics import code_points
 from sources import documents, fetch
 
@@ -418,12 +418,7 @@ def write_config(folder, tokenizer):
 
 
 def sentencepiece():
-    try:
-        import sentencepiece
-        return sentencepiece
-    except ImportError:
-        raise UserError("bpe and unigram need the package sentencepiece", "pip install sentencepiece, or "
-                        "--tokenizer=char") from None
+    return needs("sentencepiece", "bpe and unigram")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib
+import importlib.metadata
 import inspect
 import os
 import re
@@ -39,6 +41,26 @@ class UserError(Exception):
     def __init__(self, fact, fix, code=2, alone=False):
         super().__init__(fact)
         self.fact, self.fix, self.code, self.alone = fact, fix, code, alone
+
+
+# Older ones do not protect from a stranger's files: a chat template runs any code in jinja2 3.1.5, a tokenizer.model
+# ends the process with sentencepiece 0.2.0, and a long word takes minutes with tiktoken 0.12.
+OLDEST = {"jinja2": "3.1.6", "sentencepiece": "0.2.2", "tiktoken": "0.13"}
+
+
+def needs(package, what):
+    """Import an optional package. Raises UserError with the command that installs it, where it is missing or too old.
+    """
+    oldest = OLDEST.get(package, "")
+    fix = f"pip install '{package}>={oldest}'" if oldest else f"pip install {package}"
+    try:
+        module, version = importlib.import_module(package), importlib.metadata.version(package)
+    except ImportError:
+        raise UserError(f"{what} need the package {package}", fix) from None
+    found, due = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, oldest))
+    if found < due:
+        raise UserError(f"{package} {version} is too old: it does not protect from a stranger's files", fix)
+    return module
 
 
 def say(text=""):

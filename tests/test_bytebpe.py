@@ -2,6 +2,7 @@
 """Byte-level BPE: the same ids as tiktoken and transformers, on text that is meant to break it."""
 import copy
 import functools
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -332,11 +333,23 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
     assert "there is no tokenizer 'gpt5'" in fact and "bpe, unigram, char, gpt2" in fix
 
 
-def test_without_the_packages(monkeypatch, tmp_path):
+@pytest.mark.parametrize("package, unsafe, needed", [
+    ("jinja2", "3.1.5", "3.1.6"), ("tiktoken", "0.12.0", "0.13"), ("sentencepiece", "0.2.1", "0.2.2")])
+def test_packages_that_are_missing_or_unsafe(monkeypatch, tmp_path, package, unsafe, needed):
     path = folder(tmp_path / "a", config={"chat_template": TEMPLATE})
     tokenizer = bytebpe.from_hugging_face(path)
+    use = {"jinja2": lambda _: tokenizer.chat(turns("a")), "tiktoken": lambda _: bytebpe.from_hugging_face(path),
+           "sentencepiece": lambda _: tokenizers.train("bpe", ["hello " * 100], 300)}[package]
     bytebpe.compiled.cache_clear()
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert "pip install jinja2" in error(lambda _: tokenizer.chat([{"role": "user", "content": "a"}]))[1]
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    assert "pip install tiktoken" in error(lambda _: bytebpe.from_hugging_face(path))[1]
+    use([])
+    bytebpe.compiled.cache_clear()
+    fix = f"pip install '{package}>={needed}'"
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: {package: unsafe}.get(name, "9"))
+        assert error(use) == (f"{package} {unsafe} is too old: it does not protect from a stranger's files", fix)
+        patch.setattr(importlib.metadata, "version", lambda name: needed + ".10rc1")
+        use([])
+    bytebpe.compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    fact, found = error(use)
+    assert f"need the package {package}" in fact and found == fix

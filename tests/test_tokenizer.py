@@ -152,12 +152,6 @@ def test_unknown_kind():
     assert "'wordpiece'" in error(lambda _: tokenizers.train("wordpiece", ["x"]))[0]
 
 
-def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
-    import sys
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    assert "pip install sentencepiece" in error(lambda _: tokenizers.train("bpe", ["hello " * 100], 300))[1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
