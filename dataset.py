@@ -27,6 +27,7 @@ import numpy as np
 import tokenizer as tokenizers
 from config import UserError, open_file, say, show
 from download import file_sha256
+from sources import origin
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
 
@@ -261,6 +262,7 @@ def read_meta(folder):
         with open_file(os.path.join(folder, "meta.json"), most=10 << 20) as file:
             meta = json.load(file)
         check_meta(meta)
+        meta["source"] = [origin(source) for source in meta["source"]]  # (an older meta.json may hold more)
         return meta
     except FileNotFoundError:
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",

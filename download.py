@@ -27,13 +27,22 @@ TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is give
 PROGRESS_BYTES = 1 << 20  # what counts as progress
 
 
-def download(url, path, size=None, sha256=None):
-    """Fetch url into `path` unless it is there; returns path. What exists under that name is always whole.
+def public(address):
+    """What may be shown and written down of an address: no user, password, query (a signature) or fragment.
+
+    Anything else, such as a path, is returned as it is.
+    """
+    return re.sub(r"^(https?://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
+
+
+def download(address, path, size=None, sha256=None):
+    """Fetch the address into `path` unless it is there; returns path. What exists under that name is always whole.
 
     The bytes go to a file beside it, `*.part`, whose name says which version of the file they belong to: whatever
     ends this, the next call goes on behind the last byte. size, sha256: what it must be, where that is known.
     Raises UserError, after TRIES failures without progress.
     """
+    url = public(address)
     if os.path.exists(path):
         if sha256 and (found := file_sha256(path)) != sha256:
             raise UserError(f"{path} is not what {url} should be: its sha256 is {found[:12]}, not {sha256[:12]}",
@@ -46,7 +55,7 @@ def download(url, path, size=None, sha256=None):
         with locked(path):
             while not part:
                 try:
-                    part = receive(url, path, size, sha256)
+                    part = receive(address, path, size, sha256)
                 except Interrupted as stop:
                     failures += 1
                     if stop.have >= most + PROGRESS_BYTES:
@@ -80,11 +89,11 @@ class Interrupted(Exception):
         self.have = have
 
 
-def receive(url, path, size, sha256):
+def receive(address, path, size, sha256):
     """One attempt: returns the path of the whole `*.part`. Raises Interrupted where another attempt may help."""
     import urllib3  # what requests is built on
 
-    response = get(url)
+    url, response = public(address), get(address)
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else size
     if size and total != size:
@@ -99,11 +108,11 @@ def receive(url, path, size, sha256):
         return part
     if have:
         response.close()
-        response = get(url, have, version)
+        response = get(address, have, version)
         due = f"bytes {have}-" + (f"{total - 1}/{total}" if total else "")
         if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(due):
             have = 0  # the server has another file by now, or does not continue: from the start
-            response = response if response.status_code == 200 else get(url)
+            response = response if response.status_code == 200 else get(address)
     free = shutil.disk_usage(os.path.dirname(path)).free
     shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
     say(f"{url}: {shown}" + f", {have:,} bytes of it are here" * bool(have))
@@ -167,22 +176,21 @@ def locked(path, wait=False):
         file.close()
 
 
-def get(url, have=0, version=""):
+def get(address, have=0, version=""):
     """The server's answer to a request for the bytes from `have` on of this version; its body is not read yet."""
-    try:
-        import requests
-    except ImportError:
-        raise UserError("downloading needs the package requests", "pip install requests") from None
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
-    requests = needs("requests", "downloads")
+    url, requests = public(address), needs("requests", "downloads")
     try:
-        response = requests.get(url, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
+        response = requests.get(address, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests.ReadTimeout:
         raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
-    except (requests.RequestException, ValueError) as error:
-        reason = str(error).split(": ")[-1].strip("()'\"")  # the innermost of many: [Errno 111] Connection refused
+    except ValueError as error:  # its text repeats the address, secrets and all
+        raise Refused(f"{url} is no address that can be asked: {type(error).__name__}") from None
+    except requests.RequestException as error:
+        # The innermost of many errors, "[Errno 111] Connection refused": those around it repeat the address.
+        reason = str(error).split("(Caused by ")[-1].split(": ")[-1].strip("()'\"")
         raise Refused(f"{url} cannot be reached: {reason}") from None
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(f"the server answers {response.status_code} {response.reason}", have)
@@ -190,11 +198,11 @@ def get(url, have=0, version=""):
         raise Refused(f"{url}: the server answers {response.status_code} {response.reason}")
     for hop in [*response.history, response] if url.startswith("https:") else ():
         if not hop.url.startswith("https:"):
-            raise Refused(f"{url} is sent on to {hop.url}, without encryption")
+            raise Refused(f"{url} is sent on to {public(hop.url)}, without encryption")
     if "text/html" in response.headers.get("Content-Type", ""):
         refuse_web_page(url, b"<html")
     packed = response.headers.get("Content-Encoding", "identity")
-    if packed != "identity" and not url.endswith(".gz"):
+    if packed != "identity" and not address.endswith(".gz"):
         raise Refused(f"{url}: the server sends it packed ({packed}), though asked not to")
     return response
 

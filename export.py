@@ -36,7 +36,8 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
@@ -51,7 +52,7 @@ import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say, warn
 from model import KVCache, quantize
 from perplexity import measure_text, read_text
-from sources import LICENCES
+from sources import LICENCES, origin
 
 # By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
 # or 1e-4 where that is more.
@@ -134,19 +135,26 @@ def write_onnx(model, path):
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)), external_data=False)
     for node in program.model.graph:
-        node.metadata_props.clear()  # where in which file each came from: paths of this machine
+        node.metadata_props.clear()  # where in which file each came from
     program.save(path, external_data=False)
 
 
 def write_torchscript(model, path):
     traced = torch.jit.trace(Logits(model), torch.zeros(2, 8, dtype=torch.long), check_trace=False)
-    save_whole(torch.jit.save, traced, path)
+    whole = io.BytesIO()
+    torch.jit.save(traced, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for entry in source.infolist():
+            if not entry.filename.endswith(".debug_pkl"):  # where in which file each came from
+                target.writestr(entry, source.read(entry))
 
 
 def write_pt2(model, path):
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.block_size)
     program = torch.export.export(Logits(model), (torch.zeros(2, 8, dtype=torch.long),),
                                   dynamic_shapes=({0: batch, 1: length},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where in which file each came from
     save_whole(torch.export.save, program, path)
 
 
@@ -162,8 +170,9 @@ def write_int8(model, tokenizer, run, path):
     """A run folder, whose best.pt has 8-bit matrices. Returns the model that it holds."""
     tokenizer.save(os.path.join(path, "tokenizer"))
     model = quantize(copy.deepcopy(model))
-    keep = "step", "settings", "source", "chat", "data_sha256", "versions"
+    keep = "step", "source", "chat", "data_sha256", "versions"
     kept = {name: run[name] for name in keep if name in run}
+    kept["settings"] = asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", "")))
     runtime.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
         format=1, int8=True, model=model.state_dict(),
         tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))

@@ -48,7 +48,7 @@ from config import UserError, check_limits, command_line, load, note, say
 from download import Progress, locked
 from forensics import BORDER, Census, Leaks, Words
 from log import read_header
-from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind
+from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, origin
 
 
 @dataclass
@@ -455,7 +455,7 @@ def check_replaced(out, sources, settings):
 
 def contents(sources, chat):
     """What data are made of, in words: the same words when it is prepared again, by whatever Python."""
-    names = (re.sub(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", name) for name in sources)
+    names = (re.sub(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", name) for name in map(origin, sources))
     return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
 

@@ -30,7 +30,7 @@ from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
 from config import UserError, note, open_file
-from download import download, file_sha256
+from download import download, file_sha256, public
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
@@ -112,6 +112,11 @@ def is_url(source):
     return source.startswith(("http://", "https://"))
 
 
+def origin(source):
+    """What is written down of where a text is from: no secrets of an address, no folders of this machine."""
+    return os.path.basename(os.path.normpath(source)) if os.path.isabs(source) else public(source)
+
+
 def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
     """Resolve names, addresses and folders: (sources, origins), where every source is a pair (name or None, path).
 
@@ -124,8 +129,8 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
     for source in sources:
         try:
             urlsplit(source)
-        except ValueError as error:
-            raise UserError(f"{source} is no address: {error}", "https://HOST/FILE.txt") from None
+        except ValueError:
+            raise UserError(f"{public(source)} is no address", "https://HOST/FILE.txt") from None
         known = source in NAMES and not os.path.exists(source)
         if known and kinds != KINDS:
             raise UserError(f"{source} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
@@ -143,15 +148,14 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
                 resolved.append((source, download(url, path, remote.size, remote.sha256)))
         elif is_url(source):
             name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(urlsplit(source).path))) or "index"
-            check_kind(name, source, kinds)
+            check_kind(name, public(source), kinds)
             path = download(source, os.path.join(downloads, hashlib.sha256(source.encode()).hexdigest()[:8], name))
-            source = f"{source} (sha256 {file_sha256(path)})"
             resolved.append((None, path))
         elif os.path.isdir(source) and source != "stdlib":
             resolved += [(None, path) for path in files(source, kinds, follow_links)]
         else:
             resolved.append((None, source))
-        origins.append(source)
+        origins.append(origin(source) + (f" (sha256 {file_sha256(path)})" if is_url(source) else ""))
     return resolved, origins
 
 

@@ -54,6 +54,7 @@ import numpy as np
 
 import bytebpe
 from config import UserError, command_line, load as load_settings, needs, note, say
+from download import public
 from forensics import code_points
 from sources import documents, fetch
 
@@ -469,7 +470,7 @@ def main(argv):
         raise UserError(f"cannot write {settings.out}: {error.strerror}", "--out=ANOTHER_FOLDER") from None
     say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens from {total:,} bytes (with what prepare.py "
         "will hold out)")
-    say("next: " + shlex.join(["python", "prepare.py", *settings.input, f"--tokenizer={settings.out}"]))
+    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={settings.out}"]))
 
 
 def blocks(sources):

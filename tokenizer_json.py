@@ -28,7 +28,8 @@ def tokenizer_files(tokenizer, context, chat=False):
     """
     if tokenizer.kind == "hugging_face":
         files = {name: content for name, content in tokenizer.files.items() if name in bytebpe.PARTS}
-        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        settings = {name: value for name, value in json.loads(files.get("tokenizer_config.json", b"{}")).items()
+                    if not name.endswith(("_file", "_or_path"))}  # where the files once lay, on somebody's machine
     else:
         make = {"char": char_json, "bpe": bpe_json, "unigram": unigram_json, "tiktoken": byte_json}[tokenizer.kind]
         files = {"tokenizer.json": json.dumps(make(tokenizer), ensure_ascii=False).encode()}

@@ -14,6 +14,7 @@ from conftest import ROOT, check_conversation, error, nasty, turns, words
 import bytebpe
 import prepare
 import tokenizer as tokenizers
+from tokenizer_json import tokenizer_files
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -248,6 +249,12 @@ def test_what_a_vocabulary_cannot_spell_is_said(here, capsys):
     prepare.main(["a.txt", "--tokenizer=model"])
     assert "dropped: 18 control characters that this vocabulary has no token for" in capsys.readouterr().err
     prepare.main(["--inspect", "data/a"])
+
+
+def test_an_export_does_not_say_where_the_tokenizer_lay(tmp_path):
+    where = dict(name_or_path="/home/jane/a", special_tokens_map_file="/home/jane/b", model_max_length=9)
+    files = tokenizer_files(bytebpe.from_hugging_face(folder(tmp_path / "a", config=where)), context=9)
+    assert b"jane" not in b"".join(files.values()) and json.loads(files["tokenizer_config.json"])["model_max_length"] == 9
 
 
 def test_damaged_files(tmp_path):

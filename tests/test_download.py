@@ -382,6 +382,33 @@ def test_any_address(here, server, name):
     assert origin.startswith(server.url) and sha(server.files["/x/" + name]) in origin
 
 
+def test_the_secrets_of_an_address_are_neither_said_nor_written(here, server, capsys):
+    server.files["/a.txt?sig=SECRET"] = TEXT
+    address = server.url.replace("//", "//jane:SECRET@") + "/a.txt?sig=SECRET#SECRET"
+    argv, said = [address, "--tokenizer=char", "--out=data/web"], []
+    for mode in ("status:503", "status:404", "circle", "login", "packed", "cut:9", "", ""):
+        server.mode = mode
+        said += error(prepare.main, *argv) if mode else [str(prepare.main(argv))]
+    for wrong in ("http://jane:SECRET@[x/a.txt", "http://jane:SECRET@h/a.pdf?SECRET", "http://jane:SECRET@h℀/a.txt",
+                  "http://jane:SECRET@h:x/a.txt"):
+        said += error(prepare.main, wrong)
+    tokenizers.main(["--train", f"--input={address}", "--tokenizer=char", "--out=t"])
+    meta = (here / "data/web/meta.json").read_text()
+    assert f'"{server.url}/a.txt (sha256 {sha(TEXT)})"' in meta
+    assert "SECRET" not in (everything := "\n".join([*said, meta, capsys.readouterr().err])), everything
+    for old in (address, f"{address} (sha256 0)"):  # written before this was so
+        (here / "data/web/meta.json").write_text(json.dumps({**json.loads(meta), "source": [old]}))
+        assert datasets.Dataset.open("data/web").meta["source"] == [f"{server.url}/a.txt"]
+
+
+def test_the_path_of_a_text_is_not_written_down(here):
+    (here / "a.txt").write_bytes(TEXT)
+    (here / "b").mkdir()
+    shutil.copy("a.txt", "b/b.txt")
+    assert sources.fetch([str(here / "a.txt"), "b/b.txt", "stdlib", str(here / "b/*.txt")])[1] == [
+        "a.txt", "b/b.txt", "stdlib", "*.txt"]
+
+
 def test_an_address_of_something_else(here, server):
     for name in ("book.pdf", "page", ""):
         assert "none of the kinds that can be read" in error(prepare.main, f"{server.url}/{name}")[0]

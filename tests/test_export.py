@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy
 import pytest
@@ -98,6 +99,31 @@ def exported(tiny_run, tmp_path_factory):
     done = script("export.py", "out/words", f"--out={out}", cwd=tiny_run)
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+def contents(folder):
+    """{where: bytes} of all files below a folder, those in zip archives too."""
+    found = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in filter(zipfile.is_zipfile, list(found)):
+        with zipfile.ZipFile(path) as archive:
+            found.update({f"{path}: {name}": archive.read(name) for name in archive.namelist()})
+    return found
+
+
+def test_no_file_tells_where_it_was_made_or_from(tiny_run, exported, here):
+    """Neither folders of this machine nor what is secret in an address, even where the checkpoint has both."""
+    shutil.copytree(tiny_run / "out/words", "run")
+    run = runtime.load_checkpoint("run/best.pt")
+    run["settings"] |= dict(init_from=f"{here}/start", out_dir=f"{here}/run", dataset=f"{here}/data/words")
+    run["source"] = ["https://jane:SECRET@example.org/a.txt?sig=SECRET (sha256 0)", f"{here}/b.txt"]
+    runtime.save_checkpoint("run/best.pt", run)
+    assert export.main(["run", "--format=hf,torchscript,int8", "--out=x"]) == 0
+    card = (here / "x/README.md").read_text()
+    assert "| https://example.org/a.txt (licence: not known here); b.txt (licence" in card and "weights of start" in card
+    own = [str(folder).encode() for folder in (ROOT, here, tiny_run, exported[0], sys.prefix, os.path.expanduser("~"))]
+    for name, content in {**contents(exported[0]), **contents(here / "x")}.items():
+        told = [secret for secret in (b"SECRET", b"jane", *own) if secret in content]
+        assert not told, f"{name} has {told}"
 
 
 def test_a_trained_run_in_every_format(tiny_run, exported):
