@@ -34,6 +34,8 @@ GPT2 = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # space before a digit is like white space at an end.
 DIGITS = CONTRACTION + r"|\p{N}%s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LONG_RUN = 20_000  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
+MOST_IDS = 1 << 24  # each takes memory, and none of the vocabularies that exist has a tenth of them
+MOST_TEMPLATE = 1 << 20  # characters of a chat template: a hundred times what the longest ones have
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
@@ -53,16 +55,18 @@ class ByteBPETokenizer:
                  settings={}):
         self.kind, self.name, self.pattern, self.ids, self.files, self.nfc = kind, name, pattern, ids, files, nfc
         self.special, self.added, self.template, self.settings, self.ranks = special, added, template, settings, tokens
+        if b"" in tokens or not all(isinstance(text, str) and text for text in (*special, *added)):
+            raise ValueError("there is a token without text")
         # (Special tokens are ours to put in, but without any, tiktoken looks for an empty one behind every character.)
         self.encoding = tiktoken().Encoding(name, pat_str=pattern, mergeable_ranks=tokens,
                                             special_tokens={"<|unused|>": max(tokens.values()) + 1})
-        self.encoding.encode_ordinary("a")  # the thread that comes first owns a cache: better not one of many that work
         self.vocab_size = int(max([*ids, *special.values(), *added.values(), *unused])) + 1
         self.bytes = [b""] * self.vocab_size
         for i, token in [*unused.items(), *((ids[rank], token) for token, rank in tokens.items()),
                          *((i, text.encode()) for text, i in added.items())]:
             self.bytes[i] = token
         self.missing = bytes(b for b in range(256) if bytes([b]) not in tokens)
+        self.encode("a")  # the thread that comes first owns a cache: better not one of many that work
 
     def encode(self, text):
         return self.encode_to_numpy(text).tolist()
@@ -87,7 +91,13 @@ class ByteBPETokenizer:
         if run or self.missing and len(raw := text.encode()) != len(raw.translate(None, self.missing)):
             ranks = self.word_by_word(text)
         else:
-            ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+            try:
+                ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+            except BaseException as error:  # (a panic of Rust is no Exception)
+                if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+                    raise
+                raise UserError(f"the expression of the tokenizer {self.name} fails on a text: {error}",
+                                "take the tokenizer's files from their source again") from None
         return self.ids[ranks]
 
     def word_by_word(self, text):
@@ -221,6 +231,14 @@ def texts_in(value):
     return found
 
 
+def check_ids(tokens, added):
+    """Raises ValueError where an id in either {token: id} is out of range, or where two of `tokens` have the same."""
+    if not all(type(i) is int and 0 <= i < MOST_IDS for i in (*tokens.values(), *added.values())):
+        raise ValueError(f"an id is not a number from 0 to {MOST_IDS - 1:,}")
+    if len(set(tokens.values())) < len(tokens):
+        raise ValueError("two tokens have the same id")
+
+
 def alternatives(texts):
     """An expression that finds any of the texts, the longest first, as a group; for none of them, nothing."""
     return "(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")" if texts else "((?!))"
@@ -256,6 +274,7 @@ def load_tiktoken(folder):
 def tiktoken_tokenizer(files):
     about, lines = json.loads(files["encoding.json"]), files["encoding.tiktoken"].splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    check_ids(ranks, about["special"])
     ids = np.arange(max(ranks.values()) + 1, dtype=np.uint32)  # here the rank of a token is its id
     return ByteBPETokenizer("tiktoken", about["name"], about["pattern"], ranks, ids, about["special"], files)
 
@@ -308,7 +327,8 @@ def hugging_face_tokenizer(name, path, spec, config, files):
     pattern = expression(spec["pre_tokenizer"], refuse)
 
     # 2) the tokens: bytes first, then what the merges make, in their order
-    alphabet, vocabulary = byte_alphabet(), model["vocab"]
+    alphabet, vocabulary, added_tokens = byte_alphabet(), model["vocab"], spec.get("added_tokens") or []
+    check_ids(vocabulary, {token["content"]: token["id"] for token in added_tokens})
     id_of = {bytes([byte]): vocabulary[character] for character, byte in alphabet.items() if character in vocabulary}
     written = {token: bytes(alphabet[character] for character in token) for token in vocabulary
                if all(character in alphabet for character in token)}
@@ -323,12 +343,13 @@ def hugging_face_tokenizer(name, path, spec, config, files):
 
     # 3) the special tokens, and those that are text but were added after training ("<think>")
     special, added = {}, {}
-    for token in spec.get("added_tokens") or []:
+    for token in added_tokens:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             refuse(f"the added token {token['content']!r}, which takes the white space beside it,")
         (special if token["special"] else added)[token["content"]] = token["id"]
-    settings = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()
-                if key.endswith("_token") and isinstance(value, (str, dict))}
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()
+             if key.endswith("_token")}
+    settings = {key: text for key, text in texts.items() if isinstance(text, str)}
     ends = ("<|endoftext|>", "<|end_of_text|>", settings.get("eos_token"))
     end = next((text for text in ends if text in special), None)
     if end is None:
@@ -342,13 +363,12 @@ def hugging_face_tokenizer(name, path, spec, config, files):
         refuse(f"a chat template that is {template!r}")
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), "")
+    if len(template) > MOST_TEMPLATE:
+        refuse(f"a chat template of {len(template):,} characters")
     for i in [*special.values(), *added.values()]:
         unused.pop(i, None)
     if model.get("ignore_merges") and unused:
         refuse(f"ignore_merges with {len(unused)} tokens that no merge makes")
-    if not all(isinstance(i, int) and 0 <= i < 1 << 24
-               for i in [*vocabulary.values(), *special.values(), *added.values()]):
-        refuse("an id that is not a number from 0 to 16,777,215")
     return ByteBPETokenizer("hugging_face", name, pattern, rank_of, ids, special, files, added=added, unused=unused,
                             nfc=normalizer is not None, template=template, settings=settings)
 
@@ -379,7 +399,9 @@ def expression(step, refuse):
 def render(template, **values):
     """Fill in a chat template. Raises UserError where it fails."""
     try:
-        return compiled(template).render(**values)
+        text = compiled(template).render(**values)
+        text.encode()  # half a character (a surrogate) cannot be tokenized
+        return text
     except UserError:
         raise
     except Exception as error:  # a template is a program: whatever it does wrong is its own

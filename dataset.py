@@ -284,7 +284,7 @@ def check_meta(meta):
         raise ValueError("the report is damaged")
     if meta.get("chat", False) is not ("trained" in meta["train"]):
         raise ValueError("chat and trained do not agree")
-    if not all(type(n) is int and n > 0 for n in (*counts, meta["vocab_size"])):
+    if not all(type(n) is int and 0 < n < 1 << 60 for n in (*counts, meta["vocab_size"])):
         raise ValueError("a count is not a positive number")
 
 

@@ -283,7 +283,7 @@ def read_run(run, which="best"):
             raise UserError(f"{path} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
                             "use another checkpoint of the same run") from None
     chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
-    checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
+    checkpoint["source"] = [origin(str(source)) for source in checkpoint["source"]]  # (an older one may hold more)
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 

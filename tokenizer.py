@@ -111,9 +111,9 @@ class CharTokenizer(ChatFormat):
     def __init__(self, characters, special=SPECIAL):
         self.characters = characters
         self.special = {name: i for i, name in enumerate(special)}
-        self.vocab_size = len(special) + len(characters)
+        self.vocab_size = len(self.special) + len(characters)
         self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
-        self.table[code_points(characters)] = np.arange(len(special), self.vocab_size)
+        self.table[code_points(characters)] = np.arange(len(self.special), self.vocab_size)
 
     def encode(self, text):
         return self.encode_to_numpy(text).tolist()
@@ -328,7 +328,7 @@ def load(folder):
             return SentencePieceTokenizer.load(folder, kind)
         return {"char": CharTokenizer.load, "tiktoken": bytebpe.load_tiktoken,
                 "hugging_face": bytebpe.from_hugging_face}[kind](folder)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, IndexError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
                         "take the folder tokenizer/ from a copy, or prepare the data again") from None
 
@@ -359,7 +359,7 @@ def is_ours(folder):
             os.path.join(folder, "tokenizer.json")))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return True
 
 
@@ -381,7 +381,9 @@ def copy(source, target, sha256):
         load_from(target, sha256)
     except UserError:
         shutil.rmtree(path + ".part", ignore_errors=True)
-        shutil.copytree(os.path.join(source, "tokenizer"), path + ".part")
+        os.makedirs(path + ".part")
+        for name in files_of(os.path.join(source, "tokenizer")):
+            shutil.copyfile(os.path.join(source, "tokenizer", name), os.path.join(path + ".part", name))
         if os.path.lexists(path):
             os.replace(path, path + ".damaged")
         os.replace(path + ".part", path)
@@ -393,14 +395,18 @@ def ends(tokenizer):
     return {tokenizer.special[name] for name in names if name in tokenizer.special}
 
 
+def files_of(folder):
+    """The names of all that `save` wrote. (Links to nowhere or to other folders are none of it.)"""
+    return sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+
+
 def fingerprint(folder):
     """A sha256 over all that `save` wrote: two tokenizers with the same one give the same ids."""
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        if os.path.isfile(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), "rb") as file:
-                content = file.read()
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+    for name in files_of(folder):
+        with open(os.path.join(folder, name), "rb") as file:
+            content = file.read()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Byte-level BPE: the same ids as tiktoken and transformers, on text that is meant to break it."""
+import base64
 import copy
 import functools
 import importlib.metadata
@@ -235,7 +236,6 @@ def test_formats_that_cannot_be_learned(tmp_path):
     (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated"}, {**BYTE_LEVEL, "use_regex": False}]}),
      "Split with {'String': 'a'}"),
-    (dict(added_tokens=[dict(id=-3, content="<|endoftext|>", special=True)]), "an id that is not a number from 0"),
     (dict(added_tokens=[dict(id=0, content="<|endoftext|>", special=True, lstrip=True)]), "takes the white space"),
 ])
 def test_what_cannot_be_the_same_is_refused_by_name(tmp_path, changes, named):
@@ -249,6 +249,47 @@ def test_what_a_vocabulary_cannot_spell_is_said(here, capsys):
     prepare.main(["a.txt", "--tokenizer=model"])
     assert "dropped: 18 control characters that this vocabulary has no token for" in capsys.readouterr().err
     prepare.main(["--inspect", "data/a"])
+
+
+END = dict(id=0, content="<|endoftext|>", special=True)
+SLOW = dict(pre_tokenizer=split(r"(?:t|t)*(?!x)\d"))  # takes exponential time, where nobody stops it
+EMPTY = dict(pre_tokenizer=split(r"(?=t)"))  # a word of no bytes: tiktoken panics
+
+
+@pytest.mark.parametrize("changes, config, fact", [
+    *((dict(added_tokens=[END, dict(id=i, content="<x>", special=False)]), {}, "an id is not a number from 0 to 16,777,21")
+      for i in (-1, 1 << 24, 10**12, 10**400, 5.0, True, "5", None)),
+    (dict(model=dict(type="BPE", vocab=dict(a=1, b=1), merges=[])), {}, "two tokens have the same id"),
+    (dict(added_tokens=[END, dict(id=5000, content="", special=False)]), {}, "there is a token without text"),
+    (dict(added_tokens=[END, dict(id=5000, content=5, special=True)]), {}, "there is a token without text"),
+    (dict(added_tokens=[END, dict(id=5000, content="\ud800", special=False)]), {}, "surrogates not allowed"),
+    (dict(pre_tokenizer=split("(" * 10_000)), {}, "Pattern too deeply nested"),
+    (SLOW, {}, "the expression of the tokenizer a fails on a text"),
+    (EMPTY, {}, "the expression of the tokenizer a fails on a text"),
+    ({}, dict(chat_template="x" * 3_000_000), "a chat template of 3,000,000 characters"),
+    ({}, dict(chat_template="\ud800"), "the chat template fails on these messages: UnicodeEncodeError"),
+    ({}, dict(chat_template="{% if 1 %}" * 5000), "the chat template fails on these messages: RecursionError")])
+def test_what_a_stranger_may_write_into_a_file(tmp_path, changes, config, fact):
+    path = folder(tmp_path / "a", config=dict(chat_template="{{ messages[0].content }}") | config, **changes)
+    assert fact in error(lambda _: bytebpe.from_hugging_face(path).chat(turns("t" * 50)))[0]
+
+
+def test_an_end_token_that_is_no_text(tmp_path):
+    path = folder(tmp_path / "a", config=dict(eos_token=dict(content={})))
+    assert len(tokenizers.ends(bytebpe.from_hugging_face(path))) == 1
+
+
+@pytest.mark.parametrize("tokens, special, fact", [
+    ({b"a": 0, b"b": 0}, {}, "two tokens have the same id"), ({b"a": 0, b"": 1}, {}, "damaged"),
+    ({b"a": 10**18}, {}, "an id is not a number"), ({b"a": -1}, {}, "an id is not a number"),
+    ({b"a": 0}, {END["content"]: 1e9}, "an id is not a number"), ({b"a": 0}, [END["content"]], "damaged"),
+    ({}, {}, "damaged")])
+def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
+    (tmp_path / "config.json").write_text('{"kind": "tiktoken"}')
+    (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=bytebpe.GPT2, special=special)))
+    (tmp_path / "encoding.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank
+                                                          for token, rank in tokens.items()))
+    assert fact in error(lambda _: tokenizers.load(tmp_path))[0]
 
 
 def test_an_export_does_not_say_where_the_tokenizer_lay(tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Tokenizers: nothing is lost, nothing is forged, and a small text is no trouble."""
+import os
 import random
 import re
 
@@ -37,7 +38,6 @@ def test_ten_thousand_nasty_strings_come_back(kind):
 
 
 def test_unigram_is_another_vocabulary_and_the_same_on_every_machine(monkeypatch):
-    import os
     text = [words(20_000), "\tx\r\n  y caf\u00e9 \u4e2d\n" * 20]
     made = []
     for processors in (1, 7):
@@ -146,6 +146,30 @@ def test_a_damaged_tokenizer_is_named(tmp_path, config, vocab):
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "vocab.json").write_text(vocab)
     assert f"the tokenizer in {tmp_path} is damaged" in error(lambda _: tokenizers.load(tmp_path))[0]
+
+
+def test_names_that_are_given_twice(tmp_path):
+    (tmp_path / "config.json").write_text('{"kind": "char", "special": ["<|endoftext|>", "<|endoftext|>"]}')
+    (tmp_path / "vocab.json").write_text('["a", "b"]')
+    tokenizer = tokenizers.load(tmp_path)
+    assert tokenizer.decode(range(tokenizer.vocab_size)) == "ab"
+
+
+def test_brackets_without_end(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert f"the tokenizer in {tmp_path} is damaged" in error(lambda _: tokenizers.load_from(tmp_path))[0]
+
+
+def test_what_a_folder_holds_besides_is_not_copied(here, bpe):
+    bpe.save("a/tokenizer")
+    due = tokenizers.fingerprint("a/tokenizer")
+    (here / "secret").mkdir()
+    (here / "secret/key").write_text("x")
+    for name, target in ("nowhere", here / "none"), ("folder", here / "secret"):
+        (here / "a/tokenizer" / name).symlink_to(target)
+    tokenizers.copy("a", "b", due)
+    assert sorted(os.listdir("b/tokenizer")) == ["config.json", "tokenizer.model"]
+    assert tokenizers.fingerprint("b/tokenizer") == due
 
 
 def test_unknown_kind():
