@@ -35,9 +35,9 @@ GPT2 = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = CONTRACTION + r"|\p{N}%s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LONG_RUN = 20_000  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
 MOST_IDS = 1 << 24  # each takes memory, and none of the vocabularies that exist has a tenth of them
-MOST_TEMPLATE = 1 << 20  # characters of a chat template: a hundred times what the longest ones have
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
+ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
 
 
@@ -179,7 +179,9 @@ class ByteBPETokenizer:
             raise UserError(f"the tokenizer {self.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
         check_messages(messages)
         wholes = {**self.special, **self.added}
-        said = "".join(texts_in(messages))
+        texts = []
+        changed(messages, texts.append)
+        said = "".join(texts)
         mark = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in said), None)  # a noncharacter, in no text
         if mark is None or any(len(text) == 1 and text in said for text in wholes):
             raise UserError("a message contains characters that cannot be told from a special token of this model",
@@ -192,11 +194,21 @@ class ByteBPETokenizer:
         return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
 
     def save(self, folder):
-        os.makedirs(folder, exist_ok=True)
-        about = dict(kind=self.kind, vocab_size=self.vocab_size, special=self.special)
-        for name, content in {**self.files, "config.json": json.dumps(about, indent=1).encode()}.items():
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
+        write(folder, self, self.files)
+
+
+def read(folder, name):
+    with open(os.path.join(folder, name), "rb") as file:
+        return file.read()
+
+
+def write(folder, tokenizer, files):
+    """Write the files {name: bytes} of a tokenizer, and config.json: which kind it is, and its special tokens."""
+    os.makedirs(folder, exist_ok=True)
+    about = dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, special=tokenizer.special)
+    for name, content in {**files, "config.json": json.dumps(about, indent=1).encode()}.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
 
 
 def check_messages(messages, roles=()):
@@ -222,13 +234,6 @@ def changed(value, change):
     if isinstance(value, list):
         return [changed(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
-
-
-def texts_in(value):
-    """All texts in lists and dicts."""
-    found = []
-    changed(value, found.append)
-    return found
 
 
 def check_ids(tokens, added):
@@ -262,16 +267,8 @@ def from_tiktoken(name):
     return tiktoken_tokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": b"".join(lines)})
 
 
-def load_tiktoken(folder):
-    """What from_tiktoken made and `save` wrote: no network is needed any more."""
-    files = {}
-    for name in ("encoding.json", "encoding.tiktoken"):
-        with open(os.path.join(folder, name), "rb") as file:
-            files[name] = file.read()
-    return tiktoken_tokenizer(files)
-
-
 def tiktoken_tokenizer(files):
+    """An encoding from these files {name: bytes}, which `save` writes: no network is needed any more."""
     about, lines = json.loads(files["encoding.json"]), files["encoding.tiktoken"].splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     check_ids(ranks, about["special"])
@@ -296,12 +293,8 @@ def byte_alphabet():
 def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError for what is not byte-level BPE, naming what it is."""
     path = os.path.join(folder, "tokenizer.json")
-    files = {}
     try:
-        for name in PARTS:
-            if os.path.isfile(os.path.join(folder, name)):
-                with open(os.path.join(folder, name), "rb") as file:
-                    files[name] = file.read()
+        files = {name: read(folder, name) for name in PARTS if os.path.isfile(os.path.join(folder, name))}
         spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
         return hugging_face_tokenizer(os.path.basename(os.path.abspath(folder)), path, spec, config, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -359,12 +352,10 @@ def hugging_face_tokenizer(name, path, spec, config, files):
 
     # 4) the chat format
     template = files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
-    if not isinstance(template, (str, list)):
-        refuse(f"a chat template that is {template!r}")
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), "")
-    if len(template) > MOST_TEMPLATE:
-        refuse(f"a chat template of {len(template):,} characters")
+    if not isinstance(template, str) or len(template) > 1 << 20:  # a hundred times as long as the longest ones
+        refuse("a chat template that is no text, or has more than a million characters,")
     for i in [*special.values(), *added.values()]:
         unused.pop(i, None)
     if model.get("ignore_merges") and unused:

@@ -186,8 +186,8 @@ def get(address, have=0, version=""):
         response = requests.get(address, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests.ReadTimeout:
         raise Interrupted(f"no answer came for {STALL_SECONDS} seconds", have) from None
-    except ValueError as error:  # its text repeats the address, secrets and all
-        raise Refused(f"{url} is no address that can be asked: {type(error).__name__}") from None
+    except ValueError:  # its text repeats the address, secrets and all
+        raise UserError(f"{url} cannot be reached: it is no address", "https://HOST/FILE.txt") from None
     except requests.RequestException as error:
         # The innermost of many errors, "[Errno 111] Connection refused": those around it repeat the address.
         reason = str(error).split("(Caused by ")[-1].split(": ")[-1].strip("()'\"")

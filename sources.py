@@ -127,10 +127,6 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
         raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
     resolved, origins, downloads = [], [], os.path.join("data", "downloads")
     for source in sources:
-        try:
-            urlsplit(source)
-        except ValueError:
-            raise UserError(f"{public(source)} is no address", "https://HOST/FILE.txt") from None
         known = source in NAMES and not os.path.exists(source)
         if known and kinds != KINDS:
             raise UserError(f"{source} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
@@ -147,7 +143,7 @@ def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
                 url = mirror.rstrip("/") + where if mirror else remote.url
                 resolved.append((source, download(url, path, remote.size, remote.sha256)))
         elif is_url(source):
-            name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(urlsplit(source).path))) or "index"
+            name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(public(source)))) or "index"
             check_kind(name, public(source), kinds)
             path = download(source, os.path.join(downloads, hashlib.sha256(source.encode()).hexdigest()[:8], name))
             resolved.append((None, path))

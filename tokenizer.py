@@ -53,6 +53,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import bytebpe
+from bytebpe import read, write
 from config import UserError, command_line, load as load_settings, needs, note, say
 from download import public
 from forensics import code_points
@@ -75,8 +76,11 @@ SCORE_STEPS = 64  # scores of unigram pieces are multiples of 1/64: float32 then
 PART_CHARACTERS = 2000  # a text is encoded in parts of about this length
 
 
-class ChatFormat:
-    """The chat format of the tokenizers that are learned here."""
+class Learned:
+    """What the tokenizers that are learned here have in common: decoding, and the chat format."""
+
+    def decode(self, ids):
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def chat(self, messages, answer=True):
         """The ids of a conversation. messages: [{"role": "user", "content": "..."}, ...].
@@ -103,7 +107,7 @@ class ChatFormat:
         return ids, mask
 
 
-class CharTokenizer(ChatFormat):
+class CharTokenizer(Learned):
     """One id per character: first the specials, then the characters of the training text in code point order."""
 
     kind = "char"
@@ -131,29 +135,19 @@ class CharTokenizer(ChatFormat):
         first = len(self.special)
         return self.characters[i - first].encode() if first <= i < self.vocab_size else b""
 
-    def decode(self, ids):
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
-
     def save(self, folder):
-        write_config(folder, self)
-        with open(os.path.join(folder, "vocab.json"), "w", encoding="utf-8") as file:
-            json.dump(list(self.characters), file, ensure_ascii=False)
-
-    @classmethod
-    def load(cls, folder):
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            special = list(json.load(file)["special"])
-        with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as file:
-            return cls("".join(json.load(file)), special)
+        write(folder, self, {"vocab.json": json.dumps(list(self.characters), ensure_ascii=False).encode()})
 
 
-class SentencePieceTokenizer(ChatFormat):
+class SentencePieceTokenizer(Learned):
     """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
 
     def __init__(self, model, kind):
         self.model, self.kind = model, kind
-        self.processor = processor = sentencepiece().SentencePieceProcessor(model_proto=model)
+        self.processor = processor = needs("sentencepiece", "bpe and unigram").SentencePieceProcessor(model_proto=model)
         self.vocab_size = processor.vocab_size()
+        if not self.vocab_size:
+            raise ValueError("tokenizer.model is empty")
         self.special = {name: processor.piece_to_id(name) for name in SPECIAL}
         # SentencePiece turns spaces into U+2581 and back, so a U+2581 in the text would come back as a space. It is
         # kept by spelling it in the three bytes of its UTF-8 form, which have pieces of their own, like every byte.
@@ -193,21 +187,8 @@ class SentencePieceTokenizer(ChatFormat):
     def token_bytes(self, i):
         return self.bytes[i] if i < self.vocab_size else b""
 
-    def decode(self, ids):
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
-
     def save(self, folder):
-        write_config(folder, self)
-        with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-            file.write(self.model)
-
-    @classmethod
-    def load(cls, folder, kind="bpe"):
-        with open(os.path.join(folder, "tokenizer.model"), "rb") as file:
-            model = file.read()
-        if not model:
-            raise ValueError("tokenizer.model is empty")
-        return cls(model, kind)
+        write(folder, self, {"tokenizer.model": self.model})
 
 
 def train(kind, texts, vocab_size=4096, character_coverage=1.0):
@@ -251,7 +232,7 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
         raise UserError(f"nothing to learn a vocabulary from: {sum(map(len, lines))} characters, all white space",
                         "more text, or --tokenizer=char")
     model = io.BytesIO()
-    sentencepiece().SentencePieceTrainer.train(
+    needs("sentencepiece", "bpe and unigram").SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size,
         hard_vocab_limit=False,  # a short text has fewer pieces than asked for: make what there is
         normalization_rule_name="identity",  # no NFKC: what goes in comes out
@@ -322,12 +303,17 @@ def sample(texts, total_bytes):
 def load(folder):
     """The tokenizer that `save` wrote into this folder. Raises UserError where it is damaged."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            kind = json.load(file)["kind"]
+        about = json.loads(read(folder, "config.json"))
+        kind = about["kind"]
+        if kind == "char":
+            return CharTokenizer("".join(json.loads(read(folder, "vocab.json"))), about["special"])
         if kind in ("bpe", "unigram"):
-            return SentencePieceTokenizer.load(folder, kind)
-        return {"char": CharTokenizer.load, "tiktoken": bytebpe.load_tiktoken,
-                "hugging_face": bytebpe.from_hugging_face}[kind](folder)
+            return SentencePieceTokenizer(read(folder, "tokenizer.model"), kind)
+        if kind == "tiktoken":
+            return bytebpe.tiktoken_tokenizer({name: read(folder, name) for name in bytebpe.ENCODING})
+        if kind == "hugging_face":
+            return bytebpe.from_hugging_face(folder)
+        raise ValueError(f"there is no kind {kind!r}")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
                         "take the folder tokenizer/ from a copy, or prepare the data again") from None
@@ -381,9 +367,8 @@ def copy(source, target, sha256):
         load_from(target, sha256)
     except UserError:
         shutil.rmtree(path + ".part", ignore_errors=True)
-        os.makedirs(path + ".part")
-        for name in files_of(os.path.join(source, "tokenizer")):
-            shutil.copyfile(os.path.join(source, "tokenizer", name), os.path.join(path + ".part", name))
+        shutil.copytree(os.path.join(source, "tokenizer"), path + ".part",
+                        ignore=lambda folder, names: {*names} - {*files_of(folder)})
         if os.path.lexists(path):
             os.replace(path, path + ".damaged")
         os.replace(path + ".part", path)
@@ -404,8 +389,7 @@ def fingerprint(folder):
     """A sha256 over all that `save` wrote: two tokenizers with the same one give the same ids."""
     digest = hashlib.sha256()
     for name in files_of(folder):
-        with open(os.path.join(folder, name), "rb") as file:
-            content = file.read()
+        content = read(folder, name)
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -415,17 +399,6 @@ def fingerprint_of(tokenizer):
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         return fingerprint(folder)
-
-
-def write_config(folder, tokenizer):
-    """What every tokenizer folder has: which kind it is, and its special tokens."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, special=tokenizer.special), file, indent=1)
-
-
-def sentencepiece():
-    return needs("sentencepiece", "bpe and unigram")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ EMPTY = dict(pre_tokenizer=split(r"(?=t)"))  # a word of no bytes: tiktoken pani
 
 
 @pytest.mark.parametrize("changes, config, fact", [
-    *((dict(added_tokens=[END, dict(id=i, content="<x>", special=False)]), {}, "an id is not a number from 0 to 16,777,21")
+    *((dict(added_tokens=[END, dict(id=i, content="<x>", special=False)]), {}, "an id is not a number from 0 to 16,777")
       for i in (-1, 1 << 24, 10**12, 10**400, 5.0, True, "5", None)),
     (dict(model=dict(type="BPE", vocab=dict(a=1, b=1), merges=[])), {}, "two tokens have the same id"),
     (dict(added_tokens=[END, dict(id=5000, content="", special=False)]), {}, "there is a token without text"),
@@ -266,7 +266,7 @@ EMPTY = dict(pre_tokenizer=split(r"(?=t)"))  # a word of no bytes: tiktoken pani
     (dict(pre_tokenizer=split("(" * 10_000)), {}, "Pattern too deeply nested"),
     (SLOW, {}, "the expression of the tokenizer a fails on a text"),
     (EMPTY, {}, "the expression of the tokenizer a fails on a text"),
-    ({}, dict(chat_template="x" * 3_000_000), "a chat template of 3,000,000 characters"),
+    ({}, dict(chat_template="x" * 3_000_000), "a chat template that is no text, or has more than a million characters"),
     ({}, dict(chat_template="\ud800"), "the chat template fails on these messages: UnicodeEncodeError"),
     ({}, dict(chat_template="{% if 1 %}" * 5000), "the chat template fails on these messages: RecursionError")])
 def test_what_a_stranger_may_write_into_a_file(tmp_path, changes, config, fact):
@@ -295,7 +295,8 @@ def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
 def test_an_export_does_not_say_where_the_tokenizer_lay(tmp_path):
     where = dict(name_or_path="/home/jane/a", special_tokens_map_file="/home/jane/b", model_max_length=9)
     files = tokenizer_files(bytebpe.from_hugging_face(folder(tmp_path / "a", config=where)), context=9)
-    assert b"jane" not in b"".join(files.values()) and json.loads(files["tokenizer_config.json"])["model_max_length"] == 9
+    assert b"jane" not in b"".join(files.values())
+    assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 9
 
 
 def test_damaged_files(tmp_path):

@@ -33,7 +33,8 @@ CASES = 100  # of one process
 # ---------------------------------------------------------------------------------------------------------------------
 # Mutations
 
-VALUES = [None, True, -1, 0, 0.5, 10**7, 2**31, 10**18, 10**400, 1e308, float("nan"), "", "\ud800", "a/../b", [], {}, "DEEP", "LONG"]
+VALUES = [None, True, -1, 0, 0.5, 10**7, 2**31, 10**18, 10**400, 1e308, float("nan"), "", "\ud800", "a/../b", [], {},
+          "DEEP", "LONG"]
 
 
 def places(value, path=()):
@@ -141,8 +142,8 @@ def hugging_face_tokenizer(folder):
     steps = [dict(type="Split", pattern=dict(Regex=r" ?\p{L}+|\s+"), behavior="Isolated", invert=False),
              dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    spec = dict(added_tokens=added, normalizer=dict(type="NFC"), pre_tokenizer=dict(type="Sequence", pretokenizers=steps),
-                model=dict(type="BPE", vocab=vocabulary, merges=merges))
+    spec = dict(added_tokens=added, normalizer=dict(type="NFC"), model=dict(type="BPE", vocab=vocabulary, merges=merges),
+                pre_tokenizer=dict(type="Sequence", pretokenizers=steps))
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(
         eos_token=dict(content="<|im_end|>"), bos_token="<|endoftext|>", chat_template=template)))
@@ -215,8 +216,9 @@ KINDS = {  # the files of which one is changed, and the reader
     "checkpoint": (["run/best.pt"], read_model),
     "meta": (["data/words/meta.json", "data/chats/meta.json"], read_data),
     "chats": (["chats.jsonl"], read_chats),
-    "ours": (["char/config.json", "char/vocab.json", "bpe/config.json", "bpe/tokenizer.model", "unigram/tokenizer.model",
-              "tiktoken/config.json", "tiktoken/encoding.json", "tiktoken/encoding.tiktoken"], read_tokenizer)}
+    "ours": (["char/config.json", "char/vocab.json", "bpe/config.json", "bpe/tokenizer.model",
+              "unigram/tokenizer.model", "tiktoken/config.json", "tiktoken/encoding.json",
+              "tiktoken/encoding.tiktoken"], read_tokenizer)}
 
 
 def attempt(kind, number, valid, here):
@@ -267,10 +269,10 @@ def run(kind, count, valid, tmp_path):
         process.start()
         process.join()
         wrong += (here / "report").read_text(encoding="utf-8")
-        number = min(number + CASES, count)
         if process.exitcode:  # it hung, or the process came to its end
-            number = int((here / "current").read_text()) + 1
-            wrong += f"--- {kind} {number - 1}: the process ended with {process.exitcode}\n"
+            last = (here / "current").read_text()
+            return f"{wrong}--- {kind} {last}: the process ended with {process.exitcode}\n"
+        number += CASES
     return wrong
 
 
