@@ -142,7 +142,8 @@ def hugging_face_tokenizer(folder):
     steps = [dict(type="Split", pattern=dict(Regex=r" ?\p{L}+|\s+"), behavior="Isolated", invert=False),
              dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    spec = dict(added_tokens=added, normalizer=dict(type="NFC"), model=dict(type="BPE", vocab=vocabulary, merges=merges),
+    spec = dict(added_tokens=added, normalizer=dict(type="NFC"),
+                model=dict(type="BPE", vocab=vocabulary, merges=merges),
                 pre_tokenizer=dict(type="Sequence", pretokenizers=steps))
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(
