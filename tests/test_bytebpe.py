@@ -5,8 +5,11 @@ import copy
 import functools
 import importlib.metadata
 import json
+import random
 import shutil
 import sys
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -95,6 +98,29 @@ def test_ids_are_those_of_transformers(tmp_path, name):
         back = text.encode().translate(None, tokenizer.missing)  # a byte without a token is dropped, and nothing else
         if name != "qwen":
             assert b"".join(map(tokenizer.token_bytes, ids)) == back, text
+
+
+def test_a_megabyte_of_marks():
+    """Sorted in advance they are what Python makes of them, and it does not take minutes."""
+    rng = random.Random(0)
+    marks = [*map(chr, range(0x300, 0x370)), *"\u0344\u0f71\u0f73\u0f75\u0f81\u3099\u0591\u1dfa\U0001d16d"]
+    for length in (1, 9, 10, 31, 32, 319, 320, 321, 400, 700) * 20:
+        text = "".join(rng.choice(["a", "\u1ec7", "", "\uac00", "\u304b"]) + "".join(rng.choices(marks, k=length))
+                       for _ in range(3))
+        assert bytebpe.composed(text) == unicodedata.normalize("NFC", text)
+    started = time.monotonic()
+    assert len(bytebpe.composed("e" + "\u0301\u0323" * 200_000)) == 400_000
+    assert time.monotonic() - started < 20
+
+
+def test_a_vocabulary_without_an_a(tmp_path):
+    """tiktoken ends the thread, with no Exception, when it meets a byte that it has no token for."""
+    spec, lacks = trained(), lambda token: "a" not in token
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if lacks(token)}
+    merges = [merge for merge in spec["model"]["merges"] if lacks("".join(merge))]
+    path = folder(tmp_path / "a", model={**spec["model"], "vocab": vocab, "merges": merges})
+    tokenizer = bytebpe.from_hugging_face(path)
+    assert tokenizer.decode(tokenizer.encode("a banana")) == " bnn"
 
 
 def test_ignore_merges_and_added_tokens(tmp_path):
