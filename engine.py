@@ -25,6 +25,7 @@ others: see `steady`.
 
 A prompt and its answer have to fit into the context together; `submit` refuses what does not.
 """
+import contextlib
 import queue
 import threading
 import time
@@ -42,7 +43,7 @@ from torch.nn import functional as F
 
 import machine
 import tokenizer as tokenizers
-from config import note, print_error
+from config import UserError, note, print_error
 from model import KVCache, look_back
 from sample import Sampling, TextStream, chances, is_greedy, make_pick
 
@@ -179,36 +180,53 @@ def steady(model, rows):
 class Engine:
     """Requests on the rows of one model, which is the engine's from here on.
 
-    Any thread may submit, end, and set Request.cancelled. step, run and complete are for one alone.
+    context: cut the model's own to so many tokens. Any thread may submit, end, and set Request.cancelled. step, run and
+    complete are for one alone. Raises UserError where there is too little memory.
     """
 
-    def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32):
+    def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
         self.model, self.tokenizer, self.ends = machine.use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
         self.device, self.max_queue, c = model.lm_head.weight.device, max_queue, model.config
-        size = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a row's cache
-        self.rows = max(1, min(rows, int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)))
+        # Keys and values may take half of the free memory: first there are fewer rows, then the context is cut.
+        size = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a token, in bytes
+        fit = int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)  # tokens
+        wanted = min(context or c.block_size, c.block_size)
+        self.rows = max(1, min(rows, fit // wanted))
+        self.context = wanted if fit >= wanted else fit // 2  # for one row, and one that fills up a batch
+        why = f"a token can take {size:,} bytes, and all tokens half of the free memory, {fit * size / 1e6:,.0f} MB"
+        if self.context < min(wanted, CHUNK):
+            raise UserError(f"there is no memory for a context of {min(wanted, CHUNK)} tokens: {why}",
+                            "end other programs, or take a smaller model")
         if self.rows < rows:
-            note(f"rows={self.rows} instead of {rows}: each can take {size / 1e6:,.0f} MB, all together half of the "
-                 "free memory at most")
+            note(f"rows={self.rows} instead of {rows}: {why}")
+        if self.context < wanted:
+            note(f"context {wanted:,} cut to {self.context:,} tokens: {why}")
         rows = self.rows
         self.counts = steady(model, rows)
-        self.memory = KVCache(model.config, rows + 1, None, self.device, model.dtype())
+        try:
+            self.memory = KVCache(model.config, rows + 1, self.context, self.device, model.dtype())
+        except (MemoryError, RuntimeError) as error:
+            raise UserError(f"{rows} rows of {self.context:,} tokens do not fit into memory: {error}",
+                            f"--rows={(rows + 1) // 2} --block_size={self.context // 2}") from None
         *each, self.spare = (self.memory.row(i) for i in range(rows + 1))  # one that only fills up a batch
         self.free = deque(each)
         self.held = {row: [] for row in self.free}  # the ids of a prompt whose keys and values are still in a row
         self.waiting, self.running, self.news = deque(), [], threading.Condition()
+        self.failures = 0  # in a row
         self.steps = self.n_cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
         self.stopping = False
 
     def submit(self, *requests):
         """Queue the requests, all or none. Raises ValueError where one cannot fit, queue.Full where there is no room.
         """
-        size = self.model.config.block_size
+        size, vocab_size = self.context, self.model.config.vocab_size
         for request in requests:
             # The last token of an answer is never read, so one fits behind a full context. (api.py allows it for
             # scoring alone: to a user, prompt and answer fit or they do not.)
             if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
+            if not all(0 <= i < vocab_size for i in (*request.ids, *request.logit_bias)):
+                raise ValueError(f"an id that is none of the {vocab_size} that the model knows")
         with self.news:
             if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
                 raise queue.Full
@@ -225,21 +243,17 @@ class Engine:
         return requests
 
     def run(self):
-        """Work until `end`; what is left then is cancelled. Raises where the model fails three steps in a row (on a GPU
+        """Work until `end`; what is left then is cancelled. Raises where the model fails three times in a row (on a GPU
         at the first: after an error it does nothing more)."""
-        failures = 0
         while not self.stopping:
             with self.news:
                 self.news.wait_for(lambda: self.waiting or self.running or self.stopping)
             try:
                 self.step()
-                failures = 0
             except Exception:
                 print_error(traceback.format_exc())
-                failures += 1
-                for request in list(self.running):  # those that wait will not feel it
-                    self.finish(request, "error")
-                if failures == 3 or self.device.type == "cuda":
+                self.failures += 1
+                if self.failures == 3 or self.device.type == "cuda":
                     self.stop("error")
                     raise
         self.stop("cancelled")
@@ -277,21 +291,35 @@ class Engine:
         # 2. Decode: a token for every row that is writing.
         writing = [request for request in self.running if request.next is not None]
         for i in range(0, len(writing), self.counts[-1]):
-            self.write(writing[i:i + self.counts[-1]])
+            batch = writing[i:i + self.counts[-1]]
+            with self.or_fail(batch):
+                self.write(batch)
 
         # 3. Prefill: some of the prompts, the oldest first.
         room = CHUNK
         for request in [request for request in self.running if request.read < len(request.ids)]:
             if not room:
                 break
-            if request.read == 0:  # (not sooner: a row before this one may be reading the same)
-                self.recall(request)
-            part = request.ids[request.read:request.read + CHUNK]
-            if len(part) > room:
-                break
-            self.read(request, part)
-            room -= len(part)
+            with self.or_fail([request]):
+                if request.read == 0:  # (not sooner: a row before this one may be reading the same)
+                    self.recall(request)
+                part = request.ids[request.read:request.read + CHUNK]
+                if len(part) > room:
+                    break
+                self.read(request, part)
+                room -= len(part)
         self.steps += 1
+
+    @contextlib.contextmanager
+    def or_fail(self, requests):
+        """What goes wrong here ends these requests and no others."""
+        try:
+            yield
+        except Exception:
+            for request in requests:
+                self.finish(request, "error")
+            raise
+        self.failures = 0
 
     def write(self, requests):
         """The next token of each request, from the one before it."""
@@ -364,6 +392,7 @@ class Engine:
         """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if there are any."""
         try:
             token = request.pick(logits, known).item()
+            new = [] if request.logprobs is None else score(logits, [token], request.logprobs)
         except Exception as error:  # scores that are not finite: this request's alone
             print_error(f"a request failed: {getattr(error, 'fact', error)}")
             return self.finish(request, "error")
@@ -373,8 +402,7 @@ class Engine:
         if token in self.ends and not request.ignore_eos:
             return self.finish(request, "stop")
         request.next = token
-        self.add(request, request.stream.push(token), score(logits, [token], request.logprobs)
-                 if request.logprobs is not None else [])
+        self.add(request, request.stream.push(token), new)
         if request.stream.stopped or request.n == request.max_tokens:
             self.finish(request, "stop" if request.stream.stopped else "length")
         elif request.streams and time.monotonic() - request.told > len(self.running) / EVENTS:
@@ -389,6 +417,8 @@ class Engine:
 
     def finish(self, request, reason):
         """The last event of a request; its row is free again."""
+        if request.finish_reason:
+            return
         if request in self.running:
             self.running.remove(request)
             request.cache.length = 0

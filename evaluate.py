@@ -134,7 +134,7 @@ def answer(engine, items, numbers, examples, settings, name, chat):
     asked, rows = {}, {}
     for i in numbers:
         seeds = [fold("vote", settings.seed, i, n) for n in range(settings.votes)]
-        asked[i] = ask(items[i], examples[i], seeds, settings, engine.tokenizer, engine.model.config.block_size, chat)
+        asked[i] = ask(items[i], examples[i], seeds, settings, engine.tokenizer, engine.context, chat)
     work(engine, [request for requests, _ in asked.values() for request in requests], name)
     for i, (requests, cut) in asked.items():
         item = items[i]
@@ -224,10 +224,10 @@ def measure_samples(engine, settings, name):
     """(the samples with their numbers, tokens per second of one text alone, the best of three)."""
     end = engine.tokenizer.special.get(tokenizers.END_OF_TEXT)
     ids = engine.tokenizer.encode(settings.prompt) or ([end] if end is not None else engine.tokenizer.encode("\n"))
-    longest = min(SAMPLE_TOKENS, engine.model.config.block_size - len(ids))
+    longest = min(SAMPLE_TOKENS, engine.context - len(ids))
     if longest < 1:
         raise UserError(f"the prompt of the samples has {len(ids)} tokens, the context is "
-                        f"{engine.model.config.block_size}", "a shorter --prompt")
+                        f"{engine.context}", "a shorter --prompt")
     requests = [Request(ids=ids, max_tokens=longest, ignore_eos=True, seed=fold("sample", settings.seed, i))
                 for i in range(settings.samples)]
     work(engine, requests, name)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import FAMILIES, nasty, random_model, words
+from conftest import FAMILIES, error, nasty, random_model, words
 from torch.nn import functional as F
 
 import engine
@@ -26,8 +26,8 @@ class Numbers:
         return b"%d " % i
 
 
-def make(seed=0, rows=8, dtype=torch.float32, max_queue=float("inf"), **shape):
-    return Engine(random_model(seed, **{"block_size": 48, **shape}), Numbers(), rows, max_queue, dtype)
+def make(seed=0, rows=8, dtype=torch.float32, max_queue=float("inf"), context=0, **shape):
+    return Engine(random_model(seed, **{"block_size": 48, **shape}), Numbers(), rows, max_queue, dtype, context)
 
 
 def a_request(rng, vocab_size=100, **more):
@@ -238,10 +238,37 @@ def test_requests_that_come_together_with_one_prompt_read_it_once(monkeypatch):
 
 def test_rows_take_half_of_the_free_memory_at_most(monkeypatch, capsys):
     size = 2 * 2 * 48 * 4 * 8 * 4  # keys and values x layers x positions x heads x width of one x bytes
-    for free, due in ((7 * size, 3), (0, 1), (1e9, 8)):
+    for free, due in ((7 * size, 3), (2 * size, 1), (1e9, 8)):
         monkeypatch.setattr(machine, "free_memory", lambda device: free)
         assert make(rows=8).rows == due
         assert (f"rows={due} instead of 8" in capsys.readouterr().err) == (due < 8)
+
+
+def test_the_context_is_cut_to_what_fits(monkeypatch, capsys):
+    """A model for a longer text than there is memory for is served with a shorter one; below 128 tokens it is refused.
+    """
+    token = 2 * 2 * 4 * 8 * 4  # keys and values x layers x heads x width of one x bytes
+    for free, asked, due in ((1800 * token, 0, 450), (1800 * token, 400, 400), (1e9, 300, 300), (1e9, 2000, 1000)):
+        monkeypatch.setattr(machine, "free_memory", lambda device: free)
+        rows = make(rows=1, block_size=1000, context=asked)
+        assert rows.context == due and rows.memory.k.size(3) == due
+        assert ("context 1,000 cut to 450 tokens" in capsys.readouterr().err) == (due == 450)
+        with pytest.raises(ValueError, match=f"do not fit into {due}"):
+            rows.submit(Request(ids=[1] * due, max_tokens=2))
+        assert rows.complete([Request(ids=[1] * (due - 9), max_tokens=10)])[0].finish_reason == "length"
+    monkeypatch.setattr(machine, "free_memory", lambda device: 500 * token)
+    assert "no memory for a context of 128 tokens" in error(lambda _: make(rows=1, block_size=1000))[0]
+
+
+def test_an_allocation_that_fails(monkeypatch):
+    """The system may have less than it says."""
+    def no_memory(*arguments):
+        raise RuntimeError("can't allocate memory")
+    model = random_model()
+    monkeypatch.setattr(engine, "steady", lambda *_: [1])
+    monkeypatch.setattr(engine, "KVCache", no_memory)
+    fact, fix = error(lambda _: Engine(model, Numbers(), rows=8))
+    assert "8 rows of 24 tokens do not fit into memory" in fact and "--rows=4 --block_size=12" in fix
 
 
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():
@@ -275,6 +302,37 @@ def test_what_does_not_fit_is_refused():
     assert [request.n for request in requests] == [1, 0, 16, 2]
     assert {request.finish_reason for request in requests} == {"length"}
     assert requests[2].text == greedy(random_model(block_size=16), requests[2])
+
+
+@pytest.mark.parametrize("wrong", [dict(ids=[5, 100]), dict(ids=[-1]), dict(ids=[1], logit_bias={100: 1.0})], ids=str)
+def test_ids_that_the_model_does_not_know_are_refused(wrong):
+    with pytest.raises(ValueError, match="none of the 100"):
+        make().submit(Request(ids=[1], max_tokens=3), Request(max_tokens=3, **wrong))
+
+
+@pytest.mark.parametrize("part", ["read", "recall", "score"])
+def test_who_fails_fails_alone(part, monkeypatch, capsys):
+    """Whatever goes wrong with one request, and however often: its neighbours get what they asked for."""
+    rows = make(rows=2)
+    fine = Request(ids=[1, 2], max_tokens=30, seed=1, temperature=1.0)
+    wanted = rows.complete([Request(ids=[1, 2], max_tokens=30, seed=1, temperature=1.0)])[0].text
+    owner, name = (engine, "score") if part == "score" else (rows, part)
+    real = getattr(owner, name)
+
+    def sometimes(*arguments):
+        if part == "score" or 7 in arguments[0].ids:
+            raise RuntimeError("one bad request")
+        return real(*arguments)
+    monkeypatch.setattr(owner, name, sometimes)
+    bad = [Request(ids=[7], max_tokens=3, logprobs=0) for _ in range(5)]
+    rows.submit(fine, *bad)
+    worker = threading.Thread(target=rows.run)
+    worker.start()
+    assert fine.events.get(timeout=10).finish_reason == "length" and fine.text == wanted
+    assert [request.events.get(timeout=10).finish_reason for request in bad] == ["error"] * 5
+    rows.end()
+    worker.join(10)
+    assert "one bad request" in capsys.readouterr().err and len(rows.free) == 2
 
 
 def test_the_queue_takes_all_or_none():
