@@ -24,7 +24,8 @@ import time
 from config import UserError
 from web import Refuse
 
-MAX_PROMPTS, MAX_CHOICES, MAX_STOPS = 8, 4, 4
+MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_MESSAGES = 8, 4, 4, 2048
+MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # in one answer: a short request must not fill the memory
 RANGES = {  # name: (lowest, highest), inclusive
     "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}
@@ -111,11 +112,15 @@ def logit_bias(body, vocab_size):
     return found
 
 
+def check_size(what, size, most_bytes, name):
+    if size > most_bytes:
+        raise Refuse(400, f"{what} has {size} bytes; more than {most_bytes} are too many", name,
+                     "context_length_exceeded")
+
+
 def encode(value, name, tokenizer, most_bytes):
     """The ids of a text, which is not looked at if it is too long: the time of the processor belongs to all."""
-    if len(text(value, name).encode()) > most_bytes:
-        raise Refuse(400, f"{name} has {len(value.encode())} bytes; more than {most_bytes} are too many", name,
-                     "context_length_exceeded")
+    check_size(name, len(text(value, name).encode()), most_bytes, name)
     try:
         return tokenizer.encode(value)
     except UserError as error:  # a character that a vocabulary of characters does not have
@@ -124,11 +129,9 @@ def encode(value, name, tokenizer, most_bytes):
 
 def prompt_ids(value, served):
     """A prompt, a text or a list of token ids, as ids."""
-    tokenizer = served.tokenizer
     if type(value) not in (str, list):
         raise Refuse(400, f"prompt must be a text or a list of token ids, not {short(value)}", "prompt")
-    ids = encode(value, "prompt", tokenizer, served.most_bytes) if type(value) is str else \
-        token_ids(value, "prompt", tokenizer.vocab_size)
+    ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
     if not ids:
         raise Refuse(400, "prompt is empty; to start from nothing, give the id of the end-of-text token", "prompt")
     return ids
@@ -136,8 +139,8 @@ def prompt_ids(value, served):
 
 def check_messages(value, most_bytes):
     """OpenAI's messages as [{"role", "content"}], the content a text."""
-    if type(value) is not list or not value:
-        raise Refuse(400, "messages must be a list of messages", "messages")
+    if type(value) is not list or not 1 <= len(value) <= MAX_MESSAGES:
+        raise Refuse(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
     found = []
     for message in value:
         if type(message) is not dict or message.get("role") not in ("system", "user", "assistant"):
@@ -147,8 +150,7 @@ def check_messages(value, most_bytes):
             parts = [part.get("text") for part in content if type(part) is dict and part.get("type") == "text"]
             content = "".join(text(part, "messages") for part in parts) if len(parts) == len(content) else None
         found.append(dict(role=message["role"], content=text(content, "messages")))
-    if sum(len(message["content"].encode()) for message in found) > most_bytes:
-        raise Refuse(400, f"messages have more than {most_bytes} bytes", "messages", "context_length_exceeded")
+    check_size("messages", sum(len(message["content"].encode()) for message in found), most_bytes, "messages")
     if found[-1]["role"] == "assistant":
         raise Refuse(400, "the last message must not be the assistant's", "messages")
     return found
@@ -187,11 +189,17 @@ class Job:
     max_tokens = 128  # by default; None: what is left of the context
     echo = False
 
-    def __init__(self, body, served):
-        self.served, self.tokenizer, self.body = served, served.tokenizer, body
+    def __init__(self, body, served, deadline):
+        self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
         self.requests, self.events = [], queue.SimpleQueue()
         self.stream, self.created = flag(body, "stream"), time.time()
         self.read()
+        self.body = None  # it takes memory, and all of it has been read
+        logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
+                       for request in self.requests if request.logprobs is not None)
+        if logprobs > MAX_LOGPROBS:
+            raise Refuse(400, f"the answer could have {logprobs:,} log-probabilities; more than {MAX_LOGPROBS:,} are "
+                         "too many: give a lower max_tokens, or ask for fewer alternatives", "logprobs")
 
     def request(self, ids, logprobs, lowest=1, **more):
         """A request of the engine with the prompt `ids` and the settings of the body."""
@@ -203,6 +211,7 @@ class Job:
                 values[field.name] = number(body, field.name, default, type(field.default))
         seed = number(body, "seed", secrets.randbits(32), int)
         size, name = self.served.context, "messages" if "messages" in body else "prompt"
+        token_ids(ids, name, self.served.vocab_size)  # (the model may have fewer than the tokenizer)
         limit, *others = [field for field in MAX_TOKENS if body.get(field) is not None] or ["max_tokens"]
         for other in others:
             if body[other] != body[limit]:
@@ -218,7 +227,7 @@ class Job:
                          f"{limit}={left} would fit", limit, "context_length_exceeded")
         new = asked if asked is not None else min(self.max_tokens or left, left)
         return Request(ids=ids, max_tokens=new, logprobs=logprobs, streams=self.stream, events=self.events,
-                       logit_bias=logit_bias(body, self.tokenizer.vocab_size), deadline=self.served.deadline(),
+                       logit_bias=logit_bias(body, self.served.vocab_size), deadline=self.deadline,
                        **{**values, "seed": seed, **more})
 
     def token(self, token, chat=False):
@@ -253,7 +262,7 @@ class Generate(Job):
     def read(self):
         for name in self.body:
             if name not in self.fields:
-                near = difflib.get_close_matches(name, sorted(self.fields), 1)
+                near = difflib.get_close_matches(name[:40], sorted(self.fields), 1)
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
         top = number(self.body, "logprobs", 0, int, 0, 20)
@@ -323,6 +332,9 @@ class Completions(Job):
         """n requests for each prompt. Choice j has the seed + j, for every prompt: each is what it would be alone."""
         self.n = number(self.body, "n", 1, int, 1, MAX_CHOICES)
         self.requests = [self.request(ids, top, **more) for ids in prompts for _ in range(self.n)]
+        if self.echo:
+            echoed = self.n * sum(len(self.tokenizer.token_bytes(i)) for ids in prompts for i in ids)
+            check_size("the echo", echoed, ECHO_BYTES, "prompt")
         for i, request in enumerate(self.requests):
             if self.body.get("seed") is not None:
                 request.seed = (request.seed + i % self.n) % 2**63

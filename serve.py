@@ -50,6 +50,7 @@ class ServeConfig:
     host: str = "127.0.0.1"  # the address to listen on; this one can be reached from this machine alone
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
+    block_size: int = 0  # cut the context to so many tokens, which takes less memory; 0: all that the model can
     max_queue: int = 64  # requests that may wait for a row; more are told to come back
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
@@ -71,10 +72,12 @@ class ServeConfig:
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
+          "block_size": (0, 1e9),
           "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6), "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.html")
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
-TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize: a second of the processor, which all share, is too much
+TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
+PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
 
 
@@ -87,21 +90,22 @@ class Served:
         from engine import Engine
         path, c = run.get("path", "model"), model.config
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name, self.context = os.path.basename(os.path.normpath(folder)), c.block_size
-        self.timeout = settings.request_timeout
+        self.name = os.path.basename(os.path.normpath(folder))
         self.tokenizer, self.chat = tokenizer, run.get("chat", False)
-        # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
-        self.most_bytes = 4 * c.block_size * max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         device, parameters = model.lm_head.weight.device, model.n_params()
         dtype, _ = machine.choose_dtype(settings.dtype, str(device))
-        self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype)
+        self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
+        self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, c.vocab_size)
+        # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
+        longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
         curve = [*log.read_rows(os.path.join(folder, "log.jsonl"))]
         here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
         self.info = dict(
             name=self.name, parameters=parameters, step=run.get("step") or None,
             source=[] if os.path.isdir(path) else [  # (of a Hugging Face folder nobody knows); names without places
                 re.split(r"[/\\]", source.partition("?")[0])[-1] for source in run.get("source", [])],
-            val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=c.block_size,
+            val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=self.context,
             vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             family=f"{c.pos} {c.norm} {c.mlp}", device=str(device),
             dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
@@ -110,9 +114,6 @@ class Served:
             defaults=api.generate_defaults(), curve=[
                 (row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(curve)
                 if "val_loss" in row or i % math.ceil(len(curve) / 500) == 0])
-
-    def deadline(self):
-        return time.monotonic() + self.timeout
 
 
 class Server:
@@ -166,10 +167,10 @@ class Server:
                 f"of {self.served.context} tokens")
             if not self.draining:
                 self.engine.run()
-        except Exception as error:
+        except BaseException as error:  # (a panic of Rust code is no Exception)
             self.failure = error
             if not isinstance(error, UserError):
-                print_error(traceback.format_exc())
+                print_error(f"{traceback.format_exc()}error: the model's thread ended by {error!r}")
         self.ended.set()
 
     def stop(self, drain=0):
@@ -195,7 +196,8 @@ class Server:
     def generate(self, connection):
         route = connection.find_route()
         served = self.ready()
-        job = connection.job = DIALECTS[route](connection.read_body(), served)
+        deadline = time.monotonic() + self.settings.request_timeout  # for all that follows
+        job = connection.job = connection.read_body(lambda body: DIALECTS[route](body, served, deadline))
         if len(job.requests) > served.engine.rows + self.settings.max_queue:
             raise Refuse(400, f"{len(job.requests)} texts at once are more than this server can ever take", "n")
         try:
@@ -262,13 +264,21 @@ class Server:
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
-        ids = list(map(int, api.encode(connection.read_body().get("text"), "text", tokenizer, TOKENIZE_BYTES)))
-        connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
+
+        def answer(body):
+            ids = list(map(int, api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES)))
+            return {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]}
+        connection.respond(200, connection.read_body(answer))
 
     def detokenize(self, connection):
         tokenizer = self.ready().tokenizer
-        ids = api.token_ids(connection.read_body().get("ids"), "ids", tokenizer.vocab_size)
-        connection.respond(200, {"text": tokenizer.decode(ids)})
+
+        def answer(body):
+            ids = api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size)
+            size = sum(len(tokenizer.token_bytes(i)) for i in ids)
+            api.check_size("the text of ids", size, TOKENIZE_BYTES, "ids")
+            return {"text": tokenizer.decode(ids)}
+        connection.respond(200, connection.read_body(answer))
 
     def playground(self, connection):
         connection.respond(200, self.page, {

@@ -10,8 +10,9 @@ hides a second request, a header that never ends. Here everything has a limit: t
 body, and the time for each step: to send headers, to send a body, to take the answer. Whatever is beyond its limit, or
 leaves a doubt where the next request begins, gets one short answer and is hung up on.
 
-Every connection has a thread, which spends its life waiting; sixty-four of them are cheap. Nothing here knows what is
-served: that is serve.py.
+Every connection has a thread, which spends its life waiting; a hundred of them are cheap. When all are taken, a new
+connection replaces one that is waiting for its client: nobody can keep others out by opening connections and saying
+nothing. Nothing here knows what is served: that is serve.py.
 """
 import contextlib
 import email.errors
@@ -28,12 +29,17 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 
 from config import UserError, print_error
 
 JSON = "application/json"
 MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
+MAX_ELEMENTS, MAX_DEPTH = 200_000, 32  # of the JSON in a body: a megabyte of "{}," would become 30 of Python objects
+PARSERS = 4  # bodies that are parsed at once; more would not be faster, but take more memory
+SPARE = 8  # connections beyond max_connections, which are told that the server is busy; /health is answered on them, too
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
              email.errors.InvalidHeaderDefect)
@@ -54,6 +60,24 @@ class Refuse(Exception):
 def dump(content):
     """JSON in ASCII, without the character that a browser could take for the beginning of a tag."""
     return json.dumps(content, allow_nan=False).replace("<", "\\u003c").encode()
+
+
+def parse(data):
+    """The JSON object in a body. Its brackets and commas are counted first: they tell how much memory it will take."""
+    try:
+        text = data.decode()
+        without_quotes = text.replace("\\\\", "").replace('\\"', "")
+        signs = re.sub('"[^"]*"|[^][{},"]+', "", without_quotes)
+        if len(signs) > MAX_ELEMENTS:
+            raise Refuse(400, f"the body has more than {MAX_ELEMENTS:,} brackets and commas")
+        if max(accumulate((sign in "[{") - (sign in "]}") for sign in signs), default=0) > MAX_DEPTH:
+            raise Refuse(400, f"the body has more than {MAX_DEPTH} levels")
+        body = json.loads(text)
+    except ValueError:
+        raise Refuse(400, "the body is not JSON") from None
+    if type(body) is not dict:
+        raise Refuse(400, "the body must be a JSON object")
+    return body
 
 
 def digest(key):
@@ -101,9 +125,10 @@ class Web(ThreadingHTTPServer):
     def __init__(self, settings, routes, public, key, answered):
         self.settings, self.routes, self.public, self.key, self.answered = settings, routes, public, key, answered
         self.local = settings.host in LOOPBACK
-        self.room = threading.BoundedSemaphore(settings.max_connections)
         self.lock, self.busy = threading.Lock(), 0  # connections that are at work on a request
         self.connections, self.deadlines = set(), {}  # {connection: (time, what to shut down then)}
+        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients to send something
+        self.parsers = threading.BoundedSemaphore(PARSERS)
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
@@ -116,7 +141,9 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        if not self.room.acquire(blocking=False):
+        if len(self.connections) >= self.settings.max_connections:
+            self.make_place()
+        if len(self.connections) >= self.settings.max_connections + SPARE:
             with contextlib.suppress(OSError):
                 connection.setblocking(False)  # nobody may hold up this thread
                 connection.send(BUSY)
@@ -124,11 +151,25 @@ class Web(ThreadingHTTPServer):
                 connection.recv(1 << 16)  # to close with something unread would take back what was sent
             return self.shutdown_request(connection)
         self.connections.add(connection)
+        self.silent[connection] = address[0], time.monotonic()
         try:
             super().process_request(connection, address)  # starts the thread
         except RuntimeError:  # the system has no more threads
             self.forget(connection)
             self.shutdown_request(connection)
+
+    def make_place(self):
+        """Hang up on the connection that has been silent for the longest time, of the address with the most of them.
+
+        (So a crowd from one address does not push out the others. A limit for each address would limit a proxy.)
+        """
+        silent = self.silent.copy()
+        crowds = Counter(address for address, _ in silent.values())
+        for connection in sorted(silent, key=lambda c: (-crowds[silent[c][0]], silent[c][1])):
+            if self.silent.pop(connection, None):  # (else its request has just come)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                return
 
     def process_request_thread(self, connection, address):
         try:
@@ -139,7 +180,7 @@ class Web(ThreadingHTTPServer):
     def forget(self, connection):
         self.connections.discard(connection)
         self.deadlines.pop(connection, None)
-        self.room.release()
+        self.silent.pop(connection, None)
 
     def service_actions(self):
         """Called at every turn of serve_forever: who is late is not read from any more (SHUT_RD), or cut off.
@@ -185,6 +226,15 @@ class Connection(BaseHTTPRequestHandler):
         """From now on, the other side has so many seconds."""
         self.server.deadlines[self.connection] = time.monotonic() + seconds, how
 
+    def wait_for_client(self):
+        """From now on, this connection may be hung up on when its place is needed."""
+        self.server.silent[self.connection] = self.client_address[0], time.monotonic()
+
+    def begin_work(self):
+        """Its place is its own again. Raises ConnectionError where it was given away."""
+        if not self.server.silent.pop(self.connection, None):
+            raise ConnectionError
+
     def is_late(self):
         return time.monotonic() > self.server.deadlines.get(self.connection, (math.inf, 0))[0]
 
@@ -220,12 +270,17 @@ class Connection(BaseHTTPRequestHandler):
         route, status = "-", 200
         with self.server.lock:
             self.server.busy += 1
+            crowded = self.server.busy > self.server.settings.max_connections
         try:
+            self.begin_work()
             self.check_headers()
             if self.command == "OPTIONS" and "Origin" in self.headers:
                 status = self.preflight()
                 return
             route = self.find_route()
+            if crowded and route != "/health":
+                self.close_connection = True
+                raise Refuse(503, "too many connections")
             methods = self.server.routes[route]
             function = methods.get("GET" if self.command == "HEAD" else self.command)
             if function is None:
@@ -236,7 +291,7 @@ class Connection(BaseHTTPRequestHandler):
             status = function(self) or 200
         except OSError:  # the client has gone: 499 is nginx's number for an answer that nobody gets
             self.close_connection, status = True, 499
-        except Exception as error:
+        except BaseException as error:  # (a panic of Rust code is no Exception)
             if not isinstance(error, Refuse):  # a mistake of ours
                 print_error(traceback.format_exc())
                 error = Refuse(500, "the server made a mistake")
@@ -252,6 +307,7 @@ class Connection(BaseHTTPRequestHandler):
             finally:
                 with self.server.lock:
                     self.server.busy -= 1
+                self.wait_for_client()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
@@ -301,8 +357,12 @@ class Connection(BaseHTTPRequestHandler):
             if not hmac.compare_digest(digest(given), digest(self.server.key)):
                 raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
-    def read_body(self):
-        """The JSON object that was sent. Nothing is read before it is clear that it is wanted."""
+    def read_body(self, use):
+        """use(the JSON object that was sent). Nothing is read before it is clear that it is wanted.
+
+        It is parsed and used when few others are: it can take thirty times the memory of its bytes, and `use` should
+        keep no more of it than it needs.
+        """
         headers, settings = self.headers, self.server.settings
         lengths = headers.get_all("Content-Length", [])
         self.body_read = False
@@ -322,18 +382,15 @@ class Connection(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.flush()
         self.limit(settings.body_timeout)
+        self.wait_for_client()
         data = self.rfile.read(size)
+        self.begin_work()
         if len(data) < size:
             raise Refuse(*((408, "the body took too long") if self.is_late() else
                            (400, "the body is shorter than its Content-Length")))
         self.body_read = True
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise Refuse(400, "the body is not JSON") from None
-        if type(body) is not dict:
-            raise Refuse(400, "the body must be a JSON object")
-        return body
+        with self.server.parsers:
+            return use(parse(data))
 
     def is_gone(self):
         """Has the client hung up? (One that only says that it has nothing more to send has, too.)"""

@@ -5,12 +5,15 @@ import random
 import re
 import select
 import socket
+import threading
 import time
 
 import pytest
 from serving import (  # noqa: F401 (some are fixtures)
     KEY, ScriptModel, all_logs_fixture, log_fixture, request, script_fixture, script_server_fixture, serving,
     tiny_model, together, until, well_afterwards_fixture)
+
+import web
 
 PROMPT = {"prompt": "x", "max_tokens": 2}
 BODY = json.dumps(PROMPT).encode()
@@ -59,6 +62,43 @@ def test_f1_other_encodings(script, encoding):
                          ids=["lists", "objects", "digits", "balanced"])
 def test_f2_deep_and_long(script, body):
     assert script.raw(post(body)).status == 400
+
+
+@pytest.mark.parametrize("body", [
+    {"prompt": "x", "max_tokens": [[[1]]], "max_new_tokens": [[[1]]]}, {"prompt": "x", "stop": "s"},
+    {"prompt": "[" * 50_000 + "," * 250_000 + '"\\"' * 50_000, "max_tokens": 1}], ids=["values", "text", "signs in a text"])
+def test_f2_what_is_in_a_text_is_not_counted(script, body):
+    answer = script.raw(post(json.dumps(body).encode()))
+    assert answer.status in (200, 400) and "brackets" not in str(answer.body) and "levels" not in str(answer.body)
+
+
+@pytest.mark.parametrize("body, named", [
+    (b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", "32 levels"),
+    (b'{"max_tokens": ' + b"[" * 400 + b"]" * 400 + b', "max_length": ' + b"[" * 400 + b"]" * 400 + b"}", "32 levels"),
+    (b'{"prompt": "\\\\", "a": ' + b'{"a":' * 40 + b"1" + b"}" * 41, "32 levels"),
+    (b'{"prompt": [' + b"{}," * 150_000 + b"1]}", "200,000 brackets and commas"),
+    (b'{"prompt": [' + b"1," * 250_000 + b"1]}", "200,000 brackets and commas")],
+    ids=["lists", "two fields", "behind a text", "objects", "numbers"])
+def test_f2_json_is_bounded(script, body, named):
+    answer = script.raw(post(body))
+    assert answer.status == 400 and named in answer.error["message"]
+
+
+def test_f2_few_bodies_are_parsed_at_once(script, monkeypatch):
+    """What many clients send at once becomes Python objects for a few of them only, until all have been told."""
+    now, most, lock, real = [0], [0], threading.Lock(), script.server.served.tokenizer.encode
+
+    def encode(text):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return real(text)
+    monkeypatch.setattr(script.server.served.tokenizer, "encode", encode)
+    assert {answer.status for answer in together([lambda: script.raw(post()) for _ in range(12)])} <= {200, 503}
+    assert most[0] == web.PARSERS < 12
 
 
 def test_f3_the_same_key_twice(script):
@@ -172,11 +212,53 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
     assert script.get("/health").status == 200
 
 
-def test_f14_all_connections_are_taken_by_the_silent(script):
-    idle = [script.wire() for _ in range(16)]
-    assert script.raw(HEALTH).status == 503
-    assert until(lambda: script.raw(HEALTH).status == 200, 3)
-    assert all(wire.closed(0.5) for wire in idle)
+@pytest.mark.parametrize("sent", [b"", b"POST /gen", post(b"{", Content_Length=9)], ids=["none", "a head", "a body"])
+def test_f14_the_silent_make_room(sent):
+    """Whoever has sent nothing, or half of something, gives way to who comes: the oldest of the largest crowd."""
+    with serving(ScriptModel(), max_connections=8, header_timeout=30, body_timeout=30) as client:
+        idle = [client.wire(sent) for _ in range(8)]
+        assert until(lambda: len(client.server.web.connections) == 8)
+        for _ in range(3):
+            assert client.post("/generate", prompt="x").status == 200
+        assert idle[0].closed() and not idle[-1].closed(0.1)
+        idle += [client.wire(sent) for _ in range(200)]
+        assert client.post("/generate", prompt="x").status == 200
+        assert until(lambda: len(client.server.web.connections) <= 8 + web.SPARE)
+        for wire in idle:
+            wire.close()
+
+
+def test_f14_a_crowd_pushes_out_its_own():
+    with serving(ScriptModel(), max_connections=8, header_timeout=30) as client:
+        with client.wire() as other:
+            server = client.server.web
+            assert until(lambda: len(server.silent) == 1)
+            server.silent.update({key: ("192.0.2.1", since) for key, (_, since) in server.silent.items()})
+            crowd = [client.wire() for _ in range(40)]
+            assert client.raw(HEALTH).status == 200
+            assert other.send(HEALTH).answer().status == 200
+            for wire in crowd:
+                wire.close()
+
+
+def test_f14_health_is_answered_when_all_are_at_work():
+    """Other requests are told to come back, and whoever is at work is not disturbed."""
+    with serving(ScriptModel(), max_connections=4, header_timeout=30) as client:
+        slow = threading.Event()
+        client.model.say("x" * 4000)
+        client.model.before = lambda idx: slow.wait(0.02)
+        body = json.dumps({"prompt": "x", "max_tokens": 3000, "stream": True}).encode()
+        streams = [client.wire(post(body)) for _ in range(4)]
+        assert [wire.head()[0] for wire in streams] == [200] * 4
+        silent = [client.wire() for _ in range(30)]
+        for _ in range(3):
+            assert client.raw(HEALTH).status == 200
+            answer = only_answer(client, post())
+            assert answer.status == 503 and answer.headers["retry-after"] == "1"
+        slow.set()
+        assert all(b"".join(wire.chunks()).endswith(b"data: [DONE]\n\n") for wire in streams)
+        for wire in streams + silent:
+            wire.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

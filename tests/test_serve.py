@@ -1157,16 +1157,12 @@ def test_e10_a_long_prompt_does_not_stall_a_stream(script):
 
 @pytest.mark.parametrize("most", [16, 64])
 def test_e11_idle_connections(most):
+    """As many as there may be are kept; one more replaces the oldest."""
     with serving(ScriptModel(), max_connections=most, header_timeout=10) as client:
         idle = [client.wire() for _ in range(most)]
-        assert until(lambda: threading.active_count() > most)  # all have been accepted
-        with client.wire(client.request("GET", "/health")) as wire:
-            answer = wire.answer()
-            assert answer.status == 503 and answer.headers["retry-after"] == "1" and answer.error["message"]
-            assert wire.closed()
-        idle.pop().close()
-        assert until(lambda: client.get("/health").status == 200)
-        assert client.metric("openllm_connections") == most
+        assert until(lambda: len(client.server.web.connections) == most)
+        assert client.metric("openllm_connections") <= most + 1
+        assert idle[0].closed() and not idle[1].closed(0.1)
         for wire in idle:
             wire.close()
         assert until(lambda: client.metric("openllm_connections") == 1)
