@@ -543,6 +543,12 @@ def broken_steps(marker):
     faults.calls(model_file.GPT, "trunk", step)
 
 
+def unread_log():
+    """Standard error is a pipe that nobody reads."""
+    _, end = os.pipe()
+    os.dup2(end, sys.stderr.fileno())
+
+
 def child(folder, argv, said, fault, arguments):
     """The body of a Process: `python serve.py ARGV` with something changed."""
     os.chdir(folder)

@@ -25,11 +25,12 @@ from conftest import ROOT, error, nasty, random_model, words
 from conftest import script as run_script
 from serving import (  # noqa: F401 (some are fixtures)
     END, KEY, LIVE, ByteTokenizer, Client, Process, ScriptModel, all_logs_fixture, broken_steps, chosen, log_fixture,
-    script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together, until,
-    well_afterwards_fixture)
+    script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together, unread_log,
+    until, well_afterwards_fixture)
 
 import api
 import bytebpe
+import machine
 import sample
 import serve
 import tokenizer as tokenizers
@@ -84,6 +85,32 @@ def test_a3_a_fatal_error_is_seen(log):
         health = client.get("/health")
         assert health.status == 503 and health.json == {"status": "dead"} and client.server.state == "dead"
         LIVE.remove(client)
+
+
+class Panic(BaseException):
+    """What Rust code raises in Python when it fails (pyo3's PanicException): no Exception."""
+
+
+@pytest.mark.parametrize("end", [Panic, SystemExit, MemoryError])
+def test_a3_whatever_ends_the_loading_is_seen(log, end):
+    log.may_fail = True
+
+    def load():
+        raise end("no tokens")
+    with serving(None, load=load) as client:
+        assert until(lambda: client.get("/health").json == {"status": "dead"}), "it is said to be loading"
+        assert client.server.ended.is_set() and f"{end.__name__}('no tokens')" in log.text()
+
+
+def test_a3_a_panic_in_a_request_is_an_answer(script, log, monkeypatch):
+    log.may_fail = True
+
+    def panic(text):
+        raise Panic("no tokens")
+    monkeypatch.setattr(script.server.served.tokenizer, "encode", panic)
+    for path, body in (GENERATE, {"prompt": "x"}), ("/tokenize", {"text": "x"}):
+        answer = script.post(path, body)
+        assert answer.status == 500 and "tokens" not in answer.error["message"]
 
 
 def fail(idx):
@@ -274,6 +301,20 @@ def test_b10_ids_that_do_not_exist(script, path, wrong):
     assert script.text(max_tokens=2) == "ok"
 
 
+def test_b10_a_model_with_fewer_tokens_than_its_tokenizer():
+    """An id that only the tokenizer knows is refused, however it came, and nobody else notices."""
+    with serving(random_model(vocab_size=200, block_size=64), ByteTokenizer()) as client:
+        slow = client.wire(client.request("POST", GENERATE, {"prompt": "ab", "max_tokens": 60, "ignore_eos": True}))
+        for path, field, body in (
+                (GENERATE, "prompt", dict(prompt=[97, 200])), (GENERATE, "prompt", dict(prompt="\u00ff\u0100\u0400")),
+                (COMPLETE, "prompt", dict(prompt=["a", "\u0400"])), (CHAT, "messages", dict(
+                    messages=[dict(SAID[0], content="\u0400")])),
+                (GENERATE, "logit_bias", dict(prompt="a", logit_bias={"200": 1}))):
+            assert "199" in client.refused(field, path, **body)
+        assert slow.answer().json["completion_tokens"] == 60
+        slow.close()
+
+
 def test_b11_many_prompts(tiny):
     answer = tiny.complete(["a", "b"], **drawn(seed=5))
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
@@ -308,6 +349,19 @@ def test_b12_what_is_left(tiny):
 def test_b13_too_long_for_a_stream(tiny, path):
     answer = tiny.post(path, prompt="p" * 128, stream=True)
     assert answer.status == 400 and answer.error["param"] == "prompt"
+
+
+def test_b12_a_context_that_is_cut():
+    with serving(tiny_model(), block_size=64) as client:
+        assert client.get("/model-info").json["context"] == 64
+        assert "64/64" in client.refused("prompt", prompt="p" * 64)
+        assert client.generate("p" * 60, ignore_eos=True)["completion_tokens"] == 4
+
+
+def test_b12_a_model_that_does_not_fit_is_an_error(tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    assert "no memory for a context of 32 tokens" in error(serve.main, "out/words", "--port=0")[0]
 
 
 def test_b14_every_character_comes_back(tiny):
@@ -361,6 +415,20 @@ def test_b18_tokenize_and_back(script):
         script.refused("ids", "/detokenize", ids=wrong)
     for wrong in 5, None, ["a"]:
         script.refused("text", "/tokenize", text=wrong)
+
+
+def test_b18_a_short_request_has_no_endless_answer(log):
+    """What is answered is bounded before it is made: the text of ids, an echo, log-probabilities."""
+    with serving(ScriptModel(vocab_size=258), ByteTokenizer(words=[b" " * 1000])) as client:
+        assert len(client.ok("/detokenize", ids=[257] * 65)["text"]) == 65_000
+        assert "66000 bytes" in client.refused("ids", "/detokenize", ids=[257] * 66)
+        assert len(texts(client.complete([257] * 200, echo=True, n=4, max_tokens=1))) == 4
+        assert "1200000 bytes" in client.refused("prompt", COMPLETE, prompt=[257] * 300, echo=True, n=4, max_tokens=1)
+        scored = dict(prompt=["x" * 3000] * 4, echo=True, max_tokens=0)
+        assert "144,000 log-probabilities" in client.refused("logprobs", COMPLETE, **scored, n=2, logprobs=5)
+        assert "160,000 log-prob" in client.refused("logprobs", CHAT, messages=SAID, max_tokens=2000, n=4,
+                                                    logprobs=True, top_logprobs=19)
+        assert "of 1 to 2048 messages" in client.refused("messages", CHAT, messages=SAID * 2049)
 
 
 def test_b19_several_choices(tiny):
@@ -522,6 +590,16 @@ def test_b_a_request_may_not_take_for_ever(log):
         assert answer["generated_text"] == "a" * answer["completion_tokens"]
         assert client.events(max_tokens=3000)[-1]["finish_reason"] == "timeout"
         assert "error" in client.events("/v1/completions", max_tokens=3000)[-1]
+        client.model.forget()
+
+
+def test_b_tokenizing_takes_of_the_time_of_a_request(log, monkeypatch):
+    with serving(ScriptModel(), request_timeout=0.3) as client:
+        client.model.say("a" * 9)
+        encode = client.server.served.tokenizer.encode
+        monkeypatch.setattr(client.server.served.tokenizer, "encode", lambda text: time.sleep(0.4) or encode(text))
+        answer = client.generate(max_tokens=9)
+        assert (answer["finish_reason"], answer["completion_tokens"]) == ("timeout", 0)
         client.model.forget()
 
 
@@ -1364,6 +1442,17 @@ def test_h1_a_signal_lets_all_finish(start):
         assert json.loads(event.removeprefix(b"data: "))["finish_reason"] == "length"
     assert process.wait() == 0 and time.monotonic() - sent < 10
     assert "Traceback" not in process.said() and "friend" not in process.said()
+
+
+def test_h_nobody_reads_the_log(start):
+    """Lines that a full pipe does not take are dropped, and the server goes on answering."""
+    process = start(fault=unread_log).up()
+    with process.client.wire() as wire:
+        for _ in range(6000):  # a line of some 15 bytes for each, and a pipe holds 64 KB or less
+            assert wire.send(process.client.request("GET", "/nope")).answer().status == 404
+    assert process.client.generate("the ", max_tokens=3)
+    process.signal()
+    assert process.wait() == 0
 
 
 def test_h2_a_signal_does_not_wait_for_ever(start):
