@@ -300,7 +300,8 @@ class Completions(Job):
     """POST /v1/completions: several prompts, several choices each, the prompt's own log-probabilities."""
 
     defaults = {"temperature": 1.0, "top_k": 0}
-    max_tokens, kind, prefix = 16, "text_completion", "cmpl-"
+    max_tokens, prefix = 16, "cmpl-"
+    kind = chunk_kind = "text_completion"
 
     def read(self):
         self.common()
@@ -341,8 +342,8 @@ class Completions(Job):
         self.choice_of = {request: Choice(i, self.repeated(i // self.n, request))
                           for i, request in enumerate(self.requests)}
 
-    def frame(self, choices, kind=None, **more):
-        return {"id": self.id, "object": kind or self.kind, "created": int(self.created), "model": self.served.name,
+    def frame(self, kind, choices, **more):
+        return {"id": self.id, "object": kind, "created": int(self.created), "model": self.served.name,
                 "choices": choices, **more}
 
     def usage(self):
@@ -354,10 +355,13 @@ class Completions(Job):
         end = {"finish_reason": request.finish_reason, "seed": request.seed} if ended else {"finish_reason": None}
         return {"index": self.choice_of[request].index, **more, **end}
 
+    def content(self, request):
+        return {"text": self.choice_of[request].prompt + request.text}
+
     def answer(self):
-        choices = [self.choice(request, True, text=self.choice_of[request].prompt + request.text,
+        choices = [self.choice(request, True, **self.content(request),
                                logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
-        return self.frame(choices, usage=self.usage())
+        return self.frame(self.kind, choices, usage=self.usage())
 
     def repeated(self, i, request):
         """What the answer repeats of prompt i, with echo."""
@@ -391,16 +395,16 @@ class Completions(Job):
         choice.begun = True
         if event.finish_reason:
             chunks.append(self.choice(request, True, text="", logprobs=None))
-        return [self.frame([chunk], **self.no_usage) for chunk in chunks]
+        return [self.frame(self.chunk_kind, [chunk], **self.no_usage) for chunk in chunks]
 
     def last(self):
-        return [self.frame([], usage=self.usage())] if self.usage_wanted else []
+        return [self.frame(self.chunk_kind, [], usage=self.usage())] if self.usage_wanted else []
 
 
 class Chat(Completions):
     """POST /v1/chat/completions: messages, which the model's own chat format makes a prompt of."""
 
-    max_tokens, kind, prefix = None, "chat.completion", "chatcmpl-"
+    max_tokens, prefix, kind, chunk_kind = None, "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def read(self):
         self.common()
@@ -420,10 +424,8 @@ class Chat(Completions):
     def logprobs(self, request, tokens):
         return None if request.logprobs is None else {"content": [self.token(token, chat=True) for token in tokens]}
 
-    def answer(self):
-        choices = [self.choice(request, True, message={"role": "assistant", "content": request.text},
-                               logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
-        return self.frame(choices, usage=self.usage())
+    def content(self, request):
+        return {"message": {"role": "assistant", "content": request.text}}
 
     def chunks(self, event):
         request, choice, chunks = event.request, self.choice_of[event.request], []
@@ -435,7 +437,4 @@ class Chat(Completions):
                                       logprobs=self.logprobs(request, event.tokens)))
         if event.finish_reason:
             chunks.append(self.choice(request, True, delta={}, logprobs=None))
-        return [self.frame([chunk], "chat.completion.chunk", **self.no_usage) for chunk in chunks]
-
-    def last(self):
-        return [self.frame([], "chat.completion.chunk", usage=self.usage())] if self.usage_wanted else []
+        return [self.frame(self.chunk_kind, [chunk], **self.no_usage) for chunk in chunks]

@@ -267,7 +267,18 @@ def check_ids(tokens, added):
 
 def alternatives(texts):
     """An expression that finds any of the texts, the longest first, as a group; for none of them, nothing."""
-    return "(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")" if texts else "((?!))"
+    return f"({tree(texts)})" if texts else "((?!))"
+
+
+def tree(texts):
+    """The same without the group: what begins alike is looked for once, however many of a thousand begin so."""
+    start = os.path.commonprefix([*texts])
+    branches = {}
+    for text in texts:
+        rest = text[len(start):]
+        branches.setdefault(rest[:1], []).append(rest)
+    end = "?" if branches.pop("", None) else ""
+    return re.escape(start) + (f"(?:{'|'.join(map(tree, branches.values()))}){end}" if branches else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ class Web(ThreadingHTTPServer):
     def __init__(self, settings, routes, public, key, answered):
         self.settings, self.routes, self.public, self.key, self.answered = settings, routes, public, key, answered
         self.local = settings.host in LOOPBACK
-        self.lock, self.busy = threading.Lock(), 0  # connections that are at work on a request
+        self.room = threading.BoundedSemaphore(settings.max_connections + SPARE)
+        self.parsers = threading.BoundedSemaphore(PARSERS)
         self.connections, self.deadlines = set(), {}  # {connection: (time, what to shut down then)}
         self.silent = {}  # {connection: (address, since when)}: those that wait for their clients to send something
-        self.parsers = threading.BoundedSemaphore(PARSERS)
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
@@ -141,9 +141,8 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        if len(self.connections) >= self.settings.max_connections:
-            self.make_place()
-        if len(self.connections) >= self.settings.max_connections + SPARE:
+        leaving = len(self.connections) >= self.settings.max_connections and self.make_place()
+        if not self.room.acquire(timeout=int(leaving)):  # (whoever has to leave does so at once)
             with contextlib.suppress(OSError):
                 connection.setblocking(False)  # nobody may hold up this thread
                 connection.send(BUSY)
@@ -161,7 +160,8 @@ class Web(ThreadingHTTPServer):
     def make_place(self):
         """Hang up on the connection that has been silent for the longest time, of the address with the most of them.
 
-        (So a crowd from one address does not push out the others. A limit for each address would limit a proxy.)
+        So a crowd from one address does not push out the others. (A limit for each address would limit a proxy.)
+        Returns whether there was one.
         """
         silent = self.silent.copy()
         crowds = Counter(address for address, _ in silent.values())
@@ -169,7 +169,8 @@ class Web(ThreadingHTTPServer):
             if self.silent.pop(connection, None):  # (else its request has just come)
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                return
+                return True
+        return False
 
     def process_request_thread(self, connection, address):
         try:
@@ -178,9 +179,14 @@ class Web(ThreadingHTTPServer):
             self.forget(connection)
 
     def forget(self, connection):
-        self.connections.discard(connection)
-        self.deadlines.pop(connection, None)
         self.silent.pop(connection, None)
+        self.deadlines.pop(connection, None)
+        self.connections.discard(connection)
+        self.room.release()
+
+    def at_work(self):
+        """The number of connections that are at work on a request."""
+        return len(self.connections) - len(self.silent)
 
     def service_actions(self):
         """Called at every turn of serve_forever: who is late is not read from any more (SHUT_RD), or cut off.
@@ -198,7 +204,7 @@ class Web(ThreadingHTTPServer):
 
     def wait_until_idle(self, seconds):
         end = time.monotonic() + seconds
-        while self.busy and time.monotonic() < end:
+        while self.at_work() and time.monotonic() < end:
             time.sleep(0.01)
 
     def close(self):
@@ -268,9 +274,6 @@ class Connection(BaseHTTPRequestHandler):
     def route(self):
         """Every request whose first line and method http.server knows. The order of the checks is that of trust."""
         route, status = "-", 200
-        with self.server.lock:
-            self.server.busy += 1
-            crowded = self.server.busy > self.server.settings.max_connections
         try:
             self.begin_work()
             self.check_headers()
@@ -278,7 +281,7 @@ class Connection(BaseHTTPRequestHandler):
                 status = self.preflight()
                 return
             route = self.find_route()
-            if crowded and route != "/health":
+            if route != "/health" and self.server.at_work() > self.server.settings.max_connections:
                 self.close_connection = True
                 raise Refuse(503, "too many connections")
             methods = self.server.routes[route]
@@ -302,12 +305,8 @@ class Connection(BaseHTTPRequestHandler):
                 else:
                     self.respond(status, error.body, error.headers)
         finally:
-            try:
-                self.server.answered(self, route, status)
-            finally:
-                with self.server.lock:
-                    self.server.busy -= 1
-                self.wait_for_client()
+            self.server.answered(self, route, status)
+            self.wait_for_client()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
@@ -393,20 +392,13 @@ class Connection(BaseHTTPRequestHandler):
             return use(parse(data))
 
     def is_gone(self):
-        """Has the client hung up? (One that only says that it has nothing more to send has, too.)"""
+        """Has the client hung up? (One that only says that it has nothing more to send has, too.) May raise OSError."""
         if hasattr(select, "POLLRDHUP"):  # Linux tells, whatever the client sent before
             poll = select.poll()
             poll.register(self.connection, select.POLLRDHUP)
             return bool(poll.poll(0))
-        try:
-            self.connection.settimeout(0)
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:  # nothing has come, not even the end
-            return False
-        except OSError:
-            return True
-        finally:
-            self.connection.settimeout(self.timeout)
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     # 2. Answering
 
