@@ -140,8 +140,8 @@ class Server:
             **{path: {"POST": self.generate} for path in DIALECTS}}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
-        self.threads = [threading.Thread(target=self.work, daemon=True),
-                        threading.Thread(target=self.web.serve_forever, args=(0.1,), daemon=True)]
+        self.threads = [threading.Thread(target=self.guard, args=arguments, daemon=True)
+                        for arguments in ((self.work,), (self.web.serve_forever, 0.1))]
 
     @property
     def engine(self):
@@ -161,16 +161,20 @@ class Server:
 
     def work(self):
         """The engine's thread: load the model, then compute whenever there is something to compute."""
+        self.served = Served(self.settings, *self.load())
+        say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
+            f"of {self.served.context} tokens")
+        if not self.draining:
+            self.engine.run()
+
+    def guard(self, function, *arguments):
+        """Run what the server cannot do without: whatever ends it is why the server is dead."""
         try:
-            self.served = Served(self.settings, *self.load())
-            say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
-                f"of {self.served.context} tokens")
-            if not self.draining:
-                self.engine.run()
+            function(*arguments)
         except BaseException as error:  # (a panic of Rust code is no Exception)
             self.failure = error
             if not isinstance(error, UserError):
-                print_error(f"{traceback.format_exc()}error: the model's thread ended by {error!r}")
+                print_error(f"{traceback.format_exc()}error: a thread of the server ended by {error!r}")
         self.ended.set()
 
     def stop(self, drain=0):

@@ -39,7 +39,7 @@ JSON = "application/json"
 MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
 MAX_ELEMENTS, MAX_DEPTH = 200_000, 32  # of the JSON in a body: a megabyte of "{}," would become 30 of Python objects
 PARSERS = 4  # bodies that are parsed at once; more would not be faster, but take more memory
-SPARE = 8  # connections beyond max_connections, which are told that the server is busy; /health is answered on them, too
+SPARE = 8  # connections beyond max_connections: they get an answer from /health, and else hear that the server is busy
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
              email.errors.InvalidHeaderDefect)

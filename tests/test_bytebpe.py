@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -110,6 +111,19 @@ def test_a_megabyte_of_marks():
         assert bytebpe.composed(text) == unicodedata.normalize("NFC", text)
     started = time.monotonic()
     assert len(bytebpe.composed("e" + "\u0301\u0323" * 200_000)) == 400_000
+    assert time.monotonic() - started < 20
+
+
+def test_special_tokens_are_found_in_one_go():
+    """The longest of those that fit, as if each was tried; but with a thousand of them no text takes many seconds."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        wholes = {"".join(rng.choices("<|ab.", k=rng.randint(1, 5))) for _ in range(rng.randint(0, 8))}
+        text = "".join(rng.choices("<|ab.x", k=30))
+        one_by_one = "|".join(map(re.escape, sorted(wholes, key=len, reverse=True))) or "(?!)"
+        assert re.split(bytebpe.alternatives(wholes), text) == re.split(f"({one_by_one})", text)
+    wholes, started = [*(f"<|reserved_{i}|>" for i in range(3000)), "[pad]"], time.monotonic()
+    assert len(re.split(bytebpe.alternatives(wholes), "<" * 3_000_000)) == 1
     assert time.monotonic() - started < 20
 
 

@@ -25,8 +25,8 @@ from conftest import ROOT, error, nasty, random_model, words
 from conftest import script as run_script
 from serving import (  # noqa: F401 (some are fixtures)
     END, KEY, LIVE, ByteTokenizer, Client, Process, ScriptModel, all_logs_fixture, broken_steps, chosen, log_fixture,
-    script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together, unread_log,
-    until, well_afterwards_fixture)
+    script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together,
+    unread_log, until, well_afterwards_fixture)
 
 import api
 import bytebpe
@@ -100,6 +100,14 @@ def test_a3_whatever_ends_the_loading_is_seen(log, end):
     with serving(None, load=load) as client:
         assert until(lambda: client.get("/health").json == {"status": "dead"}), "it is said to be loading"
         assert client.server.ended.is_set() and f"{end.__name__}('no tokens')" in log.text()
+
+
+def test_a3_a_server_that_listens_no_more_is_dead(log, monkeypatch):
+    log.may_fail = True
+    with serving(ScriptModel()) as client:
+        monkeypatch.setattr(client.server.web, "service_actions", lambda: fail(None))
+        assert client.server.ended.wait(10) and client.server.state == "dead"
+        LIVE.remove(client)
 
 
 def test_a3_a_panic_in_a_request_is_an_answer(script, log, monkeypatch):
