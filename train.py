@@ -43,7 +43,7 @@ import prepare
 import runtime
 import tokenizer as tokenizers
 from config import UserError, command_line, load, note, say, show, warn
-from log import Log, last_row, progress_line, read_header
+from log import Log, last_row, progress_line
 from model import GPTConfig, PRESETS
 from muon import Muon
 
