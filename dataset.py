@@ -25,7 +25,7 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers
-from config import UserError, open_file, say, show
+from config import UserError, check_like, open_file, say, show
 from download import file_sha256
 from sources import origin
 
@@ -258,34 +258,32 @@ class Dataset:
 
 def read_meta(folder):
     """What its meta.json says. Raises UserError where there is none, or where it is not as `prepare` writes it."""
+    path = os.path.join(folder, "meta.json")
     try:
-        with open_file(os.path.join(folder, "meta.json"), most=10 << 20) as file:
+        with open_file(path, most=10 << 20) as file:
             meta = json.load(file)
-        check_meta(meta)
-        meta["source"] = [origin(source) for source in meta["source"]]  # (an older meta.json may hold more)
-        return meta
     except FileNotFoundError:
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{folder}/meta.json cannot be read: {type(error).__name__}: {error}",
-                        "run prepare.py again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}", "run prepare.py again") from None
+    check_meta(meta, path)
+    meta["source"] = [origin(source) for source in meta["source"]]  # (an older meta.json may hold more)
+    return meta
 
 
-def check_meta(meta):
-    """Raises ValueError, KeyError or TypeError where a meta.json is not as `prepare` writes it."""
-    due = ["tokens", "bytes", "documents"] + (["trained", "trained_bytes"] if meta.get("chat") else [])
-    counts = [meta[side][key] for side in ("train", "val") for key in due]
-    texts = [meta["tokenizer_sha256"], *meta["source"], *(meta[side]["sha256"] for side in ("train", "val"))]
-    texts += [meta[side]["mask_sha256"] for side in ("train", "val")] if meta.get("chat") else []
-    if meta["format"] != 1 or meta["dtype"] not in ("uint16", "uint32") or not all(isinstance(t, str) for t in texts):
-        raise ValueError("not format 1")
-    if not all(isinstance(line, str) for line in meta["report"]) or not 0 <= meta["leaked"] <= 1:
-        raise ValueError("the report is damaged")
-    if meta.get("chat", False) is not ("trained" in meta["train"]):
-        raise ValueError("chat and trained do not agree")
-    if not all(type(n) is int and 0 < n < 1 << 60 for n in (*counts, meta["vocab_size"])):
-        raise ValueError("a count is not a positive number")
+def check_meta(meta, path):
+    """Raises UserError where a meta.json is not as `prepare` writes it."""
+    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], train={},
+                          val={}), path)
+    chat = meta.get("chat", False)
+    counts = ["tokens", "bytes", "documents"] + (["trained", "trained_bytes"] if chat else [])
+    side = dict.fromkeys(counts, 1) | dict.fromkeys(["sha256", "mask_sha256"] if chat else ["sha256"], "")
+    check_like(meta, dict(train=side, val=side), path)
+    numbers = [meta["vocab_size"], *(meta[side][name] for side in ("train", "val") for name in counts)]
+    if meta["format"] != 1 or meta["dtype"] not in ("uint16", "uint32") or chat is not ("trained" in meta["train"]) \
+            or not all(0 < n < 1 << 60 for n in numbers):
+        raise UserError(f"{path} is not as format 1 should be", "run prepare.py again")
 
 
 def fold(*parts):

@@ -61,7 +61,9 @@ def merge(weights, corrections, rank, alpha):
         raise ValueError("there are none")
     for layer in layers:
         A, B, W = corrections[layer + "lora_A"], corrections[layer + "lora_B"], weights[layer + "weight"]
-        if A.size(0) != rank:
-            raise ValueError(f"{layer}lora_A has {A.size(0)} rows, but the rank is {rank}")
+        n, m = W.shape
+        if A.shape != (rank, m) or B.shape != (n, rank):  # (before the product takes memory)
+            raise ValueError(f"{layer}lora_A and lora_B are {tuple(A.shape)} and {tuple(B.shape)} for a matrix of "
+                             f"{n} x {m} and rank {rank}")
         merged[layer + "weight"] = W + alpha / rank * (B @ A)
     return merged

@@ -21,8 +21,8 @@ import copy
 import functools
 import math
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -67,6 +67,9 @@ PRESETS = {  # the number behind each is n_params()
 }
 
 
+LARGEST = 1 << 24  # of the numbers in a shape: beyond any model there is, and no product of a few of them overflows
+
+
 def round_up(n, multiple):
     """The smallest multiple that is at least n: matrix kernels like round sizes."""
     return math.ceil(n / multiple) * multiple
@@ -75,21 +78,38 @@ def round_up(n, multiple):
 def resolve(config):
     """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist at all."""
     c = GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__dataclass_fields__})
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        assert getattr(c, name) >= 1, f"{name}={getattr(c, name)} is less than 1; --{name}=1 or more"
-    for name in ("n_kv_head", "head_dim", "n_inner"):
-        assert getattr(c, name) >= 0, f"{name}={getattr(c, name)} is negative; --{name}=0"
+    for field in fields(GPTConfig):
+        name, value, kind, choices = field.name, getattr(c, field.name), type(field.default), get_args(field.type)
+        assert type(value) is kind or (kind is float and type(value) is int), f"{name}={value!r} is no {kind.__name__}"
+        assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
+        if kind is int:
+            least = 0 if name in ("n_kv_head", "head_dim", "n_inner") else 1
+            assert least <= value <= LARGEST, (
+                f"a model with {name}={value:,} cannot be made here, only {least} to {LARGEST:,}; --{name}={field.default}")
+    for name in ("rope_theta", "norm_eps"):
+        assert 0 < getattr(c, name) < 1e12, f"{name}={getattr(c, name)} is out of range: above 0, below 1e12"
     assert c.head_dim or c.n_embd % c.n_head == 0, (
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={round_up(c.n_embd, c.n_head)}")
     c.n_kv_head = c.n_kv_head or c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
     c.head_dim = c.head_dim or c.n_embd // c.n_head
+    assert c.n_head * c.head_dim <= LARGEST, f"n_head={c.n_head:,} heads of head_dim={c.head_dim:,} cannot be made here"
+    assert c.block_size * c.head_dim <= 64 * LARGEST, (  # numbers in the tables of rope: 4 GB
+        f"a context of block_size={c.block_size:,} cannot be made here with head_dim={c.head_dim:,}")
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
     c.n_inner = c.n_inner or (round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd)
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
     return c
+
+
+def outline(config, tensors):
+    """A GPT of this shape whose weights take no memory. Asserts that so many tensors can be enough for its layers."""
+    config = resolve(config)
+    assert config.n_layer <= tensors, f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors"
+    with torch.device("meta"):
+        return GPT(config)
 
 
 class RMSNorm(nn.Module):

@@ -17,10 +17,8 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import tempfile
 import zipfile
-import zlib
 from dataclasses import asdict
 
 import torch
@@ -29,9 +27,10 @@ from torch.nn import functional as F
 import huggingface
 import lora
 import tokenizer as tokenizers
-from config import UserError, note, warn
+from config import UserError, check_like, note, warn
 from log import read_header
-from model import GPT, GPTConfig, quantize, resolve, round_up
+from model import GPT, GPTConfig, outline, quantize, resolve, round_up
+from muon import Muon
 from sources import origin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,32 +62,105 @@ def save_checkpoint(path, state):
         raise
 
 
+# What a checkpoint is like: a value of the same type for every part, one item for a list.
+ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
+SOMETIMES = dict(optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""), versions={}, data_sha256=[""],
+                 row=dict(step=0, loss=0.0, lr=0.0, grad_norm=0.0, tokens_per_second=0.0, train_seconds=0.0,
+                          wall_seconds=0.0, memory=0), unlogged="", val_loss=0.0, val_bpb=0.0, chat=False, int8=False,
+                 before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
+SETTINGS = dict(dataset="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0, lora_alpha=0.0)
+
+
 def load_checkpoint(path):
     """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
-    state = load_file(path)
-    needed = {"settings": dict, "model": dict, "step": int, "tokenizer_sha256": str, "source": list}
-    if state.get("format") != 1 or not all(isinstance(state.get(name), kind) for name, kind in needed.items()):
+    return checked(load_file(path), path)
+
+
+def checked(state, path):
+    """The checkpoint, if it is one of this project, and its parts are of the right types and belong together."""
+    if state.get("format") != 1:
         raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
+    check_like(state, ALWAYS, path)
+    for part, likes in ((state, SOMETIMES), (state["settings"], SETTINGS)):
+        names = [name for name in likes if name in part and (part[name] is not None or name not in ("base", "before"))]
+        check_like(part, {name: likes[name] for name in names}, path)
+    if not 0 <= state.get("row", state)["step"] <= state["step"] <= 99_999_999:
+        raise UserError(f"{path} says step={state['step']}, which cannot be", "use another checkpoint")
+    if not state.get("base"):
+        check_model(state["settings"], state["model"], path, state.get("int8"))
     return state
 
 
 def load_file(path):
-    """The dict in a .pt file, of this project or another."""
+    """The dict in a .pt file, of this project or another: plain values, and tensors that take no more than the file."""
     try:
+        if not os.path.isfile(path):  # (a pipe would make us wait)
+            raise FileNotFoundError
+        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:  # that is what it is, and torch.load does not look at the checksums
+            check_directory(archive, size)
             bad = archive.testzip()
         if bad:
             raise zipfile.BadZipFile(f"{bad} has another checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_plain(state, size)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values; opening it could run code, so it is refused",
                         "use a checkpoint that was saved with plain values only") from None
-    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError, LookupError,
-            AttributeError, TypeError) as error:  # one flipped bit can mean anything to a reader
-        raise UserError(f"{path} is damaged or no checkpoint: {error}", "use another one of the same run") from None
+    except Exception as error:  # one flipped bit can mean anything to a reader
+        what = str(error)[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint: {what}", "use another one of the same run") from None
     return state if isinstance(state, dict) else {}
+
+
+def check_directory(archive, size):
+    """Raises BadZipFile where the members are more than the file, or where torch could see others than Python does.
+
+    Python looks for the directory in front of the end of the file, torch where that end says that it is.
+    """
+    members, file = archive.infolist(), archive.fp
+    file.seek(archive.start_dir + 42)
+    first = int.from_bytes(file.read(4), "little")  # where the first member is, as the directory has it
+    file.seek(size - 42)
+    end = file.read()
+    moved = end.startswith(b"PK\6\7") and int.from_bytes(end[8:16], "little") != size - 98  # in a file beyond 4 GB
+    if archive.comment or moved or first != members[0].header_offset:
+        raise zipfile.BadZipFile("its directory is not where it should be")
+    if sum(member.file_size for member in members) > size:
+        raise zipfile.BadZipFile("it would unpack to more than it is")
+
+
+def check_plain(state, size):
+    """Raises ValueError where a file of `size` bytes would become more than it is: by tensors of which it holds only a
+    part, by values that hold each other many times, by numbers that are too long to print."""
+    values, memory = [state], 0
+    for value in values:  # which grows
+        if isinstance(value, dict):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            values += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_neg():
+                raise ValueError("a tensor is not of the plain kind")
+            memory += value.nbytes
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(value.shape)} repeats its numbers")
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError("a number has more than 64 bits")
+        if len(values) > size or memory > 2 * size:  # twice: tied weights are one tensor with two names
+            raise ValueError("its values would take more memory than the file")
+
+
+def check_model(settings, weights, path, int8=False):
+    """Raises UserError where weights are not those of the model that the settings describe; before it is built."""
+    try:
+        config = GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
+        model = outline(config, len(weights))
+    except (AssertionError, KeyError) as error:
+        raise UserError(f"{path} describes no model that can be built here: {error}", "use another model") from None
+    fitting(quantize(model) if int8 else model, weights, path)
 
 
 def checkpoints(run):
@@ -225,7 +297,7 @@ class RunFolder:
 def find_run(where="out"):
     """The run below `where` that was written last."""
     runs = {path: os.path.getmtime(path) for path in glob.glob(os.path.join(where, "**", "*.pt"), recursive=True)
-            if os.path.basename(path).startswith(("best", "ckpt_"))}
+            if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)}
     if not runs:
         raise UserError(f"there is no trained run below {where}/", "python train.py config/train_small.py")
     return os.path.dirname(max(runs, key=runs.get))
@@ -255,35 +327,42 @@ def checkpoint_path(run, which="best"):
                     "model)", f"python train.py config/train_small.py --out_dir={run}")
 
 
-def read_run(run, which="best"):
+def read_run(run, which="best", depth=0):
     """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
 
     Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: does the model know a chat
-    format? (A tokenizer of ours always does; whether the model has learned it, train.py has noted.)
+    format? (A tokenizer of ours always does; whether the model has learned it, train.py has noted.) The weights are
+    those of the model that `settings` describe, and the tokenizer has no id beyond its vocabulary.
+
+    depth: how many LoRA runs correct this one.
     """
     if huggingface.is_folder(run):
-        checkpoint, tokenizer = huggingface.read(run)
+        path, (checkpoint, tokenizer) = run, huggingface.read(run)
         ours = tokenizer.kind in tokenizers.LEARNED  # export.py gives these a template only where the model can chat
         chat = os.path.exists(os.path.join(run, "chat_template.jinja")) if ours else bool(tokenizer.template)
-        return checkpoint | {"path": run, "chat": chat}, tokenizer
-    path = checkpoint_path(run, which)
-    state = load_file(path)
-    if "model_args" in state:
-        checkpoint, tokenizer = from_nanogpt(state, path)
     else:
-        checkpoint = load_checkpoint(path)
-        tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
+        path = checkpoint_path(run, which)
+        state = load_file(path)
+        if "model_args" in state:
+            checkpoint, tokenizer = from_nanogpt(state, path)
+        else:
+            checkpoint = checked(state, path)
+            tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
+        chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
+    settings = checkpoint["settings"]
+    if tokenizer.vocab_size > settings["vocab_size"]:
+        raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
+                        f"{settings['vocab_size']:,}", "take both from their source again, from one model")
     if checkpoint.get("base"):
-        weights, settings = read_base(checkpoint["base"], run)["model"], checkpoint["settings"]
+        weights = read_base(checkpoint, run, depth)["model"]
         checkpoint["corrections"] = checkpoint["model"]
         try:
             checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"],
                                              settings["lora_alpha"])
-        except (KeyError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
                             "use another checkpoint of the same run") from None
-    chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
-    checkpoint["source"] = [origin(str(source)) for source in checkpoint["source"]]  # (an older one may hold more)
+    checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 
@@ -296,9 +375,9 @@ def load_run(run, which="best", device="cpu", int8=False):
     path = checkpoint["path"]
     try:
         model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
-    except (AssertionError, LookupError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{path} describes no model that can be built here: {what}", "use another model") from None
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0][:200]}",
+                        "a machine with more memory, or another model") from None
     model = quantize(model) if checkpoint.get("int8") else model
     load_weights(model, checkpoint.pop("model"), path)
     model = quantize(model) if int8 and not checkpoint.get("int8") else model
@@ -328,49 +407,63 @@ def name_base(path, start):
     return dict(path=path, sha256=digest.hexdigest())
 
 
-def read_base(base, run):
+def read_base(checkpoint, run, depth=0):
     """The checkpoint that a LoRA run corrects. Raises UserError where it is not there, or not as it was."""
-    path = base["path"] if isinstance(base, dict) and isinstance(base.get("path"), str) else "(no path)"
+    path = checkpoint["base"]["path"]
     if not os.path.exists(path):
         raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
                         f"bring {path} back, or go to the folder where {run} was trained: the path counts from there; "
                         f"python export.py {run} --format=hf makes a model that needs no other")
-    start, _ = read_run(path)
+    if depth > 3:  # a run that corrects itself has no end of them
+        raise UserError(f"{run} holds corrections (LoRA) to corrections to corrections, and so on: more than 4",
+                        "export.py --format=hf makes a model of one that needs no other")
+    start, _ = read_run(path, depth=depth + 1)
     check_whole(start)
-    if name_base(path, start) != base:
+    if name_base(path, start) != checkpoint["base"]:
         raise UserError(f"{run} holds corrections (LoRA) to the weights that {path} had; now it has others",
                         f"bring the old ones back to {path}")
+    check_model(checkpoint["settings"], start["model"], run)
     return start
 
 
-def load_weights(model, weights, path):
-    """Copy weights into the model. Raises UserError that names the first tensor that is missing or misshapen.
+def fitting(model, weights, path):
+    """Of loaded weights, those that the model takes. Raises UserError that names the first that is not as it should be.
 
     A context may be cut: the learned positions beyond it are left out.
     """
-    positions = "transformer.wpe.weight"
-    if isinstance(weights.get(positions), torch.Tensor):
-        weights = weights | {positions: weights[positions][:model.config.block_size]}
-    for name, expected in learned(model).items():
-        found = getattr(weights.get(name), "shape", None)
-        if found is not None and weights[name].is_floating_point() != expected.is_floating_point():
-            raise UserError(f"{path} has {name} in {weights[name].dtype}, but the model has {expected.dtype} there",
-                            "use another checkpoint")
-        if found != expected.shape:
-            has = f"{name} of shape {tuple(found)}" if found is not None else f"no {name}"
-            raise UserError(f"{path} has {has}, but the model has {tuple(expected.shape)} there",
-                            "use the settings that the checkpoint was trained with")
-    model.load_state_dict(weights, strict=False)
+    ours, positions = learned(model), "transformer.wpe.weight"
+    found = {name: weights.get(name) for name in ours}
+    if isinstance(found.get(positions), torch.Tensor) and found[positions].dim() == 2:
+        found[positions] = found[positions][:model.config.block_size]
+    check_like(found, ours, path)
+    return found
 
 
-def load_optimizers(optimizers, states, run):
-    """Give each optimizer its state. Raises UserError where they do not fit."""
-    try:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"the optimizer state in the checkpoint of {run} does not fit: {error}",
-                        f"delete that checkpoint, or start anew: --init_from={run}/best.pt --out_dir={run}-2") from None
+def load_weights(model, weights, path):
+    """Copy weights into the model."""
+    model.load_state_dict(fitting(model, weights, path), strict=False)
+
+
+def load_optimizers(optimizers, scaler, checkpoint, run):
+    """Give the optimizers and the scaler of the loss their state. Raises UserError where it does not fit.
+
+    What an optimizer is told (its rates, the kernel that it uses) does not come from the file, but from the settings.
+    """
+    found = dict(enumerate(checkpoint.pop("optimizer")))
+    for i, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, Muon):
+            names, step = ["momentum_buffer"], {}
+        else:
+            names, step = ["exp_avg", "exp_avg_sq"], dict(step=torch.zeros(()))
+        parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
+        due = {number: step | dict.fromkeys(names, p) for number, p in parameters}
+        if i in found and not found[i]["state"]:  # so far, float16 has overflowed in every update
+            continue
+        check_like(found, {i: dict(state=due)}, run, "the optimizers")
+        state = {number: {name: found[i]["state"][number][name].contiguous() for name in due[number]} for number in due}
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    check_like(checkpoint["scaler"], scaler.state_dict(), run, "the scaler")
+    scaler.load_state_dict(checkpoint["scaler"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,23 +479,29 @@ def from_nanogpt(state, path):
         # It rounds the vocabulary of GPT-2 up to 50,304 in the model; the tokens that do not exist are cut off here.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
         config = GPTConfig(**args, mlp="gelu_exact")
-        rows = round_up(config.vocab_size, 64)
+        settings, rows = asdict(resolve(config)), round_up(config.vocab_size, 64)
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]
-            weights[name] = F.pad(matrix, (0, 0, 0, rows - matrix.size(0)))
-        return dict(format=1, step=state.get("iter_num", 0), model=weights, source=[data or path],
-                    settings=asdict(resolve(config)), tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
-    except (AssertionError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if matrix.dim() != 2 or len(matrix) < config.vocab_size:
+                raise ValueError(f"{name} has the shape {tuple(matrix.shape)}")
+            weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))
+        step = int(state.get("iter_num", 0))
+    except (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(f"{path} looks like nanoGPT's, but does not describe a model: {type(error).__name__}: {error}",
                         "use another checkpoint") from None
+    check_model(settings, weights, path)
+    return dict(format=1, step=step, model=weights, source=[data or path], settings=settings,
+                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
 
 
 def nanogpt_tokenizer(folder, data, vocab_size):
     """What the ids of a nanoGPT checkpoint mean: it does not say, so the characters are looked for where it keeps them.
     """
     for path in (os.path.join(folder, "meta.pkl"), os.path.join(folder, "..", "data", data, "meta.pkl")):
-        if os.path.exists(path):
+        if os.path.isfile(path):
             try:
+                if os.path.getsize(path) > 1 << 24:
+                    raise ValueError("a table of characters is not so large")
                 with open(path, "rb") as file:
                     itos = PlainUnpickler(file).load()["itos"]
                 characters = [itos[i] for i in range(vocab_size)]
@@ -418,8 +517,11 @@ def nanogpt_tokenizer(folder, data, vocab_size):
                     "mean", f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {os.path.join(folder, 'meta.pkl')}")
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers, and nothing that could run code."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, strings and numbers, and nothing that could run code.
+
+    (The one that is written in Python: nine bytes make the other reserve 64 GB.)
+    """
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of characters does not need")

@@ -324,16 +324,16 @@ def load_from(path, sha256=None):
 
     sha256: the fingerprint of the one that is meant; another is refused.
     """
-    for folder in (path, os.path.join(path, "tokenizer")):  # (an exported Hugging Face folder holds ours as well)
-        if is_ours(folder):
-            if sha256 and (found := fingerprint(folder)) != sha256:
-                raise UserError(f"{folder} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
-                                "take the folder tokenizer/ from a copy, or prepare the data again")
-            return load(folder)
-    if os.path.exists(os.path.join(path, "tokenizer.json")):
-        return bytebpe.from_hugging_face(path)
-    raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
-                    "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
+    both = path, os.path.join(path, "tokenizer")  # (an exported Hugging Face folder holds ours as well)
+    folder = next(filter(is_ours, both), None)
+    if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
+        raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
+                        "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
+    tokenizer = load(folder) if folder else bytebpe.from_hugging_face(path)
+    if sha256 is not None and (found := fingerprint(folder) if folder else fingerprint_of(tokenizer)) != sha256:
+        raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
+                        "take the folder tokenizer/ from a copy, or prepare the data again")
+    return tokenizer
 
 
 def is_ours(folder):

@@ -156,7 +156,7 @@ def train(settings, given, processes, stop, folder):
             say_next(out_dir, data)
             return 0
         base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
-        start = runtime.read_base(base, out_dir) if base else None
+        start = runtime.read_base(resumed, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
         start = checks.load_start(settings, given, data)
         base = runtime.name_base(settings.init_from, start) if settings.lora_rank else None
@@ -274,8 +274,7 @@ def train(settings, given, processes, stop, folder):
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
-        runtime.load_optimizers([optimizer for optimizer, _ in optimizers], resumed.pop("optimizer"), out_dir)
-        scaler.load_state_dict(resumed["scaler"])
+        runtime.load_optimizers([optimizer for optimizer, _ in optimizers], scaler, resumed, out_dir)
         say(f"resumed {out_dir} after {step} of {settings.max_iters} updates")
 
     def header():

@@ -273,6 +273,32 @@ def check_limits(settings, limits):
                                 f"--{name}={str(default).lower()}, the default")
 
 
+def check_like(found, like, where, name=""):
+    """Raises UserError where what a file holds is not like the value that it is to replace: type, and shape of a tensor.
+
+    like: of a dict, the keys that there must be; of a list, one item that all must be like.
+    """
+    if isinstance(like, dict) and isinstance(found, dict):
+        for key, value in like.items():
+            check_like(found.get(key), value, where, f"{name}.{key}".lstrip("."))
+    elif isinstance(like, list) and isinstance(found, list):
+        for item in found:
+            check_like(item, like[0], where, f"an item of {name}")
+    elif kind_of(found) != kind_of(like):
+        raise UserError(f"{where}: {name or 'all of it'} is {kind_of(found)}, but should be {kind_of(like)}",
+                        "take the file from its source again, or use another one")
+
+
+def kind_of(value):
+    """What two values have to have in common. (Between types with a fraction, the numbers of a tensor are converted.)"""
+    if value is None:
+        return "missing"
+    if not hasattr(value, "is_floating_point"):
+        return f"of type {type(value).__name__}"
+    kind = "float" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return f"a tensor {tuple(value.shape)} of type {kind}"
+
+
 def fits(value, kind):
     try:
         parse(value, kind, "")

@@ -490,8 +490,12 @@ def test_corrections_that_are_damaged_are_refused(lab):
     without = {key: value for key, value in state["model"].items() if key != name}
     assert "do not fit: KeyError" in fact(model=without)
     assert "do not fit: ValueError: there are none" in fact(model={})
-    assert "has 1 rows, but the rank is 2" in fact(model=state["model"] | {name: state["model"][name][:1]})
-    assert "corrections (LoRA) to the weights of (no path)" in fact(base="base")
+    for change in (lambda A: A[:1], lambda A: A[:, :1], lambda A: torch.ones(2, 10**6)):  # (one product would be TBs)
+        assert "do not fit: ValueError" in fact(model=state["model"] | {name: change(state["model"][name])})
+    assert "base is of type str" in fact(base="base")
+    assert "base.path is missing" in fact(base={})
+    for shape in (dict(vocab_size=10**7), dict(n_layer=10**6)):  # which is that of the base, or else
+        assert "a: " in (found := fact(settings=state["settings"] | shape)) or "a describes no model" in found
 
 
 def test_another_mask_is_other_data(lab):
@@ -507,4 +511,4 @@ def test_another_mask_is_other_data(lab):
     for change in (dict(chat=False), dict(special={})):
         open("data/other/meta.json", "w").write(json.dumps(meta | change))
         fact = error(train.main, *CHAT, "--out_dir=b", "--dataset=other")[0]
-        assert "chat and trained do not agree" in fact or "the same tokens" in fact
+        assert "is not as format 1 should be" in fact or "the same tokens" in fact

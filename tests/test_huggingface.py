@@ -157,31 +157,32 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
     for theta in (0, -5, float("nan"), 10**400, "1"):
         assert "describes no model" in settings(rope_parameters=dict(rope_theta=theta))
     assert "describes no model" in settings(rms_norm_eps=float("nan"))
-    assert "can be built here" in settings(max_position_embeddings=10**13)
+    for name in ("max_position_embeddings", "num_hidden_layers"):
+        assert "cannot be made here, only 1 to 16,777,216" in settings(**{name: 10**9})
+    assert "a context of block_size=16,777,216 cannot be made here" in settings(max_position_embeddings=1 << 24,
+                                                                               head_dim=512)
     assert "quantized" in settings(quantization_config=dict(bits=4))
     assert "lacks or has an unknown 'hidden_size'" in settings(hidden_size="DELETE")
     assert "describes no model" in settings(num_hidden_layers="two")
     assert "describes no model" in settings(num_attention_heads=5, head_dim="DELETE")
-    assert "100,000,000 layers, but bad has only 20 tensors" in settings(num_hidden_layers=100_000_000)
-    assert "model.layers.2.input_layernorm.weight (32,)" in settings(num_hidden_layers=3)
-    assert "model.layers.1.input_layernorm.weight is unknown" in settings(num_hidden_layers=1)
+    assert "n_layer=10,000,000, but there are only 20 tensors" in settings(num_hidden_layers=10_000_000)
+    assert "model.layers.2.input_layernorm.weight is missing" in settings(num_hidden_layers=3)
+    assert "model.layers.1.input_layernorm.weight, model" in settings(num_hidden_layers=1)
     fact = settings(hidden_size=36, head_dim=8)
-    assert "model.embed_tokens.weight is (101, 32), not (101, 36)" in fact and "model.norm.weight is (32,)" in fact
-    assert "; and 142 more" in settings(num_hidden_layers=20)
+    assert "model.embed_tokens.weight is a tensor (101, 32) of type float, but should be a tensor (101, 36) of type float" in fact
     assert "101 tokens, the model only 64" in wrong(lambda folder: [
         edit(folder / "config.json", vocab_size=64),
         save_file({**good, "model.embed_tokens.weight": good["model.embed_tokens.weight"][:64].clone()},
                   folder / "model.safetensors")])
 
     q = "model.layers.0.self_attn.q_proj.weight"
-    fact = tensors(**{q: None, "model.norm.weight": None})
-    assert f"no {q} (32, 32)" in fact and "no model.norm.weight (32,)" in fact  # each of them
-    assert f"{q} is (31, 32), not (32, 32)" in tensors(**{q: good[q][1:].clone()})
-    assert f"{q} is torch.int8" in tensors(**{q: good[q].to(torch.int8)})
+    assert f"{q} is missing" in tensors(**{q: None})
+    assert f"{q} is a tensor (31, 32) of type float, but" in tensors(**{q: good[q][1:].clone()})
+    assert f"{q} is a tensor (32, 32) of type int8, but" in tensors(**{q: good[q].to(torch.int8)})
     head = torch.ones_like(good["model.embed_tokens.weight"])
     assert "says that lm_head.weight is the embedding, and it is not" in tensors(**{"lm_head.weight": head})
-    assert "extra is unknown" in tensors(extra=torch.ones(1))
-    assert "q_proj.bias is unknown" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
+    assert "bad: extra: tensors that its config.json does not know of" in tensors(extra=torch.ones(1))
+    assert "q_proj.bias: tensors that" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
 
     assert "bad has no model.safetensors take" in wrong(lambda folder: (folder / "model.safetensors").unlink())
     assert "only pytorch_model.bin" in wrong(

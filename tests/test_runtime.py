@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Device and dtype choices, and checkpoints that are whole, safe and found."""
+import io
+import json
 import os
 import pickle
+import shutil
+import struct
+import zipfile
+from dataclasses import asdict
 
+import pytest
 import torch
 from conftest import chat_run, error, prepare_words, random_model
 
+import lora
 import machine
 import runtime
 import sample
+import tokenizer as tokenizers
 import train
+from muon import Muon
 
 
 def whole(**state):
     """A checkpoint with all that every one has, and `state`."""
-    return dict(format=1, step=0, model={}, settings={}, tokenizer_sha256="", source=[]) | state
+    model = random_model()
+    return dict(format=1, step=0, model=model.state_dict(), settings=asdict(model.config), tokenizer_sha256="",
+                source=[]) | state
 
 
 def test_devices(monkeypatch):
@@ -60,7 +72,8 @@ def test_dtypes(monkeypatch):
 
 
 def test_a_checkpoint_comes_back_as_it_was(here):
-    state = whole(model=random_model().state_dict(), step=3, settings=dict(a=1, b="x", c=[1.5, None]))
+    state = whole(step=3)
+    state["settings"].update(a=1, b="x", c=[1.5, None])
     runtime.save_checkpoint("ckpt_00000003.pt", state)
     again = runtime.load_checkpoint("ckpt_00000003.pt")
     assert all(torch.equal(again["model"][name], p) for name, p in state["model"].items())
@@ -81,7 +94,7 @@ def test_a_failed_save_changes_nothing(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert "cannot write a.pt: [Errno 28]" in error(lambda _: runtime.save_checkpoint("a.pt", whole(x=2)))[0]
-    assert runtime.load_checkpoint("a.pt") == whole(x=1) and os.listdir() == ["a.pt"]
+    assert runtime.load_checkpoint("a.pt")["x"] == 1 and os.listdir() == ["a.pt"]
 
 
 def test_damaged_missing_and_malicious_files_are_refused(here):
@@ -108,6 +121,206 @@ def test_damaged_missing_and_malicious_files_are_refused(here):
     assert not (here / "pwned").exists()
 
 
+class Calls:
+    """What becomes function(*arguments) when a pickle is read."""
+
+    def __init__(self, function, *arguments):
+        self.__reduce__ = lambda: (function, arguments)
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def deflated(path):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def many_for_one(path):
+    """A zip whose directory lists the same bytes many times."""
+    with zipfile.ZipFile(path) as archive:
+        data = next(member for member in archive.infolist() if member.filename.endswith("data/0"))
+        names = [f"a/data/{i:04}" for i in range(2000)]
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in names:
+            again = zipfile.ZipInfo(name)
+            for field in ("header_offset", "file_size", "compress_size", "CRC"):
+                setattr(again, field, getattr(data, field))
+            archive.filelist.append(again)
+            archive.NameToInfo[name] = again
+        archive._didModify = True
+
+
+def laughs(depth):
+    return [laughs(depth - 1)] * 10 if depth else "ha"
+
+
+one, large = torch.ones(1), torch.ones(1_000_000)
+STRANGE = {
+    "stride of 0": dict(x=one.expand(10**12)),
+    "a view many times": dict(x=[large[:] for _ in range(10)]),
+    "lists of the same list": dict(x=laughs(20)),
+    "sparse": dict(x=torch.eye(3).to_sparse()),
+    "meta": dict(x=torch.empty(10**12, device="meta")),
+    "memory without contents": dict(x=Calls(torch.FloatTensor, 10**12)),
+    "a huge number": dict(step=1 << 9999),
+    "layers": dict(settings=dict(n_layer=10**9)),
+    "layers, a few": dict(settings=dict(n_layer=10**6)),
+    "vocabulary": dict(settings=dict(vocab_size=10**9)),
+    "context": dict(settings=dict(block_size=10**9, pos="rope")),
+    "text for a number": dict(settings=dict(n_embd="32")),
+    "NaN for a number": dict(settings=dict(n_head=float("nan"))),
+    "NaN for an epsilon": dict(settings=dict(norm_eps=float("nan"))),
+    "a family that is none": dict(settings=dict(norm="batchnorm")),
+    "batch": dict(settings=dict(batch_size="x" * 100, gradient_accumulation_steps=10**9)),
+    "dataset": dict(settings=dict(dataset=3)),
+    "weights of whole numbers": dict(weights=lambda w: w.int()),
+    "complex weights": dict(weights=lambda w: w + 0j),
+    "weights that are none": dict(weights=lambda w: w.tolist()),
+    "names that are numbers": dict(model={1: one}),
+    "step": dict(step="7"), "negative step": dict(step=-7), "source": dict(source=[7]),
+    "validation loss": dict(val_loss="low"), "chat": dict(chat="yes"), "before": dict(before=dict(val_loss=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_checkpoints_are_refused(here, name):
+    """Before memory is taken, and with one line."""
+    change = dict(STRANGE[name])
+    state = whole()
+    state["settings"] |= change.pop("settings", {})
+    weights = change.pop("weights", lambda w: w)
+    state["model"] = {key: weights(tensor) for key, tensor in state["model"].items()}
+    torch.save(state | change, "a.pt")
+    fact, _ = error(lambda _: runtime.load_checkpoint("a.pt"))
+    assert "a.pt" in fact and len(fact) < 300
+
+
+def two_directories(path):
+    """A large file deflated, in front of a small one: Python finds the directory of the second, torch that of the first.
+    """
+    def parts(content):
+        at = content.rindex(b"PK\5\6")
+        size, start = struct.unpack("<II", content[at + 12:at + 20])
+        return content[:start], content[start:start + size]
+    deflated(path)
+    small = io.BytesIO()
+    with zipfile.ZipFile(small, "w") as archive:
+        archive.writestr("a", b"x")
+    with open(path, "rb") as file:
+        (large, theirs), (small, ours) = parts(file.read()), parts(small.getvalue())
+    comment = len(theirs) - len(ours)  # so that both are of the same length
+    place = len(large) - len(small)
+    ours = ours[:32] + struct.pack("<H", comment) + ours[34:42] + struct.pack("<I", place) + ours[46:] + b" " * comment
+    count, size = theirs.count(b"PK\1\2"), len(ours)
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, size, len(large), 0)
+    with open(path, "wb") as file:
+        file.write(large + theirs + small + ours + end)
+
+
+@pytest.mark.parametrize("change", [deflated, many_for_one, two_directories])
+def test_strange_archives_are_refused(here, change):
+    torch.save(whole(), "a.pt")
+    runtime.load_checkpoint("a.pt")
+    change("a.pt")
+    assert "a.pt is damaged" in error(lambda _: runtime.load_checkpoint("a.pt"))[0]
+
+
+def test_what_is_no_file_is_no_run(here):
+    """Links to nothing, folders and pipes, where a checkpoint should be: an error, and no waiting."""
+    os.makedirs("out/a")
+    os.symlink("nowhere", "out/a/best.pt")
+    for run in ("out/a", "out/a/best.pt"):
+        assert "out/a" in error(lambda _: runtime.read_run(run))[0]
+    assert "no trained run below out/" in error(lambda _: runtime.find_run())[0]
+    for make, path in ((os.mkdir, "folder.pt"), (os.mkfifo, "pipe.pt")):
+        make(path)
+        assert path in error(lambda _: runtime.load_checkpoint(path))[0]
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(here):
+    """Beside a run folder's best.pt, a file on its own, and a file in a Hugging Face tokenizer's folder."""
+    state, small = whole(), tokenizers.CharTokenizer("abc")
+    large = tokenizers.CharTokenizer("".join(map(chr, range(97, 197))))
+    for tokenizer in small, large:
+        tokenizer.save("out/tokenizer")
+        state["tokenizer_sha256"] = tokenizers.fingerprint("out/tokenizer")
+        runtime.save_checkpoint("out/best.pt", state)
+        os.makedirs(f"out{tokenizer.vocab_size}", exist_ok=True)
+        shutil.copytree("out", f"out{tokenizer.vocab_size}", dirs_exist_ok=True)
+    assert runtime.load_run("out8")[1].vocab_size == 8
+    for run in ("out105", "out105/best.pt"):
+        assert "has 105 tokens, the model only 100" in error(lambda _: runtime.load_run(run))[0]
+    for sha256 in (tokenizers.fingerprint("out8/tokenizer"), ""):
+        runtime.save_checkpoint("out105/best.pt", state | dict(tokenizer_sha256=sha256))
+        assert "another tokenizer" in error(lambda _: runtime.load_run("out105"))[0]
+    shutil.copy("out8/best.pt", "theirs.pt")
+    files = tokenizers.bytebpe.PARTS[:1]
+    (here / files[0]).write_text(json.dumps(dict(TOKENIZER_JSON)))
+    assert "another tokenizer" in error(lambda _: runtime.load_run("theirs.pt"))[0]
+
+
+TOKENIZER_JSON = dict(
+    version="1.0", added_tokens=[dict(id=1, content="<|endoftext|>", special=True)], normalizer=None,
+    pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, use_regex=True), post_processor=None,
+    decoder=dict(type="ByteLevel"), model=dict(type="BPE", vocab=dict(a=0), merges=[]))
+
+
+def optimizers():
+    matrix, vector = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((4, 6), (5,)))
+    matrix.grad, vector.grad = torch.ones(4, 6), torch.ones(5)
+    return [torch.optim.AdamW([matrix, vector], lr=1e-3, fused=True), Muon([matrix], lr=0.02)]
+
+
+def test_the_state_of_an_optimizer_must_fit(here):
+    """A fused kernel believes its shapes. What it is set to comes from the settings, and not from the file."""
+    due = optimizers()
+    for optimizer in due:
+        optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+
+    def load(change=lambda states: None, scaler_state=None):
+        states = [optimizer.state_dict() for optimizer in due]
+        torch.save(states, "states.pt")
+        states = torch.load("states.pt")
+        change(states)
+        fresh = optimizers()
+        runtime.load_optimizers(fresh, scaler, dict(optimizer=states, scaler=scaler_state or scaler.state_dict()), "a")
+        return fresh
+
+    def put(number, index, name, value):
+        return lambda states: states[number]["state"][index].__setitem__(name, value)
+    for optimizer, again in zip(due, load(lambda states: states[0]["param_groups"][0].update(
+            lr="x", betas=[9, 9], fused=False, params=[0, 0, 0])), strict=True):
+        for one, other in zip(optimizer.state_dict()["state"].values(), again.state_dict()["state"].values()):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        assert optimizer.state_dict()["param_groups"] == again.state_dict()["param_groups"]
+    for change in (put(0, 0, "exp_avg", torch.ones(2, 3)), put(0, 1, "exp_avg_sq", torch.ones(5).int()),
+                   put(0, 1, "exp_avg_sq", 1.0), put(0, 0, "step", torch.ones(9)), put(0, 0, "step", 3),
+                   put(1, 0, "momentum_buffer", torch.ones(24)), lambda states: states[0]["state"].pop(1),
+                   lambda states: states.pop()):
+        assert "a: the optimizers." in error(lambda _: load(change))[0]
+    assert "the scaler.scale is of type str" in error(lambda _: load(scaler_state=scaler.state_dict() | dict(scale="x")))[0]
+    strided = load(put(0, 0, "exp_avg", torch.ones(6, 4).T))[0].state_dict()["state"][0]["exp_avg"]
+    assert strided.is_contiguous()
+    assert not load(lambda states: states[0].update(state={}))[0].state  # in float16, every update may have overflowed
+
+
+def test_a_base_that_is_not_there_is_not_looked_for_forever(here):
+    model = random_model()
+    lora.add(model, 2, 4)
+    tokenizers.CharTokenizer("abc").save("out/tokenizer")
+    state = whole(model=runtime.learned(model), base=dict(path="out/best.pt", sha256=""),
+                  tokenizer_sha256=tokenizers.fingerprint("out/tokenizer"))
+    state["settings"] |= dict(lora_rank=2, lora_alpha=4.0)
+    runtime.save_checkpoint("out/best.pt", state)
+    assert "and so on: more than 4" in error(lambda _: runtime.read_run("out"))[0]
+
+
 def test_checkpoints_are_ordered_by_number_and_pruned(here):
     for step in (100, 20, 3):  # the clock says otherwise
         runtime.save_checkpoint(f"ckpt_{step:08d}.pt", whole(step=step))
@@ -122,10 +335,10 @@ def test_checkpoints_are_ordered_by_number_and_pruned(here):
 def test_weights_that_do_not_fit_are_named():
     model, other = random_model(), random_model(n_embd=64)
     fact, _ = error(lambda _: runtime.load_weights(model, other.state_dict(), "x.pt"))
-    assert "x.pt has transformer.wte.weight of shape (128, 64), but the model has (128, 32)" in fact
+    assert fact == ("x.pt: transformer.wte.weight is a tensor (128, 64) of type float, but should be a tensor (128, 32) of type float")
     weights = model.state_dict()
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    assert "no transformer.h.1.mlp.c_fc.weight" in error(lambda _: runtime.load_weights(model, weights, "x.pt"))[0]
+    assert "h.1.mlp.c_fc.weight is missing, but should be a tensor (128, 32) of type float" in error(lambda _: runtime.load_weights(model, weights, "x.pt"))[0]
 
 
 def test_a_run_knows_whether_it_can_chat(tiny_run, here):
@@ -223,6 +436,9 @@ def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
     state = torch.load("out/ckpt.pt")
     for change, expected in ((dict(model_args={}), "looks like nanoGPT's"), (dict(model=[]), "looks like nanoGPT's"),
                              (dict(model_args={**state["model_args"], "n_head": 5}), "looks like nanoGPT's"),
-                             (dict(model_args={**state["model_args"], "n_layer": 3}), "has no transformer.h.2.ln_1")):
+                             (dict(model_args={**state["model_args"], "n_layer": 3}), "transformer.h.2.ln_1.weight is missing"),
+                             (dict(model_args={**state["model_args"], "n_layer": 10**7}), "n_layer=10,000,000, but"),
+                             (dict(iter_num=[]), "looks like nanoGPT's"),
+                             (dict(model={"transformer.wte.weight": torch.zeros(2, 32)}), "looks like nanoGPT's")):
         torch.save({**state, **change}, "out/ckpt.pt")
         assert expected in error(lambda _: runtime.load_run("out"))[0]
