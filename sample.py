@@ -320,9 +320,13 @@ def main(argv):
     while True:
         try:
             prompt = input("> ")
+            prompt.encode()  # (in some locales, what is not UTF-8 comes as half a character)
         except EOFError:
             say()
             return
+        except UnicodeError:
+            say("error: a prompt has to be UTF-8")
+            continue
         if settings.chat and not prompt.strip():
             continue
         try:

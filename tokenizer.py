@@ -329,11 +329,11 @@ def load_from(path, sha256=None):
     if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
         raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                         "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
-    tokenizer = load(folder) if folder else bytebpe.from_hugging_face(path)
-    if sha256 is not None and (found := fingerprint(folder) if folder else fingerprint_of(tokenizer)) != sha256:
+    theirs = None if folder else bytebpe.from_hugging_face(path)
+    if sha256 is not None and (found := fingerprint(folder) if folder else fingerprint_of(theirs)) != sha256:
         raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
                         "take the folder tokenizer/ from a copy, or prepare the data again")
-    return tokenizer
+    return theirs or load(folder)
 
 
 def is_ours(folder):

@@ -114,13 +114,13 @@ def test_damaged_data(here, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     dict(format=2), dict(dtype="float16"), dict(dtype=3), dict(vocab_size="97"), dict(train=[]), dict(source=3),
-    dict(val=dict(tokens=5, bytes=0, sha256="")), dict(tokenizer_sha256=None)])
+    dict(val=dict(tokens=5, bytes=0, sha256="")), dict(tokenizer_sha256=None), dict(chat=True), []])
 def test_a_meta_json_that_was_edited_is_refused(here, change):
     (here / "a.txt").write_text(words(1000))
     prepare.main(["a.txt", "--tokenizer=char"])
     path = here / "data/a/meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert "data/a/meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | change if change else change))
+    assert "data/a/meta.json" in error(lambda _: datasets.Dataset.open("data/a"))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,4 +303,4 @@ def test_counts_of_a_mask_that_were_edited_are_refused(chat, here, change):
     meta = json.loads(path.read_text())
     meta["val"] |= change
     path.write_text(json.dumps(meta))
-    assert "data/talk/meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/talk"))[0]
+    assert "data/talk/meta.json" in error(lambda _: datasets.Dataset.open("data/talk"))[0]

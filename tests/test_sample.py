@@ -235,10 +235,10 @@ def test_a_conversation_in_a_terminal(tiny_run):
     chat = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max_new_tokens=5", "--seed=1"], cwd=tiny_run,
                             stdin=follower, stdout=follower, stderr=subprocess.PIPE, text=True)
     os.close(follower)
-    os.write(leader, b"the \nthe cat?\nmy \n\x04")  # the second has a character that the model does not know; Ctrl-D
+    os.write(leader, b"the \nthe cat?\n\xff\nmy \n\x04")  # a character that the model does not know; no UTF-8; Ctrl-D
     said = chat.communicate(timeout=120)[1]
     os.close(leader)
-    assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said
+    assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said and "has to be UTF-8" in said
     assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=3]" in said
 
 
@@ -278,7 +278,7 @@ def chatter(tiny_run, here, monkeypatch, capsys):
 
 def test_a_chat_ends_its_answers_by_itself(chatter):
     tokenizer, asked, talk = chatter
-    shown = talk("a dog", "a cat?", "a")  # the second has a character that the model does not know
+    shown = talk("a dog", "a cat?", "\udcff", "a")  # what the model does not know, and what is no character
     assert shown.out == "my dog\nmy dog\n" and shown.err.count("[7 tokens") == 2
     assert asked == [tokenizer.chat(turns("a dog")), tokenizer.chat(turns("a dog", "my dog", "a"))]
     assert "'?' (U+003F)" in shown.err and "context" not in shown.err
