@@ -176,7 +176,7 @@ def free_memory(device):
             free = int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024
         cgroup = "/sys/fs/cgroup/memory."  # the limit of a container, "max" for none
         with open(cgroup + "stat", encoding="utf-8") as file:  # copies of files count as used, until others need it
-            files = int(next(line for line in file if line.startswith("inactive_file ")).split()[1])
+            files = sum(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
         with open(cgroup + "max", encoding="utf-8") as limit, open(cgroup + "current", encoding="utf-8") as used:
             free = min(free, int(limit.read()) - int(used.read()) + files)
     return free
