@@ -392,17 +392,19 @@ class Engine:
         """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if there are any."""
         try:
             token = request.pick(logits, known).item()
-            new = [] if request.logprobs is None else score(logits, [token], request.logprobs)
+            ended = token in self.ends and not request.ignore_eos
+            text = "" if ended else request.stream.push(token)
+            new = [] if ended or request.logprobs is None else score(logits, [token], request.logprobs)
         except Exception as error:  # scores that are not finite: this request's alone
             print_error(f"a request failed: {getattr(error, 'fact', error)}")
             return self.finish(request, "error")
         request.first = request.first or time.monotonic()
         request.n += 1
         self.completion_tokens += 1
-        if token in self.ends and not request.ignore_eos:
+        if ended:
             return self.finish(request, "stop")
         request.next = token
-        self.add(request, request.stream.push(token), new)
+        self.add(request, text, new)
         if request.stream.stopped or request.n == request.max_tokens:
             self.finish(request, "stop" if request.stream.stopped else "length")
         elif request.streams and time.monotonic() - request.told > len(self.running) / EVENTS:
