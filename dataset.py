@@ -274,8 +274,8 @@ def read_meta(folder):
 
 def check_meta(meta, path):
     """Raises UserError where a meta.json is not as `prepare` writes it."""
-    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], train={},
-                          val={}), path)
+    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
+                          train={}, val={}), path)
     chat = meta.get("chat", False)
     counts = ["tokens", "bytes", "documents"] + (["trained", "trained_bytes"] if chat else [])
     side = dict.fromkeys(counts, 1) | dict.fromkeys(["sha256", "mask_sha256"] if chat else ["sha256"], "")

@@ -175,7 +175,7 @@ def valid(tiny_run, tmp_path_factory):
         bytebpe.base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     write_talks(here / "chats.jsonl", talks(12))
     with contextlib.chdir(here):
-        prepare.main(["chats.jsonl", "--format=chat", "--tokenizer=char"])
+        prepare.main(["chats.jsonl", "--format=chat", "--tokenizer=char", "--out=data/chats"])
     return here
 
 
