@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Measurements: every number in the README that is not a line of a training log comes from here.
+Measurements: the numbers in the README that name a `bench.py` command. Older ones are in docs/measurements.md.
 
     python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
     python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue

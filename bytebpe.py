@@ -221,8 +221,8 @@ def many_marks():
 def composed(text):
     """The text in Unicode's composed form, NFC.
 
-    Python sorts the marks in a row in the square of their number, a megabyte of them in minutes. Where there are more
-    than 300, which a look at every 32nd character shows, they are sorted before.
+    Python's own takes the square of the length of a run of combining marks, minutes for a megabyte of them. So long
+    runs are sorted first; a sample of every 32nd character finds those of 320 or more.
     """
     def ordered(run):
         single = "".join(unicodedata.normalize("NFD", mark) for mark in run[0])
@@ -271,7 +271,7 @@ def alternatives(texts):
 
 
 def tree(texts):
-    """The same without the group: what begins alike is looked for once, however many of a thousand begin so."""
+    """An expression for these texts as a tree: a common beginning is matched once, not once for each of a thousand."""
     start = os.path.commonprefix([*texts])
     branches = {}
     for text in texts:

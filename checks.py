@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 LIMITS = {  # the smallest and the largest value
     "batch_size gradient_accumulation_steps eval_interval log_interval dist_timeout": (1, 1e9),
     "max_iters": (1, 99_999_999),  # the digits in the name of a checkpoint
-    "learning_rate muon_lr rope_theta norm_eps": (1e-12, 1e12),
+    "learning_rate muon_lr": (1e-12, 1e12),
     "weight_decay grad_clip warmup_iters lr_decay_iters min_lr eval_iters save_interval": (0, 1e12),
     "beta1 beta2": (0, 1 - 1e-9),
     "patience": (0, 1e9), "lora_rank": (0, 1e5), "lora_alpha": (1e-6, 1e6),
@@ -116,6 +116,15 @@ def say_lora(model, settings, arithmetic):
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a run starts
 
+def differences(was, now):
+    """The settings that differ although they have to stay as they were."""
+    return [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+
+
+def show(settings, names):
+    return ", ".join(f"{name}={settings.get(name)}" for name in names)
+
+
 def begun_before(settings):
     """The header of the log that a run left here which was stopped before its first checkpoint; {} without any.
 
@@ -125,12 +134,10 @@ def begun_before(settings):
     header, now = read_header(path), asdict(settings)
     was = header.get("settings", {})
     if last_row(path):
-        differ = [name for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
-        if differ:
-            begun, asked = (", ".join(f"{name}={values.get(name)}" for name in differ) for values in (was, now))
-            raise UserError(f"{settings.out_dir} holds the log of a run with {begun}; now it is {asked}",
-                            "--out_dir=out/ANOTHER")
-        note(f"the run in {settings.out_dir} was stopped before its first checkpoint, and begins again at step 0")
+        if differ := differences(was, now):
+            raise UserError(f"{settings.out_dir} holds the log of a run with {show(was, differ)}; now it is "
+                            f"{show(now, differ)}", "--out_dir=out/ANOTHER")
+        note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
     return header
 
 
@@ -167,12 +174,15 @@ def continue_run(resumed, settings, given, data, here):
     was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
     was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
         resumed["data_sha256"], data.sha256()))
-    differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+    differ = differences(was, now)
     if settings.init_from not in ("auto", "resume", was["init_from"]):
         differ.append("init_from")
+    if differ and set(differ) <= {"tokenizer", "data"}:
+        raise UserError(f"{data.folder} no longer holds the data that {settings.out_dir} was begun with "
+                        f"({show(was, differ)}; now {show(now, differ)})",
+                        f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
     if differ:
-        begun, asked = (", ".join(f"{name}={side.get(name)}" for name in differ) for side in (was, now))
-        raise UserError(f"{settings.out_dir} was begun with {begun}; now it is {asked}",
+        raise UserError(f"{settings.out_dir} was begun with {show(was, differ)}; now it is {show(now, differ)}",
                         "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
     if settings.eval_only:
         return

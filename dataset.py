@@ -25,11 +25,17 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers
-from config import UserError, check_like, open_file, say, show
+from config import UserError, check_like, open_file, say, show, warn
 from download import file_sha256
 from sources import origin
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
+
+
+def version(file):
+    """By which a file is known to be unchanged: its size, and when it was written last."""
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
 
 
 class Changed(UserError):
@@ -44,7 +50,8 @@ class Dataset:
     meta: dict
     files: dict
     layouts: dict = field(default_factory=dict)  # what `layout` has found: {(side, block_size): spans}
-    versions: dict = field(default_factory=dict)  # (size, time of the last change) of each file when it was opened
+    versions: list = field(default_factory=list)  # of the files, when they were opened
+    gone: bool = False  # have files been deleted or replaced since then?
 
     @classmethod
     def open(cls, folder, hash_all=False):
@@ -63,32 +70,29 @@ class Dataset:
             if (hash_all or size <= HASHED_BYTES) and (found := file_sha256(path)) != meta[side][sha256]:
                 raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {meta[side][sha256][:12]}",
                                 f"it was changed or damaged; prepare {folder} again")
-        data = cls(folder, meta, files)
-        data.versions = {name: data.version(name) for name in files}
-        return data
+        return cls(folder, meta, files, versions=[version(file) for file in files.values()])
 
-    def version(self, name):
-        about = os.fstat(self.files[name].fileno())
-        return about.st_size, about.st_mtime_ns
+    def check_unchanged(self, any_process=bool):
+        """Raises Changed where somebody has written into a file since it was opened; warns, once, where one was deleted
+        or replaced: the open file still has its content.
 
-    def is_changed(self):
-        """Has anyone written into a file since it was opened? (Replaced or deleted, an open file keeps its content.)"""
-        return any(self.version(name) != self.versions[name] for name in self.files)
-
-    def is_gone(self):
-        """Have files been deleted or replaced, so that no other process can open them any more?"""
-        try:
-            return not all(os.path.samestat(os.stat(file.name), os.fstat(file.fileno())) for file in self.files.values())
-        except OSError:
-            return True
+        any_process: is it so for any of several processes? (All of them have to raise.)
+        """
+        if any_process([version(file) for file in self.files.values()] != self.versions):
+            raise Changed(f"{self.folder} was changed while it was being read", f"prepare {self.folder} again")
+        if not self.gone and not all(os.path.exists(file.name) and os.path.samefile(file.name, file.fileno())
+                                     for file in self.files.values()):
+            self.gone = True
+            warn(f"{self.folder} was deleted or replaced: this run continues with the files that it has open; to "
+                 "resume it, the same data must be there again")
 
     def read(self, name, offset, size):
         """Bytes of a file. Raises Changed where it has become shorter."""
         file = self.files[name]
         file.seek(offset)
         raw = file.read(size)
-        if len(raw) < size and self.is_changed():
-            raise Changed(f"{file.name} was cut while it was being read", f"prepare {self.folder} again")
+        if len(raw) < size and version(file) not in self.versions:  # (else it is just the end of the file)
+            raise Changed(f"{file.name} was cut while it was being read", f"prepare {self.folder} again", alone=True)
         return raw
 
     @property
@@ -130,7 +134,8 @@ class Dataset:
         ids = np.frombuffer(self.read(side, start * dtype.itemsize, count * dtype.itemsize), dtype)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
             raise Changed(f"{self.folder}/{side}.bin has the token {ids.max()} near position {start}, but the "
-                            f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again")
+                          f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again",
+                          alone=True)
         return ids.astype(np.int64)
 
     def mask(self, side, start, count):

@@ -61,24 +61,28 @@ def download(address, path, size=None, sha256=None):
                     if stop.have >= most + PROGRESS_BYTES:
                         failures, most = 1, stop.have
                     if failures == TRIES:
-                        raise Refused(f"{url}: {stop}, {TRIES} times; {stop.have:,} bytes are there") from None
+                        raise Refused(f"{url}: {stop}, {TRIES} times; {stop.have:,} bytes are there",
+                                      "run the same command again: it continues behind them") from None
                     say(f"{url}: {stop}; trying again behind {stop.have:,} bytes")
                     time.sleep(RETRY_SECONDS * failures)
             if sha256 and (found := file_sha256(part)) != sha256:
                 os.remove(part)
-                raise Refused(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}")
+                raise Refused(f"{url} is not the file that it should be: its sha256 is {found[:12]}, not {sha256[:12]}",
+                              "--mirror=ANOTHER_HOST")
             os.replace(part, path)
     except Refused as error:
-        mirror = "try --mirror=ANOTHER_HOST, or " * bool(sha256)
-        raise UserError(str(error), "run the same command again, it goes on behind the bytes that are there; or "
-                        f"{mirror}download the file yourself, to {quote(path)}") from None
+        raise UserError(str(error), f"{error.fix}; or download the file yourself, to {quote(path)}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
     return path
 
 
 class Refused(Exception):
-    """Why a download cannot succeed."""
+    """Why a download cannot succeed, and what may help."""
+
+    def __init__(self, why, fix="check the network, and the address: it must be that of the file itself"):
+        super().__init__(why)
+        self.fix = fix
 
 
 class Interrupted(Exception):
@@ -97,7 +101,7 @@ def receive(address, path, size, sha256):
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else size
     if size and total != size:
-        raise Refused(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due")
+        raise Refused(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due", "--mirror=ANOTHER_HOST")
     version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
     version = "" if version.startswith("W/") else version  # a weak one does not promise the same bytes
     part = f"{path}.{hashlib.sha256(f'{sha256 or version} {total}'.encode()).hexdigest()[:8]}.part"

@@ -191,8 +191,8 @@ class Engine:
         size = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a token, in bytes
         fit = int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)  # tokens
         wanted = min(context or c.block_size, c.block_size)
-        self.rows = max(1, min(rows, fit // wanted))
-        self.context = wanted if fit >= wanted else fit // 2  # for one row, and one that fills up a batch
+        self.context = min(wanted, fit // 2)  # at least one row, and one more that fills up batches
+        self.rows = max(1, min(rows, fit // wanted - 1))
         why = f"a token can take {size:,} bytes, and all tokens half of the free memory, {fit * size / 1e6:,.0f} MB"
         if self.context < min(wanted, CHUNK):
             raise UserError(f"there is no memory for a context of {min(wanted, CHUNK)} tokens: {why}",

@@ -135,7 +135,7 @@ def write_onnx(model, path):
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)), external_data=False)
     for node in program.model.graph:
-        node.metadata_props.clear()  # where in which file each came from
+        node.metadata_props.clear()  # names of files and lines of code on this machine
     program.save(path, external_data=False)
 
 
@@ -145,7 +145,7 @@ def write_torchscript(model, path):
     torch.jit.save(traced, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
         for entry in source.infolist():
-            if not entry.filename.endswith(".debug_pkl"):  # where in which file each came from
+            if not entry.filename.endswith(".debug_pkl"):  # names of files and lines of code on this machine
                 target.writestr(entry, source.read(entry))
 
 
@@ -154,7 +154,7 @@ def write_pt2(model, path):
     program = torch.export.export(Logits(model), (torch.zeros(2, 8, dtype=torch.long),),
                                   dynamic_shapes=({0: batch, 1: length},))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where in which file each came from
+        node.meta.pop("stack_trace", None)  # names of files and lines of code on this machine
     save_whole(torch.export.save, program, path)
 
 

@@ -84,8 +84,8 @@ def resolve(config):
         assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
         if kind is int:
             least = 0 if name in ("n_kv_head", "head_dim", "n_inner") else 1
-            assert least <= value <= LARGEST, (
-                f"a model with {name}={value:,} cannot be made here, only {least} to {LARGEST:,}; --{name}={field.default}")
+            assert value >= least, f"{name}={value:,} is too small; --{name}={least} or more"
+            assert value <= LARGEST, f"a model with {name}={value:,} cannot be made here; a smaller --{name}"
     for name in ("rope_theta", "norm_eps"):
         assert 0 < getattr(c, name) < 1e12, f"{name}={getattr(c, name)} is out of range: above 0, below 1e12"
     assert c.head_dim or c.n_embd % c.n_head == 0, (

@@ -54,7 +54,7 @@ from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, o
 @dataclass
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, or data/NAME-chat, with the name of the first source
-    overwrite: bool = False  # replace what is in that folder, even if it comes from other sources or is no such format
+    overwrite: bool = False  # replace what the folder holds, even if it comes from other sources or has the other format
     format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
     follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
@@ -450,7 +450,8 @@ def check_replaced(out, sources, settings):
     new = contents(sources, settings.format == "chat")
     if held != new and not settings.overwrite:
         raise UserError(f"{out} holds {held}; {new} would replace it", "--overwrite, or --out=data/ANOTHER_NAME")
-    note(f"{out} holds {held}, which will be replaced; runs that were trained on it cannot be resumed after that")
+    note(f"{out} holds {held} and is going to be replaced; a run that was trained on it can be resumed only if the new "
+         "data are equal")
 
 
 def contents(sources, chat):
@@ -490,7 +491,9 @@ def next_command(out, meta, settings):
     block = "" if longest >= RECIPE_BLOCK_SIZE else f" --block_size={1 << max(longest.bit_length() - 1, 0)}"
     steps = round(10 * meta["train"]["tokens"] / RECIPE_TOKENS)  # ten times through the text: more is learning by heart
     short = "" if steps >= RECIPE_STEPS else f" --max_iters={max(steps, 50)} --eval_interval={max(steps // 5, 10)}"
-    target = shlex.join([f"--dataset={name}", f"--out_dir=out/{os.path.basename(out)}"])
+    run = f"out/{os.path.basename(out)}"
+    run += "-2" if os.path.exists(run) else ""  # (that of another run)
+    target = shlex.join([f"--dataset={name}", f"--out_dir={run}"])
     target = "" if name == "stdlib" else " " + target
     if meta.get("chat"):
         return next_chat(target, meta, settings)

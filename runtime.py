@@ -111,7 +111,8 @@ def load_file(path):
                         "use a checkpoint that was saved with plain values only") from None
     except Exception as error:  # one flipped bit can mean anything to a reader
         what = str(error)[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint: {what}", "use another one of the same run") from None
+        raise UserError(f"{path} is damaged, or not a checkpoint: {what}",
+                        "give a run folder such as out/small, or another checkpoint of the same run") from None
     return state if isinstance(state, dict) else {}
 
 
@@ -260,13 +261,14 @@ class RunFolder:
         if not names or checkpoints(self.path):
             return
         if "best.pt" in names:
-            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) from which its run could continue",
+            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
                             f"--out_dir=out/ANOTHER for a new run, with --init_from={self.path} to start from best.pt")
         begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
-        foreign = [name for name in sorted(names) if not RUN_FILES.fullmatch(name) or not begun]
-        if foreign and names != {"log.jsonl.part"}:
-            raise UserError(f"out_dir={self.path} holds {foreign[0]}, which is not from a training run that stopped "
-                            "there", "--out_dir=out/ANOTHER")
+        ours = RUN_FILES if begun else re.compile(r"log\.jsonl\.part")
+        foreign = next((name for name in sorted(names) if not ours.fullmatch(name)), None)
+        if foreign:
+            raise UserError(f"out_dir={self.path} holds {foreign}, and no run that could continue there",
+                            "--out_dir=out/ANOTHER")
 
     def open(self, step, needed):
         """Make the folder, see that it can be written, and delete what a kill left half-written; before the first step.

@@ -113,8 +113,14 @@ def is_url(source):
 
 
 def origin(source):
-    """What is written down of where a text is from: no secrets of an address, no folders of this machine."""
-    return os.path.basename(os.path.normpath(source)) if os.path.isabs(source) else public(source)
+    """What is written down of where a text is from: no secrets of an address, no folders of this machine.
+
+    Of an absolute path, that is its last part, and a number that tells one folder from another.
+    """
+    if not os.path.isabs(source):
+        return public(source)
+    folder, name = os.path.split(os.path.normpath(source))
+    return f"{name} (folder {hashlib.sha256(folder.encode()).hexdigest()[:6]})"
 
 
 def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
@@ -187,8 +193,10 @@ def kind(path):
 
 def check_kind(name, source, kinds):
     if kind(name) not in (*kinds, ".json"):
-        raise UserError(f"{source}: none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
-                        "if it is plain text: give it a name that ends in .txt, and leave out --format=chat")
+        text = kind(name) in KINDS  # which --format=chat does not read
+        fix = "leave out --format=chat" if text else f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
+        raise UserError(f"{source} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
+                        fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):

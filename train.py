@@ -17,7 +17,7 @@ A run is a folder, out/NAME:
     tokenizer/          a copy, so that a model never loses its vocabulary
 
 On a CPU, a run is a pure function of its settings, its seed and the machine: the batch of a step is computed from
-(seed, step), see prepare.py, and so are the dropout masks. That is why a run that was killed at any moment, and
+(seed, step), see dataset.py, and so are the dropout masks. That is why a run that was killed at any moment, and
 resumed, has the same bits as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in varying
 order; there it is the same up to rounding.
 """
@@ -257,7 +257,8 @@ def train(settings, given, processes, stop, folder):
     before = resumed.get("before") if resumed else None
     if start and not resumed and not settings.eval_only:  # so that it can be seen what fine-tuning does
         loss = validate()
-        before = dict(val_loss=loss, val_bpb=data.bits_per_byte(loss), text=sample(model, data, tokenizer, autocast, device))
+        text = sample(model, data, tokenizer, autocast, device)
+        before = dict(val_loss=loss, val_bpb=data.bits_per_byte(loss), text=text)
         say(f"before: validation loss {loss:.4f}, {before['val_bpb']:.4f} bits per byte")
     if chosen["compile"]:
         chosen["compile"] = machine.compile_model(model, settings.compile, lambda: loss_of(model, *batch(0, 0)))
@@ -270,7 +271,6 @@ def train(settings, given, processes, stop, folder):
     # ------------------------------------------------------------------------------------------------------------------
     # 4) The run folder: a new one, or the state in which the last checkpoint left it. The first process writes it.
     step, row, best_loss, train_seconds, wall_before, skipped, times = 0, None, math.inf, 0.0, 0.0, 0, []
-    gone = False  # have the data been deleted?
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
@@ -299,8 +299,9 @@ def train(settings, given, processes, stop, folder):
     if folder.writes:
         if resumed:
             best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
+        # First the log, by which the folder counts as that of a run.
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
-        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])  # behind the log, which makes the folder ours
+        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
 
@@ -318,8 +319,9 @@ def train(settings, given, processes, stop, folder):
                     row["val_loss"] = validate()
                     row["val_bpb"] = data.bits_per_byte(row["val_loss"])
                     if not math.isfinite(row["val_loss"]):
-                        raise UserError(f"the validation loss after {step} steps is {row['val_loss']}", "another "
-                                        f"--out_dir with --learning_rate={settings.learning_rate / 3:.1g}", code=3)
+                        lower = f"--learning_rate={settings.learning_rate / 3:.1g}"
+                        raise UserError(f"the validation loss after {step} steps is {row['val_loss']}",
+                                        f"--out_dir={out_dir}-2 {lower}", code=3)
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
                         best_loss = row["val_loss"]
@@ -396,22 +398,20 @@ def train(settings, given, processes, stop, folder):
             last = step >= settings.max_iters
             saves = last or step % (settings.save_interval or settings.eval_interval) == 0
             if validates or saves:
-                if processes.highest(int(data.is_changed())):
-                    raise datasets.Changed(f"{data_dir} was changed while this run was reading it", "")
-                if data.is_gone() and not gone:
-                    gone = True
-                    warn(f"{data_dir} was deleted or replaced: this run reads on from the files that it has open, but "
-                         "could not be resumed")
+                data.check_unchanged(any_process=lambda changed: processes.highest(int(changed)))
             if folder.writes and (saves or validates and (
                     settings.always_save_checkpoint or not runtime.checkpoints(out_dir))):
                 saved(last, save_run)
     except datasets.Changed as error:
-        if folder.writes and step > 0:
+        if step == 0:
+            raise
+        if folder.writes:
             save_run()
-        processes.wait()
-        raise UserError(f"{error.fact}; steps since the last validation or checkpoint may have read other text; the "
-                        f"run is saved after {step} steps", "bring the old data back, and the same command continues; "
-                        f"or --init_from={out_dir} --out_dir=out/ANOTHER") from None
+        if not error.alone:
+            processes.wait()
+        raise UserError(f"{error.fact}; the run is saved after {step} steps, and those since the last validation or "
+                        "checkpoint may have read other text", "bring the old data back, and the same command "
+                        f"continues; or --init_from={out_dir} --out_dir=out/ANOTHER", alone=error.alone) from None
     except machine.Stopped:
         if folder.writes and step > 0:
             save_run()

@@ -76,23 +76,25 @@ def print_error(text):
     """Write a line to standard error. A line that cannot be written is dropped, and the next one says how many were.
 
     A reader that has stopped (`| less`, a full pipe, a full disk) must not stop a training run or a server, so nothing
-    here waits for long. Nor does it hold a lock: a signal may arrive at any moment.
+    here waits for long.
     """
     global dropped
-    text = f"\n({dropped} lines could not be written here)\n" * bool(dropped) + printable(text) + "\n"
+    lost = f"\n(lines that could not be written here: {dropped})\n" if dropped else ""
     try:
-        write_soon(text, seconds=0 if dropped else 1)
+        write_or_give_up(f"{lost}{printable(text)}\n", seconds=0 if dropped else 1)
         dropped = 0
     except OSError:
         dropped += 1
 
 
-def write_soon(text, seconds):
+def write_or_give_up(text, seconds):
     """Write to standard error, waiting no longer than this for its reader. Raises OSError where nobody reads."""
+    if sys.stderr is None or sys.stderr.closed:
+        raise BrokenPipeError
     try:
         descriptor = sys.stderr.fileno()
-    except (OSError, ValueError, AttributeError):  # it is closed, None, or in memory, as in a test
-        print(text, end="", file=sys.stderr)
+    except OSError:  # it is in memory, as in a test
+        sys.stderr.write(text)
         return
     data = text.encode(sys.stderr.encoding, "backslashreplace")
     while data:
@@ -122,7 +124,7 @@ def warn(text):
 
 
 def open_file(path, most=sys.maxsize):
-    """Open a file to read its bytes. It is an OSError, as where there is none, if it has more than `most` bytes, or if
+    """Open a file to read its bytes. Raises OSError where there is none, where it has more than `most` bytes, and where
     it is a pipe or a device, which may have no end."""
     size = os.path.getsize(path)
     if not os.path.isfile(path):
@@ -211,11 +213,11 @@ def load(cls, argv, presets=None, files=False):
 def read_config(path, kinds):
     """The settings that a config file assigns, as {name: value}. The file is Python, run in a namespace of its own."""
     try:
-        with open(path, encoding="utf-8") as file:
-            source = file.read(1 << 20)
+        with open_file(path, most=1 << 20) as file:
+            source = file.read().decode()
     except OSError as error:
         near = difflib.get_close_matches(path, config_files(), 1)
-        raise UserError(f"cannot read the config file {path}: {error.strerror}",
+        raise UserError(f"cannot read the config file {path}: {error.strerror or error}",
                         near[0] if near else "one of " + ", ".join(config_files())) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file", "a config file holds lines like batch_size = 16") from None
@@ -274,7 +276,7 @@ def check_limits(settings, limits):
 
 
 def check_like(found, like, where, name=""):
-    """Raises UserError where what a file holds is not like the value that it is to replace: type, and shape of a tensor.
+    """Raises UserError where what a file holds is not like the value that it is to replace, in type and shape.
 
     like: of a dict, the keys that there must be; of a list, one item that all must be like.
     """
@@ -290,7 +292,7 @@ def check_like(found, like, where, name=""):
 
 
 def kind_of(value):
-    """What two values have to have in common. (Between types with a fraction, the numbers of a tensor are converted.)"""
+    """What two values have to have in common. (The types of tensors with a fraction are converted to each other.)"""
     if value is None:
         return "missing"
     if not hasattr(value, "is_floating_point"):

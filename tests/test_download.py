@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -161,7 +162,7 @@ def test_what_was_cut_goes_on_behind_the_last_byte(here, server, mode, known):
     if known and mode.startswith("length"):
         assert "a file of 300,000 bytes, but 200,000 are due" in fact
     else:
-        assert "the connection ended after" in fact and "5 times" in fact and "goes on behind the bytes" in fix
+        assert "the connection ended after" in fact and "5 times" in fact and "run the same command again: it continues" in fix
     server.mode = ""
     server.asked.clear()
     assert open(fetch(server, **due), "rb").read() == TEXT
@@ -402,11 +403,13 @@ def test_the_secrets_of_an_address_are_neither_said_nor_written(here, server, ca
 
 
 def test_the_path_of_a_text_is_not_written_down(here):
+    def number(folder):  # by which two folders with a file of the same name are told apart
+        return hashlib.sha256(str(folder).encode()).hexdigest()[:6]
     (here / "a.txt").write_bytes(TEXT)
     (here / "b").mkdir()
     shutil.copy("a.txt", "b/b.txt")
     assert sources.fetch([str(here / "a.txt"), "b/b.txt", "stdlib", str(here / "b/*.txt")])[1] == [
-        "a.txt", "b/b.txt", "stdlib", "*.txt"]
+        f"a.txt (folder {number(here)})", "b/b.txt", "stdlib", f"*.txt (folder {number(here / 'b')})"]
 
 
 def test_an_address_of_something_else(here, server):
@@ -421,7 +424,7 @@ def test_killed_at_random_moments_while_fetching_and_preparing(here, server):
 
     def files():
         paths = [path for path in (here / "data").rglob("*") if path.is_file()]
-        return {path.relative_to(here): path.read_bytes() for path in paths if ".part" not in str(path)}
+        return {path.relative_to(here): path.read_bytes() for path in paths if not re.search(r"\.part|\.lock$", str(path))}
     server.mode = "slow:0.01"
     for _ in range(2):  # the first process starts the one that all others are forked from
         shutil.rmtree(here / "data", ignore_errors=True)

@@ -580,7 +580,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
     (["--block_size=8", "--stride=9"], "stride=9 is more than block_size=8: some tokens", "--stride=8"),
-    (["out/words", "words.txt"], "words.txt is damaged or no checkpoint", "another one"),
+    (["out/words", "words.txt"], "words.txt is damaged, or not a checkpoint", "another checkpoint"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
     (["--device=cude"], "there is no device 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),
     (["--tasks=", *QUICK[1:]], "there is no task ''", "--tasks=FILE"),

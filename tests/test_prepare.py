@@ -134,7 +134,7 @@ def test_what_is_replaced_is_said_before_the_work(here, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "make_plan", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(["./a.txt", "--vocab_size=300"])
-    assert "note: data/a holds text from a.txt, which will be replaced" in capsys.readouterr().err
+    assert "note: data/a holds text from a.txt and is going to be replaced" in capsys.readouterr().err
 
 
 def test_a_tokenizer_can_be_taken_from_other_data(here):

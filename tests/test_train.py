@@ -109,7 +109,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(data, left):
 
 
 @pytest.mark.parametrize("files", [["notes.txt"], ["log.jsonl"], ["log.jsonl", "loss.svg"], ["tokenizer/config.json"],
-                                   ["draft.part"], ["ckpt.pt"], ["log.jsonl.part", "tokenizer/mine"]])
+                                   ["draft.part"], ["ckpt.pt"], ["tokenizer/mine", "log.jsonl.part"]])
 def test_a_run_is_not_begun_among_the_files_of_others(data, files):
     for name in files:
         path = pathlib.Path("mine", name)
