@@ -191,7 +191,7 @@ def continue_run(resumed, settings, given, data, here):
                         f"--max_iters={resumed['step']} or more")
     if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
         note(f"the learning rate now reaches its end at update {settings.max_iters}, not at {was['max_iters']}")
-    changed = [f"{name} {resumed['versions'][name]} -> {here[name]}" for name in resumed["versions"]
+    changed = [f"{name} {resumed['versions'][name]} -> {here.get(name)}" for name in resumed["versions"]
                if name != "commit" and here.get(name) != resumed["versions"][name]]
     if changed:
         warn(f"resumed elsewhere ({', '.join(changed)}): the run goes on, but not bit for bit as it would have")

@@ -68,6 +68,7 @@ SOMETIMES = dict(optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", wh
                  row=dict(step=0, loss=0.0, lr=0.0, grad_norm=0.0, tokens_per_second=0.0, train_seconds=0.0,
                           wall_seconds=0.0, memory=0), unlogged="", val_loss=0.0, val_bpb=0.0, chat=False, int8=False,
                  before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
+DTYPES = ("float32", "bfloat16", "float16")
 SETTINGS = dict(dataset="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0, lora_alpha=0.0)
 
 
@@ -81,13 +82,18 @@ def checked(state, path):
     if state.get("format") != 1:
         raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
     check_like(state, ALWAYS, path)
-    for part, likes in ((state, SOMETIMES), (state["settings"], SETTINGS)):
+    settings, chosen = state["settings"], state.get("chosen")
+    for part, likes in ((state, SOMETIMES), (settings, SETTINGS), (chosen or {}, SETTINGS)):
         names = [name for name in likes if name in part and (part[name] is not None or name not in ("base", "before"))]
         check_like(part, {name: likes[name] for name in names}, path)
-    if not 0 <= state.get("row", state)["step"] <= state["step"] <= 99_999_999:
-        raise UserError(f"{path} says step={state['step']}, which cannot be", "use another checkpoint")
+    row, plain = state.get("row", {}), [*settings.values(), *state.get("versions", {}).values()]
+    if not (all(isinstance(value, (int, float, str, type(None))) for value in plain)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
+            and (chosen is None or chosen["dtype"] in DTYPES and isinstance(chosen.get("compile"), (bool, str)))
+            and 0 <= row.get("step", 0) <= state["step"] <= 99_999_999):
+        raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
     if not state.get("base"):
-        check_model(state["settings"], state["model"], path, state.get("int8"))
+        check_model(settings, state["model"], path, state.get("int8"))
     return state
 
 
@@ -352,19 +358,19 @@ def read_run(run, which="best", depth=0):
             tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
         chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
     settings = checkpoint["settings"]
-    if tokenizer.vocab_size > settings["vocab_size"]:
-        raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
-                        f"{settings['vocab_size']:,}", "take both from their source again, from one model")
     if checkpoint.get("base"):
         weights = read_base(checkpoint, run, depth)["model"]
         checkpoint["corrections"] = checkpoint["model"]
         try:
             checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"],
                                              settings["lora_alpha"])
-        except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, RuntimeError, ZeroDivisionError, AttributeError) as error:
             raise UserError(f"{path} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
                             "use another checkpoint of the same run") from None
     checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
+    if tokenizer.vocab_size > settings["vocab_size"]:
+        raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
+                        f"{settings['vocab_size']:,}", "take both from their source again, from one model")
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 

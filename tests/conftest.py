@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What several test files share: a place to work in, a small text, a trained tiny run, and how an error is provoked."""
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -47,6 +48,15 @@ def random_model(seed=0, **shape):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
     return model
+
+
+def whole(step=0, **state):
+    """A checkpoint of a small random model with all that a run goes on from, but for the averages of its optimizers."""
+    model = random_model()
+    numbers = dict.fromkeys("loss lr grad_norm tokens_per_second train_seconds wall_seconds".split(), 1.0)
+    return dict(format=1, step=step, model=model.state_dict(), settings=dataclasses.asdict(model.config), source=[],
+                tokenizer_sha256="", optimizer=[], scaler={}, chosen=dict(dtype="float32", why="", compile=False), versions={},
+                data_sha256=[], row=dict(numbers, step=step, memory=0)) | state
 
 
 FAMILIES = {

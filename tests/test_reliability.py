@@ -13,7 +13,7 @@ import time
 import faults
 import pytest
 import torch
-from conftest import ROOT, error, prepare_words, words
+from conftest import ROOT, error, prepare_words, whole, words
 from faults import STEPS, Run, digest, outcome, said
 
 import evaluate
@@ -520,8 +520,7 @@ def test_retention(tmp_path, monkeypatch):  # row 24
     for _ in range(200):
         step += rng.randrange(1, 5)
         event = "save" if event == "rot" else rng.choice(["save", "save", "save", "full", "kill", "rot"])
-        state = dict(format=1, step=step, model={}, settings={}, tokenizer_sha256="", source=[], optimizer=[],
-                     scaler={}, row={}, chosen={}, versions={}, data_sha256=[])
+        state = whole(step=step)
         path = f"ckpt_{step:08d}.pt"
         if event == "save":
             runtime.save_checkpoint(path, state)
