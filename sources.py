@@ -193,8 +193,9 @@ def kind(path):
 
 def check_kind(name, source, kinds):
     if kind(name) not in (*kinds, ".json"):
-        text = kind(name) in KINDS  # which --format=chat does not read
-        fix = "leave out --format=chat" if text else f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
+        fix = f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
+        if kinds != KINDS:
+            fix = "leave out --format=chat" if kind(name) in KINDS else f"{fix}, and leave out --format=chat"
         raise UserError(f"{source} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
                         fix)
 
