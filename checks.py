@@ -9,6 +9,7 @@ what to type, and comes before any work is lost. train.py can be read without th
 import math
 import os
 from dataclasses import asdict, fields
+from shlex import quote
 
 import machine
 import runtime
@@ -214,7 +215,7 @@ def load_start(settings, given, data):
         raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
                         f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
                         f"python prepare.py {'YOUR_CHATS --format=chat' if data.chat else 'YOUR_TEXT'} "
-                        f"--out={data.folder} --tokenizer={same}")
+                        f"--out={quote(data.folder)} --tokenizer={quote(same)}")
     was = start["settings"]
     for field in fields(GPTConfig):
         name, now = field.name, getattr(settings, field.name)
@@ -236,7 +237,8 @@ def load_start(settings, given, data):
 def not_finite(update, loss, norm, settings, chosen):
     """The error for a loss or gradient that is no number, before any weight was touched. Exit code 3."""
     good = runtime.checkpoints(settings.out_dir)[-1:]
-    again = f"--init_from={good[0]} --out_dir={settings.out_dir}-2 " if good else f"--out_dir={settings.out_dir}-2 "
+    again = f"--init_from={quote(good[0])} " if good else ""
+    again += f"--out_dir={quote(settings.out_dir + '-2')} "
     return UserError(f"at update {update} the loss is {loss} and the gradient norm {norm} (learning rate "
                      f"{settings.learning_rate:.2g}, {chosen['dtype']}); no weight was touched, and the same command "
                      f"comes to the same place; last good checkpoint: {good[0] if good else 'none yet'}",

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import zipfile
 from dataclasses import asdict
+from shlex import quote
 
 import torch
 from torch.nn import functional as F
@@ -180,7 +181,7 @@ def find_checkpoint(init_from, out_dir):
     paths = checkpoints(out_dir)
     if paths and init_from == "scratch":
         raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
-                        f"--out_dir=out/ANOTHER, or delete {out_dir} yourself")
+                        f"--out_dir=out/ANOTHER, or rm -r {quote(out_dir)}")
     if not paths and init_from == "resume":
         raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave out --init_from: a new run")
     for path in reversed(paths):
@@ -195,7 +196,7 @@ def find_checkpoint(init_from, out_dir):
             if path == paths[0]:
                 best = os.path.join(out_dir, "best.pt")
                 raise UserError(f"{error.fact}, and no checkpoint before it is whole",
-                                f"start a new run from the best weights: --init_from={best} --out_dir=out/ANOTHER") \
+                                f"start a new run from the best weights: --init_from={quote(best)} --out_dir=out/ANOTHER") \
                     from None
             warn(f"{error.fact}; taking the one before")
     return None
@@ -268,7 +269,7 @@ class RunFolder:
             return
         if "best.pt" in names:
             raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
-                            f"--out_dir=out/ANOTHER for a new run, with --init_from={self.path} to start from best.pt")
+                            f"--out_dir=out/ANOTHER for a new run, with --init_from={quote(self.path)} to start from best.pt")
         begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
         ours = RUN_FILES if begun else re.compile(r"log\.jsonl\.part")
         foreign = next((name for name in sorted(names) if not ours.fullmatch(name)), None)
@@ -314,7 +315,7 @@ def find_run(where="out"):
 def choose_run(bare, settings):
     """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
-        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one: {bare[0]}")
+        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one: {quote(bare[0])}")
     init_from = "" if settings.init_from == "resume" else settings.init_from  # nanoGPT's word for --out_dir
     named = bare[0] if bare else init_from or settings.out_dir
     if named and not os.path.exists(named):
@@ -332,7 +333,7 @@ def checkpoint_path(run, which="best"):
     if numbered or os.path.exists(nanogpt):
         return [nanogpt, *numbered][-1]
     raise UserError(f"there is no trained model in {run} (no best.pt, no ckpt_*.pt, no config.json of a Hugging Face "
-                    "model)", f"python train.py config/train_small.py --out_dir={run}")
+                    "model)", f"python train.py config/train_small.py --out_dir={quote(run)}")
 
 
 def read_run(run, which="best", depth=0):
@@ -421,7 +422,7 @@ def read_base(checkpoint, run, depth=0):
     if not os.path.exists(path):
         raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
                         f"bring {path} back, or go to the folder where {run} was trained: the path counts from there; "
-                        f"python export.py {run} --format=hf makes a model that needs no other")
+                        f"python export.py {quote(run)} --format=hf makes a model that needs no other")
     if depth > 3:  # a run that corrects itself has no end of them
         raise UserError(f"{run} holds corrections (LoRA) to corrections to corrections, and so on: more than 4",
                         "export.py --format=hf makes a model of one that needs no other")

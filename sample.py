@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Literal
 
 import torch
@@ -296,8 +297,8 @@ def main(argv):
     if settings.chat and not run["chat"]:
         folder = run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]) or "."
         raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX if tokenizers.END not in tokenizer.special
-                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={folder}, then train.py "
-                        f"with --init_from={folder}")
+                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then train.py "
+                        f"with --init_from={quote(folder)}")
 
     def answer(prompt, seed):
         nonlocal outgrown

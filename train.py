@@ -30,6 +30,7 @@ import os
 import signal
 import statistics
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Literal
 
 import torch
@@ -321,7 +322,7 @@ def train(settings, given, processes, stop, folder):
                     if not math.isfinite(row["val_loss"]):
                         lower = f"--learning_rate={settings.learning_rate / 3:.1g}"
                         raise UserError(f"the validation loss after {step} steps is {row['val_loss']}",
-                                        f"--out_dir={out_dir}-2 {lower}", code=3)
+                                        f"--out_dir={quote(out_dir + '-2')} {lower}", code=3)
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
                         best_loss = row["val_loss"]
@@ -411,7 +412,7 @@ def train(settings, given, processes, stop, folder):
             processes.wait()
         raise UserError(f"{error.fact}; the run is saved after {step} steps, and those since the last validation or "
                         "checkpoint may have read other text", "bring the old data back, and the same command "
-                        f"continues; or --init_from={out_dir} --out_dir=out/ANOTHER", alone=error.alone) from None
+                        f"continues; or --init_from={quote(out_dir)} --out_dir=out/ANOTHER", alone=error.alone) from None
     except machine.Stopped:
         if folder.writes and step > 0:
             save_run()
@@ -535,7 +536,7 @@ def sample(model, data, tokenizer, autocast, device, fresh=False):
 def say_next(out_dir, data):
     stdlib = any(source.startswith("stdlib") for source in data.meta["source"])
     prompt = " --chat" if data.chat else " --prompt='def'" if stdlib else ""
-    say(f"\nnext: python sample.py {out_dir}{prompt}\n      python sample.py --help")
+    say(f"\nnext: python sample.py {quote(out_dir)}{prompt}\n      python sample.py --help")
 
 
 def start_wandb(settings):

@@ -17,6 +17,7 @@ import muon
 import dataset as datasets
 import prepare
 import runtime
+import sample
 import train
 from model import GPT, GPTConfig
 
@@ -168,6 +169,16 @@ def test_a_run_that_ends_worse_than_guessing_says_so(data, capsys, monkeypatch):
     with pytest.raises(train.UserError, match="the validation loss after 3 steps is inf") as caught:
         run("--max_iters=3")
     assert caught.value.code == 3
+
+
+def test_what_can_be_pasted_is_quoted(data, capsys):
+    out = "my run; touch x"
+    run("--max_iters=2", f"--out_dir={out}")
+    assert f"next: python sample.py '{out}'\n" in capsys.readouterr().err
+    os.unlink(f"{out}/ckpt_00000002.pt")
+    assert f"--init_from='{out}' to start" in error(lambda _: run(f"--out_dir={out}"))[1]
+    os.unlink(f"{out}/best.pt")
+    assert f"--out_dir='{out}'" in error(sample.main, out)[1]
 
 
 def test_what_kind_of_data_is_read(data, capsys):
