@@ -24,7 +24,7 @@ from datetime import datetime
 
 import numpy as np
 
-from config import UserError, needs
+from config import UserError, needs, open_file
 
 # GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
 # space before them, runs of other signs, white space. The last space before a word is left to that word.
@@ -198,7 +198,7 @@ class ByteBPETokenizer:
 
 
 def read(folder, name):
-    with open(os.path.join(folder, name), "rb") as file:
+    with open_file(os.path.join(folder, name), most=1 << 28) as file:
         return file.read()
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 
-from config import UserError, warn
+from config import UserError, open_file, warn
 
 
 class Log:
@@ -75,7 +75,7 @@ class Log:
 def read_rows(path, unwritten=""):
     """The rows of a log.jsonl, one at a time; half a line, which a kill may leave at the end, is none."""
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_file(path, mode="r", encoding="utf-8", errors="replace") as file:
             for line in itertools.chain(file, unwritten.splitlines(keepends=True)):
                 row = parse_row(line)
                 if row:
@@ -89,13 +89,13 @@ def parse_row(line):
         numbers = [row["loss"], row.get("val_loss", 0.0)]
         good = isinstance(row["step"], int) and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
         return row if good else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
 def read_header(path):
     """The first line of a log.jsonl; an empty one where there is none."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(OSError, ValueError, RecursionError), open_file(path) as file:
         header = json.loads(file.readline())
         return header if isinstance(header, dict) else {}
     return {}
@@ -103,8 +103,8 @@ def read_header(path):
 
 def last_row(path):
     """The last row of a log.jsonl, or an empty one."""
-    with contextlib.suppress(OSError, IndexError), open(path, encoding="utf-8", errors="replace") as file:
-        return parse_row(collections.deque(file, maxlen=1)[0])
+    with contextlib.suppress(OSError, IndexError), open_file(path) as file:
+        return parse_row(collections.deque(file, maxlen=1)[0].decode(errors="replace"))
     return {}
 
 

@@ -54,7 +54,7 @@ from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, o
 @dataclass
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, or data/NAME-chat, with the name of the first source
-    overwrite: bool = False  # replace what the folder holds, even if it comes from other sources or has the other format
+    overwrite: bool = False  # replace what the folder holds, even if that has other sources or the other format
     format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
     follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import huggingface
 import lora
 import tokenizer as tokenizers
-from config import UserError, check_like, note, warn
+from config import UserError, check_like, note, open_file, warn
 from log import read_header
 from model import GPT, GPTConfig, outline, quantize, resolve, round_up
 from muon import Muon
@@ -195,9 +195,8 @@ def find_checkpoint(init_from, out_dir):
         except UserError as error:
             if path == paths[0]:
                 best = os.path.join(out_dir, "best.pt")
-                raise UserError(f"{error.fact}, and no checkpoint before it is whole",
-                                f"start a new run from the best weights: --init_from={quote(best)} --out_dir=out/ANOTHER") \
-                    from None
+                raise UserError(f"{error.fact}, and no checkpoint before it is whole", "start a new run from the best "
+                                f"weights: --init_from={quote(best)} --out_dir=out/ANOTHER") from None
             warn(f"{error.fact}; taking the one before")
     return None
 
@@ -269,7 +268,7 @@ class RunFolder:
             return
         if "best.pt" in names:
             raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
-                            f"--out_dir=out/ANOTHER for a new run, with --init_from={quote(self.path)} to start from best.pt")
+                            f"--out_dir=out/ANOTHER; with --init_from={quote(self.path)} to start from best.pt")
         begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
         ours = RUN_FILES if begun else re.compile(r"log\.jsonl\.part")
         foreign = next((name for name in sorted(names) if not ours.fullmatch(name)), None)
@@ -315,7 +314,7 @@ def find_run(where="out"):
 def choose_run(bare, settings):
     """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
-        raise UserError(f"one RUN is enough, but there are {len(bare)}: {' '.join(bare)}", f"give one: {quote(bare[0])}")
+        raise UserError(f"expected one RUN, got {len(bare)}: {' '.join(bare)}", f"give one: {quote(bare[0])}")
     init_from = "" if settings.init_from == "resume" else settings.init_from  # nanoGPT's word for --out_dir
     named = bare[0] if bare else init_from or settings.out_dir
     if named and not os.path.exists(named):
@@ -507,11 +506,9 @@ def nanogpt_tokenizer(folder, data, vocab_size):
     """What the ids of a nanoGPT checkpoint mean: it does not say, so the characters are looked for where it keeps them.
     """
     for path in (os.path.join(folder, "meta.pkl"), os.path.join(folder, "..", "data", data, "meta.pkl")):
-        if os.path.isfile(path):
+        if os.path.exists(path):
             try:
-                if os.path.getsize(path) > 1 << 24:
-                    raise ValueError("a table of characters is not so large")
-                with open(path, "rb") as file:
+                with open_file(path, most=1 << 24) as file:  # (a table of characters is smaller)
                     itos = PlainUnpickler(file).load()["itos"]
                 characters = [itos[i] for i in range(vocab_size)]
                 if any(not isinstance(c, str) or len(c) != 1 for c in characters):

@@ -297,8 +297,8 @@ def main(argv):
     if settings.chat and not run["chat"]:
         folder = run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]) or "."
         raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX if tokenizers.END not in tokenizer.special
-                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then train.py "
-                        f"with --init_from={quote(folder)}")
+                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then "
+                        f"train.py with --init_from={quote(folder)}")
 
     def answer(prompt, seed):
         nonlocal outgrown

@@ -54,7 +54,7 @@ import numpy as np
 
 import bytebpe
 from bytebpe import read, write
-from config import UserError, command_line, load as load_settings, needs, note, say
+from config import UserError, command_line, load as load_settings, needs, note, open_file, say
 from download import public
 from forensics import code_points
 from sources import documents, fetch
@@ -339,7 +339,7 @@ def load_from(path, sha256=None):
 def is_ours(folder):
     """Is there a config.json as `save` writes it (maybe damaged)? A Hugging Face folder has one about the model."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        with open_file(os.path.join(folder, "config.json"), most=10 << 20) as file:
             about = json.load(file)
         return "model_type" not in about and ("kind" in about or not os.path.exists(
             os.path.join(folder, "tokenizer.json")))

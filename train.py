@@ -412,7 +412,8 @@ def train(settings, given, processes, stop, folder):
             processes.wait()
         raise UserError(f"{error.fact}; the run is saved after {step} steps, and those since the last validation or "
                         "checkpoint may have read other text", "bring the old data back, and the same command "
-                        f"continues; or --init_from={quote(out_dir)} --out_dir=out/ANOTHER", alone=error.alone) from None
+                        f"continues; or --init_from={quote(out_dir)} --out_dir=out/ANOTHER",
+                        alone=error.alone) from None
     except machine.Stopped:
         if folder.writes and step > 0:
             save_run()

@@ -123,15 +123,15 @@ def warn(text):
     say(f"warning: {text}")  # it works, but you may regret it
 
 
-def open_file(path, most=sys.maxsize):
-    """Open a file to read its bytes. Raises OSError where there is none, where it has more than `most` bytes, and where
-    it is a pipe or a device, which may have no end."""
+def open_file(path, most=sys.maxsize, mode="rb", **options):
+    """Open a stranger's file for reading. Raises OSError where there is none, where it has more than `most` bytes, and
+    where it is a pipe or a device, which may have no end."""
     size = os.path.getsize(path)
     if not os.path.isfile(path):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
     if size > most:
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, and no more than {most:,} are read")
-    return open(path, "rb")
+    return open(path, mode, **options)
 
 
 def command_line(main):
@@ -162,7 +162,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # a mistake of ours
-        traceback.print_exc()
+        print_error(traceback.format_exc())
         return 1
 
 
