@@ -432,6 +432,10 @@ def render(template, **values):
                         "check the roles and their order: most want user and assistant to alternate") from None
 
 
+# Filters and methods that make a long text of a short one.
+PADDING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"}
+
+
 @functools.lru_cache(maxsize=8)  # it takes a hundred times as long as filling it in
 def compiled(template):
     """A chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
@@ -441,9 +445,27 @@ def compiled(template):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Jinja's own keeps a template from running code; this one also from filling the memory in a moment."""
+
+        intercepted_binops = frozenset(["**", "*", "%"])
+
+        def call_binop(self, context, operator, left, right):
+            if operator == "**" or not all(type(n) in (int, float) and abs(n) < 1e9 for n in (left, right)):
+                raise jinja2.TemplateError(f"{operator} is for small numbers here")
+            return super().call_binop(context, operator, left, right)
+
+        def is_safe_attribute(self, value, name, found):
+            return name not in PADDING and super().is_safe_attribute(value, name, found)
+
+        def wrap_str_format(self, method):
+            return None  # (Jinja would allow a `format` of its own, which pads as well)
+
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    for name in PADDING & sandbox.filters.keys():
+        del sandbox.filters[name]
+    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False,
+                                                                      indent=indent and min(indent, 8))
     sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     # {% generation %} marks what the assistant says, for training; here it is an `if` that is always true.
     template = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})",

@@ -152,17 +152,18 @@ def receive(address, path, size, sha256):
 def locked(path, wait=False):
     """Keep other processes from writing `path`, also those of another machine that shares the disk.
 
-    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on `*.lock` beside
-    the path. Where the system has no such locks (Windows), go on without.
+    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on a hidden file
+    beside the path. Where the system has no such locks (Windows), go on without.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    folder, name = os.path.split(path)
     held = False
     while not held:
-        file = open(path + ".lock", "wb")
+        file = open(os.path.join(folder, f".{name}.openllm.lock"), "ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 
-from config import UserError, open_file, warn
+from config import UserError, new_file, open_file, warn
 
 
 class Log:
@@ -32,7 +32,7 @@ class Log:
     def rewrite(self, header, before=math.inf):
         rows, self.curve, last = read_rows(self.path, self.unwritten) if before else [], [], 0
         try:
-            with open(self.path + ".part", "w", encoding="utf-8") as file:
+            with new_file(self.path + ".part", "x", encoding="utf-8") as file:
                 file.write(json.dumps(header) + "\n")
                 for row in rows:
                     if last < row["step"] < before:
@@ -65,7 +65,7 @@ class Log:
             self.unwritten = ""
             if "val_loss" in row:
                 picture = os.path.join(os.path.dirname(self.path), "loss.svg")
-                with open(picture + ".part", "w", encoding="utf-8") as file:
+                with new_file(picture + ".part", "x", encoding="utf-8") as file:
                     file.write(loss_svg(self.curve))
                 os.replace(picture + ".part", picture)
         except OSError as error:
@@ -87,7 +87,7 @@ def parse_row(line):
     try:
         row = json.loads(line) if line.endswith("\n") else {}
         numbers = [row["loss"], row.get("val_loss", 0.0)]
-        good = isinstance(row["step"], int) and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+        good = isinstance(row["step"], int) and row["step"] > 0 and all(isinstance(n, float) and abs(n) < 1e39 for n in numbers)
         return row if good else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
@@ -97,7 +97,7 @@ def read_header(path):
     """The first line of a log.jsonl; an empty one where there is none."""
     with contextlib.suppress(OSError, ValueError, RecursionError), open_file(path) as file:
         header = json.loads(file.readline())
-        return header if isinstance(header, dict) else {}
+        return header if isinstance(header, dict) and isinstance(header.get("settings"), dict) else {}
     return {}
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import huggingface
 import lora
 import tokenizer as tokenizers
-from config import UserError, check_like, note, open_file, warn
+from config import UserError, check_like, new_file, note, open_file, warn
 from log import read_header
 from model import GPT, GPTConfig, outline, quantize, resolve, round_up
 from muon import Muon
@@ -42,7 +42,7 @@ def save_checkpoint(path, state):
     """Write `state`: when this returns, the file is on the disk under its name; when it raises, nothing has changed."""
     part = path + ".part"
     try:
-        with open(part, "wb") as file:
+        with new_file(part) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk ...
@@ -70,7 +70,8 @@ SOMETIMES = dict(optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", wh
                           wall_seconds=0.0, memory=0), unlogged="", val_loss=0.0, val_bpb=0.0, chat=False, int8=False,
                  before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
 DTYPES = ("float32", "bfloat16", "float16")
-SETTINGS = dict(dataset="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0, lora_alpha=0.0)
+SETTINGS = dict(dataset="", init_from="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0,
+                lora_alpha=0.0)
 
 
 def load_checkpoint(path):
@@ -91,7 +92,8 @@ def checked(state, path):
     if not (all(isinstance(value, (int, float, str, type(None))) for value in plain)
             and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
             and (chosen is None or chosen["dtype"] in DTYPES and isinstance(chosen.get("compile"), (bool, str)))
-            and 0 <= row.get("step", 0) <= state["step"] <= 99_999_999):
+            and 0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999
+            and (state.get("before") or {}).get("val_bpb", 1) > 0):
         raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
     if not state.get("base"):
         check_model(settings, state["model"], path, state.get("int8"))

@@ -22,9 +22,11 @@ import hashlib
 import json
 import os
 import re
+import sys
 import sysconfig
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
@@ -37,7 +39,7 @@ CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"inst
                {"question", "answer"}]  # by which a conversation is known, see chats.py
 BLOCK_BYTES = 1 << 20
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
-JSON_CHARACTERS = 200 << 20  # and so is a .json file
+JSON_BYTES = 200 << 20  # and so is a .json file (bytes of memory: most texts take one for each character)
 JSON_VALUES = 10_000_000  # in either of them: `[],` are three characters, but 64 bytes in memory
 
 
@@ -210,13 +212,20 @@ def files(source, kinds=KINDS, follow_links=False):
     else:
         wanted = (*kinds, ".json") if ".json" in source else kinds
         here = "does not exist, nor does a name or pattern of it match a"
-        found = filter(os.path.isfile, glob.glob(source, recursive=True))
+        found = matches(source, follow_links)
     found = sorted(path for path in found if kind(path) in wanted)
     if not found:
         names = ["stdlib", *(NAMES if kinds == KINDS else ())]
         raise UserError(f"{source} {here} {', '.join(wanted)} file (or .gz of these)",
                         f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
     return found
+
+
+def matches(pattern, follow_links):
+    """The files that a pattern matches. (Unlike glob, pathlib follows no links to folders, which may go in circles.)"""
+    root = os.path.splitdrive(pattern)[0] + os.sep if os.path.isabs(pattern) else ""
+    found = Path(root).glob(os.path.relpath(pattern, root) if root else pattern)
+    return [str(path) for path in found if path.is_file() and (follow_links or not path.is_symlink())]
 
 
 def walk(folder, follow_links):
@@ -378,14 +387,13 @@ def squad_documents(path):
 
 
 def read_json(path, fix, **options):
-    """What a .json file holds, which is read whole: up to JSON_CHARACTERS."""
+    """What a .json file holds, which is read whole: up to JSON_BYTES."""
     texts, total = [], 0
     for text in decoded(path):
         texts.append(text)
-        total += len(text)
-        if total > JSON_CHARACTERS:
-            raise UserError(f"{path} has more than {JSON_CHARACTERS / 1e6:.0f} million characters, and a .json file is "
-                            "read whole", "write it as a .jsonl file, one object per line")
+        total += sys.getsizeof(text)
+        if total > JSON_BYTES:
+            raise UserError(f"{path} takes more than {JSON_BYTES / 1e6:.0f} MB, and a .json file is read whole", "write it as a .jsonl file, one object per line")
     return parse_json("".join(texts), path, fix, **options)
 
 

@@ -38,13 +38,14 @@ A chat is a text in which they mark the turns, the same in preparation, in the t
 A prompt (`chat`) ends with <|assistant|>. What comes behind it, up to its <|end|>, is what a model learns: to answer,
 and to stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
 """
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import struct
 import tempfile
 import time
@@ -54,7 +55,7 @@ import numpy as np
 
 import bytebpe
 from bytebpe import read, write
-from config import UserError, command_line, load as load_settings, needs, note, open_file, say
+from config import UserError, command_line, load as load_settings, needs, note, open_file, say, show
 from download import public
 from forensics import code_points
 from sources import documents, fetch
@@ -360,18 +361,24 @@ def get(name):
                     f"one of {', '.join((*LEARNED, *encodings))}; or a folder: a run, data/NAME, a Hugging Face model")
 
 
-def copy(source, target, sha256):
-    """Copy source/tokenizer to target/tokenizer, unless the same one is there. Another one is kept, as *.damaged."""
-    path = os.path.join(target, "tokenizer")
+def keep(tokenizer, folder, sha256):
+    """Write a tokenizer to folder/tokenizer, unless the same one is there. Another one is kept, as *.damaged."""
+    path = os.path.join(folder, "tokenizer")
+    with contextlib.suppress(UserError):
+        load_from(folder, sha256)
+        return
     try:
-        load_from(target, sha256)
-    except UserError:
-        shutil.rmtree(path + ".part", ignore_errors=True)
-        shutil.copytree(os.path.join(source, "tokenizer"), path + ".part",
-                        ignore=lambda folder, names: {*names} - {*files_of(folder)})
-        if os.path.lexists(path):
-            os.replace(path, path + ".damaged")
-        os.replace(path + ".part", path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as part:
+            new = os.path.join(part, "new")
+            tokenizer.save(new)
+            if fingerprint(new) != sha256:
+                raise UserError("the tokenizer of the data is not written as it was read", "prepare the data again")
+            if os.path.lexists(path):
+                number = next(n for n in itertools.count() if not os.path.lexists(f"{path}.damaged{n or ''}"))
+                os.replace(path, f"{path}.damaged{number or ''}")
+            os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}", "make room, or another --out_dir") from None
 
 
 def ends(tokenizer):
@@ -471,7 +478,7 @@ def inspect(settings):
     for i in ids:
         piece = tokenizer.token_bytes(i)
         try:
-            print(f"{i:7} {names.get(i) or repr(piece.decode())}")
+            show(f"{i:7} {names.get(i) or repr(piece.decode())}")
         except UnicodeDecodeError:  # a part of a character
             print(f"{i:7} {piece!r}")
     size = len(settings.inspect.encode())

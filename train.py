@@ -302,7 +302,7 @@ def train(settings, given, processes, stop, folder):
             best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
         # First the log, by which the folder counts as that of a run.
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
-        tokenizers.copy(data_dir, out_dir, data.meta["tokenizer_sha256"])
+        tokenizers.keep(tokenizer, out_dir, data.meta["tokenizer_sha256"])
         wandb = start_wandb(settings) if settings.wandb_log else None
     wrapped = processes.wrap(model)
 

@@ -112,7 +112,14 @@ def printable(text):
 
 def show(text, end="\n"):
     """Print a text on standard output: to a terminal what is printable, to a file or a pipe exactly the text."""
-    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    if sys.stdout is None:  # it was closed
+        return
+    try:
+        print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}", "make room", code=1) from None
 
 
 def note(text):
@@ -131,6 +138,13 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
     if size > most:
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, and no more than {most:,} are read")
+    return open(path, mode, **options)
+
+
+def new_file(path, mode="xb", **options):
+    """Create a file. What bears its name, a link to somewhere else too, is removed first."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
     return open(path, mode, **options)
 
 

@@ -50,7 +50,7 @@ def random_model(seed=0, **shape):
     return model
 
 
-def whole(step=0, **state):
+def whole(step=1, **state):
     """A checkpoint of a small random model with all that a run goes on from, but for the averages of its optimizers."""
     model = random_model()
     numbers = dict.fromkeys("loss lr grad_norm tokens_per_second train_seconds wall_seconds".split(), 1.0)

@@ -307,6 +307,9 @@ EMPTY = dict(pre_tokenizer=split(r"(?=t)"))  # a word of no bytes: tiktoken pani
     (SLOW, {}, "the expression of the tokenizer a fails on a text"),
     (EMPTY, {}, "the expression of the tokenizer a fails on a text"),
     ({}, dict(chat_template="x" * 3_000_000), "a chat template that is no text, or has more than a million characters"),
+    *(({}, dict(chat_template="{{ %s }}" % value), "the chat template fails on these messages")
+      for value in ("10 ** 10 ** 9", "'a' * 10 ** 9", "'a' * 999999999", "'%0999999999d' % 1", "'a'.ljust(999999999)",
+                    "'a' | center(999999999)", "'{:999999999}'.format(1)")),
     ({}, dict(chat_template="\ud800"), "the chat template fails on these messages: UnicodeEncodeError"),
     ({}, dict(chat_template="{% if 1 %}" * 5000), "the chat template fails on these messages: RecursionError")])
 def test_what_a_stranger_may_write_into_a_file(tmp_path, changes, config, fact):

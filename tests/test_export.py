@@ -119,7 +119,7 @@ def test_no_file_tells_where_it_was_made_or_from(tiny_run, exported, here):
     runtime.save_checkpoint("run/best.pt", run)
     assert export.main(["run", "--format=hf,torchscript,int8", "--out=x"]) == 0
     card = (here / "x/README.md").read_text()
-    assert "| https://example.org/a.txt (licence: not known here); b.txt (licence" in card
+    assert re.search(r"\| https://example.org/a.txt \(licence: not known here\); b.txt \(folder \w+\) \(licence", card)
     assert "the weights of start |" in card
     own = [str(folder).encode() for folder in (ROOT, here, tiny_run, exported[0], sys.prefix, os.path.expanduser("~"))]
     for name, content in {**contents(exported[0]), **contents(here / "x")}.items():

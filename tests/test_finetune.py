@@ -507,7 +507,7 @@ def test_another_mask_is_other_data(lab):
     meta["train"] |= dict(mask_sha256=hashlib.sha256(mask).hexdigest(), trained=len(mask))
     open("data/other/meta.json", "w").write(json.dumps(meta))
     again = [*CHAT, "--max_iters=4", "--out_dir=a", "--dataset=other"]
-    assert "was begun with data=" in error(train.main, *again)[0]
+    assert "no longer holds the data that a was begun with (data=" in error(train.main, *again)[0]
     for change in (dict(chat=False), dict(special={})):
         open("data/other/meta.json", "w").write(json.dumps(meta | change))
         fact = error(train.main, *CHAT, "--out_dir=b", "--dataset=other")[0]

@@ -127,6 +127,25 @@ def test_the_same_data_again(first, again):
     assert prepare.contents([first], False) == prepare.contents([again], False) != prepare.contents([again], True)
 
 
+def test_texts_of_the_same_name_from_two_folders_are_two_texts(here, capsys):
+    for folder in "ab":
+        (here / folder).mkdir()
+        (here / folder / "notes.txt").write_text(folder * 3000)
+    prepare.main([f"{here}/a/notes.txt", "--tokenizer=char"])
+    prepare.main([f"{here}/a/notes.txt", "--tokenizer=char"])
+    fact, fix = error(prepare.main, f"{here}/b/notes.txt", "--tokenizer=char")
+    assert "data/notes holds text from notes.txt (folder " in fact and "--overwrite" in fix
+    assert str(here) not in (here / "data/notes/meta.json").read_text()
+
+
+def test_a_file_that_is_named_like_a_lock_is_left_alone(here):
+    (here / "poetry.txt").write_text(words(3000))
+    for name in ("poetry.lock", "poetry.part.txt"):
+        (here / name).write_text("mine")
+    prepare.main(["poetry.txt", "--tokenizer=char", "--out=poetry"])
+    assert (here / "poetry.lock").read_text() == "mine" and not list(here.glob(".*lock"))
+
+
 def test_what_is_replaced_is_said_before_the_work(here, monkeypatch, capsys):
     (here / "a.txt").write_text(words(1000))
     prepare.main(["a.txt", "--tokenizer=char"])

@@ -151,7 +151,7 @@ def test_there_are_fifty():
 
 def test_what_is_too_long_to_hold(here, monkeypatch):
     monkeypatch.setattr(sources, "RECORD_CHARACTERS", 1000)
-    monkeypatch.setattr(sources, "JSON_CHARACTERS", 1000)
+    monkeypatch.setattr(sources, "JSON_BYTES", 1000)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
     (here / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 3000 + b'"}')
     assert "a.jsonl: number 2 of the texts between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
@@ -178,7 +178,10 @@ def test_links_below_a_folder(here, capsys, follow):
     assert sorted(read(*found)) == sorted(due) and not capsys.readouterr().err
     (here / "in/a.txt").unlink()
     (here / "in/a.txt").symlink_to(here / "d.txt")
-    assert read("in/a.txt") == ["d.txt"] and read("in/a*.txt") == ["d.txt"]  # named on the command line
+    assert read("in/a.txt") == ["d.txt"]  # named on the command line
+    (here / "in/other-loop").symlink_to(here / "in")
+    for pattern in ("in/**/*.txt", f"{here}/in/**/*.txt"):  # (with glob, two loops would be 2^40 paths)
+        assert read(pattern) == ["in/deep/b.txt"]
 
 
 @pytest.mark.parametrize("read", [

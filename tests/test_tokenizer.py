@@ -160,16 +160,17 @@ def test_brackets_without_end(tmp_path):
     assert f"the tokenizer in {tmp_path} is damaged" in error(lambda _: tokenizers.load_from(tmp_path))[0]
 
 
-def test_what_a_folder_holds_besides_is_not_copied(here, bpe):
+def test_the_tokenizer_of_a_run_is_kept_whatever_lies_there(here, bpe):
+    """It is written from memory: what became of the data's own does not matter. Another one is put aside."""
     bpe.save("a/tokenizer")
-    due = tokenizers.fingerprint("a/tokenizer")
-    (here / "secret").mkdir()
-    (here / "secret/key").write_text("x")
-    for name, target in ("nowhere", here / "none"), ("folder", here / "secret"):
-        (here / "a/tokenizer" / name).symlink_to(target)
-    tokenizers.copy("a", "b", due)
-    assert sorted(os.listdir("b/tokenizer")) == ["config.json", "tokenizer.model"]
-    assert tokenizers.fingerprint("b/tokenizer") == due
+    due, files = tokenizers.fingerprint("a/tokenizer"), ["config.json", "tokenizer.model"]
+    for aside in ("", ".damaged", ".damaged1"):
+        os.makedirs("b", exist_ok=True)
+        tokenizers.keep(bpe, "b", due)
+        assert sorted(os.listdir("b/tokenizer")) == files and tokenizers.fingerprint("b/tokenizer") == due
+        assert not aside or os.path.exists(f"b/tokenizer{aside}")
+        (here / "b/tokenizer/tokenizer.model").write_bytes(b"damaged")
+    assert "cannot write nowhere/tokenizer" in error(lambda _: tokenizers.keep(bpe, "nowhere", due))[0]
 
 
 def test_unknown_kind():

@@ -171,6 +171,15 @@ def test_a_run_that_ends_worse_than_guessing_says_so(data, capsys, monkeypatch):
     assert caught.value.code == 3
 
 
+def test_links_in_the_folder_of_a_run_lead_nowhere(data):
+    run("--max_iters=10")
+    pathlib.Path("precious").write_text("mine")
+    for name in ("log.jsonl", "loss.svg", "best.pt", "ckpt_00000020.pt"):
+        os.symlink("../../precious", f"out/words/{name}.part")
+    run("--max_iters=20")
+    assert pathlib.Path("precious").read_text() == "mine" and not os.path.islink("out/words/log.jsonl")
+
+
 def test_what_can_be_pasted_is_quoted(data, capsys):
     out = "my run; touch x"
     run("--max_iters=2", f"--out_dir={out}")
