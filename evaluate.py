@@ -17,7 +17,7 @@ Three questions, each with its own pitfalls:
    standard error, and two models are compared question by question, which is sharper than the two errors suggest.
 3. How does it write? Its samples are kept, with how much they repeat themselves, beside the same of real text.
 
-The tables, and the page of --html, are in report.py.
+The tables are in report.py, the page of --html is report.html.
 """
 import errno
 import gc

@@ -149,6 +149,24 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window, for the tests of pages. What its console says is kept."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="session")
 def gpt2(tmp_path_factory):
     """A folder with GPT-2's vocabulary where tiktoken looks for it: see TIKTOKEN_CACHE_DIR."""
     script = ROOT.parent / "shared/scripts/seed_tiktoken.py"

@@ -17,16 +17,12 @@ import pytest
 from serving import KEY, RUN, ByteTokenizer, ScriptModel, serving, until
 from torch.nn import functional as F
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
+pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.actions.action_builder import ActionBuilder  # noqa: E402
 from selenium.webdriver.common.actions.pointer_input import PointerInput  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")
 
 # Characters of 1 to 4 bytes, each of which is a token; the last but 4 is put together from three characters.
 MIXED = "Gr\u00fc\u00dfe, \u4f60\u597d \U0001f642\n  \U0001f469\u200d\U0001f52c end"
@@ -93,18 +89,6 @@ class Page:
 
     def popup(self):
         return " ".join(self.get("pop.hidden ? '' : pop.innerText").split())
-
-
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

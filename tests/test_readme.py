@@ -38,7 +38,7 @@ def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, and the text files that a reader is supposed to have."""
     folder = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests",
-                 ROOT / "tasks", ROOT / "serve.html"]:
+                 ROOT / "tasks", *ROOT.glob("*.html")]:
         os.symlink(path, folder / path.name)
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")

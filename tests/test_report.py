@@ -1,73 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The page and the tables of evaluate.py: everything is there, in the right place, and nothing of it is ever code."""
+import base64
+import hashlib
+import json
 import math
+import pathlib
 import re
-import shutil
-from html.parser import HTMLParser
 
 import pytest
 
 import grading
 import report
 
-VOID = {"meta", "link", "br", "hr"}
 HOSTILE = ("</td></script><script>alert(1)</script><img src=x onerror='alert(2)'>\" onmouseover=\"alert(3) &amp; "
            "\0\x1b\ud800")
-
-
-class Node:
-    def __init__(self, tag, attributes, parent):
-        self.tag, self.attributes, self.parent, self.children = tag, dict(attributes), parent, []
-
-    def __getitem__(self, name):
-        return self.attributes[name]
-
-    def get(self, name):
-        return self.attributes.get(name)
-
-    def all(self, tag, kind=None):
-        """Every such tag in it, of the class `kind`."""
-        nodes = [child for child in self.children if isinstance(child, Node)]
-        return [found for node in nodes for found in
-                [node] * (node.tag == tag and (kind is None or node.get("class") == kind)) + node.all(tag, kind)]
-
-    def one(self, tag, kind=None):
-        found = self.all(tag, kind)
-        assert len(found) == 1, (tag, kind, found)
-        return found[0]
-
-    @property
-    def text(self):
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-
-class Tree(HTMLParser):
-    """A page as a tree. Every tag must be closed by its own end, and no attribute be there twice."""
-
-    def __init__(self, source):
-        super().__init__(convert_charrefs=True)
-        self.root = self.at = Node("", {}, None)
-        self.feed(source)
-        self.close()
-        assert self.at is self.root, f"<{self.at.tag}> is not closed"
-
-    def handle_starttag(self, tag, attributes):
-        assert len(dict(attributes)) == len(attributes), (tag, attributes)
-        node = Node(tag, attributes, self.at)
-        self.at.children.append(node)
-        if tag not in VOID:
-            self.at = node
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in ("line", "circle", "rect", "path"), f"<{tag}/> is only for SVG"
-        self.at.children.append(Node(tag, attributes, self.at))
-
-    def handle_endtag(self, tag):
-        assert tag == self.at.tag, f"</{tag}> ends <{self.at.tag}>"
-        self.at = self.at.parent
-
-    def handle_data(self, data):
-        self.at.children.append(data)
 
 
 def questions(kind, n, **changed):
@@ -156,18 +102,30 @@ EVERY = {
                                              texts=("a.txt",))}
 
 
-@pytest.fixture(params=EVERY)
-def made(request):
-    return EVERY[request.param]()
+# What the tests of the page say in JavaScript; a row is that of a model in a chart: its name, its value, its marks.
+HELPERS = """
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const texts = (selector, root) => all(selector, root).map((element) => element.textContent);
+const section = (title) => all("section").find((part) => part.querySelector("h2").textContent === title);
+const cells = (title) => all("tr", section(title)).map((row) => [...row.children].map((cell) => cell.textContent));
+const attributes = (element) => Object.fromEntries([...element.attributes].map(({name, value}) => [name, value]));
+const rows = (figure) => all("g", figure).map((row) => ({name: row.children[0].textContent,
+  value: row.children[1].textContent,
+  marks: [...row.children].slice(2).map((mark) => [mark.localName, attributes(mark)])}));
+return """
 
 
-def section(page, title):
-    return next(part for part in page.all("section") if part.one("h2").text == title)
+@pytest.fixture
+def show(browser, tmp_path):
+    """show(results) opens their page, and gives what evaluates JavaScript there. The console must stay empty."""
+    def show(found):
+        path = tmp_path / "report.html"
+        path.write_text(report.page(found), encoding="utf-8")
+        browser.get(path.as_uri())
+        return lambda expression: browser.execute_script(HELPERS + expression)
 
-
-def marks_of(figure, tag):
-    """{model: the marks of this tag in its row of a chart}"""
-    return {row.all("text")[0].text: row.all(tag) for row in figure.all("g")}
+    yield show
+    assert browser.get_log("browser") == []
 
 
 def share(place):
@@ -178,69 +136,95 @@ def share(place):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_whole_and_alone(made):
-    source = report.page(made)
-    page = Tree(source).root
-    source.encode("utf-8")  # no half characters
-    assert source.startswith("<!DOCTYPE html>") and page.one("html")["lang"] == "en"
-    assert page.one("head").one("title").text == "Evaluation: " + page.one("header").all("p")[0].text
-    assert len(page.all("h1")) == len(page.all("main")) == 1
-    assert {node["content"] for node in page.all("meta") if node.get("http-equiv")} == {
-        "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
-    # Nothing comes from elsewhere and nothing runs.
-    assert not any(page.all(tag) for tag in ("script", "img", "iframe", "object", "a", "form", "base", "foreignobject"))
-    assert [node["href"] for node in page.all("link")] == ["data:,"]
-    assert not re.search(r"url\(|@import|https?:", page.one("style").text)
-    every = [node for tag in set(re.findall(r"<([a-z0-9]+)", source)) for node in page.all(tag)]
-    assert not any(name.startswith("on") or name == "src" for node in every for name in node.attributes)
-    # Tables have headings, charts have words.
-    for table in page.all("table"):
-        heads = table.one("thead").all("th")
-        assert heads and all(head["scope"] == "col" for head in heads)
-        for row in table.one("tbody").all("tr"):
-            assert row.all("th")[0]["scope"] == "row" and len(row.all("th")) + len(row.all("td")) == len(heads)
-        assert table.parent["class"] == "box" and table.parent["tabindex"] == "0" and table.parent["aria-label"]
-    assert all(chart["role"] == "img" and chart["aria-label"] for chart in page.all("svg"))
-    levels = [int(tag[1]) for tag in re.findall(r"<(h\d)>", source)]
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:]))  # no level is left out
-    assert "None" not in page.text and "nan" not in page.one("main").text
-
-
-def test_what_is_not_there_has_no_part():
-    def titles(name):
-        return [part.one("h2").text for part in Tree(report.page(EVERY[name]())).root.all("section")]
-    assert titles("three") == ["Models", "Text", "Questions", "Confidence", "Compared with alpha", "Samples", "Answers"]
-    assert titles("one, all") == ["Models", "Text", "Questions", "Confidence", "Samples", "Answers"]
-    assert titles("texts alone") == ["Models", "Text"]
-    assert titles("tasks alone") == ["Models", "Questions", "Answers"]  # one answer each has no confidence
-    assert titles("nothing") == ["Models"]
-    assert titles("everything is missing") == ["Models", "Text"]
-
-
-def test_hostile_text_stays_text():
-    seen = HOSTILE.replace("\0", "\u2400").replace("\x1b", "\u241b").replace("\ud800", "\ufffd")
-    source = report.page(hostile())
-    page = Tree(source).root
-    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f]", source) and source.count("<script") == 0
-    assert seen in page.one("head").one("title").text and seen in page.one("footer").text
-    assert [line.text for line in page.one("header").all("p")] == [f"{seen}, b{seen}", seen]
-    # In every part, as a heading, a name, a sample, a prompt, an answer, and in the words for those who do not see.
-    for part in page.all("section"):
-        assert seen in part.text, part.one("h2").text
-    for box in page.all("details"):
-        assert seen in box.text or box.one("summary").text == "32 characters before"
-    assert any(seen in chart["aria-label"] for chart in page.all("svg"))
-    assert [span["title"] for span in page.all("span") if span.get("title")] == [seen] * 8
-    names = [head.text for head in page.all("table", "answers")[0].one("thead").all("th")]
-    assert names == ["no.", "prompt", "right", seen, "b" + seen]
-    assert page.all("ol")[0].all("li")[0].text == seen
-
-
-def test_the_table_of_models():
+def test_tables_and_notes():
     found = three()
-    rows = [[cell.text for cell in row.children if isinstance(cell, Node)]
-            for row in section(Tree(report.page(found)).root, "Models").all("tr")]
-    assert rows == [
+    said = report.tables(found)
+    lines = said.split("\n")
+    first, rest = report.columns(found)
+    assert len(first) == 3 and len(rest) == 4
+    for start, rows in ((0, first), (6, rest)):
+        for row, line in zip([dict.fromkeys(rows[0]), *rows], [lines[start], *lines[start + 2:]]):
+            cells = [cell.strip() for cell in line[2:-2].split(" | ")]
+            assert cells == [heading if cell is None else cell for heading, cell in row.items()]
+        assert {len(line) for line in lines[start:start + 2 + len(rows)]} == {len(lines[start])}  # below each other
+    notes = report.notes(found)
+    assert all(line in lines for line in notes)
+    assert notes == [
+        "a.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
+        "b.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
+        *notes[2:5],
+        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; tokens/s: one text alone, the best of three; 1.5 "
+        "minutes in all",
+        "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
+    assert re.sub(r"0\.\d\d ", "", notes[2]) == (
+        "pick: 12 questions, no examples; percent \u00b1 standard error; by chance 50.0; "
+        "calibration error (alpha), (beta), (gamma); in the chat format: gamma")
+    assert notes[3].endswith("standard error; prompts cut at their beginning, to fit: 7 (gamma)")
+    assert "| gamma | pick | 0.0 \u00b1 0.0 " in said
+
+
+def test_the_results_in_the_page_are_whole_and_cannot_end_their_element():
+    found = hostile()
+    source = report.page(found)
+    data = re.search('<script type="application/json" id="results">([^<]*)</script>', source)[1]
+    assert data.isascii() and json.loads(data).items() >= json.loads(json.dumps(found)).items()
+    assert source.replace(data, "null") == pathlib.Path(report.PAGE).read_text(encoding="utf-8")
+
+
+def test_the_policy_knows_the_script():
+    source = report.page(three())
+    script = re.search("<script>(.*?)</script>", source, re.S)[1].encode()
+    due = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    assert f"script-src 'sha256-{due}'" in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page in a browser
+
+
+PARTS = {
+    "three": ["Models", "Text", "Questions", "Confidence", "Compared with alpha", "Samples", "Answers"],
+    "one, all": ["Models", "Text", "Questions", "Confidence", "Samples", "Answers"],
+    "texts alone": ["Models", "Text"],
+    "tasks alone": ["Models", "Questions", "Answers"],  # one answer each has no confidence
+    "nothing": ["Models"],
+    "everything is missing": ["Models", "Text"]}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_not_there_has_no_part(show, name):
+    get = show(EVERY[name]())
+    assert get("texts('h2')") == PARTS[name]
+    assert not re.search("null|undefined|NaN|Infinity", get("document.documentElement.outerHTML.split('<script')[0]"))
+
+
+def test_a_page_without_results_says_how_to_get_them(show, browser):
+    browser.get(pathlib.Path(report.PAGE).as_uri())
+    assert "evaluate.py --html=FILE" in browser.execute_script(HELPERS + "texts('header')")[0]
+
+
+def test_hostile_text_stays_text(show):
+    seen = HOSTILE.replace("\0", "\u2400").replace("\x1b", "\u241b").replace("\ud800", "\ufffd")
+    get = show(hostile())
+    assert get("document.title") == f"Evaluation: {seen}, b{seen}"
+    assert get("texts('header p')") == [f"{seen}, b{seen}", seen] and seen in get("texts('footer')")[0]
+    # In every part, as a heading, a name, a sample, a prompt, an answer, and in the words for those who do not see.
+    for part in get("texts('section')"):
+        assert seen in part
+    assert get("texts('.answers tr:first-child th')")[:5] == ["no.", "prompt", "right", seen, "b" + seen]
+    assert get("texts('ol li')") == [seen] * 4 and seen in get("document.querySelector('svg').ariaLabel")
+    assert get("all('[title]').map((span) => span.title)") == [seen] * 8
+    # Nothing of it has become an element or an attribute that does something, and nothing was asked for.
+    assert get("all('img, iframe, object, a, form, base, style, script').map((e) => e.localName)") == [
+        "style", "script", "script"]
+    assert get("all('*').flatMap((e) => e.getAttributeNames()).filter((name) => /^on|^src/.test(name))") == []
+    assert get("performance.getEntriesByType('resource').map(({name}) => name)") == []
+
+
+def test_the_table_of_models(show):
+    found = three()
+    get = show(found)
+    assert get("cells('Models')") == [
         ["measure", "alpha", "beta", "gamma", "(a.txt itself)"],
         ["parameters", *["12,345"] * 3, ""],
         ["bits per byte on a.txt", "2.0000", "1.5000", "1.0000", ""],
@@ -256,211 +240,143 @@ def test_the_table_of_models():
         ["distinct-1", "0.50", "1.00", "\u2013", "0.50"],
         ["distinct-2", "0.50", "1.00", "\u2013", "0.80"],
         ["repetition", "0.33", "0.00", "\u2013", "\u2013"]]
+    assert get("texts('section:first-child li')") == report.notes(found)
 
 
-def test_tables_and_notes():
-    found = three()
-    said = report.tables(found)
-    lines = said.split("\n")
-    first, rest = report.columns(found)
-    assert len(first) == 3 and len(rest) == 4
-    for start, rows in ((0, first), (6, rest)):
-        for row, line in zip([dict.fromkeys(rows[0]), *rows], [lines[start], *lines[start + 2:]]):
-            cells = [cell.strip() for cell in line[2:-2].split(" | ")]
-            assert cells == [heading if cell is None else cell for heading, cell in row.items()]
-        assert {len(line) for line in lines[start:start + 2 + len(rows)]} == {len(lines[start])}  # below each other
-    page = Tree(report.page(found)).root
-    notes = [line.text for line in section(page, "Models").all("li")]
-    assert all(line in lines for line in notes)
-    assert notes == [
-        "a.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
-        "b.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
-        *notes[2:5],
-        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; tokens/s: one text alone, the best of three; 1.5 "
-        "minutes in all",
-        "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
-    assert re.sub(r"0\.\d\d ", "", notes[2]) == (
-        "pick: 12 questions, no examples; percent \u00b1 standard error; by chance 50.0; "
-        "calibration error (alpha), (beta), (gamma); in the chat format: gamma")
-    assert notes[3].endswith("standard error; prompts cut at their beginning, to fit: 7 (gamma)")
-    assert "| gamma | pick | 0.0 \u00b1 0.0 " in said and "python evaluate.py" in page.one("header").text
-
-
-def test_bars_are_as_long_as_their_values():
-    a, b = section(Tree(report.page(three())).root, "Text").all("figure")
-    lengths = [{name: share(bars[0]["width"]) if bars else None for name, bars in marks_of(figure, "rect").items()}
-               for figure in (a, b)]
+def test_bars_are_as_long_as_their_values(show):
+    get = show(three())
+    a, b = get("all('figure', section('Text')).map(rows)")
+    lengths = [{row["name"]: share(row["marks"][0][1]["width"]) if row["marks"] else None for row in rows}
+               for rows in (a, b)]
     assert lengths == [dict(alpha=1.0, beta=0.75, gamma=0.5), dict(alpha=0.5, beta=0.125, gamma=None)]  # one scale
-    assert [row.all("text")[1].text for row in b.all("g")] == ["1.0000", "0.2500", "\u2013"]
-    assert a.one("svg")["aria-label"] == "a.txt, bits per byte: alpha 2.0000; beta 1.5000; gamma 1.0000"
-    assert {tick["x"]: tick.text for tick in a.all("text", "tick")} == {"0%": "0", "100%": "2.00"}
+    assert [row["value"] for row in b] == ["1.0000", "0.2500", "\u2013"]
+    assert get("document.querySelector('svg').ariaLabel") == (
+        "a.txt, bits per byte: alpha 2.0000; beta 1.5000; gamma 1.0000")
 
 
-def test_dots_have_lines_of_one_error_to_each_side():
+def test_dots_have_lines_of_one_error_to_each_side(show):
+    """One question alone has no error, and what was not asked has no dot. A line ends where the scale ends."""
     found = three()
-    pick, read, sums = section(Tree(report.page(found)).root, "Questions").all("figure")
-    for figure, name in ((pick, "pick"), (read, "read")):
-        lines = marks_of(figure, "line")
-        for row, (who, [dot]) in zip(found["models"], marks_of(figure, "circle").items()):
-            mark = next(iter(row["tasks"][name]["metrics"].values()))
-            [line] = lines[who]
-            assert row["model"] == who and share(dot["cx"]) == pytest.approx(mark["value"], abs=1e-4)
-            assert share(line["x2"]) - share(line["x1"]) == pytest.approx(2 * mark["error"], abs=2e-4)
-            assert share(line["x2"]) + share(line["x1"]) == pytest.approx(2 * mark["value"], abs=2e-4)
-            assert line["y1"] == line["y2"] == dot["cy"] and line["class"] == "error"
-    assert pick.one("line", "chance")["x1"] == pick.one("line", "chance")["x2"] == "50.00%"
-    assert "by chance 50.0" in pick.one("figcaption").text and not read.all("line", "chance")
-    # One question alone has no error, and what was not asked has no dot.
-    assert not sums.all("line", "error") and {who: len(dot) for who, dot in marks_of(sums, "circle").items()} == dict(
-        alpha=1, beta=1, gamma=0)
-    rows = [int(re.search(r"translate\(0 (\d+)\)", row["transform"])[1]) for row in pick.all("g")]
-    assert rows == [0, report.ROW, 2 * report.ROW] and int(pick.one("svg")["height"]) >= 3 * report.ROW
+    for row, value in zip(found["models"], (0.1, 0.9)):
+        row["tasks"]["read"] = row["tasks"]["read"] | dict(metrics=dict(f1=dict(value=value, error=0.3)))
+    get = show(found)
+    pick, read, sums = get("all('figure', section('Questions')).map(rows)")
+    for rows, name in ((pick, "pick"), (read, "read")):
+        for row, found_row in zip(rows, found["models"], strict=True):
+            mark, marks = next(iter(found_row["tasks"][name]["metrics"].values())), dict(row["marks"])
+            assert row["name"] == found_row["model"]
+            assert share(marks["circle"]["cx"]) == pytest.approx(mark["value"])
+            if mark["error"]:
+                ends = [max(0, mark["value"] - mark["error"]), min(1, mark["value"] + mark["error"])]
+                assert [share(marks["line"][x]) for x in ("x1", "x2")] == pytest.approx(ends)
+                assert marks["line"]["y1"] == marks["line"]["y2"] == marks["circle"]["cy"]
+    assert [[tag for tag, _ in row["marks"]] for row in sums] == [["circle"], ["circle"], []]
+    [chance] = get("all('.chance').map(attributes)")
+    assert chance["x1"] == chance["x2"] == "50%"
+    assert get("texts('figcaption', section('Questions'))") == [
+        "pickright, percent of 12; by chance 50.0", "readF1, percent of 12", "sumsright, percent of 1"]
 
 
-def test_a_line_ends_where_the_scale_ends():
-    """Questions in groups of different sizes may have an error that is larger than the mark."""
-    found = results(model("m", tasks={"pick": task("choice", questions("choice", 6))}))
-    for value, error, ends in ((0.1, 0.3, (0, 0.4)), (0.9, 0.3, (0.6, 1))):
-        found["models"][0]["tasks"]["pick"]["metrics"]["accuracy"] = dict(value=value, error=error)
-        line = section(Tree(report.page(found)).root, "Questions").one("line", "error")
-        assert (share(line["x1"]), share(line["x2"])) == pytest.approx(ends)
-
-
-def test_reliability_diagrams():
+def test_reliability_diagrams(show):
     found = three()
-    part = section(Tree(report.page(found)).root, "Confidence")
-    assert [heading.text for heading in part.all("h3")] == ["pick"]
-    assert [figure.one("h4").text for figure in part.all("figure")] == ["alpha", "beta", "gamma"]
-    for row, figure in zip(found["models"], part.all("figure")):
-        expected, dots = row["tasks"]["pick"], figure.all("circle")
-        assert len(dots) == len(expected["calibration"]) > 1
-        for at, dot in zip(expected["calibration"], dots):
-            assert float(dot["cx"]) == pytest.approx(100 * at["confidence"], abs=0.01)
-            assert 100 - float(dot["cy"]) == pytest.approx(100 * at["accuracy"], abs=0.01)
-            assert math.pi * float(dot["r"]) ** 2 == pytest.approx(math.pi * 100 * at["n"] / 12, rel=0.01)
-            said = dot.one("title").text
-            assert f"{at['n']} questions" in said and said in figure.one("svg")["aria-label"]
-        assert f"calibration error {expected['calibration_error']:.2f}" in figure.one("figcaption").text
-        assert "M0 100 100 0" in figure.one("path")["d"]  # the diagonal, from below to above
+    get = show(found)
+    assert get("texts('h3', section('Confidence'))") == ["pick"]
+    figures = get("all('figure', section('Confidence')).map((figure) => [figure.querySelector('h4').textContent, "
+                  "figure.querySelector('figcaption').textContent, all('circle', figure).map((dot) => "
+                  "[...['cx', 'cy', 'r'].map((name) => +dot.getAttribute(name)), dot.textContent])])")
+    for row, (name, caption, dots) in zip(found["models"], figures, strict=True):
+        expected = row["tasks"]["pick"]
+        assert name == row["model"] and f"calibration error {expected['calibration_error']:.2f}" in caption
+        assert len(expected["calibration"]) > 1
+        for at, (x, y, r, said) in zip(expected["calibration"], dots, strict=True):
+            assert (x, 100 - y) == pytest.approx((100 * at["confidence"], 100 * at["accuracy"]))
+            assert r ** 2 == pytest.approx(100 * at["n"] / 12) and f"{at['n']} questions" in said
 
 
-def test_differences():
-    part = section(Tree(report.page(three())).root, "Compared with alpha")
-    rows = [[cell.text for cell in row.children if isinstance(cell, Node)] for row in part.all("tr")]
-    assert rows == [["task", "beta", "gamma"], ["pick: right", "33.3 \u00b1 14.2", "0.0 \u00b1 0.0"],
-                    ["read: F1", "0.0 \u00b1 0.0", "0.0 \u00b1 0.0"], ["sums: right", "0.0", "\u2013"]]
+def test_differences_and_samples(show):
+    get = show(three())
+    assert get("cells('Compared with alpha')") == [
+        ["task", "beta", "gamma"], ["pick: right", "33.3 \u00b1 14.2", "0.0 \u00b1 0.0"],
+        ["read: F1", "0.0 \u00b1 0.0", "0.0 \u00b1 0.0"], ["sums: right", "0.0", "\u2013"]]
+    assert get("texts('summary', section('Samples'))") == ["alpha: 2 samples", "beta: 1 samples"]
+    assert get("texts('li', section('Samples'))") == ["one two one two one two", "\n  x\ty\n", "red green blue sky"]
+    assert get("texts('p', section('Samples'))") == ["They begin with Once\nupon."]
 
 
-def test_samples():
-    part = section(Tree(report.page(three())).root, "Samples")
-    assert [box.one("summary").text for box in part.all("details")] == [
-        "alpha: 2 samples; sample words 8, distinct-1 0.50, distinct-2 0.50, repetition 0.33",
-        "beta: 1 samples; sample words 4, distinct-1 1.00, distinct-2 1.00, repetition 0.00"]
-    assert [[sample.text for sample in box.all("li")] for box in part.all("details")] == [
-        ["one two one two one two", "\n  x\ty\n"], ["red green blue sky"]]  # (not <pre>: it drops the first line end)
-    assert part.one("code").text == "Once\nupon"
-    assert "a.txt itself: sample words 9, distinct-1 0.50" in part.one("p").text
-    assert not [box for box in part.all("details") if "open" in box.attributes]
-
-
-def test_answers():
+def test_answers(show):
     found = three()
-    part = section(Tree(report.page(found)).root, "Answers")
-    boxes = [box for box in part.all("details") if box.parent.tag == "div"]
-    assert [box.all("summary")[0].text.split(":")[0] for box in boxes] == ["pick", "read", "sums"]
-    assert "12 questions; right: alpha 66.7 \u00b1 14.2, beta 100.0 \u00b1 0.0, gamma" in boxes[0].one("summary").text
-    for box, name in zip(boxes, ("pick", "read", "sums")):
-        rows = box.one("tbody").all("tr")
+    get = show(found)
+    boxes = get("all('section > div > details:has(.answers)').map((box) => [box.querySelector('summary').textContent, "
+                "all('tbody tr', box).map((row) => [...row.children].map((cell) => [cell.textContent, "
+                "all('b', cell).map((sign) => sign.textContent + (sign.ariaLabel ?? '')), "
+                "all('li', cell).map((line) => [...line.children].map((part) => part.textContent)), "
+                "texts('bdi', cell), texts('.text', cell)]))])")
+    assert [summary.split(":")[0] for summary, _ in boxes] == ["pick", "read", "sums"]
+    assert "12 questions; right: alpha 66.7 \u00b1 14.2, beta 100.0 \u00b1 0.0, gamma" in boxes[0][0]
+    for name, rows in zip(("pick", "read", "sums"), (rows for _, rows in boxes)):
         for i, (row, item) in enumerate(zip(rows, found["models"][0]["tasks"][name]["items"], strict=True)):
-            number, (prompt, right, *cells) = row.one("th"), [cell for cell in row.all("td")]
-            assert number.text == str(i + 1) and number.one("span")["title"] == f"t.jsonl, line {i + 1}"
-            assert prompt.text == item["prompt"] and right.text == item["right"][0]
-            for who, cell in zip(found["models"], cells, strict=True):
+            number, prompt, right, *cells = row
+            assert (number[0], prompt[4], right[3]) == (str(i + 1), [item["prompt"]], item["right"])
+            for who, (said, signs, choices, answer, written) in zip(found["models"], cells, strict=True):
                 if name not in who["tasks"]:
-                    assert cell.text == "\u2013"
+                    assert said == "\u2013"
                     continue
                 theirs = who["tasks"][name]["items"][i]
                 mark = next(iter(theirs["marks"].values()))
-                sign = next(node for node in cell.all("b") if node.text)
-                assert (sign.text, sign["aria-label"]) == (("\u2713", "right") if mark == 1 else ("\u2717", "wrong")
-                                                           if mark == 0 else ("\u2248", "partly right"))
+                due = "\u2713right" if mark == 1 else "\u2717wrong" if mark == 0 else "\u2248partly right"
+                assert [sign for sign in signs if sign] == [due]
                 if name == "pick":
-                    lines = [[node.text for node in line.children] for line in cell.all("li")]
                     odds = [math.exp(logprob) for logprob in theirs["logprobs"]]
-                    assert [line[2] for line in lines] == theirs["choices"]
-                    assert [line[1] for line in lines] == [f"{odd / sum(odds):.2f}" for odd in odds]
-                    assert [line[2] for line in lines if line[0]] == [theirs["answer"]]
+                    assert [line[1:] for line in choices] == [
+                        [f"{odd / sum(odds):.2f}", choice] for odd, choice in zip(odds, theirs["choices"])]
+                    assert [line[2] for line in choices if line[0]] == [theirs["answer"]]
                 else:
-                    assert cell.one("bdi").text == (theirs["answer"] or "(nothing)")
-                    [written] = cell.all("div", "text")
-                    assert written.text == (theirs["texts"][0] or "(nothing)")
-    assert "F1 0.8, exact 0" in boxes[1].text and "in format 0" in boxes[2].text
+                    assert answer == [theirs["answer"] or "(nothing)"]
+                    assert written == [theirs["texts"][0] or "(nothing)"]
+    assert "F1 0.8, exact 0" in get("texts('small')") and "in format 0" in get("texts('small')")
 
 
-def test_votes_and_prompts():
+def test_votes_and_prompts(show):
     """Long prompts are cut only for the eye; another prompt of another model and all votes can be opened."""
     long = "".join(f"word{i} " for i in range(400)) + "end."
     rows = questions("words", 2, prompt=long, texts=["x", "", "<y>"], confidence=2 / 3)
-    found = results(model("m", tasks={"read": task("words", rows)}),
-                    model("n", tasks={"read": task("words", [row | dict(prompt="x" * 1000) for row in rows])}))
-    first = section(Tree(report.page(found)).root, "Answers").one("tbody").all("tr")[0]
-    prompt, _, ours, theirs = first.all("td")
-    shut, end = prompt.one("details").one("div"), prompt.all("div")[-1]
-    assert shut.text + end.text == long and end.text.startswith("word")
-    assert report.TAIL <= len(end.text) < report.TAIL + 10
-    assert prompt.one("summary").text == f"{len(shut.text):,} characters before"
-    assert [box.one("summary").text for box in ours.all("details")] == ["all 3 votes"]
-    assert ours.one("div").text == "x(nothing)<y>" and len(ours.one("div").all("hr")) == 2
-    assert "confidence 0.67" in ours.one("small").text
-    assert [box.one("summary").text for box in theirs.all("details")] == ["its own prompt", "all 3 votes"]
-    assert theirs.all("div")[0].text == "x" * 1000
-    for words in ("x" * 1000, "x" * 401, "x" * 400, ""):  # without a space, and where it is not worth a click
-        cell = Tree(report.prompt(words)).root
-        assert "".join(box.text for box in cell.all("div")) == words
-        assert len(cell.all("details")) == (len(words) > 400)
+    others = [row | dict(prompt="x" * 401) for row in rows]
+    get = show(results(model("m", tasks={"read": task("words", rows), "more": task("words", others)}),
+                       model("n", tasks={"read": task("words", others)})))
+    cells = get("all('.answers').map((table) => [...table.querySelector('tbody tr').children].map((cell) => "
+                "[texts('summary', cell), texts('.text', cell), texts('small', cell)]))")
+    _, (summary, (before, end), _), _, ours, theirs = cells[0]
+    assert before + end == long and end.startswith("word") and 290 <= len(end) <= 300
+    assert summary == [f"{len(before):,} characters before"]
+    assert ours == [["all 3 votes"], ["x", "(nothing)", "<y>"], ["F1 0, exact 0, confidence 0.67"]]
+    assert theirs[:2] == [["its own prompt", "all 3 votes"], ["x" * 401, "x", "(nothing)", "<y>"]]
+    assert cells[1][1][:2] == [["101 characters before"], ["x" * 101, "x" * 300]]  # without a space
 
 
-def test_a_thousand_questions_are_a_few_megabytes():
-    rows = questions("choice", 1000, prompt="A question of some length. " * 10)
-    found = results(*(model(f"m{i}", tasks={"pick": task("choice", rows)}) for i in range(3)))
-    assert len(report.page(found).encode()) < 3e6
-
-
-def test_in_a_browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
-    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+@pytest.mark.parametrize("name", ["three", "hostile"])
+def test_on_a_phone_and_in_the_dark(show, browser, name):
+    """The tables scroll in their boxes. A chart is as wide as its place, and a dot is where it is said to be."""
+    get = show(EVERY[name]())
+    colour, light = "getComputedStyle(document.body).backgroundColor", None
     try:
-        for name in ("three", "hostile"):
-            path = tmp_path / f"{name}.html"
-            path.write_text(report.page(EVERY[name]()), encoding="utf-8")
-            for width in (360, 1280):
-                browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                                        dict(width=width, height=800, deviceScaleFactor=1, mobile=width == 360))
-                browser.get(path.as_uri())
-                wide = "return document.documentElement.scrollWidth"
-                assert browser.execute_script(wide) <= width
-                shown = "return [...document.querySelectorAll('td, ol.text')].filter((e) => e.checkVisibility()).length"
-                before = browser.execute_script(shown)
-                for box in browser.find_elements("css selector", "section > div > details > summary"):
-                    box.click()
-                assert browser.execute_script(shown) > before + 30
-                assert browser.execute_script(wide) <= width  # the tables scroll in their boxes
-                # A chart is as wide as its place, and what is drawn is where it is said to be.
-                assert browser.execute_script("""return [...document.querySelectorAll('.charts svg')].every((svg) => {
-                  const box = svg.getBoundingClientRect();
-                  return box.width > 250 && [...svg.querySelectorAll('circle')].every((dot) => {
-                    const at = dot.getBoundingClientRect();
-                    const due = box.x + box.width * parseFloat(dot.getAttribute('cx')) / 100;
-                    return Math.abs(at.x + at.width / 2 - due) < 1;
-                  })})""")
-        assert browser.get_log("browser") == []
+        for width, scheme in ((1280, "light"), (360, "dark")):
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                    dict(width=width, height=800, deviceScaleFactor=1, mobile=width == 360))
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                                    {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+            assert get(colour) != light
+            light = get(colour)
+            for opened in ("false", "true"):
+                get(f"all('details').forEach((box) => {{ box.open = {opened}; }})")
+                assert get("all('td, ol').every((element) => element.checkVisibility())") == (opened == "true")
+                assert get("document.documentElement.scrollWidth") <= width
+            assert get("""all('.charts svg').every((svg) => {
+              const box = svg.getBoundingClientRect();
+              return box.width > 250 && all('circle', svg).every((dot) => {
+                const at = dot.getBoundingClientRect();
+                const due = box.x + box.width * parseFloat(dot.getAttribute('cx')) / 100;
+                return Math.abs(at.x + at.width / 2 - due) < 1;
+              })})""")
     finally:
-        browser.quit()
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
