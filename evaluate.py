@@ -394,6 +394,8 @@ def main(argv):
             raise UserError(f"two texts are called {text.name}", "each once, or in two commands")
     if settings.json and settings.json == settings.html:
         raise UserError(f"--json and --html are both {settings.json}", "two names")
+    if os.path.exists(settings.html) and os.path.samefile(settings.html, report.PAGE):
+        raise UserError(f"--html={settings.html} is the page that the results are put into", "--html=results.html")
     for path in filter(None, (settings.json, settings.html) if processes.rank == 0 else ()):
         write(path)  # now, and not after an hour of work
     processes.join(device, "auto", 86400)

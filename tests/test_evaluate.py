@@ -586,12 +586,15 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=", *QUICK[1:]], "there is no task ''", "--tasks=FILE"),
     (["--json=sub", *QUICK], "sub: Is a directory", "or"),
     (["--json=r", "--html=r", *QUICK], "--json and --html are both r", "two names"),
+    (["--html=./page", *QUICK], "--html=./page is the page that the results are put into", "--html=results.html"),
     (["--tasks=x.jsonl", "--examples=y.jsonl"], "--examples, but shots=0", "--shots=4"),
     (["--prompt=\udcff"], "is not UTF-8", "FILE:path"), (["--prompt=FILE:gone"], "cannot read the prompt", "FILE:path"),
     (["--json=gone/r.json", *QUICK], "cannot write gone/r.json: No such file or directory", "another name"),
     (["--html=gone/r.html", *QUICK], "cannot write gone/r.html: No such file or directory", "another name")])
-def test_errors(place, capsys, argv, fact, fix):
+def test_errors(place, capsys, monkeypatch, argv, fact, fix):
     """All of these are found before any model has been measured."""
+    monkeypatch.setattr(report, "PAGE", str(place / "page"))
+    (place / "page").write_text(">null<")
     (place / "sub").mkdir(), (place / "words.txt").write_text("the cat")
     for name, rows in {"x": CHOICES, "sub/x": CHOICES, "one": CHOICES[:1], "y": sentences(2),
                        "bad": [CHOICES[0], {**CHOICES[1], "answer": 2}]}.items():
