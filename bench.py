@@ -228,10 +228,10 @@ def doctor(settings, _):
     dataset = settings.dataset or "stdlib"
     if os.path.exists(os.path.join("data", dataset)) or settings.dataset:
         leaked = datasets.Dataset.open(os.path.join("data", dataset)).meta["leaked"]
-        check("held-out text", leaked < 0.5, f"{leaked:.1%} of the runs of 13 words that data/{dataset} holds out are "
-              "also in what it trains on (below 50% is well)")
+        check("validation text", leaked < 0.5, f"{leaked:.1%} of the validation split of data/{dataset} is "
+              "repeated from its training split (below 50% is well)")
     else:
-        check("held-out text", None, f"data/{dataset} is not there: python prepare.py {dataset}")
+        check("validation text", None, f"data/{dataset} is not there: python prepare.py {dataset}")
     print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''} ({time.perf_counter() - started:.0f} s)")
     return 1 if failed else 0
 

@@ -142,7 +142,7 @@ def stdlib_chats():
             yield name, dialogue(texts), held_out
 
 
-@functools.cache  # prepare.py reads everything three times, and this takes seconds
+@functools.cache  # prepare.py reads everything two or three times, and this takes seconds
 def library():
     """[(module, name in it, held_out, {"what": ..., "call": ..., "where": ...})]: all that has a public name."""
     found = []

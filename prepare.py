@@ -17,10 +17,10 @@ sources.py says which texts there are and how they are read, chats.py does for c
     data/NAME/meta.json             how many tokens, documents and bytes, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
-<|endoftext|> stands before every document. The text is read three times, a megabyte at a time: to decide which
-documents are kept and which are held out, to learn a vocabulary, and to encode. Nothing of it is kept in between but
-some 75 bytes per document, so memory does not grow with their length. The result depends on the text and the settings
-alone, not on the number of threads, and appears under its name when it is whole.
+<|endoftext|> stands before every document. The text is read a megabyte at a time, two or three times: to decide which
+documents are kept and which are held out, to learn a vocabulary if need be, and to encode. Nothing of it is kept in
+between but some 75 bytes per document, so memory does not grow with their length. The result depends on the text and
+the settings alone, not on the number of threads, and appears under its name when it is whole.
 """
 import glob
 import hashlib
@@ -33,7 +33,7 @@ import shlex
 import shutil
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,7 +46,7 @@ import dataset as datasets
 import tokenizer as tokenizers
 from config import UserError, check_limits, command_line, load, note, say
 from download import Progress, locked
-from forensics import BORDER, Census, Leaks, Words
+from forensics import Census, histogram, overlap
 from log import read_header
 from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, origin
 
@@ -70,6 +70,9 @@ class PrepareConfig:
 
 
 MANY = 200  # from this many documents on, whole documents are held out; with fewer, the end of each
+# A word is a run of letters and digits; in scripts without spaces (Thai to Myanmar, Khmer, kana, Chinese), one of them.
+UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(f"[^\\W_{UNSPACED}]+|[{UNSPACED}]")
 # What config/train_small.py wants of a text: its context, the tokens of its updates, and their number.
 RECIPE_BLOCK_SIZE, RECIPE_TOKENS, RECIPE_STEPS, LARGE_VOCABULARY = 256, 12 * 256, 1000, 20_000
 
@@ -86,7 +89,7 @@ class Plan:
     fate: np.ndarray
     length: np.ndarray
     census: Census
-    words: Words
+    sizes: str  # how many documents have how many bytes
     bytes: int  # these and the next three count what is kept
     documents: int
     duplicates: int
@@ -101,45 +104,34 @@ def read(sources, settings):
 
 def make_plan(sources, settings):
     """Read everything once: find duplicates, decide what is held out, count characters."""
-    census, words, progress = Census(), Words(), Progress("reading")
+    census, progress = Census(), Progress("reading")
     keys, sizes, lengths, fates, silent = array("Q"), array("q"), array("q"), array("b"), array("b")
     waiting, weight = [], 0  # short texts are counted together: a call of numpy costs as much as a thousand characters
-
-    def count(text):
-        words.learn(census.add(text))
-
-    with ThreadPoolExecutor(1) as aside:  # counts while this thread reads and hashes
-        counting = aside.submit(count, "")
-        for document in read(sources, settings):
-            digest, size, length, n_words = hashlib.sha256(), 0, 0, 0
-            for block in document.blocks():
-                raw = block.encode()
-                digest.update(raw)
-                size, length = size + len(raw), length + len(block)
-                waiting.append(block)
-                weight += len(block)
-                if weight > BLOCK_BYTES // 4 or settings.min_words:
-                    counting.result()
-                    counting = aside.submit(count, "".join(waiting))
-                    waiting, weight = [], 0
-                if n_words < settings.min_words:
-                    counting.result()
-                    n_words += words.count(block)
-                progress.add(len(raw))
-            silent.append(document.messages is not None and not any(
-                said["role"] == "assistant" and said["content"] for said in document.messages))
-            key = int.from_bytes(digest.digest()[:8], "big")
-            if document.messages:  # the same words from others: no duplicate, but, by the upper half, on the same side
-                key ^= crc32(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
-            keys.append(key)
-            sizes.append(size)
-            lengths.append(length)
-            side = CUT if document.held_out is None else VAL if document.held_out else TRAIN
-            fates.append(SKIP if n_words < settings.min_words or size == 0 else side)
-            if size:
-                census.add_length(size)
-        counting.result()
-        count("".join(waiting))
+    for document in read(sources, settings):
+        digest, size, length, n_words = hashlib.sha256(), 0, 0, 0
+        for block in document.blocks():
+            raw = block.encode()
+            digest.update(raw)
+            size, length = size + len(raw), length + len(block)
+            waiting.append(block)
+            weight += len(block)
+            if weight > BLOCK_BYTES // 4:
+                census.add("".join(waiting))
+                waiting, weight = [], 0
+            if n_words < settings.min_words:
+                n_words += len(WORD.findall(block))
+            progress.add(len(raw))
+        silent.append(document.messages is not None and not any(
+            said["role"] == "assistant" and said["content"] for said in document.messages))
+        key = int.from_bytes(digest.digest()[:8], "big")
+        if document.messages:  # the same words from others: no duplicate, but, by the upper half, on the same side
+            key ^= crc32(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
+        keys.append(key)
+        sizes.append(size)
+        lengths.append(length)
+        side = CUT if document.held_out is None else VAL if document.held_out else TRAIN
+        fates.append(SKIP if n_words < settings.min_words or size == 0 else side)
+    census.add("".join(waiting))
 
     keys, sizes, fate = np.array(keys), np.array(sizes), np.array(fates)
     empty, dropped = int((sizes == 0).sum()), int((fate == SKIP).sum())
@@ -163,12 +155,12 @@ def make_plan(sources, settings):
         fate[undecided[held_out]] = VAL  # so that neither side is ever empty
         last[held_out] = 2
         fate[undecided[(fraction - last).argmax()]] = TRAIN
-    duplicates, short = len(order) - len(kept), dropped - empty
-    return Plan(fate, np.array(lengths), census, words, int(sizes[kept].sum()), len(kept), duplicates, empty, short)
+    return Plan(fate, np.array(lengths), census, histogram(sizes[sizes > 0]), int(sizes[kept].sum()), len(kept),
+                duplicates=len(order) - len(kept), empty=empty, short=dropped - empty)
 
 
-def split_texts(sources, plan, settings, wanted=(TRAIN, VAL)):
-    """Read it again: yields (TRAIN or VAL, the document, does it start here, text), for the sides wanted.
+def split_texts(sources, plan, settings):
+    """Read it again: yields ("train" or "val", the document, does it start here, text).
 
     What stands before `cut` in a document is for training, what stands after it is held out.
     """
@@ -176,88 +168,71 @@ def split_texts(sources, plan, settings, wanted=(TRAIN, VAL)):
         if i >= len(plan.fate):
             raise UserError(f"{document.name} appeared while the text was being read", "run the command again")
         fate, length = int(plan.fate[i]), int(plan.length[i])
-        if fate != CUT and fate not in wanted:
+        if fate == SKIP:
             continue
         cut = length if fate == TRAIN else 0 if fate == VAL else length - math.ceil(length * settings.val_fraction)
         near = cut - (length - cut) // 2  # a line end that is not further away than this is the better place
-        position, fresh = 0, {TRAIN, VAL}  # fresh: the sides that have nothing of this document yet
+        position, fresh = 0, {"train", "val"}  # fresh: the splits that have nothing of this document yet
         for block in document.blocks():
             here = min(max(cut - position, 0), len(block))
             if fate == CUT and 0 < here < len(block):
                 here = block.rfind("\n", max(near - position, 0), here) + 1 or here
                 cut = position + here
-            for side, text in ((TRAIN, block[:here]), (VAL, block[here:])):
-                if text and side in wanted:
-                    yield side, document, side in fresh, text
-                    fresh.discard(side)
+            for split, text in (("train", block[:here]), ("val", block[here:])):
+                if text:
+                    yield split, document, split in fresh, text
+                    fresh.discard(split)
             position += len(block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The vocabulary, and what must not leak
+# 2. The vocabulary
 
-def learn_tokenizer(sources, plan, settings, existing=None):
-    """(the tokenizer, the leaks to look for). A vocabulary is learned from the training side alone (char: from all)."""
-    kind, leaks = settings.tokenizer, Leaks()
-    learning = not existing and kind != "char"
-
-    def training_texts():
-        """The training side, which a vocabulary may see; on the way, the held-out side is given to `leaks`."""
-        for side, document, _, text in split_texts(sources, plan, settings, (TRAIN, VAL) if learning else (VAL,)):
-            if side == TRAIN:
-                yield text
-            else:
-                leaks.hold(document.name, plan.words.grams(text))
-
-    if learning:
-        # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
-        smallest = tokenizers.smallest_vocab(plan.census.counts, settings.character_coverage)
-        vocab_size = settings.vocab_size or max(smallest + 64, min(4096, plan.bytes // 100))
-        sample = tokenizers.sample(training_texts(), plan.bytes)
-        tokenizer = tokenizers.train(kind, sample, vocab_size, settings.character_coverage)
-    else:
-        for _ in training_texts():
-            pass
+def learn_tokenizer(sources, plan, settings, existing):
+    """The tokenizer: one that exists, or learned, from the training split alone (char: from all)."""
+    if existing or settings.tokenizer == "char":
         tokenizer = existing or tokenizers.train("char", map(chr, np.flatnonzero(plan.census.counts)))
         if settings.vocab_size and settings.vocab_size != tokenizer.vocab_size:
             note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
-    leaks.freeze()
-    return tokenizer, leaks
+        return tokenizer
+    # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
+    smallest = tokenizers.smallest_vocab(plan.census.counts, settings.character_coverage)
+    vocab_size = settings.vocab_size or max(smallest + 64, min(4096, plan.bytes // 100))
+    texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
+    return tokenizers.train(settings.tokenizer, tokenizers.sample(texts, plan.bytes), vocab_size,
+                            settings.character_coverage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Encoding
 
 class BinWriter:
-    """Writes one .bin file and counts what goes in."""
+    """Writes one .bin file."""
 
-    def __init__(self, path, *counted):
-        self.file, self.digest, self.counts = open(path, "wb"), hashlib.sha256(), dict.fromkeys(counted, 0)
+    def __init__(self, path):
+        self.file, self.digest = open(path, "wb"), hashlib.sha256()
 
-    def write(self, array, **counts):
+    def write(self, array):
         self.file.write(array.data)
         self.digest.update(array.data)
-        for name, n in counts.items():
-            self.counts[name] += n
 
     def close(self):
-        """The counts, and the sha256 of all that was written."""
+        """The sha256 of all that was written."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        return self.counts, self.digest.hexdigest()
+        return self.digest.hexdigest()
 
 
 @dataclass
 class Part:
-    """Some documents of one side, encoded. mask: of conversations."""
+    """Some documents of one split, encoded. mask: of conversations."""
 
-    side: int
+    split: str
     ids: np.ndarray
     mask: np.ndarray | None
-    documents: int
+    documents: list[str]  # those that start here
     bytes: int
-    trained_bytes: int
     silent: list[str]  # conversations in which nobody answers
 
 
@@ -269,33 +244,26 @@ def packed(ids, dtype, vocab_size):
     return np.concatenate(ids, dtype=dtype, casting="unsafe")
 
 
-def encode(texts, plan, tokenizer, leaks, dtype, folder, settings):
+def encode(texts, plan, tokenizer, dtype, folder, settings):
     """Write train.bin and val.bin, of conversations their masks too, from what split_texts yields.
 
-    Returns the counts of both sides, as meta.json has them, and the conversations in which nobody answers.
+    Returns the counts of both splits, as meta.json has them, the names of the documents in val.bin, and those of the
+    conversations in which nobody answers.
 
     A few threads encode a megabyte each; tokenizers and arrays work in C, where threads run side by side. What they
     return is written in the order of the text, so that their number changes nothing.
     """
-    chat, threads, silent = settings.format == "chat", settings.num_proc or os.cpu_count() or 1, []
-    names = {TRAIN: "train", VAL: "val"}
-    writers = {side: BinWriter(os.path.join(folder, f"{name}.bin"), "tokens", "documents", "bytes")
-               for side, name in names.items()}
-    masks = {side: BinWriter(os.path.join(folder, f"{name}.mask.bin"), "trained", "trained_bytes")
-             for side, name in names.items()} if chat else {}
+    chat, threads = settings.format == "chat", settings.num_proc or os.cpu_count() or 1
+    counts, validation, silent = dict(train=Counter(), val=Counter()), [], []
+    writers = {name: BinWriter(os.path.join(folder, f"{name}.bin")) for name in counts}
+    masks = {name: BinWriter(os.path.join(folder, f"{name}.mask.bin")) for name in counts} if chat else {}
     progress = Progress("encoding", plan.bytes)
     start = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]) if chat else None
 
     def work(batch):
-        """The parts of some texts; their training side is looked through for leaks."""
-        train = "".join(BORDER * starts + text for side, _, starts, text in batch if side == TRAIN)
-        leaks.look(plan.words.grams(train))
-        return [part(side, texts) for side in (TRAIN, VAL) if (texts := [item for item in batch if item[0] == side])]
-
-    def part(side, texts):
-        ids, mask, trained_bytes, silent = [], [], 0, []
-        for _, document, starts, text in texts:
+        ids, mask, silent = [], [], []
+        for split, document, starts, text in batch:
             ids += [start] * starts
             if not chat:
                 ids.append(tokenizer.encode_to_numpy(text))
@@ -306,19 +274,22 @@ def encode(texts, plan, tokenizer, leaks, dtype, folder, settings):
                 raise UserError(f"{document.name}: {error.fact}", error.fix) from None
             ids.append(spoken)
             mask += [np.zeros(1, np.uint8), learned.astype(np.uint8)]
-            trained_bytes += int(lengths[spoken[learned == 1]].sum())
             silent += [document.name] * (not learned.any())
-        n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for *_, text in texts)
-        return Part(side, packed(ids, dtype, tokenizer.vocab_size), np.concatenate(mask) if chat else None,
-                    sum(starts for _, _, starts, _ in texts), n_bytes, trained_bytes, silent)
+        n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for *_, text in batch)
+        return Part(split, packed(ids, dtype, tokenizer.vocab_size), np.concatenate(mask) if chat else None,
+                    [document.name for _, document, starts, _ in batch if starts], n_bytes, silent)
 
     def finish(future):
-        for part in future.result():
-            writers[part.side].write(part.ids, tokens=part.ids.size, documents=part.documents, bytes=part.bytes)
-            if chat:
-                masks[part.side].write(part.mask, trained=int(part.mask.sum()), trained_bytes=part.trained_bytes)
-            silent.extend(part.silent)
-            progress.add(part.bytes)
+        part = future.result()
+        writers[part.split].write(part.ids)
+        counts[part.split].update(tokens=part.ids.size, documents=len(part.documents), bytes=part.bytes)
+        if chat:
+            masks[part.split].write(part.mask)
+            learned = part.ids[part.mask == 1]
+            counts[part.split].update(trained=learned.size, trained_bytes=int(lengths[learned].sum()))
+        validation.extend(part.documents if part.split == "val" else ())
+        silent.extend(part.silent)
+        progress.add(part.bytes)
 
     with ThreadPoolExecutor(threads) as pool:
         running = deque()
@@ -328,36 +299,33 @@ def encode(texts, plan, tokenizer, leaks, dtype, folder, settings):
                 finish(running.popleft())
         while running:
             finish(running.popleft())
-    counts = {}
-    for side, name in names.items():
-        counts[name], sha256 = writers[side].close()
-        counts[name]["sha256"] = sha256
-        if chat:
-            trained, sha256 = masks[side].close()
-            counts[name] |= dict(trained, mask_sha256=sha256)
+    for name, writer in writers.items():
+        counts[name]["sha256"] = writer.close()
+    for name, writer in masks.items():
+        counts[name]["mask_sha256"] = writer.close()
     if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
         raise UserError("the text changed while it was being read", "run the command again")
     if not counts["train"]["tokens"] or not counts["val"]["tokens"]:
         few = f"{plan.documents} conversation is" if chat else f"{plan.bytes} bytes of text are"
         raise UserError(f"{few} too few to train on some and hold some out", "give more text")
-    for name in names.values() if chat else ():
+    for name in masks:
         if not counts[name]["trained_bytes"]:
             raise UserError(f"in none of the {counts[name]['documents']:,} conversations of the side {name} does the "
                             "assistant say anything", "give more conversations with answers")
-    return counts, silent
+    return counts, validation, silent
 
 
 def batches(texts):
-    """Group what split_texts yields into lists of about half a megabyte: a thread is not worth its while for less."""
-    batch, size = [], 0
+    """What split_texts yields, as lists of half a megabyte of one split: less is not worth a thread's while."""
+    batch, size = dict(train=[], val=[]), dict(train=0, val=0)
     for item in texts:
-        batch.append(item)
-        size += len(item[-1])
-        if size > BLOCK_BYTES // 2:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        split = item[0]
+        batch[split].append(item)
+        size[split] += len(item[-1])
+        if size[split] > BLOCK_BYTES // 2:
+            yield batch[split]
+            batch[split], size[split] = [], 0
+    yield from filter(None, batch.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,18 +362,19 @@ def write(sources, settings, out, part):
     sources, origins = fetch(sources, settings.input, settings.mirror, kinds, settings.follow_links)
 
     plan = make_plan(sources, settings)
-    tokenizer, leaks = learn_tokenizer(sources, plan, settings, existing)
+    tokenizer = learn_tokenizer(sources, plan, settings, existing)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     tokenizer.save(os.path.join(part, "tokenizer"))
-    texts = split_texts(sources, plan, settings)
-    counts, silent = encode(texts, plan, tokenizer, leaks, dtype, part, settings)
+    counts, validation, silent = encode(split_texts(sources, plan, settings), plan, tokenizer, dtype, part, settings)
+    end = tokenizer.special[tokenizers.END_OF_TEXT]
+    about_overlap, leaked = overlap(part, dtype, counts, end, validation)
     origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
-    lines, leaked = report(plan, leaks, tokenizer, counts, silent)
     meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
                 source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
-                report=lines, leaked=leaked, **(dict(chat=True) if settings.format == "chat" else {}))
+                report=report(plan, about_overlap, tokenizer, counts, silent), leaked=leaked,
+                **(dict(chat=True) if settings.format == "chat" else {}))
     with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
     shutil.rmtree(out + ".old", ignore_errors=True)
@@ -460,27 +429,27 @@ def contents(sources, chat):
     return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
 
-def report(plan, leaks, tokenizer, counts, silent=()):
-    """What a reader should know about this text before a model is trained on it: lines, and the share that leaks."""
+def report(plan, about_overlap, tokenizer, counts, silent):
+    """What a reader should know about this text before a model is trained on it: lines."""
     dropped = [f"{n:,} {what}" for n, what in ((plan.duplicates, "exact duplicates"), (plan.empty, "empty ones"),
                                                (plan.short, "with too few words")) if n]
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
     lacks = getattr(tokenizer, "missing", b"")
     if lacks and (n := sum(int(plan.census.counts[byte]) for byte in lacks if byte < 128)):
         dropped.append(f"{n:,} control characters that this vocabulary has no token for")
-    census, (about_leaks, leaked) = plan.census.report(), leaks.report()
-    if dropped:
-        census[0] = f"of all that was read, {census[0]}"
-    kind = "conversations" if "trained" in counts["train"] else "documents"
-    return [f"{plan.documents:,} {kind}, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
-            *census, *about_leaks,
-            f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token",
-            *(f"{side}.bin: {counts[side]['tokens']:,} tokens of {counts[side]['documents']:,} {kind}, "
-              f"{counts[side]['bytes']:,} bytes of text" + (f"; {counts[side]['trained']:,} tokens to be learned"
-                                                            if "trained" in counts[side] else "")
-              for side in ("train", "val")),
-            *([f"in {len(silent):,} of them the assistant says nothing to learn from: {silent[0]}" + (
-                ", ..." if len(silent) > 1 else "")] if silent else [])], leaked
+    chat = "trained" in counts["train"]
+    kind = "conversations" if chat else "documents"
+    lines = [f"{plan.documents:,} {kind}, {plan.bytes:,} bytes; dropped: {', '.join(dropped) or 'nothing'}",
+             f"{'of all that was read, ' * bool(dropped)}documents by bytes: {plan.sizes}",
+             *plan.census.report(), *about_overlap,
+             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token"]
+    for split, n in counts.items():
+        lines.append(f"{split}.bin: {n['tokens']:,} tokens of {n['documents']:,} {kind}, {n['bytes']:,} bytes of text"
+                     + f"; {n['trained']:,} tokens to be learned" * chat)
+    if silent:
+        lines.append(f"in {len(silent):,} of them the assistant says nothing to learn from: {silent[0]}"
+                     + ", ..." * (len(silent) > 1))
+    return lines
 
 
 def next_command(out, meta, settings):
@@ -495,13 +464,14 @@ def next_command(out, meta, settings):
     run += "-2" if os.path.exists(run) else ""  # (that of another run)
     target = shlex.join([f"--dataset={name}", f"--out_dir={run}"])
     target = "" if name == "stdlib" else " " + target
+    has = {name for name in ("best.pt", "model.safetensors", "model.safetensors.index.json")
+           if os.path.exists(os.path.join(settings.tokenizer, name))}
+    start = shlex.quote(f"--init_from={settings.tokenizer}" if has else "--init_from=scratch")
     if meta.get("chat"):
-        return next_chat(target, meta, settings)
-    if os.path.exists(os.path.join(settings.tokenizer, "best.pt")):  # the tokenizer of a run: to continue from it
-        start = shlex.quote(f"--init_from={settings.tokenizer}")
+        return next_chat(start, has, target, meta, settings)
+    if "best.pt" in has:  # the tokenizer of a run: to continue from it
         return f"python train.py {start}{target} --learning_rate=1e-3 --warmup_iters=5{short}"
-    if any(os.path.exists(os.path.join(settings.tokenizer, f"model.safetensors{end}")) for end in ("", ".index.json")):
-        start = shlex.quote(f"--init_from={settings.tokenizer}")  # a Hugging Face model, whose context may be long
+    if has:  # a Hugging Face model, whose context may be long
         return f"python train.py {start}{target}{block or ' --block_size=256'} --learning_rate=1e-4{short}"
     if meta["vocab_size"] > LARGE_VOCABULARY:
         note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
@@ -509,18 +479,14 @@ def next_command(out, meta, settings):
     return f"python train.py config/train_small.py{target}{block}{short}"
 
 
-def next_chat(target, meta, settings):
+def next_chat(start, has, target, meta, settings):
     """The command that makes a model answer: one that has the vocabulary of these conversations."""
-    has = {name for name in ("best.pt", "model.safetensors", "model.safetensors.index.json")
-           if os.path.exists(os.path.join(settings.tokenizer, name))}
-    start = shlex.quote(f"--init_from={settings.tokenizer}" if has else "--init_from=scratch")
+    recipe, updates, tokens = "config/finetune_chat.py", 300, 16 * 256
     if not has:
         note(f"--tokenizer={settings.tokenizer} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
-        recipe, updates, tokens = "config/train_small.py config/finetune_chat.py", 300, 16 * 256
-    elif has == {"best.pt"} and not read_header(os.path.join(settings.tokenizer, "log.jsonl")).get(
+        recipe = f"config/train_small.py {recipe}"
+    elif has != {"best.pt"} or read_header(os.path.join(settings.tokenizer, "log.jsonl")).get(
             "settings", {}).get("lora_rank"):
-        recipe, updates, tokens = "config/finetune_chat.py", 300, 16 * 256
-    else:
         recipe, updates, tokens = "config/finetune_lora.py", 100, 4 * 512
     steps = max(10, round(5 * meta["train"]["tokens"] / tokens))  # five times through few conversations, at the most
     short = f" --max_iters={steps} --eval_interval={steps // 5} --warmup_iters={steps // 10}" * (steps < updates)

@@ -25,7 +25,7 @@ def test_doctor(here, capsys):
     assert out.count("[ok]") >= 14 and "[FAIL]" not in out and "0 failed (" in out
     for line in ("versions", "device", "dtype", "compile", "gpt2: start", "modern: no leak", "modern: cache"):
         assert f"   {line}" in out
-    assert "[--]   held-out text        data/stdlib is not there: python prepare.py stdlib" in out
+    assert "[--]   validation text      data/stdlib is not there: python prepare.py stdlib" in out
 
 
 @pytest.mark.parametrize("fault, line", [
@@ -67,7 +67,7 @@ def test_doctor_warns_of_leaks(here, capsys):
     prepare.main(["a.txt", "--tokenizer=char", "--val_fraction=0.2"])
     assert bench.main(["doctor", "--dataset=a"]) == 1
     out = capsys.readouterr().out
-    assert "[FAIL] held-out text" in out and "of the runs of 13 words that data/a holds out are also" in out
+    assert "[FAIL] validation text" in out and "of the validation split of data/a is repeated from" in out
     assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
 
 

@@ -166,6 +166,18 @@ def test_a_tokenizer_can_be_taken_from_other_data(here):
     assert "c" in error(prepare.main, "b.txt", f"--tokenizer={here}")[0]
 
 
+@pytest.mark.parametrize("tokenizer, times", [("char", 2), ("data/other", 2), ("bpe", 3)])
+def test_how_often_the_text_is_read(here, monkeypatch, tokenizer, times):
+    (here / "a.txt").write_text(words(3000))
+    prepare.main(["a.txt", "--vocab_size=300", "--out=data/other"])
+    document, = prepare.documents([(None, "a.txt")])
+    blocks, opened = document.blocks, []
+    document.blocks = lambda: opened.append(1) or blocks()
+    monkeypatch.setattr(prepare, "documents", lambda *_: [document])
+    prepare.main(["a.txt", f"--tokenizer={tokenizer}", "--vocab_size=300"])
+    assert len(opened) == times
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
