@@ -12,25 +12,21 @@ hf            hf/          Hugging Face: GPT2LMHeadModel, LlamaForCausalLM or Qw
 onnx          model.onnx   one graph with a cache of keys and values, in the naming of the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format, which comes after TorchScript
+int8          int8/        only if asked for: a run folder with rounded weights, which is not the same model any more
 
 An export is a translation, and translations have mistakes: a transposed matrix, an epsilon, a length that was frozen
-when the graph was recorded. So each file is written under another name, read back in a process that has nothing of this
-project (readback.py), and compared with the model: the logits on real text, at lengths from 1 to the whole context and
-for several texts at once, and the 64 likeliest tokens one after the other. Only then does it get its name. Exit code 1:
-it differs by more than it may.
-
-int8          int8/        a run folder with matrices of 8-bit integers, see model.quantize
-
-This one is no translation: it is not the same model any more, so it is written when it is asked for, and what it costs
-is said instead: bits per byte before and after.
+when the graph was recorded. So each file is written into OUT/.part, read back in a process that has nothing of this
+project (readback.py), and compared with the model: the logits on real text, at several lengths and for several texts at
+once, and the 64 likeliest tokens one after the other. Only then does it get its place. Exit code 1: one of them differs
+by more than it may. A crash costs a minute: the same command begins again.
 """
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import logging
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -42,30 +38,26 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-import torch.nn as nn
 
 import dataset as datasets
 import huggingface
 import machine
 import runtime
 import tokenizer as tokenizers
-from config import UserError, command_line, load, note, say, warn
+from config import UserError, check_like, command_line, load, note, say
 from model import KVCache, quantize
 from perplexity import measure_text, read_text
 from sources import LICENCES, origin
 
-# By how much a logit may differ, since others add the same float32 numbers in another order: 1e-5 of the largest logit,
-# or 1e-4 where that is more.
+# How far a logit may be off, since others add float32 numbers in another order; RELATIVE is that to the largest logit.
 TOLERANCE, RELATIVE = 1e-4, 1e-5
-HERE = os.path.dirname(os.path.abspath(__file__))
 FILES = {"hf": "hf", "onnx": "model.onnx", "torchscript": "model.ts", "pt2": "model.pt2", "int8": "int8"}
 PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 @dataclass
 class ExportConfig:
-    format: list[str] = field(default_factory=list)  # hf, onnx, torchscript, pt2, may be given several times; none: all
-    # four of them. int8 only if asked for
+    format: list[str] = field(default_factory=list)  # hf,onnx,torchscript,pt2,int8; default: all but int8
     out: str = ""  # the folder to write into; exports/NAME of the run by default
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
     # keep weights of 16 bits as float32 numbers)
@@ -77,17 +69,6 @@ class ExportConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The graphs: what the model does, recorded
-
-
-class Logits(nn.Module):
-    """input_ids (B, T) -> logits (B, T, vocab_size), and nothing else."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids)
 
 
 class GrowingCache(KVCache):
@@ -110,7 +91,7 @@ class GrowingCache(KVCache):
         return torch.ones(T, keys, dtype=torch.bool).tril(self.length)
 
 
-class LogitsAndCache(nn.Module):
+class LogitsAndCache(torch.nn.Module):
     """input_ids (B, T) and, for each layer, keys and values (B, n_kv_head, past, head_dim) -> the logits and the same
     with past + T positions."""
 
@@ -140,7 +121,7 @@ def write_onnx(model, path):
 
 
 def write_torchscript(model, path):
-    traced = torch.jit.trace(Logits(model), torch.zeros(2, 8, dtype=torch.long), check_trace=False)
+    traced = torch.jit.trace(model, torch.zeros(2, 8, dtype=torch.long), check_trace=False)
     whole = io.BytesIO()
     torch.jit.save(traced, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
@@ -151,32 +132,13 @@ def write_torchscript(model, path):
 
 def write_pt2(model, path):
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.block_size)
-    program = torch.export.export(Logits(model), (torch.zeros(2, 8, dtype=torch.long),),
+    program = torch.export.export(model, (torch.zeros(2, 8, dtype=torch.long),),
                                   dynamic_shapes=({0: batch, 1: length},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names of files and lines of code on this machine
-    save_whole(torch.export.save, program, path)
-
-
-def save_whole(save, what, path):
-    """By way of the memory: on a full disk, torch's own writer ends the process."""
-    buffer = io.BytesIO()
-    save(what, buffer)
-    with open(path, "wb") as file:
-        file.write(buffer.getbuffer())
-
-
-def write_int8(model, tokenizer, run, path):
-    """A run folder, whose best.pt has 8-bit matrices. Returns the model that it holds."""
-    tokenizer.save(os.path.join(path, "tokenizer"))
-    model = quantize(copy.deepcopy(model))
-    keep = "step", "source", "chat", "data_sha256", "versions"
-    kept = {name: run[name] for name in keep if name in run}
-    kept["settings"] = asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", "")))
-    runtime.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
-        format=1, int8=True, model=model.state_dict(),
-        tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))
-    return model
+    whole = io.BytesIO()  # on a full disk, torch's own writer ends the process
+    torch.export.save(program, whole)
+    pathlib.Path(path).write_bytes(whole.getbuffer())
 
 
 WRITE = {"onnx": write_onnx, "torchscript": write_torchscript, "pt2": write_pt2}
@@ -187,8 +149,7 @@ def quiet():
     """Without what torch says about itself while it records: deprecations, packages that are not there."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -200,18 +161,15 @@ def quiet():
 
 def real_text(run, tokenizer, n):
     """At least n token ids of real text: held-out data where they are here, else this file itself."""
-    ids, dataset = [], run["settings"].get("dataset")
-    if dataset:
-        with contextlib.suppress(UserError):  # the data may be gone
-            data = datasets.Dataset.open(os.path.join("data", dataset))
-            if data.meta["tokenizer_sha256"] == run["tokenizer_sha256"]:
-                ids = data.tokens("val", 0, min(n, data.meta["val"]["tokens"])).tolist()
+    ids = []
+    with contextlib.suppress(UserError):  # the data may be gone
+        data = datasets.Dataset.open(os.path.join("data", run["settings"].get("dataset", "")))
+        if data.meta["tokenizer_sha256"] == run["tokenizer_sha256"]:
+            ids = data.tokens("val", 0, min(n, data.meta["val"]["tokens"])).tolist()
     if not ids:
-        with open(__file__, encoding="utf-8") as file:
-            text = file.read()
+        text = pathlib.Path(__file__).read_text(encoding="utf-8")
         known = getattr(tokenizer, "characters", None)
-        ids = tokenizer.encode("".join(c for c in text if known is None or c in known))
-    ids = ids or [0]
+        ids = tokenizer.encode("".join(c for c in text if known is None or c in known)) or [0]
     return ids * (n // len(ids) + 1)
 
 
@@ -231,11 +189,9 @@ def ask(model, run, tokenizer):
     lines = [line for line in lines if not any(name in line for name in tokenizer.special)]  # which text never becomes
     with torch.inference_mode():
         logits = [model(idx)[:, at] for idx, at in zip(batches, positions)]
-    tokens = torch.cat(list(model.generate(prompt, n)), dim=1)[0]
     rate = speed(machine.use_linear(copy.deepcopy(model), torch.float32), prompt, n)
     questions = dict(batches=batches, positions=positions, prompt=prompt, n=n, lines=lines)
-    return questions, dict(logits=logits, tokens=tokens, tokens_per_second=rate,
-                           ids=[tokenizer.encode(line) for line in lines])
+    return questions, dict(logits=logits, ids=[tokenizer.encode(line) for line in lines], tokens_per_second=rate)
 
 
 def speed(model, prompt, n):
@@ -251,11 +207,11 @@ def prove(path, asked):
     """The answers of an export to the questions in the file `asked`, from a process that cannot import this project."""
     answered = asked + ".answers"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-I", os.path.join(HERE, "readback.py"), path, asked, answered],
-                          capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-I", pathlib.Path(__file__).with_name("readback.py"), path, asked, answered]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {last[:300]}",
+        said = done.stderr.strip().rpartition("\n")[2][:300] or f"exit code {done.returncode}"
+        raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {said}",
                         "make room if the disk is full; else python bench.py doctor, and report this", code=1)
     return runtime.load_file(answered)
 
@@ -265,18 +221,13 @@ def compare(model, questions, ours, theirs):
     pairs = zip(ours["logits"], theirs["logits"])
     difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()  # (of torch: a NaN stays one)
     allowed = max(TOLERANCE, RELATIVE * max(logits.abs().max().item() for logits in ours["logits"]))
-    passes = difference <= allowed  # (a NaN is not)
-    what, n = f"logits within {difference:.1e} ({allowed:.1e} is allowed)", questions["n"]
-    differs = (ours["tokens"] != theirs["tokens"]).nonzero().flatten().tolist()
-    if differs:
-        at = differs[0]
-        with torch.inference_mode():
-            scores = model(torch.cat((questions["prompt"], ours["tokens"][None, :at]), dim=1))[0, -1]
-        gap = (scores[ours["tokens"][at]] - scores[theirs["tokens"][at]]).item()
-        what += f", greedy token {at + 1} of {n} is the first that differs, by {gap:.1e} in the logit"
-        passes = passes and gap <= 2 * allowed  # else it is no tie
-    else:
-        what += f", the same {n} greedy tokens"
+    prompt, tokens, n = questions["prompt"], theirs["tokens"], questions["n"]
+    with torch.inference_mode():
+        scores = model(torch.cat((prompt, tokens[None, :-1]), dim=1))[0, -n:]
+    gap = (scores.amax(dim=1) - scores[range(n), tokens]).max().item()  # 0: each is the likeliest after those before
+    passes = difference <= allowed and gap <= 2 * allowed  # (a NaN is not; a small gap is a tie)
+    what = f"logits within {difference:.1e} ({allowed:.1e} is allowed), " + (
+        f"greedy tokens up to {gap:.1e} below the likeliest" if gap else f"the same {n} greedy tokens")
     if theirs["ids"] is not None:
         wrong = sum(a != b for a, b in zip(ours["ids"], theirs["ids"]))
         what += f", {f'other ids in {wrong}' if wrong else 'the same ids in all'} of {len(ours['ids']):,} lines of text"
@@ -284,10 +235,15 @@ def compare(model, questions, ours, theirs):
     return difference, what, passes
 
 
-def prove_int8(model, tokenizer, run, questions, ours, path):
-    """Write a run folder of 8 bits, and see what is lost: (its row of the table, the comparison in words, does it hold
-    what was written?)."""
-    written = write_int8(model, tokenizer, run, path)
+def export_int8(model, tokenizer, run, questions, ours, path):
+    """Write a run folder of 8 bits, and read it: (its row, what is lost in words, does it hold what was written?)."""
+    written = quantize(copy.deepcopy(model))
+    tokenizer.save(os.path.join(path, "tokenizer"))
+    kept = {name: run[name] for name in ("step", "source", "chat", "data_sha256", "versions") if name in run}
+    kept["settings"] = asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", "")))
+    runtime.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
+        format=1, int8=True, model=written.state_dict(),
+        tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))
     started = time.perf_counter()
     found, known, _ = runtime.load_run(path)
     load = time.perf_counter() - started
@@ -295,99 +251,70 @@ def prove_int8(model, tokenizer, run, questions, ours, path):
         same = all(torch.equal(found(idx), written(idx)) for idx in questions["batches"])
         difference = max((found(idx)[:, at] - logits).abs().max().item() for idx, at, logits in
                          zip(questions["batches"], questions["positions"], ours["logits"]))
-    rate, what = speed(found, questions["prompt"], questions["n"]), f"logits within {difference:.1e}"
+    rate = speed(found, questions["prompt"], questions["n"])
+    what = f"logits within {difference:.1e}, {rate:,.0f} tokens/s instead of {ours['tokens_per_second']:,.0f}"
     try:
         text = read_text(os.path.join("data", run["settings"].get("dataset") or "(no data set)"), megabytes=1)
         before, after = (measure_text(each, known, text)["bits_per_byte"] for each in (model, found))
-        worse = after / before - 1
-        what = (f"{before:.4f} bits per byte before, {after:.4f} after ({worse:+.2%}), on what {text.name} holds out; "
-                f"{what}")
-        if worse > 0.005:
-            warn(f"in 8 bits, the model is {worse:.1%} worse")
+        what = (f"{before:.4f} bits per byte before, {after:.4f} after ({after / before - 1:+.2%}), on what "
+                f"{text.name} holds out; {what}")
     except UserError as error:
         note(f"bits per byte are not compared, {error.fact}: python evaluate.py with both folders and --data=FILE")
-    what += f", {rate:,.0f} tokens/s instead of {ours['tokens_per_second']:,.0f}"
-    return dict(size=size_of(path), load=load, rate=rate, difference=f"{difference:.1e}"), what, same
+    return table_row("int8", path, load, rate, f"{difference:.1e}"), what, same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model card
 
-
-def licence(source):
-    return next((text for name, text in LICENCES.items() if source.split()[:1] == [name]), "not known here")
-
-
+HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"  # for the Hugging Face Hub
 USE = {  # of each file: how it is read
     "hf": """Hugging Face (`pip install torch transformers`):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-inputs = tokenizer({prompt!r}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_length={length})[0]))
+from transformers import pipeline
+print(pipeline("text-generation", "{folder}")({prompt!r}, max_length={length})[0]["generated_text"])
 ```
 
-(It samples, with the temperature in generation_config.json; `do_sample=False` takes the likeliest tokens.) With OpenLLM
-itself: `python sample.py FOLDER`, and `python train.py --init_from=FOLDER` to go on training.""",
-    "model.onnx": """ONNX: `input_ids` (batch, length) and, per layer, `past_key_values.N.key` and `.value` (batch,
-{c.n_kv_head}, past, {c.head_dim}), float32, of length 0 at first; `logits` come out, and `present.N.key` and `.value`,
-which are the past of the next step. Past and length together are at most {c.block_size:,}. There is no mask for
-padding: the texts of a batch have the same length.""",
-    "model.ts": """TorchScript: `torch.jit.load("model.ts")(ids)` are the logits of all positions; ids (batch, length),
-at most {c.block_size:,} tokens.""",
-    "model.pt2": """torch.export: `torch.export.load("model.pt2").module()(ids)`, the same.""",
-    "int8": """8 bits: a RUN of OpenLLM, `python sample.py FOLDER/int8`, also for serve.py and evaluate.py. It was
-rounded, so it is not the same model any more; the difference is as large as the table says."""}
+It samples, as generation_config.json says; `do_sample=False` takes the likeliest tokens. In OpenLLM the folder is a
+RUN, for `python sample.py FOLDER` or `python train.py --init_from=FOLDER`.""",
+    "model.onnx": """ONNX: in go `input_ids` (batch, length) and, per layer, `past_key_values.N.key` and `.value`
+(batch, n_kv_head, past, head_dim), float32, of length 0 at first. Out come `logits`, and `present.N.key` and `.value`,
+the past of the next step. Past and length together are at most block_size. There is no mask for padding.""",
+    "model.ts": '`torch.jit.load("model.ts")(ids)`: logits of ids (batch, length). PyTorch has deprecated TorchScript.',
+    "model.pt2": '`torch.export.load("model.pt2").module()(ids)`: the same, of at most block_size tokens.',
+    "int8": "8 bits: a RUN with rounded weights, for `python sample.py FOLDER/int8`, serve.py and evaluate.py."}
 
 
-def model_card(name, model, run, dtype, rows, measured, prompt, folder="hf"):
-    """README.md of an export: what this is, from what it was made, how good it is, and how to use it.
-
-    folder: where hf is, seen from the card; rows: the files that it tells how to use.
-    """
-    c, settings = model.config, run["settings"]
-    facts = {
-        "shape": f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads of {c.head_dim}"
-                 + (f" ({c.n_kv_head} of keys and values)" if c.n_kv_head != c.n_head else "")
-                 + f", MLP {c.n_inner}, context {c.block_size:,}, vocabulary {c.vocab_size:,}",
-        "switches": f"pos={c.pos} norm={c.norm} mlp={c.mlp} qk_norm={c.qk_norm} bias={c.bias} "
-                    f"tie_weights={c.tie_weights}",
-        "parameters": f"{model.n_params():,}"}
-    if os.path.isdir(run["path"]):
-        facts["weights"] = f"{os.path.basename(os.path.abspath(run['path']))}, a Hugging Face model (its own licence)"
-    else:
-        facts["data"] = "; ".join(f"{source} (licence: {licence(source)})" for source in run["source"])
-    if dtype != torch.float32:
-        facts["numbers"] = str(dtype).removeprefix("torch.") + (
-            "" if os.path.isdir(run["path"]) else ", rounded; the held-out loss was measured before that")
+def model_card(name, model, run, dtype, prompt, rows, folder="hf"):
+    """README.md of an export. rows: of the table, by file. folder: where hf is, seen from this README.md."""
+    config, settings = asdict(model.config), run["settings"]
+    licences = [LICENCES.get(source.split(" ")[0], "not known here") for source in run["source"]]
+    sources = [f"{source} (licence: {licence})" for source, licence in zip(run["source"], licences)]
+    facts = {"parameters": f"{model.n_params():,}, {dtype}", "source": "; ".join(sources),
+             "architecture": " ".join(f"{key}={value}" for key, value in config.items())}
     if settings.get("init_from", "auto") not in ("auto", "scratch", "resume"):
         facts["started from"] = f"the weights of {os.path.basename(settings['init_from'].rstrip(os.sep))}"
     if "batch_size" in settings:
-        tokens = run["step"] * settings["batch_size"] * settings["gradient_accumulation_steps"] * c.block_size
+        tokens = run["step"] * settings["batch_size"] * settings["gradient_accumulation_steps"] * config["block_size"]
         facts["tokens seen"] = f"{tokens:,} in {run['step']:,} updates"
+    if "val_loss" in run:
+        facts["loss"] = f"validation: {run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
     if run["chat"]:
         facts["chat"] = "`tokenizer.apply_chat_template` makes a prompt of messages; `python sample.py FOLDER --chat`"
-    if "val_loss" in run:
-        facts["held-out loss"] = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
     facts = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n" if "hf" in rows else ""
-    threads = torch.get_num_threads()
-    length = min(60, c.block_size)
-    use = "\n\n".join(text.format(c=c, prompt=prompt, length=length, folder=folder)
+    use = "\n\n".join(text.format(prompt=prompt, length=min(60, config["block_size"]), folder=folder)
                       for file, text in USE.items() if file in rows)
-    return f"""{head}# {name}
+    return f"""# {name}
 
 | | |
 |---|---|
 {facts}
 
 Each file was read back by the library that it is made for, without the program that wrote it, and compared with the
-model on real text, in float32; the last column is the largest difference of a logit. (Times with {threads} threads, of
-the machine that wrote it.)
+model on real text, in float32. The last column is the largest difference of a logit. (The validation loss was measured
+before any rounding. A row stays until its format is exported again.)
 
-{measured}
+{table(rows)}
 
 ## Use
 
@@ -396,98 +323,67 @@ the machine that wrote it.)
 
 
 def table(rows):
-    """{file: what was measured} as Markdown."""
-    lines = [f"| {file} | {row['size'] / 1e6:,.1f} MB | {row['load']:.2f} s | {row['rate']:,.0f} | "
-             f"{row['difference']} |" for file, row in rows.items()]
-    return "\n".join(["| format | size | load time | tokens/s | largest difference |", "|---|---|---|---|---|", *lines])
+    return "\n".join(["| format | size | load time | tokens/s | largest difference |", "|---|---|---|---|---|",
+                      *rows.values()])
+
+
+def table_row(file, path, load, rate, difference):
+    size = sum(found.stat().st_size for found in below(path) if found.is_file())
+    return f"| {file} | {size / 1e6:,.1f} MB | {load:.2f} s | {rate:,.0f} | {difference} |"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def size_of(path):
-    if os.path.isfile(path):
-        return os.path.getsize(path)
-    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
-
-
 def choose_formats(settings, model, tokenizer):
     """The formats to write, after every check that needs no writing. Raises UserError."""
-    asked = list(dict.fromkeys(name for entry in settings.format for name in entry.split(","))) or ["all"]
-    for name in asked:
-        if name not in (*FILES, "all"):
-            raise UserError(f"there is no format {name!r}", f"--format={','.join(FILES)}, or all")
-    formats = [name for name in FILES if name != "int8" or name in asked] if "all" in asked else asked
+    asked = {name for entry in settings.format for name in entry.split(",")} or {"all"}
+    for name in asked.difference(FILES, ["all"]):
+        raise UserError(f"there is no format {name!r}", f"--format={','.join(FILES)}, or all")
+    formats = [name for name in FILES if name in asked or "all" in asked and name != "int8"]
     missing = [package for name in formats for package in PACKAGES.get(name, ()) if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
                         f"pip install {' '.join(missing)}; or --format=pt2, which needs none")
-    holds = []
-    for name in formats:
+    size = model.config.block_size
+    for name in list(formats):
         try:
-            check_format(name, model, tokenizer)
-            holds.append(name)
+            if name == "hf":
+                huggingface.their_kind(model.config)
+                huggingface.tokenizer_files(tokenizer, size)
+            elif name != "int8" and size < 8:  # (int8 holds whatever a run holds)
+                raise UserError(f"block_size={size} is too short to record a graph (8 tokens)", "--format=hf")
+            elif name == "onnx" and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
+                raise UserError("an ONNX file cannot be larger than 2 GB, and this model is", "--format=hf or pt2")
         except UserError as error:
             if "all" not in asked:
                 raise
             note(f"no {name}: {error.fact}")
-    if not holds:
+            formats.remove(name)
+    if not formats:
         raise UserError("no format can hold this model", "see the notes above")
-    return holds
+    return formats
 
 
-def check_format(name, model, tokenizer):
-    """Raises UserError where this format cannot hold this model."""
-    if name == "hf":
-        huggingface.their_kind(model.config)
-        huggingface.tokenizer_files(tokenizer, model.config.block_size)
-    elif name != "int8" and model.config.block_size < 8:  # (int8 holds whatever a run holds)
-        raise UserError(f"block_size={model.config.block_size} is too short to record a graph, which takes 8 tokens",
-                        "--format=hf")
-    elif name == "onnx" and 4 * sum(p.numel() for p in model.parameters()) > 2e9:
-        raise UserError("an ONNX file cannot be larger than 2 GB, and this model is", "--format=hf or pt2")
+def earlier(out, formats):
+    """The dict in export.json: the rows of the table, and the names of all that exports wrote into `out`.
 
-
-def earlier(out, formats, weights):
-    """The rows of export.json: what was exported to `out` before and stays. Raises UserError where that does not fit.
-
-    Nothing is replaced that no export has written, and models are not mixed: the other formats must have these weights.
+    Raises UserError where this export would replace anything else.
     """
     path = os.path.join(out, "export.json")
-    before = huggingface.read_json(path, missing={})
-    rows = before.get("rows") or {}
-    for file in [FILES[name] for name in formats] + ["README.md"]:
-        if os.path.lexists(os.path.join(out, file)) and not (file in rows or file == "README.md" and rows):
-            raise UserError(f"{os.path.join(out, file)} is there, and no export has written it", "--out=ANOTHER_FOLDER")
-    for name, written in (("hf", huggingface.WRITTEN | {"README.md"}), ("int8", {"best.pt", "tokenizer"})):
-        others = set(os.listdir(os.path.join(out, name))) - written if os.path.isdir(os.path.join(out, name)) else ()
-        if others and name in formats:
-            raise UserError(f"{out}/{name} holds {min(others)}, which no export has written, and would be replaced",
-                            "--out=ANOTHER_FOLDER")
-    stays = {file: row for file, row in rows.items() if file not in [FILES[name] for name in formats]}
-    if stays and before.get("weights") != weights:
-        raise UserError(f"{out} holds exports of other weights: {', '.join(stays)}",
-                        "--format=all, which replaces them; or --out=ANOTHER_FOLDER")
-    return stays
+    before = huggingface.read_json(path, missing=dict(rows={}, written=[]))
+    check_like(before, dict(rows={}, written=[""]), path)
+    for file in [*(FILES[name] for name in formats), "README.md"]:
+        for found in below(out, file):
+            if str(found.relative_to(out)) not in before["written"]:
+                raise UserError(f"{found} is there, and no export has written it", "--out=ANOTHER_FOLDER")
+    return before
 
 
-def publish(new, target, aside):
-    """Give a proven export its name. Of a folder, the one before is put aside first, and comes back if that fails."""
-    if os.path.isdir(target):
-        os.replace(target, aside)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        if os.path.isdir(aside):
-            os.replace(aside, target)
-        raise
-
-
-def fingerprint(model):
-    digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(p.detach().numpy())
-    return digest.hexdigest()
+def below(*path):
+    """A file, or a folder and all that is in it."""
+    path = pathlib.Path(*path)
+    return [found for found in (path, *path.rglob("*")) if os.path.lexists(found)]
 
 
 def main(argv):
@@ -498,93 +394,77 @@ def main(argv):
     run["load_seconds"] = time.perf_counter() - started
     runtime.check_whole(run)
     formats = choose_formats(settings, model, tokenizer)
-    folder = os.path.abspath(run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]))
+    folder = os.path.abspath(named if os.path.isdir(named) else os.path.dirname(named))
     out = settings.out or os.path.join("exports", os.path.basename(folder))
-    dtype = settings.dtype if settings.dtype != "auto" else run["dtype"] if os.path.isdir(run["path"]) else "float32"
-    dtype = getattr(torch, dtype)
+    exports = earlier(out, formats)
+    own = run["dtype"] if os.path.isdir(run["path"]) else "float32"
+    dtype = own if settings.dtype == "auto" else settings.dtype
     model.requires_grad_(False)  # else what the graphs give would want gradients too
-    with torch.no_grad():
-        for name, p in model.named_parameters():  # as they will be in the files, and as they will be compared
-            rounded = p.to(dtype).float()
-            if not torch.isfinite(rounded).all():
-                raise UserError(f"{name} has a weight of {p[~torch.isfinite(rounded)][0].item():g}, which is no number "
-                                f"in {settings.dtype}", "--dtype=bfloat16 or float32; or another checkpoint")
-            p.copy_(rounded)
+    for name, p in model.named_parameters():  # as they will be in the files, and as they will be compared
+        rounded = p.to(getattr(torch, dtype))
+        if not rounded.isfinite().all():
+            raise UserError(f"{name} has a weight of {p.abs().max():g}, which is no number in {dtype}",
+                            "--dtype=bfloat16 or float32; or another checkpoint")
+        p.copy_(rounded)
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
     part = os.path.join(out, ".part")
     try:
-        os.makedirs(out, exist_ok=True)
-        with runtime.RunFolder(out):
-            for name in ("hf", "int8"):  # killed while it was put aside?
-                if os.path.isdir(os.path.join(part, "before-" + name)) and not os.path.exists(os.path.join(out, name)):
-                    os.replace(os.path.join(part, "before-" + name), os.path.join(out, name))
-            stays = earlier(out, formats, fingerprint(model))
-            shutil.rmtree(part, ignore_errors=True)  # what a kill left
-            os.makedirs(part)
-            try:
-                return export(model, tokenizer, run, formats, dtype, out, part, stays)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    except ImportError as error:
-        raise UserError(f"a package that exports need is broken: {error}", "install it anew, in a new environment") \
-            from None
+        shutil.rmtree(part, ignore_errors=True)  # what a kill left
+        os.makedirs(part)
+        return export(model, tokenizer, run, formats, dtype, out, part, exports)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
                         "make room, or --out=ANOTHER_FOLDER; the same command begins again", code=1) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def export(model, tokenizer, run, formats, dtype, out, part, stays):
+def export(model, tokenizer, run, formats, dtype, out, part, exports):
     """Write each format into the folder `part`, prove it, and move it to `out`. Returns the exit code."""
     questions, ours = ask(model, run, tokenizer)
-    native = dict(size=size_of(run["path"]), load=run["load_seconds"], rate=ours["tokens_per_second"], difference="")
-    asked, rows, proven = os.path.join(part, "questions"), {}, []
-    save_whole(torch.save, questions, asked)
+    native = os.path.basename(run["path"]) + ", here"
+    rows = {native: table_row(native, run["path"], run["load_seconds"], ours["tokens_per_second"], "")}
+    prompt = next((line[:min(40, model.config.block_size // 4)] for line in questions["lines"] if line.strip()), "")
+    about = os.path.basename(os.path.abspath(out)), model, run, dtype, prompt
+    asked, code = os.path.join(part, "questions"), 0
+    runtime.save_checkpoint(asked, questions)
     for name in formats:
-        path = os.path.join(part, FILES[name])
-        if name == "torchscript":
-            note("PyTorch has deprecated TorchScript; pt2 is what comes after it")
+        file = FILES[name]
+        path, target = os.path.join(part, file), os.path.join(out, file)
         if name == "int8":
-            rows[FILES[name]], what, passes = prove_int8(model, tokenizer, run, questions, ours, path)
-            say(f"{name}: {what}")
-            proven += [name] * passes
+            row, what, passes = export_int8(model, tokenizer, run, questions, ours, path)
+        else:
+            if name == "hf":
+                generation = run["generation"] if os.path.isdir(run["path"]) else None
+                huggingface.write(path, model, tokenizer, getattr(torch, dtype), generation, run["chat"])
+            else:
+                with quiet():
+                    WRITE[name](model, path)
+            theirs = prove(path, asked)
+            difference, what, passes = compare(model, questions, ours, theirs)
+            row = table_row(file, path, theirs["load_seconds"], theirs["tokens_per_second"], f"{difference:.1e}")
+        say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
+        if not passes:
+            code = 1
             continue
         if name == "hf":
-            generation = run["generation"] if os.path.isdir(run["path"]) else None
-            huggingface.write(path, model, tokenizer, dtype, generation, run["chat"])
-        else:
-            with quiet():
-                WRITE[name](model, path)
-        theirs = prove(path, asked)
-        difference, what, passes = compare(model, questions, ours, theirs)
-        say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
-        if passes:
-            proven.append(name)
-            rows[FILES[name]] = dict(size=size_of(path), load=theirs["load_seconds"], rate=theirs["tokens_per_second"],
-                                     difference=f"{difference:.1e}")
-    if proven:
-        rows |= stays
-        measured = table({os.path.basename(run["path"]) + ", here": native} | rows)
-        prompt = next((line[:min(40, model.config.block_size // 4)] for line in questions["lines"] if line.strip()), "")
-        about = os.path.basename(os.path.abspath(out)), model, run, dtype
-        card = model_card(*about, rows, measured, prompt)
-        write_text(os.path.join(part, "README.md"), card)
-        write_text(os.path.join(part, "export.json"), json.dumps(dict(weights=fingerprint(model), rows=rows), indent=1))
-        os.replace(os.path.join(part, "export.json"), os.path.join(out, "export.json"))  # first: these names are ours
-        for name in proven:
-            if name == "hf":
-                inner = model_card(*about, {"hf": rows["hf"]}, measured, prompt, folder=".")
-                write_text(os.path.join(part, "hf", "README.md"), inner)
-            publish(os.path.join(part, FILES[name]), os.path.join(out, FILES[name]),
-                    os.path.join(part, "before-" + name))
-        os.replace(os.path.join(part, "README.md"), os.path.join(out, "README.md"))
-        print(measured)
-        say(f"{out}: {', '.join(FILES[name] for name in proven)}, README.md")
-    return 0 if proven == formats else 1
+            write_text(part, os.path.join(path, "README.md"), HEAD + model_card(*about, rows | {file: row}, folder="."))
+        exports["rows"][file] = row
+        names = [str(found.relative_to(part)) for found in below(path)]
+        exports["written"] = sorted({"README.md", *exports["written"], *names})
+        write_text(part, os.path.join(out, "export.json"), json.dumps(exports, indent=1))  # first: these names are ours
+        if os.path.isdir(target):
+            shutil.rmtree(target)
+        os.replace(path, target)
+        write_text(part, os.path.join(out, "README.md"), model_card(*about, rows | exports["rows"]))
+    print(table(rows | exports["rows"]))
+    return code
 
 
-def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+def write_text(part, path, text):
+    new = pathlib.Path(part, "text")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from dataclasses import asdict
 
 import torch
 
-import bytebpe
 import tokenizer as tokenizers
-from config import UserError, check_like, needs
+from config import UserError, check_like, needs, open_file
 from model import GPTConfig, outline, resolve
 from tokenizer_json import tokenizer_files
 
@@ -252,12 +251,10 @@ def is_folder(path):
 
 def read_json(path, missing=None):
     """The dict in a JSON file. Raises UserError where it is none; `missing` stands for a file that does not exist."""
+    if missing is not None and not os.path.exists(path):
+        return missing
     try:
-        if not os.path.isfile(path):  # (nor a pipe, which would make us wait)
-            if missing is not None:
-                return missing
-            raise ValueError("no such file")
-        with open(path, encoding="utf-8") as file:
+        with open_file(path, most=100 << 20) as file:
             value = json.load(file)
         if not isinstance(value, dict):
             raise ValueError("no object {...}")
@@ -315,9 +312,6 @@ def read_tensors(folder):
         except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}", "take it from the folder's source again") from None
     return tensors
-
-
-WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer", *bytebpe.PARTS}
 
 
 def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=False):

@@ -390,26 +390,7 @@ def test_what_somebody_put_into_the_folder_stays(tiny_run, here, monkeypatch):
     argv = ["out/words", f"--out={here}/x", "--format=int8"]
     assert export.main(argv) == 0
     (here / "x/int8/thesis.txt").write_text("x")
-    assert "holds thesis.txt" in error(export.main, *argv)[0]
-
-
-def test_a_kill_between_the_old_folder_and_the_new_one(tiny_run, here, monkeypatch):
-    """The old one has been put aside, and comes back under its own name, not as hf."""
-    monkeypatch.chdir(tiny_run)
-    argv, replace, dead = ["out/words", f"--out={here}/x", "--format=int8"], os.replace, []
-    assert export.main(argv) == 0
-
-    def killed(source, target):
-        dead.extend([1] * source.endswith(".part/int8"))
-        if dead:  # and nothing is tidied up
-            raise SystemExit
-        replace(source, target)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, "replace", killed)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        export.main(argv)
-    assert export.main(argv) == 0
-    assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "int8"]
+    assert "thesis.txt is there, and no export has written it" in error(export.main, *argv)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
