@@ -22,6 +22,7 @@ by more than it may. A crash costs a minute: the same command begins again.
 """
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -406,12 +407,21 @@ def main(argv):
             raise UserError(f"{name} has a weight of {p.abs().max():g}, which is no number in {dtype}",
                             "--dtype=bfloat16 or float32; or another checkpoint")
         p.copy_(rounded)
+    weights = hashlib.sha256(b"".join(hashlib.sha256(p.numpy()).digest() for p in model.parameters())).hexdigest()
+    stay = exports["rows"].keys() - {FILES[name] for name in formats}
+    if stay and exports.get("weights") != weights:
+        raise UserError(f"{out} holds exports of other weights: {', '.join(sorted(stay))}",
+                        "--format=all, which replaces them; or --out=ANOTHER_FOLDER")
+    exports["weights"] = weights
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
     part = os.path.join(out, ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # what a kill left
         os.makedirs(part)
         return export(model, tokenizer, run, formats, dtype, out, part, exports)
+    except ImportError as error:
+        raise UserError(f"a package that exports need is broken: {error}", "install it again, in a new environment") \
+            from None
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
                         "make room, or --out=ANOTHER_FOLDER; the same command begins again", code=1) from None

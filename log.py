@@ -87,8 +87,8 @@ def parse_row(line):
     try:
         row = json.loads(line) if line.endswith("\n") else {}
         numbers = [row["loss"], row.get("val_loss", 0.0)]
-        good = isinstance(row["step"], int) and row["step"] > 0 and all(isinstance(n, float) and abs(n) < 1e39 for n in numbers)
-        return row if good else {}
+        finite = all(isinstance(number, float) and abs(number) < 1e39 for number in numbers)
+        return row if finite and isinstance(row["step"], int) and row["step"] > 0 else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -287,8 +287,8 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
             masks[part.split].write(part.mask)
             learned = part.ids[part.mask == 1]
             counts[part.split].update(trained=learned.size, trained_bytes=int(lengths[learned].sum()))
-        validation.extend(part.documents if part.split == "val" else ())
-        silent.extend(part.silent)
+        validation.extend(map(origin, part.documents) if part.split == "val" else ())
+        silent.extend(map(origin, part.silent))
         progress.add(part.bytes)
 
     with ThreadPoolExecutor(threads) as pool:

@@ -393,7 +393,8 @@ def read_json(path, fix, **options):
         texts.append(text)
         total += sys.getsizeof(text)
         if total > JSON_BYTES:
-            raise UserError(f"{path} takes more than {JSON_BYTES / 1e6:.0f} MB, and a .json file is read whole", "write it as a .jsonl file, one object per line")
+            raise UserError(f"{path} takes more than {JSON_BYTES / 1e6:.0f} MB, and a .json file is read whole",
+                            "write it as a .jsonl file, one object per line")
     return parse_json("".join(texts), path, fix, **options)
 
 

@@ -368,6 +368,8 @@ def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkey
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
         card = (here / "x/README.md").read_text()
         assert "| hf |" in card and "| model.ts |" in card and "| best.pt, here |" in card
+        fact, fix = error(export.main, *run, "--format=hf", "--dtype=bfloat16")
+        assert "x holds exports of other weights: model.ts" in fact and "--format=all" in fix
         (here / "x/.part/hf").mkdir(parents=True)
         assert export.main([*run, "--format=hf"]) == 0
         assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "model.ts"]

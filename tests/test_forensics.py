@@ -4,7 +4,6 @@ import json
 import random
 
 import numpy as np
-import pytest
 from conftest import error, words
 
 import dataset as datasets

@@ -135,7 +135,11 @@ def test_texts_of_the_same_name_from_two_folders_are_two_texts(here, capsys):
     prepare.main([f"{here}/a/notes.txt", "--tokenizer=char"])
     fact, fix = error(prepare.main, f"{here}/b/notes.txt", "--tokenizer=char")
     assert "data/notes holds text from notes.txt (folder " in fact and "--overwrite" in fix
-    assert str(here) not in (here / "data/notes/meta.json").read_text()
+    (here / "a/more.txt").write_text("a" * 3001)
+    prepare.main([f"{here}/a", "--tokenizer=char"])  # whose report names documents
+    for name in ("notes", "a"):
+        assert "more.txt" in (meta := (here / f"data/{name}/meta.json").read_text()) or name == "notes"
+        assert str(here) not in meta
 
 
 def test_a_file_that_is_named_like_a_lock_is_left_alone(here):
