@@ -192,7 +192,7 @@ class Job:
     def __init__(self, body, served, deadline):
         self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
         self.requests, self.events = [], queue.SimpleQueue()
-        self.stream, self.created = flag(body, "stream"), time.time()
+        self.stream, self.created, self.started = flag(body, "stream"), time.time(), time.monotonic()
         self.read()
         self.body = None  # it takes memory, and all of it has been read
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
@@ -273,7 +273,7 @@ class Generate(Job):
 
     def numbers(self, request):
         return {"prompt_tokens": len(request.ids), "completion_tokens": request.n, "seed": request.seed,
-                "finish_reason": request.finish_reason, "time": round(time.time() - self.created, 4)}
+                "finish_reason": request.finish_reason, "time": round(time.monotonic() - self.started, 4)}
 
     def tokens(self, tokens):
         return {"tokens": [self.token(token) for token in tokens]} if self.requests[0].logprobs else {}

@@ -141,8 +141,8 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        leaving = len(self.connections) >= self.settings.max_connections and self.make_place()
-        if not self.room.acquire(timeout=int(leaving)):  # (whoever has to leave does so at once)
+        made_room = len(self.connections) >= self.settings.max_connections and self.make_room()
+        if not self.room.acquire(timeout=1 if made_room else 0):  # (a connection that was cut off is gone at once)
             with contextlib.suppress(OSError):
                 connection.setblocking(False)  # nobody may hold up this thread
                 connection.send(BUSY)
@@ -157,7 +157,7 @@ class Web(ThreadingHTTPServer):
             self.forget(connection)
             self.shutdown_request(connection)
 
-    def make_place(self):
+    def make_room(self):
         """Hang up on the connection that has been silent for the longest time, of the address with the most of them.
 
         So a crowd from one address does not push out the others. (A limit for each address would limit a proxy.)
