@@ -310,7 +310,7 @@ def test_no_chat_without_a_format(visit, browser):
 
 def test_the_model(visit, tmp_path):
     """The card and the loss curve."""
-    rows = [dict(step=i, loss=5 - i / 100) for i in range(0, 50, 10)]
+    rows = [dict(step=max(i, 1), loss=5 - i / 100) for i in range(0, 50, 10)]
     rows[-1] |= dict(val_loss=4.5, val_bpb=1.5)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serve_torn(RUN | {"path": str(tmp_path / "best.pt")}) as client:
