@@ -143,7 +143,7 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
 
 def new_file(path, mode="xb", **options):
     """Create a file. What bears its name, a link to somewhere else too, is removed first."""
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.lexists(path):
         os.unlink(path)
     return open(path, mode, **options)
 
