@@ -270,7 +270,7 @@ class RunFolder:
             return
         if "best.pt" in names:
             raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
-                            f"--out_dir=out/ANOTHER; with --init_from={quote(self.path)} to start from best.pt")
+                            f"--out_dir=out/ANOTHER, and --init_from={quote(self.path)} to start from best.pt")
         begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
         ours = RUN_FILES if begun else re.compile(r"log\.jsonl\.part")
         foreign = next((name for name in sorted(names) if not ours.fullmatch(name)), None)
