@@ -25,9 +25,9 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers
-from config import UserError, check_like, open_file, say, show, warn
-from download import file_sha256
-from sources import origin
+from runtime.settings import UserError, check_like, open_file, say, show, warn
+from text.download import file_sha256
+from text.sources import origin
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most
 
@@ -339,7 +339,7 @@ def validation_sums(loss_of, data, block_size, batch_size, batches, before_each=
 # All that prepare.py writes into a folder, and into tokenizer/ in it.
 OURS = {"train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "meta.json"}
 TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
-                   *tokenizers.bytebpe.PARTS}
+                   *tokenizers.pretrained.PARTS}
 
 
 def not_ours(folder):

@@ -2,7 +2,7 @@
 """
 Evaluation: how good is a model? Several of them, side by side, with numbers that can be compared.
 
-    python evaluate.py                                      # the newest run under out/: its held-out text and tasks/
+    python evaluate.py                                      # the newest run under out/: its held-out text and our tasks
     python evaluate.py out/small out/other SmolLM2-135M-Instruct --data=data/stdlib
     python evaluate.py out/small --data=notes.txt --stride=64 --tasks=none
     python evaluate.py SmolLM2-135M-Instruct --chat --tasks=gsm8k_test.jsonl --limit=100 --cot --votes=5
@@ -11,13 +11,14 @@ Evaluation: how good is a model? Several of them, side by side, with numbers tha
 
 Three questions, each with its own pitfalls:
 
-1. How well does it predict text? (perplexity.py) Bits per byte can be compared between all models; the context and the
-   stride that they were measured with are stated.
-2. How does it answer? (grading.py) A few hundred questions give a mark that is off by some percent: every mark has its
-   standard error, and two models are compared question by question, which is sharper than the two errors suggest.
+1. How well does it predict text? (evaluation/perplexity.py) Bits per byte can be compared between all models; the
+   context and the stride that they were measured with are stated.
+2. How does it answer? (evaluation/grading.py) A few hundred questions give a mark that is off by some percent: every
+   mark has its standard error, and two models are compared question by question, which is sharper than the two errors
+   suggest.
 3. How does it write? Its samples are kept, with how much they repeat themselves, beside the same of real text.
 
-The tables are in report.py, the page of --html is report.html.
+The tables are in evaluation/report.py, the page of --html is report.html.
 """
 import errno
 import gc
@@ -32,19 +33,19 @@ from typing import Literal
 
 import torch
 
-import grading
-import huggingface
-import machine
-import report
-import runtime
+from evaluation import grading
+from formats import huggingface
+from runtime import machine
+from evaluation import report
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from config import UserError, check_limits, command_line, load, note, say, warn
+from runtime.settings import UserError, check_limits, command_line, load, note, say, warn
 from dataset import Dataset, fold
-from engine import Engine, Request
-from perplexity import measure_text, read_text
+from serving.engine import Engine, Request
+from evaluation.perplexity import measure_text, read_text
 from sample import read_prompt
 
-TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
+TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluation", "tasks")
 BUNDLED = sorted(name[:-6] for name in os.listdir(TASKS) if name.endswith(".jsonl"))
 
 
@@ -58,7 +59,7 @@ class EvaluateConfig:
     stride: int = 0  # by how many tokens the context moves on; 0: block_size, as validation in training
     batch_size: int = 0  # windows at once; 0: about 4,096 tokens. Changes nothing but time and memory
     # questions
-    tasks: list[str] = field(default_factory=list)  # a,b: names of tasks/, files, or none; by default all of tasks/
+    tasks: list[str] = field(default_factory=list)  # a,b: names of evaluation/tasks, files, or none; default: all
     limit: int = 0  # at most so many questions of each; 0: all
     shots: int = 0  # examples before each question
     examples: str = ""  # the file to take the examples from; by default, those that follow the question in its own file
@@ -259,7 +260,7 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
     save: is called whenever there is something new.
     """
     name, dtype = row["model"], getattr(torch, settings.dtype)
-    model, tokenizer, about = runtime.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
     dtype = torch.float32 if about["int8"] else dtype  # what is not in 8 bits
     row |= dict(path=about["path"], parameters=model.n_params(), context=model.config.block_size)
 
@@ -343,7 +344,7 @@ def default_data(runs, settings):
     """What the first of the runs was trained on, if it is there."""
     for run in runs:
         if not huggingface.is_folder(run):
-            dataset = runtime.read_run(run, settings.checkpoint)[0]["settings"].get("dataset", "")
+            dataset = ckpt.read_run(run, settings.checkpoint)[0]["settings"].get("dataset", "")
             folder = os.path.join("data", dataset)
             if dataset and os.path.exists(os.path.join(folder, "meta.json")) and not Dataset.open(folder).chat:
                 return [folder]
@@ -369,12 +370,12 @@ def main(argv):
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), machine.Processes()
     device = machine.choose_device(settings.device, processes)
-    runs = runs or [runtime.find_run()]
+    runs = runs or [ckpt.find_run()]
     for run in runs:
         if not os.path.exists(run):
             raise UserError(f"there is no run {run}", "python train.py config/train_small.py trains one into out/small")
         if not huggingface.is_folder(run):
-            runtime.read_run(run, settings.checkpoint)  # better now than after an hour of work on another one
+            ckpt.read_run(run, settings.checkpoint)  # better now than after an hour of work on another one
     if len(set(map(os.path.realpath, runs))) < len(runs):
         raise UserError("the same run is named twice", "each once")
     settings.prompt = read_prompt(settings.prompt)

@@ -16,9 +16,9 @@ int8          int8/        only if asked for: a run folder with rounded weights,
 
 An export is a translation, and translations have mistakes: a transposed matrix, an epsilon, a length that was frozen
 when the graph was recorded. So each file is written into OUT/.part, read back in a process that has nothing of this
-project (readback.py), and compared with the model: the logits on real text, at several lengths and for several texts at
-once, and the 64 likeliest tokens one after the other. Only then does it get its place. Exit code 1: one of them differs
-by more than it may. A crash costs a minute: the same command begins again.
+project (formats/readback.py), and compared with the model: the logits on real text, at several lengths and for several
+texts at once, and the 64 likeliest tokens one after the other. Only then does it get its place. Exit code 1: one of
+them differs by more than it may. A crash costs a minute: the same command begins again.
 """
 import contextlib
 import copy
@@ -41,14 +41,14 @@ from typing import Literal
 import torch
 
 import dataset as datasets
-import huggingface
-import machine
-import runtime
+from formats import huggingface
+from runtime import machine
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from config import UserError, check_like, command_line, load, note, say
+from runtime.settings import UserError, check_like, command_line, load, note, say
 from model import KVCache, quantize
-from perplexity import measure_text, read_text
-from sources import LICENCES, origin
+from evaluation.perplexity import measure_text, read_text
+from text.sources import LICENCES, origin
 
 # How far a logit may be off, since others add float32 numbers in another order; RELATIVE is that to the largest logit.
 TOLERANCE, RELATIVE = 1e-4, 1e-5
@@ -197,7 +197,7 @@ def ask(model, run, tokenizer):
 
 def speed(model, prompt, n):
     """Tokens per second, as sample.py writes them."""
-    for _ in range(2):  # as in readback.py: the second time counts
+    for _ in range(2):  # as in formats/readback.py: the second time counts
         started = time.perf_counter()
         list(model.generate(prompt, n))
         rate = n / (time.perf_counter() - started)
@@ -208,13 +208,13 @@ def prove(path, asked):
     """The answers of an export to the questions in the file `asked`, from a process that cannot import this project."""
     answered = asked + ".answers"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-I", pathlib.Path(__file__).with_name("readback.py"), path, asked, answered]
+    command = [sys.executable, "-I", pathlib.Path(__file__).parent / "formats/readback.py", path, asked, answered]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2][:300] or f"exit code {done.returncode}"
         raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {said}",
-                        "make room if the disk is full; else python bench.py doctor, and report this", code=1)
-    return runtime.load_file(answered)
+                        "make room if the disk is full; else python -m bench doctor, and report this", code=1)
+    return ckpt.load_file(answered)
 
 
 def compare(model, questions, ours, theirs):
@@ -242,11 +242,11 @@ def export_int8(model, tokenizer, run, questions, ours, path):
     tokenizer.save(os.path.join(path, "tokenizer"))
     kept = {name: run[name] for name in ("step", "source", "chat", "data_sha256", "versions") if name in run}
     kept["settings"] = asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", "")))
-    runtime.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
+    ckpt.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
         format=1, int8=True, model=written.state_dict(),
         tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))
     started = time.perf_counter()
-    found, known, _ = runtime.load_run(path)
+    found, known, _ = ckpt.load_run(path)
     load = time.perf_counter() - started
     with torch.inference_mode():
         same = all(torch.equal(found(idx), written(idx)) for idx in questions["batches"])
@@ -389,11 +389,11 @@ def below(*path):
 
 def main(argv):
     settings, _, runs = load(ExportConfig, argv)
-    named = runtime.choose_run(runs, settings)
+    named = ckpt.choose_run(runs, settings)
     started = time.perf_counter()
-    model, tokenizer, run = runtime.load_run(named, settings.checkpoint)
+    model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
     run["load_seconds"] = time.perf_counter() - started
-    runtime.check_whole(run)
+    ckpt.check_whole(run)
     formats = choose_formats(settings, model, tokenizer)
     folder = os.path.abspath(named if os.path.isdir(named) else os.path.dirname(named))
     out = settings.out or os.path.join("exports", os.path.basename(folder))
@@ -437,7 +437,7 @@ def export(model, tokenizer, run, formats, dtype, out, part, exports):
     prompt = next((line[:min(40, model.config.block_size // 4)] for line in questions["lines"] if line.strip()), "")
     about = os.path.basename(os.path.abspath(out)), model, run, dtype, prompt
     asked, code = os.path.join(part, "questions"), 0
-    runtime.save_checkpoint(asked, questions)
+    ckpt.save_checkpoint(asked, questions)
     for name in formats:
         file = FILES[name]
         path, target = os.path.join(part, file), os.path.join(out, file)

@@ -8,7 +8,7 @@ Data: text in, two files of token ids out.
     python prepare.py stdlib --format=chat --tokenizer=out/small    # conversations, into data/stdlib-chat
     python prepare.py --inspect data/notes                 # check all of it, and show a part
 
-sources.py says which texts there are and how they are read, chats.py does for conversations. What is written:
+text/sources.py says which texts there are and how they are read, text/chats.py does for conversations. What is written:
 
     data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), one after the other;
                                     np.memmap(path, dtype=np.uint16) reads them
@@ -41,21 +41,21 @@ from zlib import crc32
 
 import numpy as np
 
-import chats
+from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
-from config import UserError, check_limits, command_line, load, note, say
-from download import Progress, locked
-from forensics import Census, histogram, overlap
-from log import read_header
-from sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, origin
+from runtime.settings import UserError, check_limits, command_line, load, note, say
+from text.download import Progress, locked
+from text.leaks import Census, histogram, overlap
+from training.log import read_header
+from text.sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, origin
 
 
 @dataclass
 class PrepareConfig:
     out: str = ""  # folder to write; by default data/NAME, or data/NAME-chat, with the name of the first source
     overwrite: bool = False  # replace what the folder holds, even if that has other sources or the other format
-    format: Literal["text", "chat"] = "text"  # chat: conversations, see chats.py for the fields that a line may have
+    format: Literal["text", "chat"] = "text"  # chat: conversations, with the fields that text/chats.py lists
     input: list[str] = field(default_factory=list)  # the files of a name that downloads, if you have them; or any text
     follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
     text_field: str = "text"  # .jsonl: the field of a line that holds the text

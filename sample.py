@@ -27,14 +27,14 @@ from typing import Literal
 
 import torch
 
-import bytebpe
-import machine
-import runtime
+from text import pretrained
+from runtime import machine
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from config import UserError, check_limits, command_line, load, note, say, show
+from runtime.settings import UserError, check_limits, command_line, load, note, say, show
 
 
-@dataclass(eq=False)  # (compared as objects: engine.py tells requests apart that ask for the same)
+@dataclass(eq=False)  # (compared as objects: serving/engine.py tells requests apart that ask for the same)
 class Sampling:
     # how tokens are chosen from their scores, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
@@ -285,8 +285,8 @@ def main(argv):
     check_limits(settings, LIMITS)
     prompt = read_prompt(settings.prompt or settings.start)
     device = machine.choose_device(settings.device)
-    named, int8 = runtime.choose_run(runs, settings), settings.quantize == "int8"
-    model, tokenizer, run = runtime.load_run(named, settings.checkpoint, device, int8)
+    named, int8 = ckpt.choose_run(runs, settings), settings.quantize == "int8"
+    model, tokenizer, run = ckpt.load_run(named, settings.checkpoint, device, int8)
     say(f"{run['path']}: {model.n_params():,} parameters, " + (
         "a Hugging Face model" if os.path.isdir(run["path"]) else
         f"{run['step']} updates on {', '.join(run['source'])}") + (", in 8 bits" if run["int8"] else ""))
@@ -296,9 +296,10 @@ def main(argv):
     said, outgrown, size = [], False, model.config.block_size  # said: the conversation so far, with --chat
     if settings.chat and not run["chat"]:
         folder = run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]) or "."
-        raise UserError(f"{run['path']} has no chat format", bytebpe.CHAT_FIX if tokenizers.END not in tokenizer.special
-                        else f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then "
-                        f"train.py with --init_from={quote(folder)}")
+        prepare_first = (f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then "
+                         f"train.py with --init_from={quote(folder)}")
+        raise UserError(f"{run['path']} has no chat format",
+                        prepare_first if tokenizers.END in tokenizer.special else pretrained.CHAT_FIX)
 
     def answer(prompt, seed):
         nonlocal outgrown

@@ -12,10 +12,10 @@ There are three kinds of threads. One accepts connections. Every connection has 
 checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. They
 share two queues: requests go one way, events come back the other.
 
-    web.py      connections: everything that can be wrong with HTTP, and a limit on everything
-    api.py      what a request may say, and what the answers look like
-    engine.py   many requests at once on one model
-    serve.html  the page at /
+    serving/web.py      connections: everything that can be wrong with HTTP, and a limit on everything
+    serving/api.py      what a request may say, and what the answers look like
+    serving/engine.py   many requests at once on one model
+    serving/page.html  the page at /
     serve.py    this file: the settings, the paths, the life of a request and of the process
 
 A request ends early when its client hangs up, which is looked for five times a second, or when its time is over. The
@@ -38,9 +38,9 @@ from dataclasses import dataclass
 from queue import Empty, Full
 from typing import Literal
 
-import api
-from config import UserError, check_limits, command_line, load, print_error, say
-from web import LOOPBACK, Refuse, Web
+from serving import api
+from runtime.settings import UserError, check_limits, command_line, load, print_error, say
+from serving.web import LOOPBACK, Refuse, Web
 
 # (torch takes seconds to import. What needs it is imported by the engine's thread, when the port is open already.)
 
@@ -74,7 +74,7 @@ class ServeConfig:
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
           "block_size": (0, 1e9),
           "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6), "drain": (0, 1e6)}
-PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.html")
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
 TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
 PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
@@ -85,9 +85,9 @@ class Served:
     """The model that is served, and what there is to say about it."""
 
     def __init__(self, settings, model, tokenizer, run):
-        import log
-        import machine
-        from engine import Engine
+        from training import log
+        from runtime import machine
+        from serving.engine import Engine
         path, c = run.get("path", "model"), model.config
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
@@ -369,7 +369,7 @@ def read_key(settings):
 
 
 def read_page():
-    """serve.html, and the policy under which a browser runs nothing but what stands in it, known by its hash."""
+    """serving/page.html, and the policy under which a browser runs nothing but what stands in it, known by its hash."""
     with open(PAGE, "rb") as file:
         page = file.read()
 
@@ -387,10 +387,10 @@ def main(argv):
     check_limits(settings, LIMITS)
 
     def load_model():
-        import machine
-        import runtime
+        from runtime import machine
+        from training import checkpoint as ckpt
         device = machine.choose_device(settings.device)
-        return runtime.load_run(runtime.choose_run(runs, settings), settings.checkpoint, device,
+        return ckpt.load_run(ckpt.choose_run(runs, settings), settings.checkpoint, device,
                                 settings.quantize == "int8")
 
     server, signals = Server(settings, load_model), []

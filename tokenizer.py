@@ -21,7 +21,7 @@ bpe      byte-pair encoding (Gage 1994; Sennrich 2016, arXiv 1508.07909), traine
 unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece: start from very many pieces with a probability each, and
          again and again drop those without which the text is hardly less likely. Text becomes the likeliest pieces.
 
-The vocabularies that others have learned, GPT-2's, Llama 3's and so on, are read by bytebpe.py.
+The vocabularies that others have learned, GPT-2's, Llama 3's and so on, are read by text/pretrained.py.
 
 All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save, chat, conversation. A token
 stands for *bytes*, not for characters (an emoji may be spread over four tokens), so text is put together by joining
@@ -53,12 +53,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import bytebpe
-from bytebpe import read, write
-from config import UserError, command_line, load as load_settings, needs, note, open_file, say, show
-from download import public
-from forensics import code_points
-from sources import documents, fetch
+from text import pretrained
+from text.pretrained import read, write
+from runtime.settings import UserError, command_line, load as load_settings, needs, note, open_file, say, show
+from text.download import public
+from text.leaks import code_points
+from text.sources import documents, fetch
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
 END = "<|end|>"  # stands behind every message of a chat
@@ -98,8 +98,8 @@ class Learned:
         """
         if not self.special.keys() >= set(SPECIAL):  # nanoGPT's characters have none
             raise UserError("this vocabulary has no tokens that mark the turns of a chat",
-                            f"--tokenizer=bpe, or {bytebpe.CHAT_FIX}")
-        bytebpe.check_messages(messages, ROLES)
+                            f"--tokenizer=bpe, or {pretrained.CHAT_FIX}")
+        pretrained.check_messages(messages, ROLES)
         ids, mask = [], []
         for message in messages:
             said = [*self.encode(message["content"]), self.special[END]]
@@ -311,9 +311,9 @@ def load(folder):
         if kind in ("bpe", "unigram"):
             return SentencePieceTokenizer(read(folder, "tokenizer.model"), kind)
         if kind == "tiktoken":
-            return bytebpe.tiktoken_tokenizer({name: read(folder, name) for name in bytebpe.ENCODING})
+            return pretrained.tiktoken_tokenizer({name: read(folder, name) for name in pretrained.ENCODING})
         if kind == "hugging_face":
-            return bytebpe.from_hugging_face(folder)
+            return pretrained.from_hugging_face(folder)
         raise ValueError(f"there is no kind {kind!r}")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
@@ -330,7 +330,7 @@ def load_from(path, sha256=None):
     if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
         raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                         "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
-    theirs = None if folder else bytebpe.from_hugging_face(path)
+    theirs = None if folder else pretrained.from_hugging_face(path)
     if sha256 is not None and (found := fingerprint(folder) if folder else fingerprint_of(theirs)) != sha256:
         raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
                         "take the folder tokenizer/ from a copy, or prepare the data again")
@@ -354,9 +354,9 @@ def get(name):
     """The tokenizer that exists under a name: a folder, see load_from, or one of tiktoken's encodings."""
     if os.path.isdir(name):
         return load_from(name)
-    encodings = bytebpe.tiktoken().list_encoding_names()
+    encodings = pretrained.tiktoken().list_encoding_names()
     if name in encodings:
-        return bytebpe.from_tiktoken(name)
+        return pretrained.from_tiktoken(name)
     raise UserError(f"there is no tokenizer {name!r}: no folder, and no name that is known",
                     f"one of {', '.join((*LEARNED, *encodings))}; or a folder: a run, data/NAME, a Hugging Face model")
 

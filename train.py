@@ -36,17 +36,17 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-import checks
+from training import resume
 import dataset as datasets
-import lora
-import machine
+from training import lora
+from runtime import machine
 import prepare
-import runtime
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from config import UserError, command_line, load, note, say, show, warn
-from log import Log, last_row, progress_line
+from runtime.settings import UserError, command_line, load, note, say, show, warn
+from training.log import Log, last_row, progress_line
 from model import GPTConfig, PRESETS
-from muon import Muon
+from training.muon import Muon
 
 
 MAX_SKIPPED = 20  # updates in a row that float16 may overflow: the scaler needs some to find its factor
@@ -86,7 +86,7 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0  # longest gradient, the rest is scaled down; 0: no limit
     # fine-tuning, which is init_from=RUN and the same loop
     patience: int = 0  # end after so many validations in a row without a lower loss; 0: never before max_iters
-    lora_rank: int = 0  # train a correction of this rank to every matrix, and not the weights: see lora.py; 8 or 16
+    lora_rank: int = 0  # train a correction of this rank to every matrix, not the weights (training/lora.py); 8 or 16
     lora_alpha: float = 16.0  # how much the correction counts: it is multiplied by lora_alpha / lora_rank
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps
@@ -103,18 +103,18 @@ class TrainConfig(GPTConfig):
 def main(argv):
     """Read the settings, take hold of what must be let go whatever happens, and train."""
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
-    checks.check_settings(settings)
+    resume.check_settings(settings)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
     processes = machine.Processes()
     writes = processes.rank == 0 and not settings.eval_only  # one process writes into the folder of the run
-    with machine.StopSignal() as stop, runtime.RunFolder(settings.out_dir, writes) as folder:
+    with machine.StopSignal() as stop, ckpt.RunFolder(settings.out_dir, writes) as folder:
         try:
             return train(settings, given, processes, stop, folder)
         except (RuntimeError, MemoryError) as error:
-            reason = checks.explain(error, settings, processes)
+            reason = resume.explain(error, settings, processes)
             if reason is None:
                 raise
             raise reason from None
@@ -127,7 +127,7 @@ def train(settings, given, processes, stop, folder):
     machine.set_up(device, processes)
     versions = machine.versions(device, processes.world)
 
-    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not runtime.checkpoints(out_dir):
+    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(out_dir):
         raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
                         "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
 
@@ -145,10 +145,10 @@ def train(settings, given, processes, stop, folder):
 
     # ------------------------------------------------------------------------------------------------------------------
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
-    resumed = runtime.find_checkpoint(settings.init_from, out_dir)
+    resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
     start = base = None
     if resumed:
-        checks.continue_run(resumed, settings, given, data, versions)
+        resume.continue_run(resumed, settings, given, data, versions)
         row = last_row(os.path.join(out_dir, "log.jsonl"))
         if resumed["step"] == row.get("step") and "val_loss" in row and not settings.eval_only and (
                 row["step"] == settings.max_iters or 0 < settings.patience <= row.get("since_best", 0)):
@@ -157,12 +157,12 @@ def train(settings, given, processes, stop, folder):
             say_next(out_dir, data)
             return 0
         base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
-        start = runtime.read_base(resumed, out_dir) if base else None
+        start = ckpt.read_base(resumed, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
-        start = checks.load_start(settings, given, data)
-        base = runtime.name_base(settings.init_from, start) if settings.lora_rank else None
+        start = resume.load_start(settings, given, data)
+        base = ckpt.name_base(settings.init_from, start) if settings.lora_rank else None
     data.check(settings.block_size)
-    checks.advise(settings, data)
+    resume.advise(settings, data)
     settings.vocab_size = settings.vocab_size or data.meta["vocab_size"]
     if settings.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={settings.vocab_size}, but {data_dir} was written with a tokenizer of "
@@ -172,14 +172,14 @@ def train(settings, given, processes, stop, folder):
     at = resumed["step"] if resumed else None  # finished updates; None: a new run
     processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
-    model = checks.build_model(settings)
+    model = resume.build_model(settings)
     if start:
-        runtime.load_weights(model, start.pop("model"), settings.init_from)
+        ckpt.load_weights(model, start.pop("model"), settings.init_from)
     weights, whole = model.n_params(), model.flops_per_token()  # of a token, where all weights are trained
     if settings.lora_rank:
         lora.add(model, settings.lora_rank, settings.lora_alpha)
     if resumed:
-        runtime.load_weights(model, resumed.pop("model"), out_dir)
+        ckpt.load_weights(model, resumed.pop("model"), out_dir)
     model.to(device).train()
     optimizers = make_optimizers(model, settings, device)
     if folder.writes:
@@ -193,7 +193,7 @@ def train(settings, given, processes, stop, folder):
     else:
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
-        begun = checks.begun_before(settings) if folder.writes else {}
+        begun = resume.begun_before(settings) if folder.writes else {}
         chosen = processes.first(begun["chosen"] if begun.get("settings") == asdict(settings) else chosen)
     dtype = getattr(torch, chosen["dtype"])
     autocast = machine.autocast(device, dtype)
@@ -202,7 +202,7 @@ def train(settings, given, processes, stop, folder):
     peak = processes.first(machine.measure_peak(device, dtype))
     # However many processes there are, an update reads the same windows. The processes take its micro-batches in turn;
     # where these are too few to go round, they are cut into smaller ones.
-    cut = checks.pieces(settings, processes.world)
+    cut = resume.pieces(settings, processes.world)
     batch_size, micros = settings.batch_size // cut, settings.gradient_accumulation_steps * cut
     mine = range(processes.rank, micros, processes.world)
     val_batches = data.n_val_batches(settings.block_size, batch_size, settings.eval_iters * cut)
@@ -214,7 +214,7 @@ def train(settings, given, processes, stop, folder):
 
     if chosen["compile"] == "auto":  # worth half a minute? Eager code reaches about 45% of the peak, compiled 60%
         seconds = settings.max_iters * tokens_per_step * flops_per_token / (0.45 * peak * processes.world)
-        seconds = checks.seconds_of(settings.budget) if settings.budget else seconds
+        seconds = resume.seconds_of(settings.budget) if settings.budget else seconds
         chosen["compile"] = device != "mps" and seconds > 120
     kind = f"conversations, {data.meta['train']['trained']:,} tokens to learn in" if data.chat else "text,"
     say(f"data: {data_dir}, {kind} {data.meta['train']['tokens']:,} tokens of {', '.join(data.meta['source'])}")
@@ -225,9 +225,9 @@ def train(settings, given, processes, stop, folder):
     say(f"update: {tokens_per_step:,} tokens = {micros} micro-batches of {batch_size} x {settings.block_size}"
         + (f", {len(mine)} for each of {processes.world} processes" if processes.world > 1 else "")
         + ("" if settings.budget else f"; {settings.max_iters:,} updates = {epochs(settings.max_iters):.1f} epochs"))
-    checks.say_memory(model, batch_size, dtype, device, settings, processes)
+    resume.say_memory(model, batch_size, dtype, device, settings, processes)
     if settings.lora_rank:
-        checks.say_lora(model, settings, flops_per_token / whole)
+        resume.say_lora(model, settings, flops_per_token / whole)
 
     def batch(step, micro):
         return data.batch(settings.block_size, batch_size, settings.seed, step, micro, micros)
@@ -275,7 +275,7 @@ def train(settings, given, processes, stop, folder):
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
-        runtime.load_optimizers([optimizer for optimizer, _ in optimizers], scaler, resumed, out_dir)
+        ckpt.load_optimizers([optimizer for optimizer, _ in optimizers], scaler, resumed, out_dir)
         say(f"resumed {out_dir} after {step} of {settings.max_iters} updates")
 
     def header():
@@ -285,8 +285,8 @@ def train(settings, given, processes, stop, folder):
         return wall_before + time.monotonic() - PROCESS_START
 
     def save(name, **state):
-        runtime.save_checkpoint(os.path.join(out_dir, name), dict(
-            format=1, step=step, model=runtime.learned(model), settings=asdict(settings), chosen=chosen,
+        ckpt.save_checkpoint(os.path.join(out_dir, name), dict(
+            format=1, step=step, model=ckpt.learned(model), settings=asdict(settings), chosen=chosen,
             tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"], data_sha256=data_sha256,
             versions=versions, chat=chat, base=base, before=before, **state))
 
@@ -294,12 +294,12 @@ def train(settings, given, processes, stop, folder):
         """All that the next update depends on."""
         save(f"ckpt_{step:08d}.pt", row=row, unlogged=log.unwritten, scaler=scaler.state_dict(),
              optimizer=[optimizer.state_dict() for optimizer, _ in optimizers])
-        runtime.prune_checkpoints(out_dir)
+        ckpt.prune_checkpoints(out_dir)
 
     log = wandb = None
     if folder.writes:
         if resumed:
-            best_loss = runtime.best_loss_of(out_dir)  # it may be newer than the checkpoint
+            best_loss = ckpt.best_loss_of(out_dir)  # it may be newer than the checkpoint
         # First the log, by which the folder counts as that of a run.
         log = Log(os.path.join(out_dir, "log.jsonl"), header(), step, resumed.get("unlogged", "") if resumed else "")
         tokenizers.keep(tokenizer, out_dir, data.meta["tokenizer_sha256"])
@@ -345,7 +345,7 @@ def train(settings, given, processes, stop, folder):
             if settings.budget and "max_iters" not in chosen and measured:
                 # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
                 # max_iters, so choosing it here changes nothing that has been done.
-                left, took = processes.first((checks.seconds_of(settings.budget) - wall_seconds(),
+                left, took = processes.first((resume.seconds_of(settings.budget) - wall_seconds(),
                                               statistics.median(times)))
                 settings.max_iters = chosen["max_iters"] = step + steps_within(
                     left, settings, val_batches / micros, took)
@@ -374,7 +374,7 @@ def train(settings, given, processes, stop, folder):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if not math.isfinite(loss) or skipped > (MAX_SKIPPED if scaling else 0):
-                raise checks.not_finite(step + 1, loss, norm, settings, chosen)
+                raise resume.not_finite(step + 1, loss, norm, settings, chosen)
             factor = learning_rate_factor(step, settings)
             if not skipped:  # else float16 has overflowed: the scaler halves its factor, this update does nothing
                 for optimizer, highest in optimizers:
@@ -401,7 +401,7 @@ def train(settings, given, processes, stop, folder):
             if validates or saves:
                 data.check_unchanged(any_process=lambda changed: processes.highest(int(changed)))
             if folder.writes and (saves or validates and (
-                    settings.always_save_checkpoint or not runtime.checkpoints(out_dir))):
+                    settings.always_save_checkpoint or not ckpt.checkpoints(out_dir))):
                 saved(last, save_run)
     except datasets.Changed as error:
         if step == 0:
@@ -435,7 +435,7 @@ def train(settings, given, processes, stop, folder):
     say(f"\nfinished: {step} updates = {epochs(step):.1f} epochs in {train_seconds:.0f} s of training, "
         f"{wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; validation loss {row['val_loss']:.4f}, "
         f"{row['val_bpb']:.4f} bits per byte{corpus}")
-    model, _, best = runtime.load_run(out_dir, device=device)
+    model, _, best = ckpt.load_run(out_dir, device=device)
     best = dict(val_loss=row["val_loss"], val_bpb=row["val_bpb"]) | best
     say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} updates; this is what sample.py "
         "reads, and what writes here:\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-# A large model, fine-tuned on a small machine: only a correction of low rank is learned (see lora.py).
+# A large model, fine-tuned on a small machine: only a correction of low rank is learned (see training/lora.py).
 #
 #     python prepare.py gsm8k_train.jsonl --format=chat --tokenizer=SmolLM2-135M-Instruct --out=data/gsm8k
 #     python train.py config/finetune_lora.py --init_from=SmolLM2-135M-Instruct --dataset=gsm8k --out_dir=out/gsm8k

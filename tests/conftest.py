@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config  # noqa: E402
+from runtime import settings as config  # noqa: E402
 import model as model_file  # noqa: E402
 import prepare  # noqa: E402
 import torch  # noqa: E402
@@ -183,10 +183,10 @@ def gpt2(tmp_path_factory):
 
 def chat_run(tiny_run, path):
     """tiny_run's model as a run that is said to know the chat format (it has not learned it)."""
-    import runtime
+    from training import checkpoint as ckpt
     shutil.copytree(tiny_run / "out/words", path)
     for file in path.glob("*.pt"):
-        runtime.save_checkpoint(str(file), {**runtime.load_checkpoint(str(file)), "chat": True})
+        ckpt.save_checkpoint(str(file), {**ckpt.load_checkpoint(str(file)), "chat": True})
 
 
 @pytest.fixture(scope="session")

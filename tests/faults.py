@@ -25,13 +25,13 @@ if __name__ == "__main__":
 import torch
 import torch._dynamo  # every optimizer imports it, which takes a second
 
-import config
+from runtime import settings as config
 import dataset as datasets
-import log
-import machine
+from training import log
+from runtime import machine
 import model
 import prepare
-import runtime
+from training import checkpoint as ckpt
 import train
 
 STEPS = 60
@@ -194,7 +194,7 @@ def signals_in_save(number, nth, count):
 
 def signal_while_opening(number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # (pytest may run in the background, where it is ignored)
-    calls(runtime, "find_checkpoint", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1])
+    calls(ckpt, "find_checkpoint", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1])
 
 
 def bad_loss(step, value, rank=0):
@@ -211,7 +211,7 @@ def overflow(step, name):
     at_step(int(step), lambda: state.append(1))
 
     built = []
-    calls(train.checks, "build_model", lambda real, settings: built.append(real(settings)) or built[-1])
+    calls(train.resume, "build_model", lambda real, settings: built.append(real(settings)) or built[-1])
 
     def act(real, self, optimizer):
         if state:
@@ -230,7 +230,7 @@ def crash_in_validation():
 
 
 def keep_all():
-    calls(runtime, "prune_checkpoints", lambda real, *args: None)
+    calls(ckpt, "prune_checkpoints", lambda real, *args: None)
 
 
 def one_thread():
@@ -248,7 +248,7 @@ def small_files(size):
 
 def little_room():
     """The disk has 1 MB left."""
-    calls(runtime.shutil, "disk_usage", lambda real, path: real(path)._replace(free=1_000_000))
+    calls(ckpt.shutil, "disk_usage", lambda real, path: real(path)._replace(free=1_000_000))
 
 
 def little_memory(size):
@@ -297,7 +297,7 @@ def hang(rank, step):
 
 def other_seed(rank):
     if me() == int(rank):
-        calls(train.checks, "check_settings", lambda real, settings: (real(settings), setattr(settings, "seed", 4)))
+        calls(train.resume, "check_settings", lambda real, settings: (real(settings), setattr(settings, "seed", 4)))
 
 
 def note_windows():
@@ -382,7 +382,7 @@ def said(folder, rank=0):
 
 def digest(path):
     """A sha256 over all numbers of a checkpoint: weights and optimizer."""
-    state, total = runtime.load_checkpoint(path), hashlib.sha256()
+    state, total = ckpt.load_checkpoint(path), hashlib.sha256()
 
     def add(name, value):
         if isinstance(value, dict):
@@ -407,7 +407,7 @@ def rows(run):
 
 def outcome(run, steps=STEPS):
     """All that a run leaves: weights and optimizer, log, best checkpoint."""
-    best = runtime.load_checkpoint(os.path.join(run, "best.pt"))
+    best = ckpt.load_checkpoint(os.path.join(run, "best.pt"))
     weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in best["model"].values())).hexdigest()
     return digest(os.path.join(run, f"ckpt_{steps:08d}.pt")), rows(run), (best["step"], best["val_loss"], weights)
 

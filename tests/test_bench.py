@@ -10,13 +10,13 @@ import torch
 from conftest import FAMILIES, error, random_model, words
 from torch.nn import functional as F
 
-import bench
-import bench_generate
-import bench_scaling
-import machine
+from bench import __main__ as bench
+from bench import generate as bench_generate
+from bench import scaling as bench_scaling
+from runtime import machine
 import model
 import prepare
-from config import UserError
+from runtime.settings import UserError
 
 
 def test_doctor(here, capsys):

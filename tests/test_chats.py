@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 from conftest import ROOT, error
 
-import chats
-import sources
-from config import UserError
+from text import chats
+from text import sources
+from runtime.settings import UserError
 
 HELLO = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good morning."}]
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import serve
-from config import load
+from runtime.settings import load
 
 yaml = pytest.importorskip("yaml", reason="pip install -r requirements-dev.txt")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

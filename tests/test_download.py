@@ -20,9 +20,9 @@ from conftest import error, words
 from faults import Run
 
 import dataset as datasets
-import download
+from text import download
 import prepare
-import sources
+from text import sources
 import tokenizer as tokenizers
 
 

@@ -10,10 +10,10 @@ import torch
 from conftest import FAMILIES, error, nasty, random_model, words
 from torch.nn import functional as F
 
-import engine
-import machine
+from serving import engine
+from runtime import machine
 import tokenizer as tokenizers
-from engine import CHUNK, Engine, Request, Rows, steady
+from serving.engine import CHUNK, Engine, Request, Rows, steady
 from model import GPT, KVCache
 
 

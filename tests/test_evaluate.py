@@ -19,17 +19,17 @@ from conftest import FAMILIES, chat_run, error, random_model, words
 from test_processes import free_port
 from test_runtime import nanogpt
 
-import bytebpe
-import config
-import engine
+from text import pretrained
+from runtime import settings as config
+from serving import engine
 import evaluate
-import grading
-import huggingface
-import machine
-import perplexity
+from evaluation import grading
+from formats import huggingface
+from runtime import machine
+from evaluation import perplexity
 import prepare
-import report
-import runtime
+from evaluation import report
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
 CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))) + "\u00e9\u4e2d")
@@ -176,7 +176,7 @@ def test_the_held_out_text_has_the_loss_that_training_logged(place):
 def test_a_text_of_one_file_by_hand(place):
     """Nothing stands before it, its first token is not predicted, and all of its bytes count."""
     (place / "t.txt").write_text("the", encoding="utf-8")
-    model, tokenizer, _ = runtime.load_run("out/words")
+    model, tokenizer, _ = ckpt.load_run("out/words")
     t, h, e = tokenizer.encode("the")
     with torch.no_grad():
         nats = -sum(model(torch.tensor([before]))[0, -1].log_softmax(-1)[then].item()
@@ -238,13 +238,13 @@ def test_what_was_measured_stays_when_a_later_model_fails(place, monkeypatch):
     fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)  # at once, before anything is measured
     assert "bad/best.pt" in fact and not (place / "r.json").exists()
     (place / "bad/best.pt").write_bytes((place / "out/words/best.pt").read_bytes())
-    load = runtime.load_run
+    load = ckpt.load_run
 
     def damaged(run, *rest):  # while the other one is measured
         if run == "bad":
             raise config.UserError("bad is damaged", "-")
         return load(run, *rest)
-    monkeypatch.setattr(runtime, "load_run", damaged)
+    monkeypatch.setattr(ckpt, "load_run", damaged)
     fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)
     found = json.loads((place / "r.json").read_text())
     assert fact == "bad is damaged" and [row["model"] for row in found["models"]] == ["words"]
@@ -327,7 +327,7 @@ def test_choices_are_marked_as_lm_evaluation_harness_does(place, kind, shots):
     rows = random_choices(16, *extra)
     found = evaluated(run, task("x.jsonl", *rows), f"--shots={shots}", "--samples=0", "--rows=3")
     found = found["models"][0]["tasks"]["x"]
-    model, tokenizer, _ = runtime.load_run(run)
+    model, tokenizer, _ = ckpt.load_run(run)
     disagree = 0
     for i, (row, one) in enumerate(zip(rows, found["items"], strict=True)):
         before = [r for r in (rows[(i + k) % 16] for k in range(1, 16)) if r["prompt"] != row["prompt"]][:shots]
@@ -348,7 +348,7 @@ def test_choices_are_marked_as_lm_evaluation_harness_does(place, kind, shots):
 
 def continued(prompt, n):
     """What the model of out/words writes behind a prompt, greedily, without the engine."""
-    model, tokenizer, _ = runtime.load_run("out/words")
+    model, tokenizer, _ = ckpt.load_run("out/words")
     ids = [token.item() for token in model.generate(torch.tensor([tokenizer.encode(prompt)]), n)]
     return tokenizer.decode(ids[:ids.index(0)] if 0 in ids else ids)
 
@@ -399,8 +399,8 @@ def test_a_chat_in_a_models_own_format(here):
     template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     start, end = 256, 257
-    tokenizer = bytebpe.ByteBPETokenizer(
-        "hugging_face", "bytes", bytebpe.GPT2, {bytes([b]): b for b in range(256)}, np.arange(256, dtype=np.uint32),
+    tokenizer = pretrained.ByteBPETokenizer(
+        "hugging_face", "bytes", pretrained.GPT2, {bytes([b]): b for b in range(256)}, np.arange(256, dtype=np.uint32),
         {"<|endoftext|>": 258, "<|im_start|>": start, "<|im_end|>": end}, {}, template=template)
     task("x.jsonl", *[dict(prompt=prompt, choices=["a", "b"], answer=1) for prompt in ("one", "two<|im_end|>")])
     items = grading.read_task("x.jsonl")
@@ -416,7 +416,7 @@ def test_a_chat_in_a_models_own_format(here):
 
 def test_a_chat_in_our_format(place, tiny_run, capsys):
     chat_run(tiny_run, place / "chat")
-    model, tokenizer, _ = runtime.load_run("chat")
+    model, tokenizer, _ = ckpt.load_run("chat")
     asked = task("x.jsonl", dict(prompt="my", choices=["a cat", "a dog"], answer=0))
     for argv, due in ((["--chat"], True), ([], False)):
         found = evaluated("chat", asked, "--samples=0", "--data=none", *argv)["models"][0]["tasks"]["x"]

@@ -17,10 +17,10 @@ import torch
 from conftest import FAMILIES, ROOT, chat_run, error, random_model, script, turns
 
 import export
-import huggingface
+from formats import huggingface
 import model as model_file
-import readback
-import runtime
+from formats import readback
+from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
 for package in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
@@ -113,10 +113,10 @@ def contents(folder):
 def test_no_file_tells_where_it_was_made_or_from(tiny_run, exported, here):
     """Neither folders of this machine nor what is secret in an address, even where the checkpoint has both."""
     shutil.copytree(tiny_run / "out/words", "run")
-    run = runtime.load_checkpoint("run/best.pt")
+    run = ckpt.load_checkpoint("run/best.pt")
     run["settings"] |= dict(init_from=f"{here}/start", out_dir=f"{here}/run", dataset=f"{here}/data/words")
     run["source"] = ["https://jane:SECRET@example.org/a.txt?sig=SECRET (sha256 0)", f"{here}/b.txt"]
-    runtime.save_checkpoint("run/best.pt", run)
+    ckpt.save_checkpoint("run/best.pt", run)
     assert export.main(["run", "--format=hf,torchscript,int8", "--out=x"]) == 0
     card = (here / "x/README.md").read_text()
     assert re.search(r"\| https://example.org/a.txt \(licence: not known here\); b.txt \(folder \w+\) \(licence", card)
@@ -135,7 +135,7 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
     assert len(re.findall(r"^\| .* MB \| [\d.]+ s \| [\d,]+ \|", done.stdout, re.M)) == 5
     text = script("sample.py", "out/words", "--prompt=the", "--temperature=0", "--max_new_tokens=25", "--ignore_eos",
                   cwd=tiny_run).stdout.rstrip("\n")
-    model, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
+    model, tokenizer, run = ckpt.load_run(str(tiny_run / "out/words"))
     prompt = torch.tensor([tokenizer.encode("the")])
     for name, file in export.FILES.items():
         if name == "int8":  # only if asked for: test_int8.py
@@ -192,7 +192,7 @@ def test_the_onnx_graph_has_the_names_of_optimum(exported):
 
 def test_the_onnx_cache_at_every_border(exported, tiny_run):
     """A past of 0, 1 or more, and 1 or more tokens after it, for one text and for three, equal the whole at once."""
-    model = runtime.load_run(str(tiny_run / "out/words"))[0]
+    model = ckpt.load_run(str(tiny_run / "out/words"))[0]
     step = readback.open_onnx(str(exported[0] / "model.onnx"))
     for B in (1, 3):
         for past, T in ((0, 1), (0, 32), (1, 1), (1, 5), (5, 1), (7, 9), (31, 1)):
@@ -203,7 +203,7 @@ def test_the_onnx_cache_at_every_border(exported, tiny_run):
 
 
 def test_the_ten_line_loader_of_the_readme(tiny_run, tmp_path):
-    """PyTorch native: best.pt without runtime.py."""
+    """PyTorch native: best.pt without training/checkpoint.py."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "best.pt" in block)
     assert code.count("\n") <= 10
@@ -211,7 +211,7 @@ def test_the_ten_line_loader_of_the_readme(tiny_run, tmp_path):
     done = subprocess.run([sys.executable, "-c", code + "\nprint(logits.double().sum().item())"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model, tokenizer, _ = runtime.load_run(str(tiny_run / "out/words"))
+    model, tokenizer, _ = ckpt.load_run(str(tiny_run / "out/words"))
     with torch.no_grad():
         expected = model(torch.tensor([tokenizer.encode("the")])).double().sum().item()
     assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
@@ -306,12 +306,12 @@ def test_errors(tiny_run, here, monkeypatch):
 
 def save_run(folder, tiny_run, spoil=0.1, **shape):
     """A run folder with a random model of that shape, and tiny_run's tokenizer."""
-    _, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
+    _, tokenizer, run = ckpt.load_run(str(tiny_run / "out/words"))
     model = random_model(vocab_size=tokenizer.vocab_size, **shape)
     model.transformer.wpe.weight.data[2, 3] = spoil
     os.makedirs(folder)
     settings = {**run["settings"], **vars(model.config)}
-    runtime.save_checkpoint(f"{folder}/best.pt", {**run, "settings": settings, "model": model.state_dict()})
+    ckpt.save_checkpoint(f"{folder}/best.pt", {**run, "settings": settings, "model": model.state_dict()})
     shutil.copytree(tiny_run / "out/words/tokenizer", f"{folder}/tokenizer")
 
 
@@ -320,7 +320,7 @@ def test_a_chat_model_stays_one(tiny_run, here):
     chat_run(tiny_run, here / "chat")
     for run, out in ("chat", "a"), ("a/hf", "b"):
         assert export.main([run, "--format=hf", f"--out={out}"]) == 0
-        checkpoint, tokenizer = runtime.read_run(f"{out}/hf")
+        checkpoint, tokenizer = ckpt.read_run(f"{out}/hf")
         assert checkpoint["chat"] is True and checkpoint["generation"]["eos_token_id"] == [0, 4]
         assert (here / out / "hf/chat_template.jinja").read_text() == tokenizers.CHAT_TEMPLATE
         assert "apply_chat_template" in (here / out / "hf/README.md").read_text()
@@ -330,12 +330,12 @@ def test_a_chat_model_stays_one(tiny_run, here):
 def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
     save_run("a", tiny_run, norm="rmsnorm")
     assert error(export.main, "a", "--format=hf")[0].startswith("norm=rmsnorm: ")
-    assert export.choose_formats(export.ExportConfig(), *runtime.load_run("a")[:2]) == ["onnx", "torchscript", "pt2"]
+    assert export.choose_formats(export.ExportConfig(), *ckpt.load_run("a")[:2]) == ["onnx", "torchscript", "pt2"]
     assert "note: no hf: norm=rmsnorm" in capsys.readouterr().err
     save_run("b", tiny_run, block_size=4)
     assert "block_size=4 is too short" in error(export.main, "b", "--format=onnx")[0]
-    assert export.choose_formats(export.ExportConfig(), *runtime.load_run("b")[:2]) == ["hf"]
-    model, tokenizer, _ = runtime.load_run("a")
+    assert export.choose_formats(export.ExportConfig(), *ckpt.load_run("b")[:2]) == ["hf"]
+    model, tokenizer, _ = ckpt.load_run("a")
     model.huge = torch.nn.Parameter(torch.empty(1).expand(600_000_000), requires_grad=False)
     assert "larger than 2 GB" in error(lambda _: export.choose_formats(
         export.ExportConfig(format=["onnx"]), model, tokenizer))[0]

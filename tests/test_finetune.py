@@ -17,10 +17,10 @@ from test_train import assert_same_run, log
 
 import dataset as datasets
 import export
-import huggingface
-import lora
+from formats import huggingface
+from training import lora
 import prepare
-import runtime
+from training import checkpoint as ckpt
 import sample
 import train
 from model import GPT
@@ -70,7 +70,7 @@ def tune(*argv):
 
 
 def weights(run, which="best"):
-    return runtime.read_run(run, which)[0]["model"]
+    return ckpt.read_run(run, which)[0]["model"]
 
 
 def assert_equal(a, b):
@@ -92,7 +92,7 @@ def gradients(model, idx, targets):
 def test_a_prompt_without_an_answer_gives_no_gradient(lab):
     write_talks("mixed.jsonl", [*talks(20), turns("a dog sees"), turns("my friend", "")])
     prepare.main(["mixed.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.001"])
-    data, model = datasets.Dataset.open("data/mixed-chat"), runtime.load_run("base")[0]
+    data, model = datasets.Dataset.open("data/mixed-chat"), ckpt.load_run("base")[0]
     tokenizer, ids = data.check_tokenizer(), data.tokens("train", 0, data.meta["train"]["tokens"]).tolist()
     spans = []
     for messages in (turns("a dog sees"), turns("my friend", "")):
@@ -133,10 +133,10 @@ def test_8_windows_at_once_equal_8_one_by_one(lab, monkeypatch):
     for row, *rest in zip(*(rows(name) for name in ("1", "2", "8")), strict=True):
         for name in ("loss", "grad_norm"):
             assert [other[name] for other in rest] == pytest.approx([row[name]] * 2, abs=1e-6)
-    end = [runtime.load_checkpoint(f"{micros}/ckpt_00000006.pt")["model"] for micros in (1, 8)]
+    end = [ckpt.load_checkpoint(f"{micros}/ckpt_00000006.pt")["model"] for micros in (1, 8)]
     assert max((end[0][name] - end[1][name]).abs().max().item() for name in end[0]) < 1e-5  # (AdamW divides)
     # Once more: the sum over all tokens that are trained, divided once by their number.
-    data, model = datasets.Dataset.open("data/talk"), runtime.load_run("base")[0]
+    data, model = datasets.Dataset.open("data/talk"), ckpt.load_run("base")[0]
     idx, targets = data.batch(T, 8, 1337, 0)
     counts = (targets >= 0).sum(dim=1).tolist()
     assert max(counts) > 4 * min(counts) > 0
@@ -150,7 +150,7 @@ def test_8_windows_at_once_equal_8_one_by_one(lab, monkeypatch):
 
 def test_the_validation_loss_of_a_chat_is_that_of_its_answers(lab):
     tune("--max_iters=5")
-    data, (model, _, best) = datasets.Dataset.open("data/talk"), runtime.load_run("out/talk")
+    data, (model, _, best) = datasets.Dataset.open("data/talk"), ckpt.load_run("out/talk")
     total = count = 0
     for start, end, n in data.layout("val", T).tolist():
         ids, mask = data.tokens("val", start, end - start), data.mask("val", start, end - start)
@@ -203,17 +203,17 @@ def test_a_chat_run_can_chat(lab, capsys):
     tune("--max_iters=5")
     shown = capsys.readouterr()
     assert "next: python sample.py out/talk --chat" in shown.err and " -> " in shown.out
-    assert runtime.read_run("out/talk")[0]["chat"] is True and runtime.read_run("base")[0]["chat"] is False
+    assert ckpt.read_run("out/talk")[0]["chat"] is True and ckpt.read_run("base")[0]["chat"] is False
     sample.main(["out/talk", "--chat", "--prompt=a dog sees", "--max_new_tokens=5"])
     assert "a conversation" not in error(sample.main, "base", "--chat", "--prompt=a dog sees")[0]
     # It stays one when it goes on with text.
     train.main(["--dataset=words", "--init_from=out/talk", "--out_dir=more", "--max_iters=1", *FAST])
-    assert runtime.read_run("more")[0]["chat"] is True
+    assert ckpt.read_run("more")[0]["chat"] is True
 
 
 def test_the_next_command_can_be_typed_as_it_stands(lab, capsys):
     os.symlink(ROOT / "config", "config")
-    _, tokenizer, _ = runtime.load_run("base")
+    _, tokenizer, _ = ckpt.load_run("base")
     huggingface.write("hf", random_model(vocab_size=tokenizer.vocab_size, block_size=1024, n_layer=1), tokenizer)
     write_talks("talk.jsonl", talks(60))
     small = ["--max_iters=1", "--batch_size=2", "--compile=false", "--device=cpu", "--eval_iters=1"]
@@ -265,14 +265,14 @@ def test_a_lora_run_trains_and_keeps_the_corrections_alone(lab, monkeypatch, cap
     after = model.state_dict()
     assert_equal({name: after[name] for name in base}, base)
     for name in ("best.pt", "ckpt_00000010.pt"):
-        state = runtime.load_checkpoint(f"out/talk/{name}")
+        state = ckpt.load_checkpoint(f"out/talk/{name}")
         assert state["model"].keys() == after.keys() - base.keys() and len(state["model"]) == 16
         assert all(name.endswith((".lora_A", ".lora_B")) for name in state["model"])
-        assert state["base"] == runtime.name_base("base", runtime.read_run("base")[0])
+        assert state["base"] == ckpt.name_base("base", ckpt.read_run("base")[0])
         assert len(state["base"]["sha256"]) == 64 and state["base"]["path"] == "base"
     assert all(tensor.any() for tensor in state["model"].values())
     assert os.path.getsize("out/talk/best.pt") < os.path.getsize("base/best.pt") / 3
-    merged, _, _ = runtime.load_run("out/talk", "last")
+    merged, _, _ = ckpt.load_run("out/talk", "last")
     idx = torch.randint(20, (2, T))
     with torch.no_grad():
         assert (merged(idx) - model.eval()(idx)).abs().max() < 1e-5
@@ -294,13 +294,13 @@ def test_lora_on_a_lora_run_with_a_shorter_context(lab):
     """GPT-2's learned positions are cut; the base of the second is the merged first."""
     tune(*LORA, "--out_dir=a", "--max_iters=3", "--block_size=40")
     train.main([*CHAT, "--init_from=a", "--out_dir=b", "--lora_rank=1", "--max_iters=3"])
-    model, _, run = runtime.load_run("b")
+    model, _, run = ckpt.load_run("b")
     assert run["base"]["path"] == "a" and run["settings"]["block_size"] == model.config.block_size == 40
     a, b = weights("a"), weights("b")
     assert a.keys() == b.keys() and torch.equal(a["lm_head.weight"], b["lm_head.weight"])
     assert not torch.equal(a["transformer.h.0.mlp.c_fc.weight"], b["transformer.h.0.mlp.c_fc.weight"])
     train.main([*CHAT, "--init_from=b", "--out_dir=c", "--max_iters=1", "--block_size=32"])  # all weights again
-    assert runtime.load_run("c")[2]["base"] is None and runtime.load_run("c")[0].config.block_size == 32
+    assert ckpt.load_run("c")[2]["base"] is None and ckpt.load_run("c")[0].config.block_size == 32
 
 
 def test_a_base_that_is_gone_or_another(lab):
@@ -308,15 +308,15 @@ def test_a_base_that_is_gone_or_another(lab):
     argv = [*CHAT, "--init_from=mine", *LORA]
     train.main([*argv, "--max_iters=3"])
     os.rename("mine", "elsewhere")
-    for use in (lambda _: runtime.load_run("out/talk"), lambda _: train.main([*argv, "--max_iters=4"])):
+    for use in (lambda _: ckpt.load_run("out/talk"), lambda _: train.main([*argv, "--max_iters=4"])):
         fact, fix = error(use)
         assert "out/talk holds corrections (LoRA) to the weights of mine, which is not there" in fact
         assert "bring mine back" in fix and "export.py" in fix
     os.rename("elsewhere", "mine")
-    state = runtime.load_checkpoint("mine/best.pt")
+    state = ckpt.load_checkpoint("mine/best.pt")
     state["model"]["lm_head.weight"][0, 0] += 1e-6
-    runtime.save_checkpoint("mine/best.pt", state)
-    for use in (lambda _: runtime.load_run("out/talk"), lambda _: train.main([*argv, "--max_iters=4"])):
+    ckpt.save_checkpoint("mine/best.pt", state)
+    for use in (lambda _: ckpt.load_run("out/talk"), lambda _: train.main([*argv, "--max_iters=4"])):
         fact, fix = error(use)
         assert "weights that mine had; now it has others" in fact and "bring the old ones back" in fix
 
@@ -339,9 +339,9 @@ def test_what_people_get_wrong_with_lora(lab):
 def test_a_lora_run_leaves_as_an_ordinary_model(lab):
     tune(*LORA, "--max_iters=3")
     assert export.main(["out/talk", "--format=hf", "--out=theirs"]) == 0
-    found, tokenizer = runtime.read_run("theirs/hf")
-    model, _, _ = runtime.load_run("out/talk")
-    again, _, _ = runtime.load_run("theirs/hf")
+    found, tokenizer = ckpt.read_run("theirs/hf")
+    model, _, _ = ckpt.load_run("out/talk")
+    again, _, _ = ckpt.load_run("theirs/hf")
     due = huggingface.their_weights(model)
     assert_equal(huggingface.their_weights(again), due)
     assert found["chat"] is True and not any("lora" in name for name in due)
@@ -373,7 +373,7 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     assert "patience=2: 2 validations brought no lower loss than 2.0000" in shown
     assert "finished: 8 updates" in shown and "a/best.pt: validation loss 2.0000 after 4 updates" in shown
     assert [row["since_best"] for row in rows("a") if "val_loss" in row] == [0, 0, 1, 2]
-    assert runtime.load_checkpoint("a/best.pt")["step"] == 4 and runtime.checkpoints("a")[-1].endswith("00000008.pt")
+    assert ckpt.load_checkpoint("a/best.pt")["step"] == 4 and ckpt.checkpoints("a")[-1].endswith("00000008.pt")
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
     assert "a is finished: 8 updates, ended by patience=2, validation loss 2.0000" in capsys.readouterr().err
     # Killed in a validation, it comes to the same end.
@@ -386,7 +386,7 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     # More patience: it goes on from there, until it has read enough.
     validations(monkeypatch, 2.0, 1.5, *[1.6] * 9)
     assert train.main([*PATIENT, "--out_dir=b", "--patience=5"]) == 0
-    assert runtime.load_checkpoint("b/best.pt")["step"] == 10 and rows("b")[-1]["step"] == 20
+    assert ckpt.load_checkpoint("b/best.pt")["step"] == 10 and rows("b")[-1]["step"] == 20
     assert [row["since_best"] for row in rows("b") if "val_loss" in row] == [0, 0, 1, 2, 0, 1, 2, 3, 4, 5]
 
 
@@ -401,7 +401,7 @@ def test_saving_seldom_does_not_change_where_patience_ends(lab, monkeypatch):
     validations(monkeypatch, 3.0, 3.1, 3.2)
     seldom = [*PATIENT, "--save_interval=100", "--always_save_checkpoint=false"]
     assert train.main(seldom) == 0
-    assert [os.path.basename(path) for path in runtime.checkpoints("out/words")] == [
+    assert [os.path.basename(path) for path in ckpt.checkpoints("out/words")] == [
         "ckpt_00000002.pt", "ckpt_00000006.pt"]
     assert train.main(seldom) == 0
 
@@ -439,7 +439,7 @@ def test_a_run_from_scratch_has_no_before(lab, capsys):
     train.main(["--dataset=talk", *TINY, f"--block_size={T}", "--max_iters=2"])
     shown = capsys.readouterr().err
     assert "before" not in shown and "nothing was gained" not in shown and "--- after" not in shown
-    assert runtime.load_checkpoint("out/talk/best.pt")["before"] is None
+    assert ckpt.load_checkpoint("out/talk/best.pt")["before"] is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,13 +451,13 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
     train.main([*argv, "--out_dir=a"])
     shutil.copytree("a", "b")
     for path in ("b/best.pt", "b/ckpt_00000010.pt"):
-        state = runtime.load_checkpoint(path)
+        state = ckpt.load_checkpoint(path)
         for name in ("chat", "base", "before"):
             del state[name]
         for name in ("lora_rank", "lora_alpha", "patience"):
             del state["settings"][name]
         state.get("row", {}).pop("since_best", None)
-        runtime.save_checkpoint(path, state)
+        ckpt.save_checkpoint(path, state)
     header, *lines = map(json.loads, open("b/log.jsonl"))
     for name in ("lora_rank", "lora_alpha", "patience"):
         del header["settings"][name]
@@ -475,17 +475,17 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
     assert [row["loss"] for row in log("a")[1]] == [row["loss"] for row in log("b")[1]]
     assert "lora_rank=0" in error(train.main, *argv, "--out_dir=b", "--max_iters=21", "--lora_rank=4")[0]
     tune("--init_from=b", "--max_iters=1")
-    assert runtime.read_run("b")[0]["chat"] is False
+    assert ckpt.read_run("b")[0]["chat"] is False
 
 
 def test_corrections_that_are_damaged_are_refused(lab):
     assert train.main([*CHAT, *LORA, "--max_iters=2", "--out_dir=a"]) == 0
-    state = runtime.load_checkpoint("a/best.pt")
+    state = ckpt.load_checkpoint("a/best.pt")
     name = next(name for name in state["model"] if name.endswith("lora_A"))
 
     def fact(**changes):
-        runtime.save_checkpoint("a/best.pt", {**state, **changes})
-        return error(lambda _: runtime.load_run("a"))[0]
+        ckpt.save_checkpoint("a/best.pt", {**state, **changes})
+        return error(lambda _: ckpt.load_run("a"))[0]
 
     without = {key: value for key, value in state["model"].items() if key != name}
     assert "do not fit: KeyError" in fact(model=without)

@@ -7,9 +7,9 @@ import numpy as np
 from conftest import error, words
 
 import dataset as datasets
-import forensics
+from text import leaks as forensics
 import prepare
-from forensics import Census, hashed, histogram, overlap, repeated_runs, slices
+from text.leaks import Census, hashed, histogram, overlap, repeated_runs, slices
 
 
 END, UINT16 = 0, np.dtype(np.uint16)

@@ -12,8 +12,8 @@ import os
 import pytest
 from conftest import prepare_words
 
-import log
-import machine
+from training import log
+from runtime import machine
 import train
 
 SETTINGS = ["--dataset=words", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",

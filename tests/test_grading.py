@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, error, nasty
 
 import evaluate
-import grading
-from grading import Item, number, vote
+from evaluation import grading
+from evaluation.grading import Item, number, vote
 
 DATA = ROOT.parent / "shared/data"
 needs_data = pytest.mark.skipif(not (DATA / "xquad").exists(), reason="shared/data with XQuAD and GSM8K is not here")
@@ -333,7 +333,7 @@ def calculated(text):
     ("completion", 100, "choice", "prompt choices answer"), ("sentiment", 100, "choice", "prompt choices answer"),
     ("reading", 60, "words", "context question answers"), ("reasoning", 60, "number", "question answer")])
 def test_the_sets_that_come_with_it(name, n, kind, fields):
-    path = ROOT / f"tasks/{name}.jsonl"
+    path = ROOT / f"evaluation/tasks/{name}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     rows, items = list(map(json.loads, lines)), grading.read_task(str(path))
     assert len(rows) == len(items) == n and all(item.kind == kind for item in items)

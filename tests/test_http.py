@@ -9,11 +9,11 @@ import threading
 import time
 
 import pytest
-from serving import (  # noqa: F401 (some are fixtures)
+from servers import (  # noqa: F401 (some are fixtures)
     KEY, ScriptModel, all_logs_fixture, log_fixture, request, script_fixture, script_server_fixture, serving,
     tiny_model, together, until, well_afterwards_fixture)
 
-import web
+from serving import web
 
 PROMPT = {"prompt": "x", "max_tokens": 2}
 BODY = json.dumps(PROMPT).encode()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, error, nasty, random_model, script, turns, words
 
-import bytebpe
-import huggingface
+from text import pretrained
+from formats import huggingface
 import prepare
-import runtime
+from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
 import train
@@ -55,7 +55,7 @@ def tensors_of(folder):
 def test_out_and_in_and_out_again(here, name, dtype):
     """The same tensors, bit for bit, and the same settings; between them, the same logits as the model's."""
     model = folder_of(here / "a", dtype=dtype, **{k: v for k, v in HOLDABLE[name].items() if k != "vocab_size"})
-    loaded, _, run = runtime.load_run("a")
+    loaded, _, run = ckpt.load_run("a")
     idx = torch.randint(101, (2, 24))
     with torch.no_grad():
         assert torch.equal(model(idx), loaded(idx))
@@ -98,21 +98,21 @@ def test_files_as_others_write_them(here, kind):
     idx = torch.randint(303, (2, 24))
     with torch.no_grad():
         expected = theirs(idx).logits
-        assert (runtime.load_run("a")[0](idx) - expected).abs().max() < 1e-5
+        assert (ckpt.load_run("a")[0](idx) - expected).abs().max() < 1e-5
         if kind == "gpt2":
             from safetensors.torch import save_file
             (here / "a/model.safetensors.index.json").unlink()
             bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of_all(here / "a").items()}
             save_file({**bare, "h.0.attn.bias": torch.ones(1, 1, 24, 24)}, "a/model.safetensors")
-            assert (runtime.load_run("a")[0](idx) - expected).abs().max() < 1e-5
+            assert (ckpt.load_run("a")[0](idx) - expected).abs().max() < 1e-5
 
 
 def test_gpt2_with_two_names_for_a_setting(here):
     folder_of(here / "a")
     edit(here / "a/config.json", num_attention_heads=4, hidden_size=32)
-    runtime.load_run("a")
+    ckpt.load_run("a")
     edit(here / "a/config.json", num_attention_heads=2)
-    assert "num_attention_heads=2; this model has only 4" in error(lambda _: runtime.load_run("a"))[0]
+    assert "num_attention_heads=2; this model has only 4" in error(lambda _: ckpt.load_run("a"))[0]
 
 
 def tensors_of_all(folder):
@@ -129,7 +129,7 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
         shutil.rmtree("bad", ignore_errors=True)
         shutil.copytree("good", "bad")
         change(here / "bad")
-        return " ".join(error(lambda _: runtime.load_run("bad")))
+        return " ".join(error(lambda _: ckpt.load_run("bad")))
 
     def settings(**change):
         return wrong(lambda folder: edit(folder / "config.json", **change))
@@ -232,7 +232,7 @@ def test_train_and_sample_from_a_folder(here, capsys):
     args = ["--init_from=model", "--dataset=text", "--max_iters=20", "--warmup_iters=2", "--learning_rate=1e-2",
             "--device=cpu", "--compile=false", "--block_size=16", "--batch_size=4"]
     assert train.main(args) == 0
-    model, _, run = runtime.load_run("out/text")
+    model, _, run = ckpt.load_run("out/text")
     assert model.config.block_size == 16 and model.transformer.wpe.weight.size(0) == 16
     assert run["val_loss"] < float(before.split("validation loss ")[1].split(",")[0])
     assert "--block_size=24: the shape comes" in error(train.main, *args, "--block_size=32", "--out_dir=out/b")[1]
@@ -244,7 +244,7 @@ def small_folder(path, **shape):
     """A folder with a model of 303 tokens and a byte-level vocabulary as others publish it. Returns both."""
     model = random_model(vocab_size=303, **shape)
     huggingface_files(path, small_encoding("cl100k"))
-    tokenizer = bytebpe.from_hugging_face(str(path))
+    tokenizer = pretrained.from_hugging_face(str(path))
     huggingface.write(str(path), model, tokenizer)
     return model, tokenizer
 
@@ -255,7 +255,7 @@ def test_chat(here, capsys, monkeypatch):
     (here / "model/chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}<assistant>")
     edit(here / "model/tokenizer_config.json", eos_token="<|im_end|>")
-    assert runtime.read_run("model")[0]["chat"] is True
+    assert ckpt.read_run("model")[0]["chat"] is True
     assert sample.main(["model", "--chat", "--prompt=the", "--temperature=0", "--max_new_tokens=5"]) is None
     assert "[5 tokens" in capsys.readouterr().err
     tensors = tensors_of("model")
@@ -279,7 +279,7 @@ def test_chat(here, capsys, monkeypatch):
                     + tokenizer.encode("<assistant>")]
     monkeypatch.undo()
     folder_of(here / "plain")
-    assert runtime.read_run(str(here / "plain"))[0]["chat"] is False
+    assert ckpt.read_run(str(here / "plain"))[0]["chat"] is False
     assert "plain has no chat format" in error(sample.main, here / "plain", "--chat", "--prompt=x")[0]
 
 
@@ -291,7 +291,7 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
     model = random_model(**size, tie_weights=False, bias=True)
     for name, chat in ("chat", True), ("text", False):
         huggingface.write(name, model, tokenizer, chat=chat)
-        checkpoint, again = runtime.read_run(name)
+        checkpoint, again = ckpt.read_run(name)
         assert checkpoint["chat"] is chat and again.chat(turns("a")) == tokenizer.chat(turns("a"))
         assert (here / name / "chat_template.jinja").exists() is chat
         assert checkpoint["generation"]["eos_token_id"] == ([tokenizer.special["<|endoftext|>"], end] if chat else
@@ -342,13 +342,13 @@ def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
     tokenizers_library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     if kind == "gpt2":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", request.getfixturevalue("gpt2"))
-        tokenizer = bytebpe.from_tiktoken("gpt2")
+        tokenizer = pretrained.from_tiktoken("gpt2")
     elif kind in ("cl100k", "o200k"):  # their expressions, with the merges that a few words need
         pytest.importorskip("tiktoken")
         tokenizer = small_encoding(kind)
     elif kind == "hugging_face":
         huggingface_files(here / "source", small_encoding("cl100k"))
-        tokenizer = bytebpe.from_hugging_face("source")
+        tokenizer = pretrained.from_hugging_face("source")
     else:
         tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
     files = huggingface.tokenizer_files(tokenizer, 64)
@@ -385,7 +385,7 @@ def small_encoding(kind):
     tokens += [b"th", b"the", b" the", b"  ", b"    ", b"in", b"er", b" d", b"\xc3\xa9", b"\xe5\xa4", b"000", b"niqu"]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     about = dict(name=kind + "_base", pattern=PATTERNS[kind], special={"<|endoftext|>": 300, "<|im_end|>": 302})
-    return bytebpe.tiktoken_tokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": lines})
+    return pretrained.tiktoken_tokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": lines})
 
 
 def huggingface_files(folder, tokenizer):
@@ -443,7 +443,7 @@ def test_a_real_chat_model_enters_answers_and_leaves(here):
     if "SMOLLM2" not in os.environ:
         pytest.skip("the environment variable SMOLLM2 does not name the folder of a chat model")
     source = os.environ["SMOLLM2"]
-    model, tokenizer, run = runtime.load_run(source)
+    model, tokenizer, run = ckpt.load_run(source)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     questions = [question.strip() for question in QUESTIONS.split("|")]

@@ -14,16 +14,16 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, TINY, error, random_model
-from serving import serving
+from servers import serving
 from test_engine import Numbers, a_request
 from torch import nan
 
 import evaluate
 import export
-import runtime
+from training import checkpoint as ckpt
 import sample
 import train
-from engine import Engine, Request
+from serving.engine import Engine, Request
 from model import Int8Linear, int8_top, quantize
 from sample import Sampling, filter_logits, make_pick
 
@@ -268,12 +268,12 @@ def test_the_folder_and_what_is_said_about_it(exported):
 
 
 def test_it_is_the_quantized_model_bit_for_bit(tiny_run, exported):
-    model, tokenizer, run = runtime.load_run(str(exported[0] / "int8"))
-    original, theirs, was = runtime.load_run(str(tiny_run / "out/words"))
+    model, tokenizer, run = ckpt.load_run(str(exported[0] / "int8"))
+    original, theirs, was = ckpt.load_run(str(tiny_run / "out/words"))
     idx = torch.randint(tokenizer.vocab_size, (3, 32))
     with torch.no_grad():
         assert torch.equal(model(idx), quantize(original)(idx))
-        assert torch.equal(model(idx), runtime.load_run(str(tiny_run / "out/words"), int8=True)[0](idx))
+        assert torch.equal(model(idx), ckpt.load_run(str(tiny_run / "out/words"), int8=True)[0](idx))
     assert run["int8"] is True and was["int8"] is False and tokenizer.characters == theirs.characters
     assert all(run[name] == was[name] for name in ("step", "source", "chat", "tokenizer_sha256"))
     assert run["settings"] == {**vars(original.config), "dataset": was["settings"]["dataset"]}
@@ -303,7 +303,7 @@ def test_evaluate_measures_both_alike(tiny_run, exported, monkeypatch, tmp_path)
 
 
 def test_the_server_says_what_it_serves(exported):
-    model, tokenizer, run = runtime.load_run(str(exported[0] / "int8"))
+    model, tokenizer, run = ckpt.load_run(str(exported[0] / "int8"))
     with serving(model, tokenizer, run=run) as client:
         assert client.get("/model-info").json["dtype"] == "int8"
         assert client.post("/generate", prompt="the", max_tokens=5).status == 200
@@ -311,19 +311,19 @@ def test_the_server_says_what_it_serves(exported):
 
 def test_large_matrices_take_a_third(tiny_run, here, capsys):
     """Of a model whose matrices are large, best.pt has little more than a quarter of its bytes."""
-    _, tokenizer, run = runtime.load_run(str(tiny_run / "out/words"))
+    _, tokenizer, run = ckpt.load_run(str(tiny_run / "out/words"))
     model = random_model(n_layer=1, n_embd=256, vocab_size=tokenizer.vocab_size)
     os.mkdir("large")
     shutil.copytree(tiny_run / "out/words/tokenizer", "large/tokenizer")
     settings = {**run["settings"], **vars(model.config), "dataset": ""}
-    runtime.save_checkpoint("large/best.pt", {**run, "settings": settings, "model": model.state_dict()})
+    ckpt.save_checkpoint("large/best.pt", {**run, "settings": settings, "model": model.state_dict()})
     assert export.main(["large", "--format=int8"]) == 0
     assert os.path.getsize("exports/large/int8/best.pt") < 0.35 * os.path.getsize("large/best.pt")
     assert "note: bits per byte are not compared" in (said := capsys.readouterr().err) and "tokens/s instead" in said
 
 
 def test_int8_is_written_when_it_is_asked_for(tiny_run):
-    model, tokenizer, _ = runtime.load_run(str(tiny_run / "out/words"))
+    model, tokenizer, _ = ckpt.load_run(str(tiny_run / "out/words"))
 
     def formats(*asked):
         return export.choose_formats(export.ExportConfig(format=list(asked)), model, tokenizer)
@@ -348,17 +348,17 @@ def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
     assert train.main([*argv, "--init_from=base", "--lora_rank=2"]) == 0
     shutil.rmtree("base")
     shutil.copytree("int8", "base")
-    assert "base/best.pt has weights of 8 bits" in error(lambda _: runtime.load_run("a"))[0]
+    assert "base/best.pt has weights of 8 bits" in error(lambda _: ckpt.load_run("a"))[0]
 
 
 def test_a_damaged_one_is_refused(tiny_run, exported, here):
     shutil.copytree(exported[0] / "int8", "int8")
-    state = runtime.load_checkpoint("int8/best.pt")
+    state = ckpt.load_checkpoint("int8/best.pt")
     layer = "transformer.h.1.mlp.c_fc."
 
     def fact(weights, **changes):
-        runtime.save_checkpoint("int8/best.pt", {**state, "model": weights, **changes})
-        return error(lambda _: runtime.load_run("int8"))[0]
+        ckpt.save_checkpoint("int8/best.pt", {**state, "model": weights, **changes})
+        return error(lambda _: ckpt.load_run("int8"))[0]
 
     good = state["model"]
     for name, kind, is_now, due in ((layer + "weight", torch.float32, "float", "int8"),
@@ -367,7 +367,7 @@ def test_a_damaged_one_is_refused(tiny_run, exported, here):
         assert f"{name} is a tensor" in said and f"of type {is_now}, but should be" in said and said.endswith(due)
     without = {name: tensor for name, tensor in good.items() if name != layer + "scale"}
     assert f"{layer}scale is missing, but should be a tensor" in fact(without)
-    floats = runtime.load_checkpoint(str(tiny_run / "out/words/best.pt"))["model"]
+    floats = ckpt.load_checkpoint(str(tiny_run / "out/words/best.pt"))["model"]
     assert "weight is a tensor" in fact(floats) and "of type float, but should be" in fact(floats)
     said = fact(good, int8=False)
     assert "weight is a tensor" in said and "of type int8, but should be" in said

@@ -2,7 +2,7 @@
 """Muon against PyTorch's own, and against exact arithmetic."""
 import torch
 
-import muon
+from training import muon
 
 
 def test_it_equals_pytorchs_and_float32_does_the_same_without_bfloat16():

@@ -18,10 +18,10 @@ import torch
 from conftest import FAMILIES, random_model, talks, turns, words, write_talks
 from faults import context
 
-import bytebpe
-import config
+from text import pretrained
+from runtime import settings as config
 import dataset as datasets
-import huggingface
+from formats import huggingface
 import prepare
 import sample
 import tokenizer as tokenizers
@@ -133,7 +133,7 @@ def mutate(path, rng):
 
 def hugging_face_tokenizer(folder):
     """A small byte-level tokenizer.json with all that is read of one."""
-    alphabet = list(bytebpe.byte_alphabet())
+    alphabet = list(pretrained.byte_alphabet())
     merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("a", "t"), ("c", "at")]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges), "unused"])}
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
@@ -170,9 +170,9 @@ def valid(tiny_run, tmp_path_factory):
     (here / "tiktoken").mkdir()
     (here / "tiktoken/config.json").write_text(json.dumps(dict(kind="tiktoken", vocab_size=259, special={})))
     (here / "tiktoken/encoding.json").write_text(json.dumps(dict(
-        name="t", pattern=bytebpe.GPT2, special={"<|endoftext|>": 258})))
+        name="t", pattern=pretrained.GPT2, special={"<|endoftext|>": 258})))
     (here / "tiktoken/encoding.tiktoken").write_bytes(b"".join(
-        bytebpe.base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+        pretrained.base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     write_talks(here / "chats.jsonl", talks(12))
     with contextlib.chdir(here):
         prepare.main(["chats.jsonl", "--format=chat", "--tokenizer=char", "--out=data/chats"])

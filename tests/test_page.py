@@ -14,7 +14,7 @@ import time
 import types
 
 import pytest
-from serving import KEY, RUN, ByteTokenizer, ScriptModel, serving, until
+from servers import KEY, RUN, ByteTokenizer, ScriptModel, serving, until
 from torch.nn import functional as F
 
 pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, error, prepare_words
 
-import bench
-import huggingface
-import runtime
+from bench import __main__ as bench
+from formats import huggingface
+from training import checkpoint as ckpt
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_logits_equal_transformers(name):
         for p in theirs.parameters():  # norms and biases too: the initial 1 and 0 would hide a mistake
             p.add_(torch.randn_like(p) * 0.2)
     ours = GPT(huggingface.our_config(config.to_dict())).eval()
-    runtime.load_weights(ours, huggingface.our_weights(theirs.state_dict(), ours.config, name), name)
+    ckpt.load_weights(ours, huggingface.our_weights(theirs.state_dict(), ours.config, name), name)
     for T in (1, 7, 40):
         idx = torch.randint(100, (3, T))
         with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, error, talks, turns, words, write_talks
 
 import dataset as datasets
-import download
+from text import download
 import prepare
 import tokenizer as tokenizers
 

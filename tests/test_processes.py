@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, prepare_words
 from faults import STEPS, digest, outcome, ranks, rows, said
 
-import runtime
+from training import checkpoint as ckpt
 
 # Without dropout, whose masks belong to a micro-batch, and with AdamW: then only the order of additions differs.
 PLAIN = ["--dropout=0.0", "--optimizer=adamw", "--gradient_accumulation_steps=4", "--learning_rate=1e-3"]
@@ -67,7 +67,7 @@ def finish(process):
 
 
 def weights(run):
-    return runtime.load_checkpoint(str(run / f"ckpt_{STEPS:08d}.pt"))["model"]
+    return ckpt.load_checkpoint(str(run / f"ckpt_{STEPS:08d}.pt"))["model"]
 
 
 def furthest(a, b):
@@ -266,7 +266,7 @@ def test_an_overflow_in_one_optimizer_holds_back_the_other(lab):
     """float16 on the CPU: infinite gradients of the embedding (AdamW) also hold back the matrices (Muon)."""
     fault = "keep_all;overflow:6,transformer.wte.weight"
     assert faults.Run(lab, *HALF, "--save_interval=1", fault=fault).wait() == 0, said(lab)
-    five, six, seven = (runtime.load_checkpoint(str(lab / f"out/words/ckpt_{step:08d}.pt")) for step in (5, 6, 7))
+    five, six, seven = (ckpt.load_checkpoint(str(lab / f"out/words/ckpt_{step:08d}.pt")) for step in (5, 6, 7))
     assert all(torch.equal(five["model"][name], six["model"][name]) for name in five["model"])
     assert not any(torch.equal(six["model"][name], seven["model"][name]) for name in six["model"])
     assert six["scaler"]["scale"] == five["scaler"]["scale"] / 2 == seven["scaler"]["scale"]
@@ -280,7 +280,7 @@ def test_the_scaler_is_in_the_checkpoint(lab):  # row 33
     assert faults.Run(lab, *HALF).wait() == 0
     due, mine = (digest(str(lab / f"out/{name}/ckpt_00000012.pt")) for name in ("due", "words"))
     assert due == mine
-    assert runtime.load_checkpoint(str(lab / "out/words/ckpt_00000012.pt"))["scaler"]["scale"] == 2.0 ** 15
+    assert ckpt.load_checkpoint(str(lab / "out/words/ckpt_00000012.pt"))["scaler"]["scale"] == 2.0 ** 15
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import pytest
 import requests
 from conftest import ROOT, random_model, words
 
-import bench
+from bench import __main__ as bench
 import evaluate
 import export
-import huggingface
+from formats import huggingface
 import prepare
 import sample
 import serve
@@ -30,7 +30,7 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").strip().split("\n") if line.strip()]
 PROGRAMS = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "127.0.0.1:8000" in block]
 # The README's own words for trying a long command in seconds.
-QUICK = dict(re.findall(r"`(\w+\.py)` in seconds: `([^`]+)`", README))
+QUICK = dict(re.findall(r"`(?:python -m )?(\w+(?:\.py)?)` in seconds: `([^`]+)`", README))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, and the text files that a reader is supposed to have."""
     folder = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "config", ROOT / "tests",
-                 ROOT / "tasks", *ROOT.glob("*.html")]:
+                 *(path.parent for path in ROOT.glob("*/__init__.py"))]:
         os.symlink(path, folder / path.name)
     (folder / "notes.txt").write_text(words(30_000), encoding="utf-8")
     (folder / "shakespeare.txt").write_text("ROMEO:\n" + words(30_000, seed=1), encoding="utf-8")
@@ -124,7 +124,7 @@ def test_command(clone, command, request):
             if ">" in arguments:
                 target = arguments[arguments.index(">") + 1]
                 arguments = arguments[:arguments.index(">")]
-            quick = shlex.split(QUICK.get(arguments[0], ""))
+            quick = shlex.split(QUICK.get(arguments[1] if arguments[0] == "-m" else arguments[0], ""))
             quick = [] if "--help" in arguments else quick
             done = subprocess.run([sys.executable, *arguments, *quick], cwd=clone, capture_output=True, text=True,
                                   stdin=subprocess.DEVNULL, timeout=300)
@@ -142,7 +142,7 @@ def test_program(clone, address, program):
 
 
 def test_there_are_commands_and_quick_variants():
-    assert len(COMMANDS) >= 8 and len(PROGRAMS) == 3 and set(QUICK) >= {"train.py", "sample.py", "bench.py"}
+    assert len(COMMANDS) >= 8 and len(PROGRAMS) == 3 and set(QUICK) >= {"train.py", "sample.py", "bench"}
     assert COMMANDS[0] == "pip install -r requirements.txt && python train.py config/train_small.py"
 
 

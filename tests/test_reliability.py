@@ -18,9 +18,9 @@ from faults import STEPS, Run, digest, outcome, said
 
 import evaluate
 import export
-import runtime
+from training import checkpoint as ckpt
 import sample
-from config import UserError
+from runtime.settings import UserError
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def lab(reference, tmp_path):
 
         def check_files(self):
             """Whatever has happened: every checkpoint that bears its name is whole, and is what it should be."""
-            paths = runtime.checkpoints(str(self.run))
+            paths = ckpt.checkpoints(str(self.run))
             for path in paths:
                 assert digest(path) == states[int(path[-11:-3])], path
             return len(paths)
@@ -189,13 +189,13 @@ def test_a_disk_that_is_full_at_the_end(lab, fault):  # row 8; small_files: the 
 def test_disk_full_at_many_offsets(lab, tmp_path, monkeypatch):  # row 8
     """Whatever fits: the old checkpoint stays, nothing half-written is left, and the error is ours."""
     monkeypatch.chdir(tmp_path)
-    state = runtime.load_checkpoint(lab.reference / "out/a/ckpt_00000060.pt")
-    runtime.save_checkpoint("a.pt", state)
+    state = ckpt.load_checkpoint(lab.reference / "out/a/ckpt_00000060.pt")
+    ckpt.save_checkpoint("a.pt", state)
     size, due = os.path.getsize("a.pt"), digest("a.pt")
     real = torch.save
     for left in range(0, size, size // 50):
         monkeypatch.setattr(torch, "save", lambda state, file: real(state, faults.Cut(file, left, faults.full)))
-        assert "cannot write a.pt" in error(lambda _: runtime.save_checkpoint("a.pt", state))[0]
+        assert "cannot write a.pt" in error(lambda _: ckpt.save_checkpoint("a.pt", state))[0]
         assert digest("a.pt") == due and sorted(os.listdir()) == ["a.pt", "data"]
 
 
@@ -223,7 +223,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_data(lab):
     shutil.rmtree(lab.run / "tokenizer.damaged")
     shutil.rmtree(lab.run / "tokenizer")
     lab.finish()
-    assert runtime.load_run(str(lab.run))[1].vocab_size == 25
+    assert ckpt.load_run(str(lab.run))[1].vocab_size == 25
 
 
 def test_what_auto_chose_is_kept_before_the_first_checkpoint(lab):
@@ -243,9 +243,9 @@ def test_best_is_written_anew_where_it_cannot_be_used(lab):
     for name in ("best.pt.damaged", "ckpt_00000099.pt.damaged"):
         os.unlink(lab.run / name)
     lab.finish()
-    state = runtime.load_checkpoint(str(lab.run / "ckpt_00000060.pt"))
+    state = ckpt.load_checkpoint(str(lab.run / "ckpt_00000060.pt"))
     state["optimizer"][0]["state"].popitem()
-    runtime.save_checkpoint(str(lab.run / "ckpt_00000060.pt"), state)
+    ckpt.save_checkpoint(str(lab.run / "ckpt_00000060.pt"), state)
     assert lab.start("--max_iters=70").wait() == 2 and "out/words: the optimizers.0.state." in said(lab.path)
 
 
@@ -283,7 +283,7 @@ def test_truncated_checkpoints(lab, capsys):  # row 10
     raw = path.read_bytes()
     for size in range(0, len(raw), len(raw) // 49):
         path.write_bytes(raw[:size])
-        assert runtime.find_checkpoint("auto", str(lab.run))["step"] == 56
+        assert ckpt.find_checkpoint("auto", str(lab.run))["step"] == 56
         assert f"{path} is damaged" in capsys.readouterr().err
     lab.finish()
     for name in ("ckpt_00000056.pt", "ckpt_00000060.pt"):
@@ -318,7 +318,7 @@ def test_malicious_checkpoints_are_refused(lab, monkeypatch):  # row 12
         def __reduce__(self):
             return os.mkdir, (str(lab.path / "pwned"),)
     for name in ("ckpt_00000005.pt", "best.pt"):
-        torch.save(dict(runtime.load_checkpoint(lab.reference / "out/a/best.pt"), model=Evil()), f"out/words/{name}")
+        torch.save(dict(ckpt.load_checkpoint(lab.reference / "out/a/best.pt"), model=Evil()), f"out/words/{name}")
     for argv in ([], ["--init_from=out/words/best.pt", "--out_dir=out/b"]):
         assert lab.start(*argv).wait() == 2
         assert "could run code" in said(lab.path)
@@ -342,7 +342,7 @@ def test_a_checkpoint_of_another_run_is_refused(lab):  # row 13
     assert lab.start("--dataset=other", "--out_dir=out/words").wait() == 2
     assert "tokenizer=" in said(lab.path) and "data=" in said(lab.path)
     path = str(lab.run / "ckpt_00000005.pt")
-    runtime.save_checkpoint(path, dict(runtime.load_checkpoint(path), format=2))
+    ckpt.save_checkpoint(path, dict(ckpt.load_checkpoint(path), format=2))
     assert lab.start().wait() == 2 and "not a checkpoint of this project (no format 1)" in said(lab.path)
 
 
@@ -436,7 +436,7 @@ def test_a_loss_that_is_no_number(lab, value):  # row 15
     assert f"error: at update 13 the loss is {value}" in said(lab.path)
     assert "last good checkpoint: out/words/ckpt_00000012.pt" in said(lab.path)
     assert lab.check_files() == 2 and os.path.exists(lab.run / "ckpt_00000012.pt")
-    assert runtime.load_checkpoint(str(lab.run / "best.pt"))["step"] == 7
+    assert ckpt.load_checkpoint(str(lab.run / "best.pt"))["step"] == 7
     lab.finish()
 
 
@@ -523,37 +523,37 @@ def test_retention(tmp_path, monkeypatch):  # row 24
         state = whole(step=step)
         path = f"ckpt_{step:08d}.pt"
         if event == "save":
-            runtime.save_checkpoint(path, state)
-            runtime.prune_checkpoints(".")
+            ckpt.save_checkpoint(path, state)
+            ckpt.prune_checkpoints(".")
             good.append(step)
         elif event == "full":
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "save", lambda state, file: real(state, faults.Cut(file, 100, faults.full)))
-                error(lambda _: runtime.save_checkpoint(path, state))
+                error(lambda _: ckpt.save_checkpoint(path, state))
         elif event == "kill":
             (tmp_path / (path + ".part")).write_bytes(b"half")
         elif good:  # the newest rots on the disk; the run goes back to the one before
             (tmp_path / f"ckpt_{good[-1]:08d}.pt").write_bytes(b"rotten")
             good.pop()
             step = good[-1] if good else 0
-            with runtime.RunFolder(".") as folder:
+            with ckpt.RunFolder(".") as folder:
                 folder.open(step, 0)
         kept = 1 if event == "rot" else 2
-        assert all(runtime.load_checkpoint(f"ckpt_{s:08d}.pt")["step"] == s for s in good[-kept:])
+        assert all(ckpt.load_checkpoint(f"ckpt_{s:08d}.pt")["step"] == s for s in good[-kept:])
         if good:
-            assert runtime.find_checkpoint("auto", ".")["step"] == good[-1]
+            assert ckpt.find_checkpoint("auto", ".")["step"] == good[-1]
 
 
 def test_the_disk_is_told_in_the_right_order(lab, tmp_path, monkeypatch):  # row 4
     """Power loss: the bytes are on the disk before their name is, and the name before the oldest one is deleted."""
     monkeypatch.chdir(tmp_path)
-    done, state = [], runtime.load_checkpoint(lab.reference / "out/a/best.pt")
+    done, state = [], ckpt.load_checkpoint(lab.reference / "out/a/best.pt")
     for name in ("fsync", "replace", "unlink"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
     for step in (1, 2, 3):
-        runtime.save_checkpoint(f"ckpt_{step:08d}.pt", state)
-        runtime.prune_checkpoints(".")
+        ckpt.save_checkpoint(f"ckpt_{step:08d}.pt", state)
+        ckpt.prune_checkpoints(".")
     assert done == ["fsync", "replace", "fsync"] * 3 + ["unlink"]
 
 

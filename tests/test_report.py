@@ -9,8 +9,8 @@ import re
 
 import pytest
 
-import grading
-import report
+from evaluation import grading
+from evaluation import report
 
 HOSTILE = ("</td></script><script>alert(1)</script><img src=x onerror='alert(2)'>\" onmouseover=\"alert(3) &amp; "
            "\0\x1b\ud800")

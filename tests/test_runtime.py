@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import chat_run, error, prepare_words, random_model, whole
 
-import lora
-import machine
-import runtime
+from training import lora
+from runtime import machine
+from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
 import train
-from muon import Muon
+from training.muon import Muon
 
 
 def test_devices(monkeypatch):
@@ -66,8 +66,8 @@ def test_dtypes(monkeypatch):
 def test_a_checkpoint_comes_back_as_it_was(here):
     state = whole(step=3)
     state["settings"].update(a=1, b="x", c=1.5, d=None)
-    runtime.save_checkpoint("ckpt_00000003.pt", state)
-    again = runtime.load_checkpoint("ckpt_00000003.pt")
+    ckpt.save_checkpoint("ckpt_00000003.pt", state)
+    again = ckpt.load_checkpoint("ckpt_00000003.pt")
     assert all(torch.equal(again["model"][name], p) for name, p in state["model"].items())
     assert again["settings"] == state["settings"] and os.listdir() == ["ckpt_00000003.pt"]
 
@@ -77,39 +77,39 @@ def test_saving_touches_the_disk_in_the_right_order(here, monkeypatch):
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
-    runtime.save_checkpoint("a.pt", whole(x=1))
+    ckpt.save_checkpoint("a.pt", whole(x=1))
     assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
 
 
 def test_a_failed_save_changes_nothing(here, monkeypatch):
-    runtime.save_checkpoint("a.pt", whole(x=1))
+    ckpt.save_checkpoint("a.pt", whole(x=1))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert "cannot write a.pt: [Errno 28]" in error(lambda _: runtime.save_checkpoint("a.pt", whole(x=2)))[0]
-    assert runtime.load_checkpoint("a.pt")["x"] == 1 and os.listdir() == ["a.pt"]
+        assert "cannot write a.pt: [Errno 28]" in error(lambda _: ckpt.save_checkpoint("a.pt", whole(x=2)))[0]
+    assert ckpt.load_checkpoint("a.pt")["x"] == 1 and os.listdir() == ["a.pt"]
 
 
 def test_damaged_missing_and_malicious_files_are_refused(here):
-    assert "there is no checkpoint x.pt" in error(lambda _: runtime.load_checkpoint("x.pt"))[0]
-    runtime.save_checkpoint("a.pt", whole(x=torch.arange(1000)))
+    assert "there is no checkpoint x.pt" in error(lambda _: ckpt.load_checkpoint("x.pt"))[0]
+    ckpt.save_checkpoint("a.pt", whole(x=torch.arange(1000)))
     raw = (here / "a.pt").read_bytes()
     for cut in (0, 10, len(raw) // 2, len(raw) - 1):
         (here / "b.pt").write_bytes(raw[:cut])
-        assert "b.pt is damaged" in error(lambda _: runtime.load_checkpoint("b.pt"))[0]
+        assert "b.pt is damaged" in error(lambda _: ckpt.load_checkpoint("b.pt"))[0]
     flipped = bytearray(raw)
     flipped[raw.index(torch.arange(1000).numpy().tobytes()) + 5000] ^= 1  # one bit of one weight
     (here / "b.pt").write_bytes(flipped)
-    assert "b.pt is damaged" in error(lambda _: runtime.load_checkpoint("b.pt"))[0]
+    assert "b.pt is damaged" in error(lambda _: ckpt.load_checkpoint("b.pt"))[0]
 
     class Evil:
         def __reduce__(self):
             return os.mkdir, ("pwned",)
     torch.save(dict(model=Evil()), "evil.pt")
-    assert "could run code" in error(lambda _: runtime.load_checkpoint("evil.pt"))[0]
+    assert "could run code" in error(lambda _: ckpt.load_checkpoint("evil.pt"))[0]
     torch.save(dict(model=1), "theirs.pt")
-    assert "theirs.pt is not a checkpoint of this project" in error(lambda _: runtime.load_checkpoint("theirs.pt"))[0]
+    assert "theirs.pt is not a checkpoint of this project" in error(lambda _: ckpt.load_checkpoint("theirs.pt"))[0]
     (here / "plain.pt").write_bytes(pickle.dumps(Evil()))
-    assert "plain.pt" in error(lambda _: runtime.load_checkpoint("plain.pt"))[0]
+    assert "plain.pt" in error(lambda _: ckpt.load_checkpoint("plain.pt"))[0]
     assert not (here / "pwned").exists()
 
 
@@ -175,7 +175,7 @@ def test_strange_checkpoints_are_refused(here, name):
     weights = change.pop("weights", lambda w: w)
     state["model"] = {key: weights(tensor) for key, tensor in state["model"].items()}
     torch.save(state | change, "a.pt")
-    fact, _ = error(lambda _: runtime.load_checkpoint("a.pt"))
+    fact, _ = error(lambda _: ckpt.load_checkpoint("a.pt"))
     assert "a.pt" in fact and len(fact) < 300
 
 
@@ -204,9 +204,9 @@ def two_directories(path):
 @pytest.mark.parametrize("change", [deflated, two_directories])
 def test_strange_archives_are_refused(here, change):
     torch.save(whole(), "a.pt")
-    runtime.load_checkpoint("a.pt")
+    ckpt.load_checkpoint("a.pt")
     change("a.pt")
-    assert "a.pt is damaged" in error(lambda _: runtime.load_checkpoint("a.pt"))[0]
+    assert "a.pt is damaged" in error(lambda _: ckpt.load_checkpoint("a.pt"))[0]
 
 
 def test_what_is_no_file_is_no_run(here):
@@ -214,11 +214,11 @@ def test_what_is_no_file_is_no_run(here):
     os.makedirs("out/a")
     os.symlink("nowhere", "out/a/best.pt")
     for run in ("out/a", "out/a/best.pt"):
-        assert "out/a" in error(lambda _: runtime.read_run(run))[0]
-    assert "no trained run below out/" in error(lambda _: runtime.find_run())[0]
+        assert "out/a" in error(lambda _: ckpt.read_run(run))[0]
+    assert "no trained run below out/" in error(lambda _: ckpt.find_run())[0]
     for make, path in ((os.mkdir, "folder.pt"), (os.mkfifo, "pipe.pt")):
         make(path)
-        assert path in error(lambda _: runtime.load_checkpoint(path))[0]
+        assert path in error(lambda _: ckpt.load_checkpoint(path))[0]
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(here):
@@ -228,19 +228,19 @@ def test_a_tokenizer_that_does_not_fit_is_refused(here):
     for tokenizer in small, large:
         tokenizer.save("out/tokenizer")
         state["tokenizer_sha256"] = tokenizers.fingerprint("out/tokenizer")
-        runtime.save_checkpoint("out/best.pt", state)
+        ckpt.save_checkpoint("out/best.pt", state)
         os.makedirs(f"out{tokenizer.vocab_size}", exist_ok=True)
         shutil.copytree("out", f"out{tokenizer.vocab_size}", dirs_exist_ok=True)
-    assert runtime.load_run("out8")[1].vocab_size == 8
+    assert ckpt.load_run("out8")[1].vocab_size == 8
     for run in ("out105", "out105/best.pt"):
-        assert "has 105 tokens, the model only 100" in error(lambda _: runtime.load_run(run))[0]
+        assert "has 105 tokens, the model only 100" in error(lambda _: ckpt.load_run(run))[0]
     for sha256 in (tokenizers.fingerprint("out8/tokenizer"), ""):
-        runtime.save_checkpoint("out105/best.pt", state | dict(tokenizer_sha256=sha256))
-        assert "another tokenizer" in error(lambda _: runtime.load_run("out105"))[0]
+        ckpt.save_checkpoint("out105/best.pt", state | dict(tokenizer_sha256=sha256))
+        assert "another tokenizer" in error(lambda _: ckpt.load_run("out105"))[0]
     shutil.copy("out8/best.pt", "theirs.pt")
-    files = tokenizers.bytebpe.PARTS[:1]
+    files = tokenizers.pretrained.PARTS[:1]
     (here / files[0]).write_text(json.dumps(dict(TOKENIZER_JSON)))
-    assert "another tokenizer" in error(lambda _: runtime.load_run("theirs.pt"))[0]
+    assert "another tokenizer" in error(lambda _: ckpt.load_run("theirs.pt"))[0]
 
 
 TOKENIZER_JSON = dict(
@@ -268,7 +268,7 @@ def test_the_state_of_an_optimizer_must_fit(here):
         states = torch.load("states.pt")
         change(states)
         fresh = optimizers()
-        runtime.load_optimizers(fresh, scaler, dict(optimizer=states, scaler=scaler_state or scaler.state_dict()), "a")
+        ckpt.load_optimizers(fresh, scaler, dict(optimizer=states, scaler=scaler_state or scaler.state_dict()), "a")
         return fresh
 
     def put(number, index, name, value):
@@ -293,49 +293,49 @@ def test_a_base_that_is_not_there_is_not_looked_for_forever(here):
     model = random_model()
     lora.add(model, 2, 4)
     tokenizers.CharTokenizer("abc").save("out/tokenizer")
-    state = whole(model=runtime.learned(model), base=dict(path="out/best.pt", sha256=""),
+    state = whole(model=ckpt.learned(model), base=dict(path="out/best.pt", sha256=""),
                   tokenizer_sha256=tokenizers.fingerprint("out/tokenizer"))
     state["settings"] |= dict(lora_rank=2, lora_alpha=4.0)
-    runtime.save_checkpoint("out/best.pt", state)
-    assert "and so on: more than 4" in error(lambda _: runtime.read_run("out"))[0]
+    ckpt.save_checkpoint("out/best.pt", state)
+    assert "and so on: more than 4" in error(lambda _: ckpt.read_run("out"))[0]
 
 
 def test_checkpoints_are_ordered_by_number_and_pruned(here):
     for step in (100, 20, 3):  # the clock says otherwise
-        runtime.save_checkpoint(f"ckpt_{step:08d}.pt", whole(step=step))
-    runtime.save_checkpoint("best.pt", dict(step=1))
+        ckpt.save_checkpoint(f"ckpt_{step:08d}.pt", whole(step=step))
+    ckpt.save_checkpoint("best.pt", dict(step=1))
     os.utime("ckpt_00000003.pt")  # the oldest was touched last
-    assert [runtime.load_checkpoint(path)["step"] for path in runtime.checkpoints(".")] == [3, 20, 100]
-    runtime.prune_checkpoints(".")
+    assert [ckpt.load_checkpoint(path)["step"] for path in ckpt.checkpoints(".")] == [3, 20, 100]
+    ckpt.prune_checkpoints(".")
     assert sorted(os.listdir()) == ["best.pt", "ckpt_00000020.pt", "ckpt_00000100.pt"]
-    assert runtime.checkpoint_path(".") == "./best.pt" and runtime.checkpoint_path(".", "last") == "./ckpt_00000100.pt"
+    assert ckpt.checkpoint_path(".") == "./best.pt" and ckpt.checkpoint_path(".", "last") == "./ckpt_00000100.pt"
 
 
 def test_weights_that_do_not_fit_are_named():
     model, other = random_model(), random_model(n_embd=64)
-    fact, _ = error(lambda _: runtime.load_weights(model, other.state_dict(), "x.pt"))
+    fact, _ = error(lambda _: ckpt.load_weights(model, other.state_dict(), "x.pt"))
     assert fact == ("x.pt: transformer.wte.weight is a tensor (128, 64) of type float, but should be a tensor (128, 32) of type float")
     weights = model.state_dict()
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    assert "h.1.mlp.c_fc.weight is missing, but should be a tensor (128, 32) of type float" in error(lambda _: runtime.load_weights(model, weights, "x.pt"))[0]
+    assert "h.1.mlp.c_fc.weight is missing, but should be a tensor (128, 32) of type float" in error(lambda _: ckpt.load_weights(model, weights, "x.pt"))[0]
 
 
 def test_a_run_knows_whether_it_can_chat(tiny_run, here):
     """All our tokenizers can; what a checkpoint says counts. (Hugging Face folders are in test_huggingface.py.)"""
     run = str(tiny_run / "out/words")
-    assert runtime.load_run(run)[2]["chat"] is False
+    assert ckpt.load_run(run)[2]["chat"] is False
     chat_run(tiny_run, here / "chat")
     for path in ("chat", "chat/best.pt", "chat/ckpt_00000040.pt"):
-        assert runtime.load_run(path)[2]["chat"] is True
+        assert ckpt.load_run(path)[2]["chat"] is True
 
 
 def test_one_place_reads_checkpoints():
     from conftest import ROOT
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py")]:
+    for path in [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]:
         source = path.read_text(encoding="utf-8")
         assert "weights_only=False" not in source and "pickle.load" not in source
-        # (readback.py reads nothing but what export.py has just written, and imports nothing of ours)
-        assert ("torch.load(" in source) == (path.name in ("runtime.py", "readback.py"))
+        # (formats/readback.py reads nothing but what export.py has just written, and imports nothing of ours)
+        assert ("torch.load(" in source) == (path.name in ("checkpoint.py", "readback.py"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_nanogpts_checkpoint(here, capsys):
     """Characters are found where nanoGPT keeps them; the logits are those of the weights, and sample.py writes."""
     characters = "\n !abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     model = nanogpt(here, len(characters), characters=characters)
-    loaded, tokenizer, run = runtime.load_run("out")
+    loaded, tokenizer, run = ckpt.load_run("out")
     idx = torch.randint(len(characters), (2, 24))
     with torch.no_grad():
         assert torch.equal(model(idx), loaded(idx))
@@ -390,7 +390,7 @@ def test_nanogpts_checkpoint_with_gpt2s_vocabulary(here, gpt2, monkeypatch):
     """Its 50,304 rows are cut to the 50,257 tokens that exist."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2)
     model = nanogpt(here, 50257, "openwebtext", rows=50304)
-    loaded, tokenizer, _ = runtime.load_run("out")
+    loaded, tokenizer, _ = ckpt.load_run("out")
     assert loaded.config.vocab_size == 50257 and tokenizer.decode(tokenizer.encode("don't")) == "don't"
     idx = torch.randint(50257, (1, 24))
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_nanogpts_checkpoint_with_gpt2s_vocabulary(here, gpt2, monkeypatch):
 
 def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
     nanogpt(here)
-    fact, fix = error(lambda _: runtime.load_run("out"))
+    fact, fix = error(lambda _: ckpt.load_run("out"))
     assert "has 65 tokens" in fact and "copy nanoGPT's data/shakespeare_char/meta.pkl to out/meta.pkl" in fix
 
     class Code:
@@ -409,7 +409,7 @@ def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
                               (pickle.dumps(dict(itos={0: "ab"})), "meta.pkl cannot be used"),
                               (pickle.dumps(dict(itos={i: "ab" for i in range(65)})), "not one character per id")):
         (here / "out/meta.pkl").write_bytes(content)
-        assert expected in error(lambda _: runtime.load_run("out"))[0]
+        assert expected in error(lambda _: ckpt.load_run("out"))[0]
     assert not os.path.exists("hacked")
     (here / "out/meta.pkl").write_bytes(pickle.dumps(dict(itos={i: chr(97 + i) for i in range(65)})))
     state = torch.load("out/ckpt.pt")
@@ -420,4 +420,4 @@ def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
                              (dict(iter_num=[]), "looks like nanoGPT's"),
                              (dict(model={"transformer.wte.weight": torch.zeros(2, 32)}), "looks like nanoGPT's")):
         torch.save({**state, **change}, "out/ckpt.pt")
-        assert expected in error(lambda _: runtime.load_run("out"))[0]
+        assert expected in error(lambda _: ckpt.load_run("out"))[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, chat_run, error, script, turns
 
-import runtime
+from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
 from sample import TextStream, draw, filter_logits, lay, penalize
@@ -256,7 +256,7 @@ def test_scores_that_are_not_finite_are_refused():
 def chatter(tiny_run, here, monkeypatch, capsys):
     """(tokenizer, talk): a model that answers "my dog", and whatever is typed to it: its prompts, and what was said."""
     chat_run(tiny_run, here / "chat")
-    _, tokenizer, _ = runtime.load_run("chat")
+    _, tokenizer, _ = ckpt.load_run("chat")
     asked = []
 
     def pick(settings, prompt, seed):

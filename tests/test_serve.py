@@ -2,7 +2,7 @@
 """
 The server as its clients see it: basics (A), generation (B), validation (C), streams (D), many at once (E), access (G)
 and the process (H). test_http.py has what lies below: bytes on a socket (F). After every test the server must be well:
-see `well_afterwards` in serving.py.
+see `well_afterwards` in servers.py.
 """
 import base64
 import contextlib
@@ -23,14 +23,14 @@ import pytest
 import torch
 from conftest import ROOT, error, nasty, random_model, words
 from conftest import script as run_script
-from serving import (  # noqa: F401 (some are fixtures)
+from servers import (  # noqa: F401 (some are fixtures)
     END, KEY, LIVE, ByteTokenizer, Client, Process, ScriptModel, all_logs_fixture, broken_steps, chosen, log_fixture,
     script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together,
     unread_log, until, well_afterwards_fixture)
 
-import api
-import bytebpe
-import machine
+from serving import api
+from text import pretrained
+from runtime import machine
 import sample
 import serve
 import tokenizer as tokenizers
@@ -390,7 +390,7 @@ def test_b15_half_a_surrogate_pair(script, path):
 def tokenizer(request, monkeypatch):
     if request.param == "tiktoken":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", request.getfixturevalue("gpt2"))
-        return bytebpe.from_tiktoken("gpt2")
+        return pretrained.from_tiktoken("gpt2")
     return ByteTokenizer() if request.param == "bytes" else tokenizers.train("bpe", [words(20_000)], vocab_size=400)
 
 
@@ -771,7 +771,7 @@ def test_c_errors_repeat_little(tiny):
 
 def test_c12_validation_is_no_assert():
     """The same list against a server that `python -O` runs."""
-    child = subprocess.Popen([sys.executable, "-O", ROOT / "tests/serving.py"], stdin=subprocess.PIPE, text=True,
+    child = subprocess.Popen([sys.executable, "-O", ROOT / "tests/servers.py"], stdin=subprocess.PIPE, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         client = Client(int(child.stdout.readline()))

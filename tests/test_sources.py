@@ -7,10 +7,10 @@ import os
 import pytest
 from conftest import error, words
 
-import chats
-import grading
+from text import chats
+from evaluation import grading
 import prepare
-import sources
+from text import sources
 import tokenizer as tokenizers
 
 
@@ -40,7 +40,7 @@ def test_large_files_are_read_in_blocks(here, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 def test_a_seam_changes_no_token(monkeypatch, kind):
-    """A text cut where sources.py cuts it is encoded as the whole is."""
+    """A text cut where text/sources.py cuts it is encoded as the whole is."""
     text = "".join(f"{words(300, seed=i)}  \n\t{i} caf\u00e9,  naive\u0308! \u4e2d\u6587\n\n" for i in range(300))
     tokenizer = tokenizers.train(kind, [text], 400)
     monkeypatch.setattr(tokenizers, "PART_CHARACTERS", 10**9)  # the whole as one

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from conftest import check_conversation, error, nasty, turns, words
 
-import bytebpe
+from text import pretrained
 import tokenizer as tokenizers
 from tokenizer import END_OF_TEXT, SPECIAL
 
@@ -276,11 +276,11 @@ def test_a_chat(talking):
 def test_the_template_is_the_same_format(talking):
     talk = [message for message in TALK if message["content"] != FORGED]
     for answer in (True, False):
-        text = bytebpe.render(tokenizers.CHAT_TEMPLATE, messages=talk, add_generation_prompt=answer)
+        text = pretrained.render(tokenizers.CHAT_TEMPLATE, messages=talk, add_generation_prompt=answer)
         parts = re.split(r"(<\|\w+\|>)", text)
         ids = [i for n, part in enumerate(parts) for i in ([talking.special[part]] if n % 2 else talking.encode(part))]
         assert ids == talking.chat(talk, answer)
-    fact, _ = error(lambda _: bytebpe.render(tokenizers.CHAT_TEMPLATE, messages=[dict(role="tool", content="x")]))
+    fact, _ = error(lambda _: pretrained.render(tokenizers.CHAT_TEMPLATE, messages=[dict(role="tool", content="x")]))
     assert "the roles are system, user and assistant" in fact
 
 
@@ -293,7 +293,7 @@ def test_what_is_no_chat(talking):
                       dict(role="user", content=None)):
             assert error(lambda _: make([*TALK, wrong]))[0] == "a message without role or without text"
     plain = tokenizers.CharTokenizer("abc", special=())  # nanoGPT's
-    encoding = bytebpe.ByteBPETokenizer("tiktoken", "t", bytebpe.GPT2, {bytes([b]): b for b in range(256)},
+    encoding = pretrained.ByteBPETokenizer("tiktoken", "t", pretrained.GPT2, {bytes([b]): b for b in range(256)},
                                         numpy.arange(256, dtype=numpy.uint32), {END_OF_TEXT: 256}, {})
     for tokenizer, due in ((plain, "no tokens that mark the turns"), (encoding, "tokenizer t has no chat template")):
         for make in (tokenizer.chat, tokenizer.conversation):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, error, script, talks, words, write_talks
 
-import log as train_log
-import machine
-import muon
+from training import log as train_log
+from runtime import machine
+from training import muon
 import dataset as datasets
 import prepare
-import runtime
+from training import checkpoint as ckpt
 import sample
 import train
 from model import GPT, GPTConfig
@@ -31,7 +31,7 @@ def log(run):
 
 def assert_same_run(a, b, step):
     """Weights, optimizer state and log of two runs are equal, bit for bit."""
-    one, two = (runtime.load_checkpoint(f"{run}/ckpt_{step:08d}.pt") for run in (a, b))
+    one, two = (ckpt.load_checkpoint(f"{run}/ckpt_{step:08d}.pt") for run in (a, b))
     assert one["model"].keys() == two["model"].keys() and not any("_orig_mod" in name for name in one["model"])
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
     for x, y in zip(one["optimizer"], two["optimizer"], strict=True):
@@ -40,7 +40,7 @@ def assert_same_run(a, b, step):
             for key, value in x["state"][i].items():
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(y["state"][i][key]))
     assert log(a)[1] == log(b)[1]
-    best = [runtime.load_checkpoint(f"{run}/best.pt") for run in (a, b)]
+    best = [ckpt.load_checkpoint(f"{run}/best.pt") for run in (a, b)]
     assert best[0]["step"] == best[1]["step"] and best[0]["val_loss"] == best[1]["val_loss"]
 
 
@@ -210,9 +210,9 @@ def test_what_a_run_leaves(data, capsys):
     validated = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     assert list(validated) == [10, 20, 25] and validated[25] < validated[10] < math.log(25)
     # The validation loss once more, from the file alone.
-    best = runtime.load_checkpoint("out/words/best.pt")
+    best = ckpt.load_checkpoint("out/words/best.pt")
     assert best["val_loss"] == min(validated.values()) == validated[best["step"]]
-    model, tokenizer, _ = runtime.load_run("out/words")
+    model, tokenizer, _ = ckpt.load_run("out/words")
     ids = torch.from_numpy(__import__("numpy").fromfile("data/words/val.bin", "<u2").astype("int64"))
     nats = sum(torch.nn.functional.cross_entropy(model(ids[None, i:i + 32])[0][:len(ids) - 1 - i], ids[i + 1:i + 33],
                                                  reduction="sum").item() for i in range(0, len(ids) - 1, 32))
@@ -283,7 +283,7 @@ def test_budget_is_kept_and_can_be_repeated_without_the_clock(data):
     wall = json.loads(open("a/log.jsonl").read().strip().split("\n")[-1])["wall_seconds"]
     assert 4 < wall < 24  # (a busy machine may be far off; what is measured stands in the README)
     assert script("train.py", *argv, "--out_dir=b", f"--max_iters={steps}", cwd=data).returncode == 0
-    a, b = (runtime.load_checkpoint(f"{x}/best.pt")["model"] for x in "ab")
+    a, b = (ckpt.load_checkpoint(f"{x}/best.pt")["model"] for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     done = script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data)
     assert done.returncode == 0 and f"a is finished: {steps} updates" in done.stderr
@@ -427,7 +427,7 @@ def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
     with pytest.raises(train.UserError) as caught:
         run("--max_iters=20", "--save_interval=1")
     assert caught.value.code == 3 and "gradient norm inf" in caught.value.fact and "update 7 " in caught.value.fact
-    five, six = (runtime.load_checkpoint(f"out/words/ckpt_{step:08d}.pt") for step in (5, 6))
+    five, six = (ckpt.load_checkpoint(f"out/words/ckpt_{step:08d}.pt") for step in (5, 6))
     assert all(torch.equal(five["model"][name], six["model"][name]) for name in five["model"])
     assert five["row"]["grad_norm"] == -1.0 and five["scaler"]["scale"] > 0
 
@@ -437,7 +437,7 @@ def test_best_is_never_replaced_by_a_worse_one(data, monkeypatch):
     monkeypatch.setattr(datasets, "validation_sums", lambda *_: (next(losses), 1))
     run("--max_iters=6", "--eval_interval=4", "--lr_decay_iters=8")
     run("--max_iters=8", "--eval_interval=4", "--lr_decay_iters=8")
-    best = runtime.load_checkpoint("out/words/best.pt")
+    best = ckpt.load_checkpoint("out/words/best.pt")
     assert (best["step"], best["val_loss"]) == (6, 2.0)
 
 

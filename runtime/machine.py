@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import UserError, note, say
+from runtime.settings import UserError, note, say
 
 
 def choose_device(asked="auto", processes=None):

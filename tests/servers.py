@@ -6,7 +6,7 @@ What the tests of the server share: stand-in models, servers in this process and
     client.post("/generate", prompt="x", stop="l").json     # a whole request; the form of every error is checked
     wire = client.wire(b"GET /health HTTP/1.1\r\n...")      # bytes on a socket, for what no client would send
 
-As a program, `python -O tests/serving.py` serves the tiny model until its standard input ends, and prints its port.
+As a program, `python -O tests/servers.py` serves the tiny model until its standard input ends, and prints its port.
 """
 import concurrent.futures
 import contextlib
@@ -26,11 +26,11 @@ import torch
 from conftest import random_model
 from torch.nn import functional as F
 
-import config
-import engine
+from runtime import settings as config
+from serving import engine
 import model as model_file
 import serve
-import web
+from serving import web
 from tokenizer import END_OF_TEXT
 
 END = 256  # the id of END_OF_TEXT
@@ -521,8 +521,8 @@ def free_port():
 def slow_load(seconds):
     """Reading a run takes so long."""
     import faults
-    import runtime
-    faults.calls(runtime, "load_run", lambda real, *args, **kw: (time.sleep(seconds), real(*args, **kw))[1])
+    from training import checkpoint as ckpt
+    faults.calls(ckpt, "load_run", lambda real, *args, **kw: (time.sleep(seconds), real(*args, **kw))[1])
 
 
 def slow_steps(seconds):

@@ -14,7 +14,7 @@ import json
 import math
 import os
 
-from config import UserError, new_file, open_file, warn
+from runtime.settings import UserError, new_file, open_file, warn
 
 
 class Log:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Measurements: the numbers in the README that name a `bench.py` command. Older ones are in docs/measurements.md.
+Measurements: the numbers in the README that name a `python -m bench` command. Older ones are in docs/measurements.md.
 
-    python bench.py parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
-    python bench.py doctor              # is this machine fit to train? A checklist to paste into an issue
-    python bench.py serve               # how fast is the server with 1, 4 and 16 clients? (bench_serve.py)
-    python bench.py loss shakespeare.txt --peer=../nanoGPT     # how soon has a model learned? (bench_train.py, as
-    python bench.py throughput --peer=../nanoGPT        # the next two) How fast is an update?
-    python bench.py ablation            # what does each idea of the model buy?
-    python bench.py scaling             # how good will a long run be? Six short ones say it (bench_scaling.py)
-    python bench.py generate --peer=../nanoGPT --prompt=8 --new_tokens=504     # and a text? (bench_generate.py)
+    python -m bench parity --peer=../nanoGPT    # the same losses and gradients as nanoGPT, update by update?
+    python -m bench doctor              # is this machine fit to train? A checklist to paste into an issue
+    python -m bench serve               # how fast is the server with 1, 4 and 16 clients? (bench/serve.py)
+    python -m bench loss shakespeare.txt --peer=../nanoGPT     # how soon has a model learned? (bench/learning.py, as
+    python -m bench throughput --peer=../nanoGPT        # the next two) How fast is an update?
+    python -m bench ablation            # what does each idea of the model buy?
+    python -m bench scaling             # how good will a long run be? Six short ones say it (bench/scaling.py)
+    python -m bench generate --peer=../nanoGPT --prompt=8 --new_tokens=504     # and a text? (bench/generate.py)
 
 Each prints what it measured on standard output, and on which machine.
 """
@@ -29,13 +29,13 @@ import torch
 from torch.nn import functional as F
 
 import dataset as datasets
-import machine
+from runtime import machine
 import train
-from bench_generate import generate
-from bench_scaling import scaling
-from bench_serve import serve
-from bench_train import ablation, loss, throughput
-from config import UserError, check_limits, command_line, load
+from bench.generate import generate
+from bench.scaling import scaling
+from bench.serve import serve
+from bench.learning import ablation, loss, throughput
+from runtime.settings import UserError, check_limits, command_line, load
 from model import GPT, GPTConfig, KVCache, PRESETS
 
 
@@ -262,7 +262,7 @@ def main(argv):
     settings, _, bare = load(BenchConfig, argv)
     if not bare or bare[0] not in BENCHES:
         raise UserError(f"there is no bench {bare[0]!r}" if bare else "no bench was named",
-                        "python bench.py NAME, one of: " + ", ".join(BENCHES))
+                        "python -m bench NAME, one of: " + ", ".join(BENCHES))
     return BENCHES[bare[0]](settings, bare[1:])
 
 

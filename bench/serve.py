@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast is the server? Called as `python bench.py serve [RUN]`.
+How fast is the server? Called as `python -m bench serve [RUN]`.
 
 The clients are in this process, the server is a process of its own; both share this machine. In each round, one after
 the other: GPT.generate, which knows one text; the engine without a server, asked as by 1, 4 and 16 clients; and as many
@@ -26,10 +26,10 @@ from types import SimpleNamespace
 
 import torch
 
-import machine
-import runtime
-from config import UserError, check_limits, say
-from engine import Engine, Request
+from runtime import machine
+from training import checkpoint as ckpt
+from runtime.settings import UserError, check_limits, say
+from serving.engine import Engine, Request
 from model import GPT, GPTConfig, PRESETS
 from serve import ServeConfig, Server
 
@@ -47,7 +47,7 @@ class Numbers:
 
 def load_model(run, device):
     if run:
-        return runtime.load_run(run, device=device)
+        return ckpt.load_run(run, device=device)
     torch.manual_seed(0)
     return GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval(), Numbers(), {"path": "openllm-small/random"}
 

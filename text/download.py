@@ -20,7 +20,7 @@ import shutil
 import time
 from shlex import quote
 
-from config import UserError, needs, note, say
+from runtime.settings import UserError, needs, note, say
 
 STALL_SECONDS = 30  # no byte for so long is a failure
 TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds

@@ -25,14 +25,14 @@ from shlex import quote
 import torch
 from torch.nn import functional as F
 
-import huggingface
-import lora
+from formats import huggingface
+from training import lora
 import tokenizer as tokenizers
-from config import UserError, check_like, new_file, note, open_file, warn
-from log import read_header
+from runtime.settings import UserError, check_like, new_file, note, open_file, warn
+from training.log import read_header
 from model import GPT, GPTConfig, outline, quantize, resolve, round_up
-from muon import Muon
-from sources import origin
+from training.muon import Muon
+from text.sources import origin
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints

@@ -255,8 +255,8 @@ def read_config(path, kinds):
 
 
 def config_files():
-    return sorted(f"config/{name}" for name in os.listdir(os.path.dirname(__file__))
-                  if name.endswith(".py") and not name.startswith("_"))
+    folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
+    return sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
 
 
 def known(name, kinds, where):

@@ -21,8 +21,8 @@ import queue
 import secrets
 import time
 
-from config import UserError
-from web import Refuse
+from runtime.settings import UserError
+from serving.web import Refuse
 
 MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_MESSAGES = 8, 4, 4, 2048
 MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # in one answer: a short request must not fill the memory
@@ -203,7 +203,7 @@ class Job:
 
     def request(self, ids, logprobs, lowest=1, **more):
         """A request of the engine with the prompt `ids` and the settings of the body."""
-        from engine import Request  # here, since torch takes seconds to import, and the port opens before that
+        from serving.engine import Request  # here, since torch takes seconds to import, and the port opens before that
         body, values = self.body, {"stop": stops(self.body), "ignore_eos": flag(self.body, "ignore_eos")}
         for field in dataclasses.fields(Request):
             if field.name in RANGES and field.name not in ("max_tokens", "seed"):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-A scaling law on a laptop: short runs predict a long one before it starts. Called as `python bench.py scaling`.
+A scaling law on a laptop: short runs predict a long one before it starts. Called as `python -m bench scaling`.
 
 Six models of different width train for two minutes each. A law is fitted to their validations,
 
@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 
 import train
-from bench_train import TINY, ours, project
-from config import UserError, check_limits, note, say
-from log import read_header, read_rows, ruling, svg
+from bench.learning import TINY, ours, project
+from runtime.settings import UserError, check_limits, note, say
+from training.log import read_header, read_rows, ruling, svg
 from model import GPT
 
 WIDTHS = (64, 96, 128, 192, 256, 384)  # 0.7 to 8 million parameters with a vocabulary of 4,096

@@ -11,10 +11,10 @@ import os
 from dataclasses import asdict, fields
 from shlex import quote
 
-import machine
-import runtime
-from config import UserError, check_limits, note, say, warn
-from log import last_row, read_header
+from runtime import machine
+from training import checkpoint as ckpt
+from runtime.settings import UserError, check_limits, note, say, warn
+from training.log import last_row, read_header
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def windows(settings):
 
 def load_start(settings, given, data):
     """The checkpoint of the RUN that init_from names; its shape becomes that of this run. Its context may be cut."""
-    start, tokenizer = runtime.read_run(settings.init_from)
-    runtime.check_whole(start)
+    start, tokenizer = ckpt.read_run(settings.init_from)
+    ckpt.check_whole(start)
     if not tokenizer.special:
         raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: "
                         "no data prepared here have its ids", "sample.py and export.py read it; or train a new one")
@@ -236,7 +236,7 @@ def load_start(settings, given, data):
 
 def not_finite(update, loss, norm, settings, chosen):
     """The error for a loss or gradient that is no number, before any weight was touched. Exit code 3."""
-    good = runtime.checkpoints(settings.out_dir)[-1:]
+    good = ckpt.checkpoints(settings.out_dir)[-1:]
     again = f"--init_from={quote(good[0])} " if good else ""
     again += f"--out_dir={quote(settings.out_dir + '-2')} "
     return UserError(f"at update {update} the loss is {loss} and the gradient norm {norm} (learning rate "

@@ -2,9 +2,9 @@
 """
 How fast does a model learn? Whole programs, as a user runs them.
 
-    python bench.py loss shakespeare.txt --peer=../nanoGPT      # how long until nanoGPT's loss on tiny Shakespeare?
-    python bench.py throughput --peer=../nanoGPT                # tokens per second and memory, three shapes
-    python bench.py ablation                                    # what does each idea of the model buy?
+    python -m bench loss shakespeare.txt --peer=../nanoGPT      # how long until nanoGPT's loss on tiny Shakespeare?
+    python -m bench throughput --peer=../nanoGPT                # tokens per second and memory, three shapes
+    python -m bench ablation                                    # what does each idea of the model buy?
 
 The programs take turns, so that a machine that is slow for a minute is slow for both; what counts are the ratios.
 """
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import dataset as datasets
-import runtime
-from config import UserError, check_limits, say
+from training import checkpoint as ckpt
+from runtime.settings import UserError, check_limits, say
 
 # nanoGPT's own recipe for tiny Shakespeare on a CPU, from its README
 SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12
@@ -49,7 +49,7 @@ SWITCHES = {  # what is changed: the recipe stays otherwise what it is
 
 def project(name):
     """The path of a file of this project."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
 
 
 def run(command, folder):
@@ -128,7 +128,7 @@ def loss(settings, sources):
                     took, _, _ = run(["train.py", *SHAKESPEARE, *more], theirs)
                     path = os.path.join(theirs, out, "ckpt.pt")
                     shutil.copy(os.path.join(theirs, "data", "chars", "meta.pkl"), os.path.dirname(path))
-                model, _, _ = runtime.load_run(path)
+                model, _, _ = ckpt.load_run(path)
                 rows[name].append((took, full_loss(model, data, 0 if name == "ours" else first)))
                 say(f"{name}: {took:.1f} s, loss {rows[name][-1][1]:.4f}")
         parameters = model.n_params()

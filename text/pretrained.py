@@ -24,7 +24,7 @@ from datetime import datetime
 
 import numpy as np
 
-from config import UserError, needs, open_file
+from runtime.settings import UserError, needs, open_file
 
 # GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
 # space before them, runs of other signs, white space. The last space before a word is left to that word.

@@ -28,10 +28,10 @@ import torch
 from torch.nn import functional as F
 
 import tokenizer as tokenizers
-from config import UserError
+from runtime.settings import UserError
 from dataset import Dataset
-from machine import Processes
-from sources import documents
+from runtime.machine import Processes
+from text.sources import documents
 
 
 @dataclass

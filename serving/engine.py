@@ -41,9 +41,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import machine
+from runtime import machine
 import tokenizer as tokenizers
-from config import UserError, note, print_error
+from runtime.settings import UserError, note, print_error
 from model import KVCache, look_back
 from sample import Sampling, TextStream, chances, is_greedy, make_pick
 
@@ -221,8 +221,8 @@ class Engine:
         """
         size, vocab_size = self.context, self.model.config.vocab_size
         for request in requests:
-            # The last token of an answer is never read, so one fits behind a full context. (api.py allows it for
-            # scoring alone: to a user, prompt and answer fit or they do not.)
+            # The last token of an answer is never read, so one fits behind a full context. (serving/api.py allows it
+            # for scoring alone: to a user, prompt and answer fit or they do not.)
             if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
             if not all(0 <= i < vocab_size for i in (*request.ids, *request.logit_bias)):

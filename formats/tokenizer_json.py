@@ -6,14 +6,14 @@ Our tokenizers as a tokenizer.json, from which the library `tokenizers` (and so 
 
 Such a file describes a tokenizer in three steps: how the text is cut into words, by which model a word becomes tokens,
 and how tokens become text again. Each kind of ours has a function here that says it in these terms. The other
-direction, reading the files of others, is in bytebpe.py.
+direction, reading the files of others, is in text/pretrained.py.
 """
 import json
 import re
 
-import bytebpe
+from text import pretrained
 import tokenizer as tokenizers
-from config import UserError
+from runtime.settings import UserError
 
 GRAPHS = "--format=onnx, pt2 or torchscript"  # what is left to someone whose tokenizer is refused
 
@@ -27,7 +27,7 @@ def tokenizer_files(tokenizer, context, chat=False):
     put a pre-tokenizer of their own in the place of the one written there.
     """
     if tokenizer.kind == "hugging_face":
-        files = {name: content for name, content in tokenizer.files.items() if name in bytebpe.PARTS}
+        files = {name: content for name, content in tokenizer.files.items() if name in pretrained.PARTS}
         settings = {name: value for name, value in json.loads(files.get("tokenizer_config.json", b"{}")).items()
                     if not name.endswith(("_file", "_or_path"))}  # where the files once lay, on somebody's machine
     else:
@@ -105,7 +105,7 @@ def readable_pieces(tokenizer):
 
 def byte_json(tokenizer):
     """tiktoken's encodings: bytes are written as visible characters."""
-    visible = {byte: character for character, byte in bytebpe.byte_alphabet().items()}
+    visible = {byte: character for character, byte in pretrained.byte_alphabet().items()}
     tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     merges, unreachable = merges_of(tokens)
 
@@ -118,7 +118,7 @@ def byte_json(tokenizer):
     # In the library's dialect, {1,3}+ would repeat, and $ is the end of every line. Without the marks that only save
     # time ("++" never gives back what it took) both mean the same.
     regex = re.sub(r"([+*?}])\+", r"\1", tokenizer.pattern).replace("$", r"\z")
-    is_gpt2 = regex.replace(r"\s+\z|\s+(?!\S)|\s", r"\s+(?!\S)|\s+") == bytebpe.GPT2  # which ByteLevel has by itself
+    is_gpt2 = regex.replace(r"\s+\z|\s+(?!\S)|\s", r"\s+(?!\S)|\s+") == pretrained.GPT2  # which ByteLevel has by itself
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=is_gpt2)
     steps = byte_level if is_gpt2 else dict(type="Sequence", pretokenizers=[split(regex), byte_level])
     vocabulary = {shown(token): tokenizer.ranks[token] for token in tokens} | tokenizer.special

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast is a text written? Called as `python bench.py generate [RUN] [--peer=../nanoGPT]`.
+How fast is a text written? Called as `python -m bench generate [RUN] [--peer=../nanoGPT]`.
 
 Everyone has the same weights (openllm-small with random ones, unless a RUN of the GPT-2 family is given: what a text
 says does not change how long it takes) and the same task: `prompt` tokens, then `new_tokens` more, drawn from the 40
@@ -20,13 +20,13 @@ from importlib.util import find_spec
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import huggingface
-import machine
-import runtime
-from bench_serve import load_model
-from bench_train import spread
-from config import UserError, check_limits, note, say
-from engine import Engine, Request
+from formats import huggingface
+from runtime import machine
+from training import checkpoint as ckpt
+from bench.serve import load_model
+from bench.learning import spread
+from runtime.settings import UserError, check_limits, note, say
+from serving.engine import Engine, Request
 from model import GPT, GPTConfig, quantize
 from sample import Sampling, make_pick
 
@@ -156,7 +156,7 @@ def where(run, new):
 def generate(settings, runs):
     check_limits(settings, {"repeats prompt": (1, 1e6), "new_tokens": (2, 1e6)})
     model, tokenizer, run = load_model(runs[0] if runs else "", "cpu")
-    runtime.check_whole(run)
+    ckpt.check_whole(run)
     if settings.tiny:
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=512)).eval()
     c, new = model.config, settings.new_tokens

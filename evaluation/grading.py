@@ -2,7 +2,7 @@
 """
 Grading: from a file of questions to prompts, and from answers to marks.
 
-    items = read_task("tasks/sentiment.jsonl")              # or the files of GSM8K and SQuAD as they are
+    items = read_task("evaluation/tasks/sentiment.jsonl")              # or the files of GSM8K and SQuAD as they are
     ids = prompt_ids(items[0], items[1:5], tokenizer)       # with four examples before it
     f1("in the garden", "The garden!"), number("... #### 1,234")
 
@@ -23,8 +23,8 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from config import UserError
-from sources import check_text, kind_of, member, parse_json, read_json, records
+from runtime.settings import UserError
+from text.sources import check_text, kind_of, member, parse_json, read_json, records
 
 LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '
            '"...", "answers": ["..."]}, {"prompt": "...", "answers": ["..."]} or {"question": "...", "answer": '

@@ -7,8 +7,8 @@ Hugging Face folders, both ways: the same models under other names.
 
 Three architectures of the library transformers are this project's GPT with other names for its parts: GPT-2, Llama and
 Qwen3. So there are two things to translate, each by one table or rule that serves both directions: the settings (KINDS)
-and the tensors (`their_names`, `parts`). The third, the tokenizer, is read by bytebpe.py and written by
-tokenizer_json.py. What would not be exactly the same is refused.
+and the tensors (`their_names`, `parts`). The third, the tokenizer, is read by text/pretrained.py and written by
+formats/tokenizer_json.py. What would not be exactly the same is refused.
 """
 import glob
 import json
@@ -19,9 +19,9 @@ from dataclasses import asdict
 import torch
 
 import tokenizer as tokenizers
-from config import UserError, check_like, needs, open_file
+from runtime.settings import UserError, check_like, needs, open_file
 from model import GPTConfig, outline, resolve
-from tokenizer_json import tokenizer_files
+from formats.tokenizer_json import tokenizer_files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The settings

@@ -31,12 +31,12 @@ from shlex import quote
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from config import UserError, note, open_file
-from download import download, file_sha256, public
+from runtime.settings import UserError, note, open_file
+from text.download import download, file_sha256, public
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
-               {"question", "answer"}]  # by which a conversation is known, see chats.py
+               {"question", "answer"}]  # by which a conversation is known, see text/chats.py
 BLOCK_BYTES = 1 << 20
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
 JSON_BYTES = 200 << 20  # and so is a .json file (bytes of memory: most texts take one for each character)
@@ -50,7 +50,7 @@ class Document:
     name: str
     blocks: Callable[[], Iterator[str]]
     held_out: bool | None = None  # None: prepare.py's split decides
-    messages: list | None = None  # of a conversation (chats.py): [{"role", "content"}, ...]; None: a text
+    messages: list | None = None  # of a conversation (text/chats.py): [{"role", "content"}, ...]; None: a text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
