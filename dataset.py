@@ -25,8 +25,8 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_like, open_file, say, show, warn
-from text.download import file_sha256
+from runtime.files import check_like, file_sha256, open_file
+from runtime.console import UserError, say, show, warn
 from text.sources import origin
 
 HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at the most

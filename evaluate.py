@@ -39,7 +39,8 @@ from runtime import machine
 from evaluation import report
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_limits, command_line, load, note, say, warn
+from runtime.console import UserError, command_line, note, say, warn
+from runtime.settings import check_limits, load
 from dataset import Dataset, fold
 from serving.engine import Engine, Request
 from evaluation.perplexity import measure_text, read_text

@@ -45,7 +45,9 @@ from formats import huggingface
 from runtime import machine
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_like, command_line, load, note, say
+from runtime.files import check_like
+from runtime.console import UserError, command_line, note, say
+from runtime.settings import load
 from model import KVCache, quantize
 from evaluation.perplexity import measure_text, read_text
 from text.sources import LICENCES, origin

@@ -44,8 +44,9 @@ import numpy as np
 from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_limits, command_line, load, note, say
-from text.download import Progress, locked
+from runtime.files import locked
+from runtime.console import Progress, UserError, command_line, note, say
+from runtime.settings import check_limits, load
 from text.leaks import Census, histogram, overlap
 from training.log import read_header
 from text.sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, is_url, kind, origin

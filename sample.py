@@ -31,7 +31,8 @@ from text import pretrained
 from runtime import machine
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_limits, command_line, load, note, say, show
+from runtime.console import UserError, command_line, note, say, show
+from runtime.settings import check_limits, load
 
 
 @dataclass(eq=False)  # (compared as objects: serving/engine.py tells requests apart that ask for the same)

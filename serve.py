@@ -39,7 +39,8 @@ from queue import Empty, Full
 from typing import Literal
 
 from serving import api
-from runtime.settings import UserError, check_limits, command_line, load, print_error, say
+from runtime.console import UserError, command_line, print_error, say
+from runtime.settings import check_limits, load
 from serving.web import LOOPBACK, Refuse, Web
 
 # (torch takes seconds to import. What needs it is imported by the engine's thread, when the port is open already.)

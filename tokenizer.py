@@ -55,7 +55,9 @@ import numpy as np
 
 from text import pretrained
 from text.pretrained import read, write
-from runtime.settings import UserError, command_line, load as load_settings, needs, note, open_file, say, show
+from runtime.files import open_file
+from runtime.console import UserError, command_line, needs, note, say, show
+from runtime.settings import load as load_settings
 from text.download import public
 from text.leaks import code_points
 from text.sources import documents, fetch

@@ -43,7 +43,8 @@ from runtime import machine
 import prepare
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
-from runtime.settings import UserError, command_line, load, note, say, show, warn
+from runtime.console import UserError, command_line, note, say, show, warn
+from runtime.settings import load
 from training.log import Log, last_row, progress_line
 from model import GPTConfig, PRESETS
 from training.muon import Muon

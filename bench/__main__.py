@@ -35,7 +35,8 @@ from bench.generate import generate
 from bench.scaling import scaling
 from bench.serve import serve
 from bench.learning import ablation, loss, throughput
-from runtime.settings import UserError, check_limits, command_line, load
+from runtime.console import UserError, command_line
+from runtime.settings import check_limits, load
 from model import GPT, GPTConfig, KVCache, PRESETS
 
 

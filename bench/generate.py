@@ -25,7 +25,8 @@ from runtime import machine
 from training import checkpoint as ckpt
 from bench.serve import load_model
 from bench.learning import spread
-from runtime.settings import UserError, check_limits, note, say
+from runtime.console import UserError, note, say
+from runtime.settings import check_limits
 from serving.engine import Engine, Request
 from model import GPT, GPTConfig, quantize
 from sample import Sampling, make_pick

@@ -24,7 +24,8 @@ import torch
 
 import dataset as datasets
 from training import checkpoint as ckpt
-from runtime.settings import UserError, check_limits, say
+from runtime.console import UserError, say
+from runtime.settings import check_limits
 
 # nanoGPT's own recipe for tiny Shakespeare on a CPU, from its README
 SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12

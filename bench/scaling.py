@@ -28,7 +28,8 @@ import torch
 
 import train
 from bench.learning import TINY, ours, project
-from runtime.settings import UserError, check_limits, note, say
+from runtime.console import UserError, note, say
+from runtime.settings import check_limits
 from training.log import read_header, read_rows, ruling, svg
 from model import GPT
 

@@ -28,7 +28,8 @@ import torch
 
 from runtime import machine
 from training import checkpoint as ckpt
-from runtime.settings import UserError, check_limits, say
+from runtime.console import UserError, say
+from runtime.settings import check_limits
 from serving.engine import Engine, Request
 from model import GPT, GPTConfig, PRESETS
 from serve import ServeConfig, Server

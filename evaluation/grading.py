@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from runtime.settings import UserError
+from runtime.console import UserError
 from text.sources import check_text, kind_of, member, parse_json, read_json, records
 
 LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '

@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 import tokenizer as tokenizers
-from runtime.settings import UserError
+from runtime.console import UserError
 from dataset import Dataset
 from runtime.machine import Processes
 from text.sources import documents

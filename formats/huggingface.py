@@ -19,7 +19,8 @@ from dataclasses import asdict
 import torch
 
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_like, needs, open_file
+from runtime.files import check_like, open_file
+from runtime.console import UserError, needs
 from model import GPTConfig, outline, resolve
 from formats.tokenizer_json import tokenizer_files
 

@@ -13,7 +13,7 @@ import re
 
 from text import pretrained
 import tokenizer as tokenizers
-from runtime.settings import UserError
+from runtime.console import UserError
 
 GRAPHS = "--format=onnx, pt2 or torchscript"  # what is left to someone whose tokenizer is refused
 

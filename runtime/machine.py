@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime.settings import UserError, note, say
+from runtime.console import UserError, note, say
 
 
 def choose_device(asked="auto", processes=None):

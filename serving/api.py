@@ -21,7 +21,7 @@ import queue
 import secrets
 import time
 
-from runtime.settings import UserError
+from runtime.console import UserError
 from serving.web import Refuse
 
 MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_MESSAGES = 8, 4, 4, 2048

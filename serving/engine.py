@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 from runtime import machine
 import tokenizer as tokenizers
-from runtime.settings import UserError, note, print_error
+from runtime.console import UserError, note, print_error
 from model import KVCache, look_back
 from sample import Sampling, TextStream, chances, is_greedy, make_pick
 

@@ -33,7 +33,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 
-from runtime.settings import UserError, print_error
+from runtime.console import UserError, print_error
 
 JSON = "application/json"
 MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that

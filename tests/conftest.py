@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import settings as config  # noqa: E402
+from runtime import console
 import model as model_file  # noqa: E402
 import prepare  # noqa: E402
 import torch  # noqa: E402
@@ -33,7 +33,7 @@ def script(name, *args, cwd=None, env=None, timeout=300):
 
 def error(main, *argv):
     """What main(argv) complains about: (fact, fix) of the UserError that it must raise."""
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(console.UserError) as caught:
         main(list(map(str, argv)))
     assert caught.value.fact and caught.value.fix
     return caught.value.fact, caught.value.fix

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 import torch._dynamo  # every optimizer imports it, which takes a second
 
-from runtime import settings as config
+from runtime import console
 import dataset as datasets
 from training import log
 from runtime import machine
@@ -331,7 +331,7 @@ def child(folder, argv, fault, env, script):
     os.dup2(sys.stderr.fileno(), 2)
     train.PROCESS_START = time.monotonic()  # (and not when the process began from which this one was forked)
     apply(fault)
-    config.command_line(lambda _: {"train": train, "prepare": prepare}[script].main(argv))
+    console.command_line(lambda _: {"train": train, "prepare": prepare}[script].main(argv))
 
 
 @functools.cache
@@ -415,4 +415,4 @@ def outcome(run, steps=STEPS):
 if __name__ == "__main__":
     apply(os.environ.get("FAULT", ""))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.command_line(train.main)
+    console.command_line(train.main)

@@ -26,6 +26,7 @@ import torch
 from conftest import random_model
 from torch.nn import functional as F
 
+from runtime import console
 from runtime import settings as config
 from serving import engine
 import model as model_file
@@ -559,7 +560,7 @@ def child(folder, argv, said, fault, arguments):
         fault(*arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["serve.py", *argv]
-    config.command_line(serve.main)
+    console.command_line(serve.main)
 
 
 class Process:

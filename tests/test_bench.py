@@ -16,7 +16,7 @@ from bench import scaling as bench_scaling
 from runtime import machine
 import model
 import prepare
-from runtime.settings import UserError
+from runtime.console import UserError
 
 
 def test_doctor(here, capsys):

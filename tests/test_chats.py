@@ -13,7 +13,7 @@ from conftest import ROOT, error
 
 from text import chats
 from text import sources
-from runtime.settings import UserError
+from runtime.console import UserError
 
 HELLO = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good morning."}]
 

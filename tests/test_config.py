@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT, error, script
 
+from runtime import console
 from runtime import settings as config
 import train
 from model import PRESETS
@@ -141,11 +142,11 @@ def test_every_source_file_names_its_licence():
 def test_what_a_terminal_obeys_is_written_as_escapes(capsys, monkeypatch):
     text = "title \x1b]0;mine\x07 \x9b2J over\rwritten \u202ereversed\x7f, but \t and \n and \u00e9\u4e2d stay"
     due = "title \\x1b]0;mine\\x07 \\x9b2J over\\rwritten \\u202ereversed\\x7f, but \t and \n and \u00e9\u4e2d stay"
-    config.say(text)
+    console.say(text)
     assert capsys.readouterr().err == due + "\n"
-    config.show(text)  # to a pipe: exactly the text
+    console.show(text)  # to a pipe: exactly the text
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    config.show(text)
+    console.show(text)
     assert capsys.readouterr().out == f"{text}\n{due}\n"
 
 
@@ -159,14 +160,14 @@ def test_a_line_that_cannot_be_written_is_dropped_and_counted(tmp_path):
         stderr = os.dup(2)
         os.dup2(write, 2)
         for i in range(1000):
-            config.say(f"line {i} " + 100 * "x")
+            console.say(f"line {i} " + 100 * "x")
         taken = len(os.read(read, 1 << 20))
-        config.say("there is room again")
+        console.say("there is room again")
         assert b"(lines that could not be written here: " in os.read(read, 1 << 20)
         os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-        config.say("lost")
+        console.say("lost")
         os.dup2(stderr, 2)
-        config.say("the end")
+        console.say("the end")
         print(taken)
         """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

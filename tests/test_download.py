@@ -21,6 +21,7 @@ from faults import Run
 
 import dataset as datasets
 from text import download
+from runtime import files
 import prepare
 from text import sources
 import tokenizer as tokenizers
@@ -220,7 +221,7 @@ def test_a_lock_that_was_removed_holds_nobody_off(here):
     inside, most = [], []
 
     def hold(_):
-        with download.locked("a", wait=True):
+        with files.locked("a", wait=True):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.001)

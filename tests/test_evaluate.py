@@ -20,7 +20,7 @@ from test_processes import free_port
 from test_runtime import nanogpt
 
 from text import pretrained
-from runtime import settings as config
+from runtime import console
 from serving import engine
 import evaluate
 from evaluation import grading
@@ -242,7 +242,7 @@ def test_what_was_measured_stays_when_a_later_model_fails(place, monkeypatch):
 
     def damaged(run, *rest):  # while the other one is measured
         if run == "bad":
-            raise config.UserError("bad is damaged", "-")
+            raise console.UserError("bad is damaged", "-")
         return load(run, *rest)
     monkeypatch.setattr(ckpt, "load_run", damaged)
     fact, _ = error(evaluate.main, "out/words", "bad", "--json=r.json", *QUICK)
@@ -508,7 +508,7 @@ def child(folder, rank, world, port, argv):
                       MASTER_PORT=str(port), OMP_NUM_THREADS="")
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(f"said.{world}.{rank}", "w", encoding="utf-8", buffering=1)
-    config.command_line(lambda _: evaluate.main(argv))
+    console.command_line(lambda _: evaluate.main(argv))
 
 
 def together(folder, world, *argv):

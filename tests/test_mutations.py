@@ -19,7 +19,7 @@ from conftest import FAMILIES, random_model, talks, turns, words, write_talks
 from faults import context
 
 from text import pretrained
-from runtime import settings as config
+from runtime import console
 import dataset as datasets
 from formats import huggingface
 import prepare
@@ -188,7 +188,7 @@ def read_tokenizer(path):
     for text in ("the cat", "a <think>\u00e9\n\n  \0\u2581"):
         try:
             ids = tokenizer.encode(text)
-        except config.UserError:  # (a vocabulary of characters)
+        except console.UserError:  # (a vocabulary of characters)
             continue
         tokenizer.decode([*ids, 0, tokenizer.vocab_size - 1])
     tokenizers.ends(tokenizer)
@@ -232,7 +232,7 @@ def attempt(kind, number, valid, here):
     mutate(path, rng)
     try:
         read(path)
-    except config.UserError as problem:
+    except console.UserError as problem:
         assert problem.fact and problem.fix
     finally:
         shutil.copyfile(original, path)

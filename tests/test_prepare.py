@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, error, talks, turns, words, write_talks
 
 import dataset as datasets
-from text import download
+from runtime import files
 import prepare
 import tokenizer as tokenizers
 
@@ -348,7 +348,7 @@ def test_folders_that_only_look_like_ours(here):
 def test_two_into_one_folder(here, capsys):
     (here / "a.txt").write_text(words(1000))
     (here / "data").mkdir()
-    with download.locked("data/a"):
+    with files.locked("data/a"):
         assert "another process is writing data/a" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
         assert "reading" not in capsys.readouterr().err  # it is said at once
     prepare.main(["a.txt", "--tokenizer=char"])

@@ -20,7 +20,7 @@ import evaluate
 import export
 from training import checkpoint as ckpt
 import sample
-from runtime.settings import UserError
+from runtime.console import UserError
 
 
 @pytest.fixture(scope="module")

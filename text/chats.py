@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from zlib import crc32
 
-from runtime.settings import UserError
+from runtime.console import UserError
 from text.sources import check_text, files, in_memory, kind, kind_of, parse_json, read_json, records, stdlib_documents
 
 FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '

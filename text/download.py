@@ -12,7 +12,6 @@ The rules that make it dependable:
 3. Nobody is believed. Where the size and the sha256 are known they are compared; where not, at least a web page (a
    login, a notice) is not taken for a text. The size is shown and the disk looked at before the first byte.
 """
-import contextlib
 import hashlib
 import os
 import re
@@ -20,7 +19,8 @@ import shutil
 import time
 from shlex import quote
 
-from runtime.settings import UserError, needs, note, say
+from runtime.files import file_sha256, locked
+from runtime.console import Progress, UserError, needs, note, say
 
 STALL_SECONDS = 30  # no byte for so long is a failure
 TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds
@@ -148,39 +148,6 @@ def receive(address, path, size, sha256):
     return part
 
 
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Keep other processes from writing `path`, also those of another machine that shares the disk.
-
-    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on a hidden file
-    beside the path. Where the system has no such locks (Windows), go on without.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    folder, name = os.path.split(path)
-    held = False
-    while not held:
-        file = open(os.path.join(folder, f".{name}.openllm.lock"), "ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
-            say(f"another process is writing {path}; waiting for it to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):  # the one that held it has removed it: what was locked is no longer there
-            held = os.path.samefile(file.name, file.fileno())
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(file.name)  # before it is let go, or it might be the lock of the next one
-        file.close()
-
-
 def get(address, have=0, version=""):
     """The server's answer to a request for the bytes from `have` on of this version; its body is not read yet."""
     headers = {"Accept-Encoding": "identity"}
@@ -215,25 +182,3 @@ def get(address, have=0, version=""):
 def refuse_web_page(url, start):
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise Refused(f"{url} gives a web page and not a text: a login, a notice, or a page about the file")
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Progress:
-    """One line every two seconds: how much of how much, how fast, how much longer."""
-
-    def __init__(self, what, total=0, done=0):
-        self.what, self.total, self.done, self.before, self.start = what, total, done, done, time.monotonic()
-        self.next = self.start + 2
-
-    def add(self, n):
-        self.done += n
-        if time.monotonic() > self.next:
-            self.next = time.monotonic() + 2
-            speed = (self.done - self.before) / (time.monotonic() - self.start)
-            left = f" of {self.total / 1e6:,.1f}" if self.total else ""
-            eta = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
-            say(f"{self.what}: {self.done / 1e6:,.1f}{left} MB, {speed / 1e6:.1f} MB/s{eta}")

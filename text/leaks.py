@@ -14,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 
-from text.download import Progress
+from runtime.console import Progress
 
 # What UTF-8 looks like after someone has read it as Windows-1252: two or more characters from these two sets.
 MOJIBAKE = re.compile("[\u00c2-\u00f4][" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", "ignore")) + "]+")

@@ -24,7 +24,8 @@ from datetime import datetime
 
 import numpy as np
 
-from runtime.settings import UserError, needs, open_file
+from runtime.files import open_file
+from runtime.console import UserError, needs
 
 # GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
 # space before them, runs of other signs, white space. The last space before a word is left to that word.

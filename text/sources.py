@@ -31,8 +31,9 @@ from shlex import quote
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from runtime.settings import UserError, note, open_file
-from text.download import download, file_sha256, public
+from runtime.files import file_sha256, open_file
+from runtime.console import UserError, note
+from text.download import download, public
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},

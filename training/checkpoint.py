@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from formats import huggingface
 from training import lora
 import tokenizer as tokenizers
-from runtime.settings import UserError, check_like, new_file, note, open_file, warn
+from runtime.files import check_like, new_file, open_file
+from runtime.console import UserError, note, warn
 from training.log import read_header
 from model import GPT, GPTConfig, outline, quantize, resolve, round_up
 from training.muon import Muon

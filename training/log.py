@@ -14,7 +14,8 @@ import json
 import math
 import os
 
-from runtime.settings import UserError, new_file, open_file, warn
+from runtime.files import new_file, open_file
+from runtime.console import UserError, warn
 
 
 class Log:

@@ -13,7 +13,8 @@ from shlex import quote
 
 from runtime import machine
 from training import checkpoint as ckpt
-from runtime.settings import UserError, check_limits, note, say, warn
+from runtime.console import UserError, note, say, warn
+from runtime.settings import check_limits
 from training.log import last_row, read_header
 from model import GPT, GPTConfig
 
