@@ -155,7 +155,7 @@ def test_a_line_that_cannot_be_written_is_dropped_and_counted(tmp_path):
     """A full pipe, a reader that has left, a full disk: the program goes on, and says later how much was lost."""
     program = """if True:
         import os, sys
-        from runtime import settings as config
+        from runtime import console
         read, write = os.pipe()
         stderr = os.dup(2)
         os.dup2(write, 2)
