@@ -250,9 +250,10 @@ def train(settings, given, processes, stop, folder):
     def validate():
         model.eval()
         with torch.no_grad():
-            total, count = processes.sum(*datasets.validation_sums(
-                lambda *batch: loss_of(model, *batch), data, settings.block_size, batch_size, val_batches, check_stop,
-                processes.rank, processes.world))
+            total, count = datasets.validation_sums(
+                lambda *batch: loss_of(model, *batch),
+                lambda number: data.val_batch(number, settings.block_size, batch_size),
+                val_batches, processes, lambda _: check_stop())
         model.train()
         return total / count
 
@@ -276,7 +277,7 @@ def train(settings, given, processes, stop, folder):
     if resumed:
         step, row = resumed["step"], resumed["row"]
         train_seconds, wall_before = row["train_seconds"], row["wall_seconds"]
-        ckpt.load_optimizers([optimizer for optimizer, _ in optimizers], scaler, resumed, out_dir)
+        resume.load_optimizers([optimizer for optimizer, _ in optimizers], scaler, resumed, out_dir)
         say(f"resumed {out_dir} after {step} of {settings.max_iters} updates")
 
     def header():
@@ -289,7 +290,7 @@ def train(settings, given, processes, stop, folder):
         ckpt.save_checkpoint(os.path.join(out_dir, name), dict(
             format=1, step=step, model=ckpt.learned(model), settings=asdict(settings), chosen=chosen,
             tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"], data_sha256=data_sha256,
-            versions=versions, chat=chat, base=base, before=before, **state))
+            versions=versions, order=data.ORDER, chat=chat, base=base, before=before, **state))
 
     def save_run():
         """All that the next update depends on."""

@@ -25,6 +25,7 @@ import torch
 import dataset as datasets
 from training import checkpoint as ckpt
 from runtime.console import UserError, say
+from runtime.machine import Processes
 from runtime.settings import check_limits
 
 # nanoGPT's own recipe for tiny Shakespeare on a CPU, from its README
@@ -148,9 +149,11 @@ def loss(settings, sources):
 def full_loss(model, data, first):
     """Nats per character over all that is held out, each predicted once. first: what our ids are larger by."""
     size = min(64, model.config.block_size)
-    total, count = datasets.validation_sums(
-        lambda idx, targets: model((idx - first).clamp(min=0), torch.where(targets < first, -1, targets - first)),
-        data, size, 64, data.n_val_batches(size, 64))
+
+    def loss_of(idx, targets):
+        return model((idx - first).clamp(min=0), torch.where(targets < first, -1, targets - first))
+    total, count = datasets.validation_sums(loss_of, lambda number: data.val_batch(number, size, 64),
+                                            data.n_val_batches(size, 64), Processes())
     return total / count
 
 

@@ -2,7 +2,7 @@
 """
 Perplexity: how well does a model predict a text?
 
-    text = read_text("data/stdlib")                         # its held-out side; or a file
+    text = read_text("data/stdlib")                         # its validation split; or a file
     measure_text(model, tokenizer, text, block_size=256, stride=64)["bits_per_byte"]
 
 A model gives a probability to every token that could come next. -log2 of the one that it gave to the token that did
@@ -28,8 +28,8 @@ import torch
 from torch.nn import functional as F
 
 import tokenizer as tokenizers
+from dataset import Dataset, to_batch, validation_sums
 from runtime.console import UserError
-from dataset import Dataset
 from runtime.machine import Processes
 from text.sources import documents
 
@@ -41,94 +41,107 @@ class Text:
     name: str
     documents: list[str]
     apart: bool
-    sha256: list = field(default_factory=list)  # of the two sides of prepared data
+    sha256: list = field(default_factory=list)  # of the two splits of prepared data
 
     def counts(self):
-        return dict(documents=len(self.documents), bytes=sum(len(text.encode()) for text in self.documents),
+        return dict(documents=len(self.documents),
+                    bytes=sum(len(text.encode()) for text in self.documents),
                     words=sum(len(text.split()) for text in self.documents))
 
     def ids(self, tokenizer):
-        """All of it as one sequence. Nothing is put before a text; between documents stands the end-of-text token."""
+        """All of it as one sequence, (N,) int64, with the end-of-text token between documents."""
         ids, end = [], tokenizer.special.get(tokenizers.END_OF_TEXT)
         for i, text in enumerate(self.documents):
-            ids += [end] if end is not None and (i or self.apart) else []
+            if end is not None and (i > 0 or self.apart):
+                ids.append(end)
             ids += tokenizer.encode(text)
-        return torch.tensor(ids, dtype=torch.int64)
+        return np.array(ids, dtype=np.int64)
 
 
 def read_text(source, megabytes=0.0, text_field="text"):
-    """A Text: the held-out side of data/NAME, or a file as prepare.py reads it; of it no more than so many megabytes.
+    """A Text: the validation split of data/NAME, or a file as prepare.py reads it.
+
+    megabytes: no more of it than this; 0 for all.
     """
-    folder = next((path for path in (source, os.path.join("data", source))
-                   if os.path.exists(os.path.join(path, "meta.json"))), None)
-    name, sha256 = folder or os.path.basename(os.path.normpath(source)), []
-    room, texts = megabytes * 1e6 or math.inf, []
-    if folder:
-        data = Dataset.open(folder)
-        if data.chat:
-            raise UserError(f"{folder} holds conversations, of which train.py measures what the assistant says",
-                            "--data=A_TEXT; the log.jsonl of a run has the loss on its own conversations")
-        tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
-        borders = (ids == tokenizer.special[tokenizers.END_OF_TEXT]).nonzero()[0]
-        found = ([tokenizer.decode(part[1:].tolist())] for part in np.split(ids, borders)[1:])
-        sha256 = [data.meta[side]["sha256"] for side in ("train", "val")]
-    elif os.path.exists(source):
-        found = (document.blocks() for document in documents([source], text_field))
-    else:
+    for folder in (source, os.path.join("data", source)):
+        if os.path.exists(os.path.join(folder, "meta.json")):
+            return read_split(folder, megabytes)
+    if not os.path.exists(source):
         raise UserError(f"there is no text {source}", f"python prepare.py {quote(source)}, or --data=FILE.txt")
+    found = (document.blocks() for document in documents([source], text_field))
+    return Text(os.path.basename(os.path.normpath(source)), cut(found, megabytes), apart=False)
+
+
+def read_split(folder, megabytes):
+    """The validation split of prepared data, as the text that it was."""
+    data = Dataset.open(folder)
+    if data.chat:
+        raise UserError(f"{folder} holds conversations, of which train.py measures what the assistant says",
+                        "--data=A_TEXT; the log.jsonl of a run has the loss on its own conversations")
+    tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
+    borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
+    found = ([tokenizer.decode(part[1:].tolist())] for part in np.split(ids, borders)[1:])
+    return Text(folder, cut(found, megabytes), apart=True, sha256=data.sha256())
+
+
+def cut(found, megabytes):
+    """Documents, each as blocks of text, until they have so many megabytes; 0 for all."""
+    texts, room = [], round(megabytes * 1e6) if megabytes else math.inf
     for blocks in found:
-        parts, size = [], 0
+        raw = bytearray()
         for block in blocks:
-            parts.append(block.encode())
-            size += len(parts[-1])
-            if size >= room:
-                parts[-1] = parts[-1][:len(parts[-1]) - int(size - room)]
+            raw += block.encode()
+            if len(raw) >= room:
+                del raw[room:]
                 break
-        room -= size
-        text = b"".join(parts).decode(errors="ignore")  # (half a character at the end is left out)
-        texts += [text] if text or not megabytes else []
+        room -= len(raw)
+        text = raw.decode(errors="ignore")  # (half a character at the end is left out)
+        if text or not megabytes:
+            texts.append(text)
         if room <= 0:
             break
-    return Text(name, texts, apart=bool(folder), sha256=sha256)
-
-
-def silent(done, total):
-    """What tells how far the work is, where nobody listens."""
+    return texts
 
 
 @torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes=None, tell=silent):
+def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambda done, total: None):
     """The sum of -ln p over all tokens but the first, in nats: each is predicted once, in one pass. ids: (N,) int64.
 
     A window of block_size tokens moves on by `stride`. The first one predicts a token for each of its own; every other
     one only those `stride` that are new, which have at least block_size - stride tokens before them: a small stride is
-    fairer to the model, and takes longer. Each window is summed up in float64, and the windows in the order of the
-    text, so that it does not matter which process had which.
+    fairer to the model, and takes longer. tell: is called with the number of windows that are done, and of all.
     """
-    T, n, processes = block_size, len(ids) - 1, processes or Processes()  # n tokens to predict
-    count = 1 + math.ceil(max(0, n - T) / stride)
-    sums, device = torch.zeros(count, dtype=torch.float64), model.lm_head.weight.device
-    for i in list(range(0, count, batch_size))[processes.rank::processes.world]:
-        tell(i, count)
-        B = min(batch_size, count - i)
-        idx, targets = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
-        for row in range(B):
-            start = (i + row) * stride
-            length = min(T, n - start)
-            idx[row, :length], targets[row, :length] = ids[start:start + length], ids[start + 1:start + length + 1]
-            targets[row, :T - stride if start else 0] = -1  # the window before has predicted them
+    ids, device = np.asarray(ids), model.lm_head.weight.device
+    windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
+
+    def window(number):
+        part = ids[number * stride:][:block_size + 1]
+        seen = block_size - stride if number > 0 else 0  # the window before has predicted these
+        return part, np.arange(len(part) - 1) >= seen
+
+    def batch(number):
+        first = number * batch_size
+        return to_batch([window(n) for n in range(first, min(first + batch_size, windows))], block_size)
+
+    def loss_of(idx, targets):
+        """The mean, in float64, from logits: 8-bit models have them too. Only what is predicted gets its logits."""
         x = model.trunk(idx.to(device))  # (B, T, C)
-        wanted = targets >= 0
-        x, window, targets = x[wanted.to(device)], wanted.nonzero()[:, 0], targets[wanted].to(device)  # (scored, ...)
-        step = max(1, (1 << 24) // model.config.vocab_size)  # scores for a large vocabulary fill the memory
-        for j in range(0, len(targets), step):
-            logits = model.logits(x[j:j + step]).float()  # (step, vocab_size)
-            losses = F.cross_entropy(logits, targets[j:j + step], reduction="none")
-            sums[i:i + B].index_add_(0, window[j:j + step], losses.cpu().double())
-    return math.fsum(processes.sum(*sums.tolist()))
+        predicted = targets >= 0
+        x, targets = x[predicted.to(device)], targets[predicted].to(device)  # (n, C), (n,)
+        size = max(1, (1 << 24) // model.config.vocab_size)  # logits of a large vocabulary fill the memory
+        nats = 0.0
+        for some, due in zip(x.split(size), targets.split(size)):
+            logits = model.logits(some).float()  # (size, vocab_size)
+            nats += F.cross_entropy(logits, due, reduction="none").double().sum().item()
+        return nats / len(targets)
+
+    nats, _ = validation_sums(loss_of, batch, math.ceil(windows / batch_size), processes,
+                              lambda number: tell(number * batch_size, windows))
+    return nats
 
 
-def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=silent):
+def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None,
+                 tell=lambda done, total: None):
     """The numbers of a model on a Text. block_size: of 0, all of its context; stride: of 0, block_size.
 
     Raises UserError for what is too short or too long, and where the tokenizer has no token for a character.
@@ -145,12 +158,15 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
     if len(ids) < 2 or not counts["bytes"]:
         what = f"{len(ids)} tokens, and the first is not predicted" if counts["bytes"] else "no text"
         raise UserError(f"{text.name} has {what}", "a longer text")
-    nats = total_loss(model, ids, block_size, stride, batch_size or max(1, 4096 // block_size), processes, tell)
+    batch_size = batch_size or max(1, 4096 // block_size)
+    nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes(), tell)
     if not math.isfinite(nats):
         raise UserError("its loss is not a finite number", "--dtype=float32, or another checkpoint")
-    return dict(bits_per_byte=nats / math.log(2) / counts["bytes"], perplexity=power(nats / (len(ids) - 1)),
-                word_perplexity=power(nats / counts["words"]) if counts["words"] else None, tokens=len(ids), **counts,
-                block_size=block_size, stride=stride, seconds=time.perf_counter() - started)
+    return dict(bits_per_byte=nats / math.log(2) / counts["bytes"],
+                perplexity=power(nats / (len(ids) - 1)),
+                word_perplexity=power(nats / counts["words"]) if counts["words"] else None,
+                tokens=len(ids), **counts, block_size=block_size, stride=stride,
+                seconds=time.perf_counter() - started)
 
 
 def power(x):

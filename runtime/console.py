@@ -10,6 +10,7 @@ Progress, notes and errors go to standard error; results (`show`) to standard ou
 made printable first, so that it cannot command a terminal.
 """
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -96,6 +97,25 @@ def printable(text):
     that reverse the order of others are written as escapes such as \\x1b. Line ends and tabs stay."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def public(address):
+    """What may be shown and written down of an address: no user, password, query (a signature) or fragment.
+
+    Anything else, such as a path, is returned as it is.
+    """
+    return re.sub(r"^(https?://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
+
+
+def origin(source):
+    """What is written down of where a text is from: no secrets of an address, no folders of this machine.
+
+    Of an absolute path, that is its last part, and a number that tells one folder from another.
+    """
+    if not os.path.isabs(source):
+        return public(source)
+    folder, name = os.path.split(os.path.normpath(source))
+    return f"{name} (folder {hashlib.sha256(folder.encode()).hexdigest()[:6]})"
 
 
 def show(text, end="\n"):

@@ -16,7 +16,7 @@ import hashlib
 import os
 import sys
 
-from runtime.console import UserError, say
+from runtime.console import UserError, note, say
 
 
 def open_file(path, most=sys.maxsize, mode="rb", **options):
@@ -53,6 +53,20 @@ def replace_file(path, mode="wb", **options):
         raise
 
 
+def foreign(folder, ours):
+    """The first file in a folder that `ours`, a function of its path from there, is not true of; "" if there is none.
+
+    What others have written is not replaced, and nothing is written beside it.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = os.path.join(parent, name)
+            inside = os.path.relpath(path, folder)
+            if not ours(inside) and (os.path.islink(path) or not os.path.isdir(path)):
+                return inside
+    return ""
+
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -81,6 +95,8 @@ def locked(path, wait=False):
                 raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
             say(f"another process is writing {path}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # not every file system of a network has locks
+            note(f"{folder or '.'} cannot be locked ({error.strerror}): do not write into it twice at the same time")
         with contextlib.suppress(OSError):  # the one that held it has removed it: what was locked is no longer there
             held = os.path.samefile(file.name, file.fileno())
     try:

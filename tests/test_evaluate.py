@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FAMILIES, chat_run, error, random_model, words
 from test_processes import free_port
-from test_runtime import nanogpt
+from test_checkpoint import nanogpt
 
 from text import pretrained
 from runtime import console

@@ -346,6 +346,22 @@ def test_a_checkpoint_of_another_run_is_refused(lab):  # row 13
     assert lab.start().wait() == 2 and "not a checkpoint of this project (no format 1)" in said(lab.path)
 
 
+def test_a_run_of_an_older_version_is_not_continued(lab):
+    """It read its data in another order. It can be measured and begun anew from, and where it is finished, it says so."""
+    assert lab.start("--max_iters=7", "--lr_decay_iters=60").wait() == 0
+    for name in ("ckpt_00000005.pt", "ckpt_00000007.pt", "best.pt"):
+        state = ckpt.load_checkpoint(str(lab.run / name))
+        del state["order"]
+        ckpt.save_checkpoint(str(lab.run / name), state)
+    assert lab.start("--lr_decay_iters=60").wait() == 2
+    assert "error: out/words was begun by an older version, which read the data in another order" in said(lab.path)
+    assert "fix: --init_from=out/words --out_dir=out/ANOTHER" in said(lab.path)
+    assert lab.start("--max_iters=7", "--lr_decay_iters=60").wait() == 0 and "out/words is finished" in said(lab.path)
+    assert lab.start("--lr_decay_iters=60", "--eval_only").wait() == 0
+    assert lab.start("--max_iters=2", "--init_from=out/words", "--out_dir=out/new").wait() == 0
+    assert ckpt.load_run(str(lab.run))[2]["step"] == 7
+
+
 @pytest.mark.parametrize("damage", ["short", "odd", "empty", "flipped", "uint32", "beyond", "gone", "tokenizer"])
 def test_data_that_is_damaged(lab, damage):  # rows 25 and 26
     """Exit 2 and the file's name before the first update; also when it happens between two resumes."""

@@ -20,19 +20,11 @@ import time
 from shlex import quote
 
 from runtime.files import file_sha256, locked
-from runtime.console import Progress, UserError, needs, note, say
+from runtime.console import Progress, UserError, needs, note, public, say
 
 STALL_SECONDS = 30  # no byte for so long is a failure
 TRIES, RETRY_SECONDS = 5, 2  # so many failures without progress, and it is given up; waits 2, 4, 6, ... seconds
 PROGRESS_BYTES = 1 << 20  # what counts as progress
-
-
-def public(address):
-    """What may be shown and written down of an address: no user, password, query (a signature) or fragment.
-
-    Anything else, such as a path, is returned as it is.
-    """
-    return re.sub(r"^(https?://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
 
 
 def download(address, path, size=None, sha256=None):

@@ -32,8 +32,8 @@ from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
 from runtime.files import file_sha256, open_file
-from runtime.console import UserError, note
-from text.download import download, public
+from runtime.console import UserError, note, origin, public
+from text.download import download
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
@@ -113,17 +113,6 @@ LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "publ
 
 def is_url(source):
     return source.startswith(("http://", "https://"))
-
-
-def origin(source):
-    """What is written down of where a text is from: no secrets of an address, no folders of this machine.
-
-    Of an absolute path, that is its last part, and a number that tells one folder from another.
-    """
-    if not os.path.isabs(source):
-        return public(source)
-    folder, name = os.path.split(os.path.normpath(source))
-    return f"{name} (folder {hashlib.sha256(folder.encode()).hexdigest()[:6]})"
 
 
 def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):

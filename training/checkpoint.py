@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Runs on the disk: how a checkpoint is written, found and read, and who may write it.
+Checkpoints: how one is written, found and read, and who may write into the folder of a run.
 
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
+    checkpoint, tokenizer = read_run("out/small")           # or a .pt file, nanoGPT's too, or a Hugging Face folder
     model, tokenizer, checkpoint = load_run("out/small", device=device)
 
 Two rules make a checkpoint something to rely on. A file bears its final name only when it is whole and on the disk, so
@@ -17,88 +18,129 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import zipfile
-from dataclasses import asdict
 from shlex import quote
 
 import torch
-from torch.nn import functional as F
 
-from formats import huggingface
-from training import lora
 import tokenizer as tokenizers
-from runtime.files import check_like, new_file, open_file
-from runtime.console import UserError, note, warn
-from training.log import read_header
-from model import GPT, GPTConfig, outline, quantize, resolve, round_up
-from training.muon import Muon
-from text.sources import origin
+from model import GPT, GPTConfig, outline, quantize
+from runtime.console import UserError, origin, warn
+from runtime.files import check_like, foreign, locked, replace_file
+from training import lora
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def save_checkpoint(path, state):
     """Write `state`: when this returns, the file is on the disk under its name; when it raises, nothing has changed."""
-    part = path + ".part"
     try:
-        with new_file(part) as file:
+        with replace_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk ...
-        os.replace(part, path)  # ... before they get their name, which is one indivisible step ...
-        with contextlib.suppress(OSError):  # (Windows cannot open a folder, and not every file system can do this)
+        with contextlib.suppress(OSError):  # (Windows cannot open a folder, and not every file system can sync one)
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:
-                os.fsync(folder)  # ... and the name is on the disk before anything older is deleted
+                os.fsync(folder)  # the name is on the disk before anything older is deleted
             finally:
                 os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        if isinstance(error, (OSError, RuntimeError)):  # where the disk is full, torch's writer hides why
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise UserError(f"cannot write {path}: {cause}", "make room; the same command goes on from the checkpoint "
-                            "before", code=1) from None
-        raise
+    except (OSError, RuntimeError) as error:  # where the disk is full, torch's writer hides why
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path}: {cause}",
+                        "make room; the same command goes on from the checkpoint before", code=1) from None
 
 
-# What a checkpoint is like: a value of the same type for every part, one item for a list.
-ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
-SOMETIMES = dict(optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""), versions={}, data_sha256=[""],
-                 row=dict(step=0, loss=0.0, lr=0.0, grad_norm=0.0, tokens_per_second=0.0, train_seconds=0.0,
-                          wall_seconds=0.0, memory=0), unlogged="", val_loss=0.0, val_bpb=0.0, chat=False, int8=False,
-                 before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
-DTYPES = ("float32", "bfloat16", "float16")
-SETTINGS = dict(dataset="", init_from="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0,
-                lora_alpha=0.0)
+def checkpoints(run):
+    """The numbered checkpoints of a run folder, oldest first: by the number in the name, not by the clock."""
+    return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
 
 
-def load_checkpoint(path):
-    """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
-    return checked(load_file(path), path)
+def prune_checkpoints(run, keep=2):
+    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one)."""
+    for path in checkpoints(run)[:-keep]:
+        with contextlib.suppress(OSError):  # too many checkpoints are no reason to end a run
+            os.unlink(path)
 
 
-def checked(state, path):
-    """The checkpoint, if it is one of this project, and its parts are of the right types and belong together."""
-    if state.get("format") != 1:
-        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
-    check_like(state, ALWAYS, path)
-    settings, chosen = state["settings"], state.get("chosen")
-    for part, likes in ((state, SOMETIMES), (settings, SETTINGS), (chosen or {}, SETTINGS)):
-        names = [name for name in likes if name in part and (part[name] is not None or name not in ("base", "before"))]
-        check_like(part, {name: likes[name] for name in names}, path)
-    row, plain = state.get("row", {}), [*settings.values(), *state.get("versions", {}).values()]
-    if not (all(isinstance(value, (int, float, str, type(None))) for value in plain)
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
-            and (chosen is None or chosen["dtype"] in DTYPES and isinstance(chosen.get("compile"), (bool, str)))
-            and 0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999
-            and (state.get("before") or {}).get("val_bpb", 1) > 0):
-        raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
-    if not state.get("base"):
-        check_model(settings, state["model"], path, state.get("int8"))
-    return state
+# What train.py writes into the folder of a run; while a file is being written, it ends in .part.
+RUN_FILES = r"(ckpt_\d{8}\.pt|best\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?(/.*)?"
+
+
+class RunFolder:
+    """The folder of a run, and the right to write into it, which one process at a time has.
+
+    The right is a lock: the system takes it back when the process ends, however it ends.
+    """
+
+    def __init__(self, path, writes=True):
+        self.path, self.writes, self.lock = path, writes, None
+
+    def __enter__(self):
+        if self.writes and os.path.isdir(self.path):
+            with contextlib.suppress(OSError):  # `open` says so, where there is something to write
+                self.take()
+        return self
+
+    def __exit__(self, *_):
+        if self.lock is not None:
+            self.lock.close()
+
+    def take(self):
+        lock = contextlib.ExitStack()
+        try:
+            lock.enter_context(locked(os.path.join(self.path, "run")))
+        except UserError:
+            raise UserError(f"another process is at work in {self.path}",
+                            "wait for it or stop it; or give this one a folder of its own") from None
+        self.lock = lock
+
+    def check_ours(self):
+        """Raises UserError where a run can neither be continued nor begun: a run never writes among other files.
+
+        It begins in a folder that is new, empty, or holds what a run leaves that was stopped before its first
+        checkpoint: a log, and perhaps a tokenizer. (Hidden files are ignored.)
+        """
+        from training.log import read_header  # (sampling does without)
+        if checkpoints(self.path):
+            return
+        if os.path.lexists(os.path.join(self.path, "best.pt")):
+            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
+                            f"--out_dir=out/ANOTHER, and --init_from={quote(self.path)} to start from best.pt")
+        begun = read_header(os.path.join(self.path, "log.jsonl"))
+        ours = RUN_FILES if begun else r"log\.jsonl\.part"
+        other = foreign(self.path, re.compile(rf"\..*|{ours}").fullmatch)
+        if other:
+            raise UserError(f"out_dir={self.path} holds {other}, and no run that could continue there",
+                            "--out_dir=out/ANOTHER")
+
+    def open(self, step, needed):
+        """Make the folder, and delete what a kill left half-written; before the first step.
+
+        step: where the run continues, None for a new one. needed: bytes that it will take here.
+        """
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            if self.lock is None:
+                self.take()
+            for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
+                os.unlink(os.path.join(self.path, name))
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}",
+                            "--out_dir=ANOTHER_FOLDER") from None
+        there = checkpoints(self.path)
+        if step is None and there:
+            raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
+        for path in there:
+            if os.path.basename(path) > f"ckpt_{step:08d}.pt":  # it was passed over; else the run would go on there
+                os.replace(path, path + ".damaged")
+        if free < needed:
+            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB in {self.path}, and the disk has {free / 1e6:,.0f} "
+                 "MB left")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a file
 
 
 def load_file(path):
@@ -113,7 +155,7 @@ def load_file(path):
         if bad:
             raise zipfile.BadZipFile(f"{bad} has another checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check_plain(state, size)
+        check_size(state, size)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one") from None
     except pickle.UnpicklingError:
@@ -143,9 +185,9 @@ def check_directory(archive, size):
         raise zipfile.BadZipFile("it would unpack to more than it is")
 
 
-def check_plain(state, size):
-    """Raises ValueError where a file of `size` bytes would become more than it is: by tensors of which it holds only a
-    part, by values that hold each other many times, by numbers that are too long to print."""
+def check_size(state, size):
+    """Raises ValueError where what was read from `size` bytes takes more: tensors of which the file holds a part only,
+    values that hold each other many times, numbers that are too long to print."""
     values, memory = [state], 0
     for value in values:  # which grows
         if isinstance(value, dict):
@@ -164,23 +206,67 @@ def check_plain(state, size):
             raise ValueError("its values would take more memory than the file")
 
 
+# What is in a checkpoint: for every part a value of the same type, of a list one item.
+ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
+SOMETIMES = dict(
+    chat=False, int8=False, val_loss=0.0, val_bpb=0.0, order="", data_sha256=[""], versions={}, unlogged="",
+    optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""),
+    row=dict(step=0, loss=0.0, lr=0.0, grad_norm=0.0, tokens_per_second=0.0, train_seconds=0.0, wall_seconds=0.0,
+             memory=0),
+    before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
+SETTINGS = dict(dataset="", init_from="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0,
+                lora_alpha=0.0)
+
+
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
+    return check_checkpoint(load_file(path), path)
+
+
+def check_checkpoint(state, path):
+    """The checkpoint, if it is one of this project, and its parts are of the right types and belong together."""
+    if state.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
+    check_like(state, ALWAYS, path)
+    settings, chosen = state["settings"], state.get("chosen")
+    for part, likes in ((state, SOMETIMES), (settings, SETTINGS), (chosen or {}, SETTINGS)):
+        absent = {name for name in likes if name not in part}
+        absent |= {name for name in ("base", "before") if part.get(name) is None}
+        check_like(part, {name: like for name, like in likes.items() if name not in absent}, path)
+    row, before = state.get("row", {}), state.get("before") or {}
+    plain = [*settings.values(), *state.get("versions", {}).values()]
+    sound = [all(isinstance(value, (int, float, str, type(None))) for value in plain),
+             all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values()),
+             0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999,
+             before.get("val_bpb", 1) > 0]
+    if chosen is not None:
+        sound += [chosen["dtype"] in ("float32", "bfloat16", "float16"), isinstance(chosen.get("compile"), (bool, str))]
+    if not all(sound):
+        raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
+    if not state.get("base"):
+        check_model(settings, state["model"], path, state.get("int8"))
+    return state
+
+
 def check_model(settings, weights, path, int8=False):
     """Raises UserError where weights are not those of the model that the settings describe; before it is built."""
     try:
-        config = GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
-        model = outline(config, len(weights))
+        model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError) as error:
         raise UserError(f"{path} describes no model that can be built here: {error}", "use another model") from None
     fitting(quantize(model) if int8 else model, weights, path)
 
 
-def checkpoints(run):
-    """The numbered checkpoints of a run folder, oldest first: by the number in the name, not by the clock."""
-    return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
+def config_of(settings):
+    return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding and reading a run
 
 
 def find_checkpoint(init_from, out_dir):
-    """The newest readable checkpoint of this run, or None for a new one."""
+    """The newest readable checkpoint of the run in out_dir, to continue it; None for a new one."""
     paths = checkpoints(out_dir)
     if paths and init_from == "scratch":
         raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
@@ -190,10 +276,9 @@ def find_checkpoint(init_from, out_dir):
     for path in reversed(paths):
         try:
             state = load_checkpoint(path)
-            missing = [name for name in ("optimizer", "scaler", "row", "chosen", "versions", "data_sha256")
-                       if name not in state]
-            if missing:
-                raise UserError(f"{path} has no {missing[0]}: a run cannot go on from it (a renamed best.pt?)", "")
+            for name in ("optimizer", "scaler", "row", "chosen", "versions", "data_sha256"):
+                if name not in state:
+                    raise UserError(f"{path} has no {name}: a run cannot go on from it (a renamed best.pt?)", "")
             return state
         except UserError as error:
             if path == paths[0]:
@@ -207,111 +292,14 @@ def find_checkpoint(init_from, out_dir):
 def best_loss_of(out_dir):
     """The validation loss of best.pt; infinity where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
-    if os.path.exists(path):
-        try:
-            return load_checkpoint(path)["val_loss"]
-        except (UserError, KeyError) as error:
-            warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
-            os.replace(path, path + ".damaged")
-    return math.inf
-
-
-def prune_checkpoints(run, keep=2):
-    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one)."""
-    for path in checkpoints(run)[:-keep]:
-        with contextlib.suppress(OSError):  # too many checkpoints are no reason to end a run
-            os.unlink(path)
-
-
-# What train.py writes into the folder of a run; while a file is being written, it has the ending .part.
-RUN_FILES = re.compile(r"(ckpt_\d{8}\.pt|best\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?")
-
-
-class RunFolder:
-    """The folder of a run, and the right to write into it, which one process at a time has.
-
-    The right is a lock on the folder: the system takes it back when the process ends, however it ends.
-    """
-
-    def __init__(self, path, writes=True):
-        self.path, self.writes, self.lock = path, writes, None
-
-    def __enter__(self):
-        if self.writes and os.path.isdir(self.path):
-            self.take()
-        return self
-
-    def __exit__(self, *_):
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-    def take(self):
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self.lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {self.path}",
-                            "wait for it or stop it; or give this one a folder of its own") from None
-        except OSError as error:
-            note(f"{self.path} cannot be locked ({error.strerror}): do not train in it twice at the same time")
-
-    def check_ours(self):
-        """Raises UserError where a run can neither be continued nor begun: a run never writes among other files.
-
-        A run begins in a folder that is new, empty, or holds what a run leaves that was stopped before its first
-        checkpoint: its log, and perhaps a tokenizer. (Hidden files are ignored.)
-        """
-        names = {name for name in os.listdir(self.path) if name[0] != "."} if os.path.isdir(self.path) else set()
-        if not names or checkpoints(self.path):
-            return
-        if "best.pt" in names:
-            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
-                            f"--out_dir=out/ANOTHER, and --init_from={quote(self.path)} to start from best.pt")
-        begun = read_header(os.path.join(self.path, "log.jsonl")).get("settings")
-        ours = RUN_FILES if begun else re.compile(r"log\.jsonl\.part")
-        foreign = next((name for name in sorted(names) if not ours.fullmatch(name)), None)
-        if foreign:
-            raise UserError(f"out_dir={self.path} holds {foreign}, and no run that could continue there",
-                            "--out_dir=out/ANOTHER")
-
-    def open(self, step, needed):
-        """Make the folder, see that it can be written, and delete what a kill left half-written; before the first step.
-
-        step: where the run continues, None for a new one. needed: bytes that it will take here.
-        """
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            if self.lock is None:
-                self.take()
-            tempfile.TemporaryFile(dir=self.path).close()
-            for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
-                os.unlink(os.path.join(self.path, name))
-            free = shutil.disk_usage(self.path).free
-        except OSError as error:
-            raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}", "--out_dir=ANOTHER_FOLDER") \
-                from None
-        if step is None and checkpoints(self.path):
-            raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
-        for path in checkpoints(self.path):
-            if step is not None and os.path.basename(path) > f"ckpt_{step:08d}.pt":  # else the run would go on there
-                os.replace(path, path + ".damaged")
-        if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB in {self.path}, and the disk has {free / 1e6:,.0f} "
-                 "MB left")
-
-
-def find_run(where="out"):
-    """The run below `where` that was written last."""
-    runs = {path: os.path.getmtime(path) for path in glob.glob(os.path.join(where, "**", "*.pt"), recursive=True)
-            if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)}
-    if not runs:
-        raise UserError(f"there is no trained run below {where}/", "python train.py config/train_small.py")
-    return os.path.dirname(max(runs, key=runs.get))
+    if not os.path.exists(path):
+        return math.inf
+    try:
+        return load_checkpoint(path)["val_loss"]
+    except (UserError, KeyError) as error:
+        warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
+        os.replace(path, path + ".damaged")
+        return math.inf
 
 
 def choose_run(bare, settings):
@@ -325,55 +313,60 @@ def choose_run(bare, settings):
     return named or find_run()
 
 
+def find_run(where="out"):
+    """The run below `where` that was written last."""
+    paths = [path for path in glob.glob(os.path.join(where, "**", "*.pt"), recursive=True)
+             if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)]
+    if not paths:
+        raise UserError(f"there is no trained run below {where}/", "python train.py config/train_small.py")
+    return os.path.dirname(max(paths, key=os.path.getmtime))
+
+
 def checkpoint_path(run, which="best"):
-    """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which='last' the newest."""
+    """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which="last" the newest."""
     if os.path.isfile(run):
         return run
-    best, numbered, nanogpt = os.path.join(run, "best.pt"), checkpoints(run), os.path.join(run, "ckpt.pt")
+    best, nanogpt = os.path.join(run, "best.pt"), os.path.join(run, "ckpt.pt")
     if which == "best" and os.path.exists(best):
         return best
-    if numbered or os.path.exists(nanogpt):
-        return [nanogpt, *numbered][-1]
-    raise UserError(f"there is no trained model in {run} (no best.pt, no ckpt_*.pt, no config.json of a Hugging Face "
-                    "model)", f"python train.py config/train_small.py --out_dir={quote(run)}")
+    found = [path for path in (nanogpt, *checkpoints(run)) if os.path.exists(path)]
+    if not found:
+        raise UserError(f"there is no trained model in {run} (no best.pt, no ckpt_*.pt, no config.json of a Hugging "
+                        "Face model)", f"python train.py config/train_small.py --out_dir={quote(run)}")
+    return found[-1]
 
 
 def read_run(run, which="best", depth=0):
     """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
 
-    Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: does the model know a chat
-    format? (A tokenizer of ours always does; whether the model has learned it, train.py has noted.) The weights are
-    those of the model that `settings` describe, and the tokenizer has no id beyond its vocabulary.
-
-    depth: how many LoRA runs correct this one.
+    Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: has the model learned a
+    chat format? The weights are those of the model that `settings` describe, and the tokenizer has no id beyond its
+    vocabulary. depth: how many LoRA runs correct this one.
     """
+    from formats import huggingface, nanogpt  # (a script that is imported does not need them yet)
     if huggingface.is_folder(run):
         path, (checkpoint, tokenizer) = run, huggingface.read(run)
-        ours = tokenizer.kind in tokenizers.LEARNED  # export.py gives these a template only where the model can chat
-        chat = os.path.exists(os.path.join(run, "chat_template.jinja")) if ours else bool(tokenizer.template)
+        if tokenizer.kind in tokenizers.LEARNED:  # export.py gives these a template only where the model can chat
+            chat = os.path.exists(os.path.join(run, "chat_template.jinja"))
+        else:
+            chat = bool(tokenizer.template)
     else:
         path = checkpoint_path(run, which)
-        state = load_file(path)
-        if "model_args" in state:
-            checkpoint, tokenizer = from_nanogpt(state, path)
+        checkpoint = load_file(path)
+        if "model_args" in checkpoint:
+            checkpoint, tokenizer = nanogpt.convert(checkpoint, path)
+            check_model(checkpoint["settings"], checkpoint["model"], path)
         else:
-            checkpoint = checked(state, path)
+            check_checkpoint(checkpoint, path)
             tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
         chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
-    settings = checkpoint["settings"]
     if checkpoint.get("base"):
-        weights = read_base(checkpoint, run, depth)["model"]
-        checkpoint["corrections"] = checkpoint["model"]
-        try:
-            checkpoint["model"] = lora.merge(weights, checkpoint["model"], settings["lora_rank"],
-                                             settings["lora_alpha"])
-        except (KeyError, ValueError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-            raise UserError(f"{path} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
-                            "use another checkpoint of the same run") from None
+        merge_base(checkpoint, run, depth)
     checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
-    if tokenizer.vocab_size > settings["vocab_size"]:
+    vocab_size = checkpoint["settings"]["vocab_size"]
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
-                        f"{settings['vocab_size']:,}", "take both from their source again, from one model")
+                        f"{vocab_size:,}", "take both from their source again, from one model")
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 
@@ -383,16 +376,18 @@ def load_run(run, which="best", device="cpu", int8=False):
     int8: with matrices of 8-bit integers, see model.quantize; an export of that kind has them anyway.
     """
     checkpoint, tokenizer = read_run(run, which)
-    path = checkpoint["path"]
+    path, stored = checkpoint["path"], bool(checkpoint.get("int8"))
     try:
-        model = GPT(GPTConfig(**{name: checkpoint["settings"][name] for name in GPTConfig.__dataclass_fields__}))
+        model = GPT(config_of(checkpoint["settings"]))
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0][:200]}",
                         "a machine with more memory, or another model") from None
-    model = quantize(model) if checkpoint.get("int8") else model
+    if stored:
+        model = quantize(model)
     load_weights(model, checkpoint.pop("model"), path)
-    model = quantize(model) if int8 and not checkpoint.get("int8") else model
-    checkpoint["int8"] = int8 or bool(checkpoint.get("int8"))
+    if int8 and not stored:
+        model = quantize(model)
+    checkpoint["int8"] = int8 or stored
     return model.to(device).eval(), tokenizer, checkpoint
 
 
@@ -403,10 +398,32 @@ def check_whole(checkpoint):
                         "take the run that it was made from")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights, and what LoRA has of them
+
+
 def learned(model):
     """The weights that a checkpoint holds, a state_dict: of a model with LoRA, the corrections alone."""
     weights = model.state_dict()
     return lora.adapters(weights) or weights
+
+
+def fitting(model, weights, path):
+    """Of loaded weights, those that the model takes. Raises UserError that names the first that is not as it should be.
+
+    A context may be cut: the learned positions beyond it are left out.
+    """
+    ours, positions = learned(model), "transformer.wpe.weight"
+    found = {name: weights.get(name) for name in ours}
+    if isinstance(found.get(positions), torch.Tensor) and found[positions].dim() == 2:
+        found[positions] = found[positions][:model.config.block_size]
+    check_like(found, ours, path)
+    return found
+
+
+def load_weights(model, weights, path):
+    """Copy weights into the model."""
+    model.load_state_dict(fitting(model, weights, path), strict=False)
 
 
 def name_base(path, start):
@@ -437,100 +454,13 @@ def read_base(checkpoint, run, depth=0):
     return start
 
 
-def fitting(model, weights, path):
-    """Of loaded weights, those that the model takes. Raises UserError that names the first that is not as it should be.
-
-    A context may be cut: the learned positions beyond it are left out.
-    """
-    ours, positions = learned(model), "transformer.wpe.weight"
-    found = {name: weights.get(name) for name in ours}
-    if isinstance(found.get(positions), torch.Tensor) and found[positions].dim() == 2:
-        found[positions] = found[positions][:model.config.block_size]
-    check_like(found, ours, path)
-    return found
-
-
-def load_weights(model, weights, path):
-    """Copy weights into the model."""
-    model.load_state_dict(fitting(model, weights, path), strict=False)
-
-
-def load_optimizers(optimizers, scaler, checkpoint, run):
-    """Give the optimizers and the scaler of the loss their state. Raises UserError where it does not fit.
-
-    What an optimizer is told (its rates, the kernel that it uses) does not come from the file, but from the settings.
-    """
-    found = dict(enumerate(checkpoint.pop("optimizer")))
-    for i, optimizer in enumerate(optimizers):
-        if isinstance(optimizer, Muon):
-            names, step = ["momentum_buffer"], {}
-        else:
-            names, step = ["exp_avg", "exp_avg_sq"], dict(step=torch.zeros(()))
-        parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
-        due = {number: step | dict.fromkeys(names, p) for number, p in parameters}
-        if i in found and not found[i]["state"]:  # so far, float16 has overflowed in every update
-            continue
-        check_like(found, {i: dict(state=due)}, run, "the optimizers")
-        state = {number: {name: found[i]["state"][number][name].contiguous() for name in due[number]} for number in due}
-        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
-    check_like(checkpoint["scaler"], scaler.state_dict(), run, "the scaler")
-    scaler.load_state_dict(checkpoint["scaler"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# nanoGPT's checkpoints
-
-def from_nanogpt(state, path):
-    """(checkpoint of ours, tokenizer) of nanoGPT's ckpt.pt. The names of the weights are the same."""
+def merge_base(checkpoint, run, depth):
+    """Put the corrected weights into the checkpoint of a LoRA run; the corrections stay in it as `corrections`."""
+    settings, corrections = checkpoint["settings"], checkpoint["model"]
+    base = read_base(checkpoint, run, depth)["model"]
     try:
-        args, weights = dict(state["model_args"]), state["model"]
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
-        data = state.get("config", {}).get("dataset", "")
-        tokenizer = nanogpt_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
-        # It rounds the vocabulary of GPT-2 up to 50,304 in the model; the tokens that do not exist are cut off here.
-        args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
-        config = GPTConfig(**args, mlp="gelu_exact")
-        settings, rows = asdict(resolve(config)), round_up(config.vocab_size, 64)
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            matrix = weights[name][:rows]
-            if matrix.dim() != 2 or len(matrix) < config.vocab_size:
-                raise ValueError(f"{name} has the shape {tuple(matrix.shape)}")
-            weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))
-        step = int(state.get("iter_num", 0))
-    except (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} looks like nanoGPT's, but does not describe a model: {type(error).__name__}: {error}",
-                        "use another checkpoint") from None
-    check_model(settings, weights, path)
-    return dict(format=1, step=step, model=weights, source=[data or path], settings=settings,
-                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
-
-
-def nanogpt_tokenizer(folder, data, vocab_size):
-    """What the ids of a nanoGPT checkpoint mean: it does not say, so the characters are looked for where it keeps them.
-    """
-    for path in (os.path.join(folder, "meta.pkl"), os.path.join(folder, "..", "data", data, "meta.pkl")):
-        if os.path.exists(path):
-            try:
-                with open_file(path, most=1 << 24) as file:  # (a table of characters is smaller)
-                    itos = PlainUnpickler(file).load()["itos"]
-                characters = [itos[i] for i in range(vocab_size)]
-                if any(not isinstance(c, str) or len(c) != 1 for c in characters):
-                    raise ValueError("not one character per id")
-                return tokenizers.CharTokenizer("".join(characters), special=())
-            except Exception as error:  # a pickle is a program; this one may do no more than make a dict
-                raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}",
-                                "run nanoGPT's own prepare.py for these data again") from None
-    if vocab_size in (50257, 50304):
-        return tokenizers.get("gpt2")
-    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and nanoGPT does not write into it what they "
-                    "mean", f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {os.path.join(folder, 'meta.pkl')}")
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, strings and numbers, and nothing that could run code.
-
-    (The one that is written in Python: nine bytes make the other reserve 64 GB.)
-    """
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of characters does not need")
+        merged = lora.merge(base, corrections, settings["lora_rank"], settings["lora_alpha"])
+    except (KeyError, ValueError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(f"{run} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
+                        "use another checkpoint of the same run") from None
+    checkpoint.update(model=merged, corrections=corrections)

@@ -11,11 +11,15 @@ import os
 from dataclasses import asdict, fields
 from shlex import quote
 
+import torch
+
 from runtime import machine
 from training import checkpoint as ckpt
 from runtime.console import UserError, note, say, warn
+from runtime.files import check_like
 from runtime.settings import check_limits
 from training.log import last_row, read_header
+from training.muon import Muon
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +192,9 @@ def continue_run(resumed, settings, given, data, here):
                         "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
     if settings.eval_only:
         return
+    if resumed.get("order") != data.ORDER and settings.max_iters > resumed["step"]:
+        raise UserError(f"{settings.out_dir} was begun by an older version, which read the data in another order",
+                        f"--init_from={quote(settings.out_dir)} --out_dir=out/ANOTHER begins a new run with its weights")
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
@@ -229,6 +236,30 @@ def load_start(settings, given, data):
         if cut and name in given:
             note(f"the context is cut from {was[name]:,} tokens to {now:,}: what is trained here reads no more")
     return start
+
+
+def load_optimizers(optimizers, scaler, checkpoint, run):
+    """Give the optimizers and the scaler of the loss their state. Raises UserError where it does not fit.
+
+    What an optimizer is told (its rates, the kernel that it uses) does not come from the file, but from the settings.
+    """
+    found = dict(enumerate(checkpoint.pop("optimizer")))
+    for i, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, Muon):
+            names, step = ["momentum_buffer"], {}
+        else:
+            names, step = ["exp_avg", "exp_avg_sq"], dict(step=torch.zeros(()))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        due = {number: step | dict.fromkeys(names, p) for number, p in enumerate(parameters)}
+        if i in found and not found[i]["state"]:  # so far, float16 has overflowed in every step
+            continue
+        check_like(found, {i: dict(state=due)}, run, "the optimizers")
+        state = {}
+        for number, names in due.items():
+            state[number] = {name: found[i]["state"][number][name].contiguous() for name in names}
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    check_like(checkpoint["scaler"], scaler.state_dict(), run, "the scaler")
+    scaler.load_state_dict(checkpoint["scaler"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

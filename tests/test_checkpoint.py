@@ -15,6 +15,7 @@ from conftest import chat_run, error, prepare_words, random_model, whole
 from training import lora
 from runtime import machine
 from training import checkpoint as ckpt
+from training import resume
 import sample
 import tokenizer as tokenizers
 import train
@@ -268,7 +269,7 @@ def test_the_state_of_an_optimizer_must_fit(here):
         states = torch.load("states.pt")
         change(states)
         fresh = optimizers()
-        ckpt.load_optimizers(fresh, scaler, dict(optimizer=states, scaler=scaler_state or scaler.state_dict()), "a")
+        resume.load_optimizers(fresh, scaler, dict(optimizer=states, scaler=scaler_state or scaler.state_dict()), "a")
         return fresh
 
     def put(number, index, name, value):
