@@ -12,7 +12,7 @@ validation split, also in bits per byte, which can be compared between tokenizer
 A text is one long sequence of tokens, and a window of it may begin anywhere. Among conversations, a window begins
 where a conversation begins, and the mask beside the tokens says which of them are learned: the assistant's.
 
-The last section is `python prepare.py --inspect data/NAME`, which counts everything again.
+At the end stands `python prepare.py --inspect data/NAME`, which counts everything again.
 """
 import functools
 import hashlib
@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from shlex import quote
 
@@ -70,16 +71,14 @@ class Dataset:
         return cls(folder, meta, files, versions=[version(file) for file in files.values()])
 
     def check_unchanged(self, any_process=bool):
-        """Raises Changed where a file was written to since it was opened. Warns, once, where one was deleted or
-        replaced: the open file still has its content.
+        """Raises Changed where a file was written to; warns, once, where one was deleted or replaced.
 
         any_process: is something true in any of several processes? (All of them have to raise.)
         """
         if any_process([version(file) for file in self.files.values()] != self.versions):
             raise Changed(f"{self.folder} was changed while it was being read", f"prepare {self.folder} again")
-        there = [os.path.exists(file.name) and os.path.samefile(file.name, file.fileno())
-                 for file in self.files.values()]
-        if not self.gone and not all(there):
+        if not self.gone and not all(os.path.exists(file.name) and os.path.samefile(file.name, file.fileno())
+                                     for file in self.files.values()):
             self.gone = True
             warn(f"{self.folder} was deleted or replaced: this run continues with the files that it has open; to "
                  "resume it, the same data must be there again")
@@ -105,18 +104,18 @@ class Dataset:
     def check(self, block_size):
         """Raises UserError where a split has nothing to learn in windows of block_size + 1 tokens."""
         for split in SPLITS:
-            tokens = self.meta[split]["tokens"]
+            path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.layout(split, block_size)):
                 enough = 2 * block_size
                 while not all(len(self.layout(each, enough)) for each in SPLITS):
                     enough *= 2
-                raise UserError(f"block_size={block_size} cuts every conversation of {self.folder}/{split}.bin off "
-                                "before the assistant says anything", f"--block_size={enough} or more")
+                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before the assistant "
+                                "says anything", f"--block_size={enough} or more")
             if not self.chat and tokens <= block_size:
                 shortest = min(self.meta[each]["tokens"] for each in SPLITS)
                 power_of_2 = 1 << max(0, (shortest - 1).bit_length() - 1)
-                raise UserError(f"{self.folder}/{split}.bin has {tokens:,} tokens, but block_size={block_size} needs "
-                                f"at least {block_size + 1}", f"--block_size={power_of_2}, or more text")
+                raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at least "
+                                f"{block_size + 1}", f"--block_size={power_of_2}, or more text")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -184,11 +183,12 @@ class Dataset:
         start = offset + window * block_size
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
-    def windows(self, block_size):
-        """How many windows an epoch has. (Of a text, one fewer than fit: see `spare` in `spans`.)"""
+    def windows(self, block_size, split="train"):
+        """How many windows a split has. (To train on a text, one fewer than fit: see `spare` in `spans`.)"""
+        tokens = self.meta[split]["tokens"]
         if self.chat:
-            return len(self.layout("train", block_size))
-        return max(1, self.meta["train"]["tokens"] // block_size - 1)
+            return len(self.layout(split, block_size))
+        return max(1, tokens // block_size - 1) if split == "train" else math.ceil((tokens - 1) / block_size)
 
     def epochs(self, windows, block_size):
         """How often so many windows read the training split."""
@@ -236,19 +236,14 @@ class Dataset:
         Every token but the first of a text, and every one that a conversation teaches, is predicted once, from the
         tokens before it in its window. The last batch has the shape of the others: code is compiled for each shape.
         """
-        numbers = range(i * batch_size, min((i + 1) * batch_size, self.n_val_windows(block_size)))
+        numbers = range(i * batch_size, min((i + 1) * batch_size, self.windows(block_size, "val")))
         spans = [self.span("val", number, block_size) for number in numbers]
         spans += [(0, 0)] * (batch_size - len(spans))
         return self.rows("val", spans, block_size)
 
-    def n_val_windows(self, block_size):
-        if self.chat:
-            return len(self.layout("val", block_size))
-        return math.ceil((self.meta["val"]["tokens"] - 1) / block_size)
-
     def n_val_batches(self, block_size, batch_size, at_most=0):
         """How many batches the pass has; at_most: no more than this, 0 for all."""
-        n = math.ceil(self.n_val_windows(block_size) / batch_size)
+        n = math.ceil(self.windows(block_size, "val") / batch_size)
         return min(n, at_most or n)
 
     def bits_per_byte(self, loss):
@@ -309,13 +304,13 @@ def to_batch(windows, block_size):
 
 
 def validation_sums(loss_of, batch, batches, processes, before_each=lambda number: None):
-    """One pass over batches number 0 to `batches` - 1: (sum of the loss in nats, number of targets).
+    """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number -> (idx, targets).
-    processes: each of them takes every world-th batch, and all get the same sums, which do not depend on how many
-    they are. before_each: is called equally often in all of them.
+    processes: each takes every world-th batch, and all get the same sums, to the last bit, however many they are.
+    before_each: is called equally often in all of them.
     """
-    nats, count = [0.0] * batches, 0  # a place for each batch: numbers in another order have another sum
+    nats, count = [0.0] * batches, 0  # a place for each batch, since a sum depends on the order of its terms
     for first in range(0, batches, processes.world):
         before_each(first)
         number = first + processes.rank
@@ -353,12 +348,9 @@ def check_meta(meta, path):
     check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
                           train={}, val={}), path)
     chat = "trained" in meta["train"]
-    counts = dict(tokens=1, bytes=1, documents=1)
-    about = dict(counts, sha256="")
-    if chat:
-        counts |= dict(trained=1, trained_bytes=1)
-        about |= dict(counts, mask_sha256="")
-    check_like(meta, dict.fromkeys(SPLITS, about), path)
+    counts = ["tokens", "bytes", "documents"] + ["trained", "trained_bytes"] * chat
+    sums = ["sha256"] + ["mask_sha256"] * chat
+    check_like(meta, dict.fromkeys(SPLITS, dict.fromkeys(counts, 1) | dict.fromkeys(sums, "")), path)
     numbers = [meta["vocab_size"]] + [meta[split][name] for split in SPLITS for name in counts]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
     if not known or not all(0 < number < 1 << 60 for number in numbers):
@@ -366,17 +358,15 @@ def check_meta(meta, path):
 
 
 def open_part(folder, name, items, itemsize, sha256, hash_all):
-    """Open a file of so many items. It stays open, so that a run does not read another file that takes its place."""
-    path = os.path.join(folder, name + ".bin")
+    """Open a file of so many items. It stays open: a run does not read another file that takes its place."""
+    path, due = os.path.join(folder, name + ".bin"), items * itemsize
     size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size != items * itemsize:
-        raise UserError(f"{path} has {size:,} bytes, but meta.json says {items:,} tokens of {itemsize} bytes = "
-                        f"{items * itemsize:,}", f"it was cut or changed; prepare {folder} again")
-    if hash_all or size <= HASHED_BYTES:
-        found = file_sha256(path)
-        if found != sha256:
-            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
-                            f"it was changed or damaged; prepare {folder} again")
+    if size != due:
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {items:,} tokens of {itemsize} bytes = {due:,}",
+                        f"it was cut or changed; prepare {folder} again")
+    if (hash_all or size <= HASHED_BYTES) and (found := file_sha256(path)) != sha256:
+        raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
+                        f"it was changed or damaged; prepare {folder} again")
     return open(path, "rb")
 
 
@@ -390,7 +380,7 @@ OURS = {"train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "meta.json",
 def not_ours(folder):
     """The first thing in a folder that no prepare.py wrote, or an empty text."""
     if os.path.isdir(folder):
-        return foreign(folder, OURS.__contains__)
+        return os.path.basename(foreign(folder, OURS.__contains__))
     return "a file of this name" if os.path.lexists(folder) else ""
 
 
@@ -421,39 +411,37 @@ def inspect(folder):
 
 def recount(data, split, tokenizer):
     """What a split holds, by the names of meta.json. Of conversations, the bytes that are learned are counted."""
-    found = dict(documents=0, trained=0, trained_bytes=0) if data.chat else dict(documents=0, bytes=0)
-    size = "trained_bytes" if data.chat else "bytes"
+    found = Counter()
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     for start, ids in data.chunks(split):
         found["documents"] += int((ids == tokenizer.special[tokenizers.END_OF_TEXT]).sum())
         if data.chat:
             ids = ids[data.mask(split, start, len(ids)) == 1]
             found["trained"] += len(ids)
-        found[size] += int(lengths[ids].sum())
-    if getattr(tokenizer, "missing", b"") or getattr(tokenizer, "nfc", False):
-        del found[size]  # what its tokens spell is not quite the text
+        found["trained_bytes" if data.chat else "bytes"] += int(lengths[ids].sum())
+    if getattr(tokenizer, "missing", b"") or getattr(tokenizer, "nfc", False):  # its tokens do not quite spell the text
+        del found["bytes"], found["trained_bytes"]
     return found
 
 
 def example(data, tokenizer):
-    """A piece of the training split as text: around a border of two documents, or the first conversation that teaches
+    """A piece of the training split as text: a border of two documents, or the first conversation that teaches
     something, in which \u27e6 and \u27e7 enclose what is learned."""
     _, ids = next(data.chunks("train"))
     end = tokenizer.special[tokenizers.END_OF_TEXT]
-    borders = np.flatnonzero(ids == end)
+    borders = np.append(np.flatnonzero(ids == end), len(ids))
+    mask = data.mask("train", 0, len(ids)) if data.chat else np.zeros(len(ids))
     if data.chat:
-        mask = data.mask("train", 0, len(ids))
         number = np.searchsorted(borders, mask.argmax())  # of the border behind what is learned first
-        piece = slice(borders[number - 1] + 1, np.append(borders, len(ids))[number])
-        ids, mask = ids[piece][:400], mask[piece]
+        start, stop = borders[number - 1] + 1, borders[number]
     else:
-        middle = borders[len(borders) // 2]
-        ids = ids[max(0, middle - 60):middle + 120]
-        mask = np.zeros(len(ids))
+        start = max(0, borders[(len(borders) - 1) // 2] - 60)
+        stop = start + 180
     spelled = {i: name.encode() for name, i in tokenizer.special.items()}
     spelled[end] = f"\n--- {tokenizers.END_OF_TEXT} ---\n".encode()
+    pairs = zip(ids[start:stop][:400].tolist(), mask[start:stop].tolist())
     text = ""
-    for learned, run in itertools.groupby(zip(ids.tolist(), mask.tolist()), lambda pair: pair[1]):
+    for learned, run in itertools.groupby(pairs, lambda pair: pair[1]):
         part = b"".join(spelled.get(i) or tokenizer.token_bytes(i) for i, _ in run).decode(errors="replace")
         text += f"\u27e6{part}\u27e7" if learned else part
     return text + "\n(learned: what stands between \u27e6 and \u27e7)" * data.chat

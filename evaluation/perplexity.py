@@ -59,29 +59,27 @@ class Text:
 
 
 def read_text(source, megabytes=0.0, text_field="text"):
-    """A Text: the validation split of data/NAME, or a file as prepare.py reads it.
-
-    megabytes: no more of it than this; 0 for all.
+    """A Text: the validation split of data/NAME, or a file as prepare.py reads it; no more megabytes of it than this.
     """
     for folder in (source, os.path.join("data", source)):
         if os.path.exists(os.path.join(folder, "meta.json")):
-            return read_split(folder, megabytes)
+            data = Dataset.open(folder)
+            return Text(folder, cut(split_documents(data), megabytes), apart=True, sha256=data.sha256())
     if not os.path.exists(source):
         raise UserError(f"there is no text {source}", f"python prepare.py {quote(source)}, or --data=FILE.txt")
     found = (document.blocks() for document in documents([source], text_field))
     return Text(os.path.basename(os.path.normpath(source)), cut(found, megabytes), apart=False)
 
 
-def read_split(folder, megabytes):
-    """The validation split of prepared data, as the text that it was."""
-    data = Dataset.open(folder)
+def split_documents(data):
+    """The documents of the validation split, each as a list of one block of text."""
     if data.chat:
-        raise UserError(f"{folder} holds conversations, of which train.py measures what the assistant says",
+        raise UserError(f"{data.folder} holds conversations, of which train.py measures what the assistant says",
                         "--data=A_TEXT; the log.jsonl of a run has the loss on its own conversations")
     tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    found = ([tokenizer.decode(part[1:].tolist())] for part in np.split(ids, borders)[1:])
-    return Text(folder, cut(found, megabytes), apart=True, sha256=data.sha256())
+    for part in np.split(ids, borders)[1:]:
+        yield [tokenizer.decode(part[1:].tolist())]
 
 
 def cut(found, megabytes):
@@ -103,8 +101,12 @@ def cut(found, megabytes):
     return texts
 
 
+def silent(done, total):
+    """What tells how far the work is, where nobody listens."""
+
+
 @torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambda done, total: None):
+def total_loss(model, ids, block_size, stride, batch_size, processes, tell=silent):
     """The sum of -ln p over all tokens but the first, in nats: each is predicted once, in one pass. ids: (N,) int64.
 
     A window of block_size tokens moves on by `stride`. The first one predicts a token for each of its own; every other
@@ -124,10 +126,10 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambd
         return to_batch([window(n) for n in range(first, min(first + batch_size, windows))], block_size)
 
     def loss_of(idx, targets):
-        """The mean, in float64, from logits: 8-bit models have them too. Only what is predicted gets its logits."""
-        x = model.trunk(idx.to(device))  # (B, T, C)
+        """The mean in float64, by way of the logits, which 8-bit models have too; of what is predicted alone."""
         predicted = targets >= 0
-        x, targets = x[predicted.to(device)], targets[predicted].to(device)  # (n, C), (n,)
+        x = model.trunk(idx.to(device))[predicted.to(device)]  # (n, C)
+        targets = targets[predicted].to(device)  # (n,)
         size = max(1, (1 << 24) // model.config.vocab_size)  # logits of a large vocabulary fill the memory
         nats = 0.0
         for some, due in zip(x.split(size), targets.split(size)):
@@ -135,13 +137,11 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambd
             nats += F.cross_entropy(logits, due, reduction="none").double().sum().item()
         return nats / len(targets)
 
-    nats, _ = validation_sums(loss_of, batch, math.ceil(windows / batch_size), processes,
-                              lambda number: tell(number * batch_size, windows))
-    return nats
+    batches = math.ceil(windows / batch_size)
+    return validation_sums(loss_of, batch, batches, processes, lambda number: tell(number * batch_size, windows))[0]
 
 
-def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None,
-                 tell=lambda done, total: None):
+def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=silent):
     """The numbers of a model on a Text. block_size: of 0, all of its context; stride: of 0, block_size.
 
     Raises UserError for what is too short or too long, and where the tokenizer has no token for a character.
@@ -162,13 +162,12 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
     nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes(), tell)
     if not math.isfinite(nats):
         raise UserError("its loss is not a finite number", "--dtype=float32, or another checkpoint")
-    return dict(bits_per_byte=nats / math.log(2) / counts["bytes"],
-                perplexity=power(nats / (len(ids) - 1)),
-                word_perplexity=power(nats / counts["words"]) if counts["words"] else None,
-                tokens=len(ids), **counts, block_size=block_size, stride=stride,
-                seconds=time.perf_counter() - started)
+    return dict(bits_per_byte=nats / math.log(2) / counts["bytes"], perplexity=power(nats, len(ids) - 1),
+                word_perplexity=power(nats, counts["words"]), tokens=len(ids), **counts, block_size=block_size,
+                stride=stride, seconds=time.perf_counter() - started)
 
 
-def power(x):
-    """e to the x; None where that is more than a float can be (a word of a language without spaces is a sentence)."""
-    return math.exp(x) if x < 709 else None
+def power(nats, n):
+    """e to the mean of n; None of nothing, and where it is more than a float can be (in a language without spaces, a
+    word is a sentence)."""
+    return math.exp(nats / n) if n and nats / n < 709 else None

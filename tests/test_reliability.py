@@ -347,7 +347,7 @@ def test_a_checkpoint_of_another_run_is_refused(lab):  # row 13
 
 
 def test_a_run_of_an_older_version_is_not_continued(lab):
-    """It read its data in another order. It can be measured and begun anew from, and where it is finished, it says so."""
+    """It read its data in another order. It can be measured, give its weights to a new run, and be finished."""
     assert lab.start("--max_iters=7", "--lr_decay_iters=60").wait() == 0
     for name in ("ckpt_00000005.pt", "ckpt_00000007.pt", "best.pt"):
         state = ckpt.load_checkpoint(str(lab.run / name))

@@ -67,10 +67,8 @@ RUN_FILES = r"(ckpt_\d{8}\.pt|best\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.
 
 
 class RunFolder:
-    """The folder of a run, and the right to write into it, which one process at a time has.
-
-    The right is a lock: the system takes it back when the process ends, however it ends.
-    """
+    """The folder of a run, and the right to write into it, which one process at a time has: a lock, which the system
+    takes back when the process ends, however it ends."""
 
     def __init__(self, path, writes=True):
         self.path, self.writes, self.lock = path, writes, None
@@ -128,10 +126,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}",
                             "--out_dir=ANOTHER_FOLDER") from None
-        there = checkpoints(self.path)
-        if step is None and there:
-            raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
-        for path in there:
+        for path in checkpoints(self.path):
+            if step is None:
+                raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
             if os.path.basename(path) > f"ckpt_{step:08d}.pt":  # it was passed over; else the run would go on there
                 os.replace(path, path + ".damaged")
         if free < needed:
@@ -169,10 +166,8 @@ def load_file(path):
 
 
 def check_directory(archive, size):
-    """Raises BadZipFile where the members are more than the file, or where torch could see others than Python does.
-
-    Python looks for the directory in front of the end of the file, torch where that end says that it is.
-    """
+    """Raises BadZipFile where the members take more than the file, or where torch could see others than Python does:
+    Python looks for the directory in front of the end of the file, torch where that end says that it is."""
     members, file = archive.infolist(), archive.fp
     file.seek(archive.start_dir + 42)
     first = int.from_bytes(file.read(4), "little")  # where the first member is, as the directory has it
@@ -211,9 +206,10 @@ ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
 SOMETIMES = dict(
     chat=False, int8=False, val_loss=0.0, val_bpb=0.0, order="", data_sha256=[""], versions={}, unlogged="",
     optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""),
-    row=dict(step=0, loss=0.0, lr=0.0, grad_norm=0.0, tokens_per_second=0.0, train_seconds=0.0, wall_seconds=0.0,
-             memory=0),
+    row=dict(dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "train_seconds", "wall_seconds"), 0.0),
+             step=0, memory=0),
     before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
+CHOSEN = dict(dtype="float32", compile=False)  # where a file does not say
 SETTINGS = dict(dataset="", init_from="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0,
                 lora_alpha=0.0)
 
@@ -228,20 +224,19 @@ def check_checkpoint(state, path):
     if state.get("format") != 1:
         raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
     check_like(state, ALWAYS, path)
-    settings, chosen = state["settings"], state.get("chosen")
-    for part, likes in ((state, SOMETIMES), (settings, SETTINGS), (chosen or {}, SETTINGS)):
-        absent = {name for name in likes if name not in part}
-        absent |= {name for name in ("base", "before") if part.get(name) is None}
-        check_like(part, {name: like for name, like in likes.items() if name not in absent}, path)
+    settings, chosen = state["settings"], state.get("chosen", CHOSEN)
+    there = {name for name, value in state.items() if value is not None or name not in ("base", "before")}
+    check_like(state, {name: like for name, like in SOMETIMES.items() if name in there}, path)
+    for part in settings, chosen:
+        check_like(part, {name: like for name, like in SETTINGS.items() if name in part}, path)
     row, before = state.get("row", {}), state.get("before") or {}
     plain = [*settings.values(), *state.get("versions", {}).values()]
-    sound = [all(isinstance(value, (int, float, str, type(None))) for value in plain),
-             all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values()),
-             0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999,
-             before.get("val_bpb", 1) > 0]
-    if chosen is not None:
-        sound += [chosen["dtype"] in ("float32", "bfloat16", "float16"), isinstance(chosen.get("compile"), (bool, str))]
-    if not all(sound):
+    if not (all(isinstance(value, (int, float, str, type(None))) for value in plain)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
+            and chosen["dtype"] in ("float32", "bfloat16", "float16")
+            and isinstance(chosen.get("compile"), (bool, str))
+            and 0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999
+            and before.get("val_bpb", 1) > 0):
         raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
     if not state.get("base"):
         check_model(settings, state["model"], path, state.get("int8"))
@@ -276,16 +271,18 @@ def find_checkpoint(init_from, out_dir):
     for path in reversed(paths):
         try:
             state = load_checkpoint(path)
-            for name in ("optimizer", "scaler", "row", "chosen", "versions", "data_sha256"):
-                if name not in state:
-                    raise UserError(f"{path} has no {name}: a run cannot go on from it (a renamed best.pt?)", "")
-            return state
+            missing = {"optimizer", "scaler", "row", "chosen", "versions", "data_sha256"} - state.keys()
+            if not missing:
+                return state
+            fact = f"{path} has no {min(missing)}: a run cannot go on from it (a renamed best.pt?)"
         except UserError as error:
-            if path == paths[0]:
-                best = os.path.join(out_dir, "best.pt")
-                raise UserError(f"{error.fact}, and no checkpoint before it is whole", "start a new run from the best "
-                                f"weights: --init_from={quote(best)} --out_dir=out/ANOTHER") from None
-            warn(f"{error.fact}; taking the one before")
+            fact = error.fact
+        if path != paths[0]:
+            warn(f"{fact}; taking the one before")
+    if paths:
+        best = quote(os.path.join(out_dir, "best.pt"))
+        raise UserError(f"{fact}, and no checkpoint before it is whole",
+                        f"start a new run from the best weights: --init_from={best} --out_dir=out/ANOTHER")
     return None
 
 

@@ -194,7 +194,7 @@ def continue_run(resumed, settings, given, data, here):
         return
     if resumed.get("order") != data.ORDER and settings.max_iters > resumed["step"]:
         raise UserError(f"{settings.out_dir} was begun by an older version, which read the data in another order",
-                        f"--init_from={quote(settings.out_dir)} --out_dir=out/ANOTHER begins a new run with its weights")
+                        f"--init_from={quote(settings.out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
     if settings.max_iters < resumed["step"]:
         raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
                         f"--max_iters={resumed['step']} or more")
