@@ -11,15 +11,15 @@ Evaluation: how good is a model, and which of two is better?
 
 Three questions, each with its own pitfalls:
 
-1. How well does it predict text? (evaluation/perplexity.py) Bits per byte can be compared between all models, for the
-   same context and stride.
-2. How does it answer? (evaluation/grading.py) A score on a few hundred questions is off by some percent, so each has its
+1. How well does it predict text? (evaluation/perplexity.py) Bits per byte compare all models, with the same context.
+2. How does it answer? (evaluation/grading.py) A score on a few hundred questions is off by some percent, so it has a
    standard error. Two models are compared question by question, which is sharper than the two errors suggest.
 3. How does it write? Its samples are kept, with how much they repeat themselves, beside the same of real text.
 
-The tables are in evaluation/report.py, the page of --html is report.html.
+evaluation/report.py makes the tables, report.html is the page of --html.
 """
 import gc
+import itertools
 import json
 import math
 import os
@@ -109,27 +109,24 @@ def read_tasks(settings):
             raise UserError(f"{settings.examples} has questions of the kind {pool[0].kind}, {name} of the kind "
                             f"{items[0].kind}", "examples of the same kind, and those tasks alone")
         asked = items[:settings.limit or None]
-        tasks[label] = asked, [choose_examples(i, items, pool, settings) for i in range(len(asked))]
+        tasks[label] = asked, [choose_examples(i, items, pool, settings.examples or path, settings.shots)
+                               for i in range(len(asked))]
     return tasks
 
 
-def choose_examples(i, items, pool, settings):
+def choose_examples(i, items, pool, pool_path, shots):
     """The examples before question i: the first of their own file, or those that follow it, round the end of the file.
 
     Neither the question itself nor one on the same passage, whose answer tells what is asked of such a text.
     """
-    item, examples = items[i], []
-    start = 0 if settings.examples else i + 1
-    for k in range(len(pool)):
-        other = pool[(start + k) % len(pool)]
-        if len(examples) == settings.shots:
-            break
-        if other.prompt != item.prompt and not (item.group and other.group == item.group):
-            examples.append(other)
-    if len(examples) < settings.shots:
-        raise UserError(f"shots={settings.shots}, but {settings.examples or item.where.split(', ')[0]} has only "
-                        f"{len(examples)} examples for {item.where} (not itself, and none on its passage)",
-                        f"--shots={len(examples)}")
+    item, start = items[i], i + 1 if pool is items else 0
+    others = (pool[(start + k) % len(pool)] for k in range(len(pool)))
+    allowed = (other for other in others
+               if other.prompt != item.prompt and (not item.group or other.group != item.group))
+    examples = list(itertools.islice(allowed, shots))
+    if len(examples) < shots:
+        raise UserError(f"shots={shots}, but {pool_path} has only {len(examples)} examples for {item.where} (not "
+                        "itself, and none on its passage)", f"--shots={len(examples)}")
     return examples
 
 
@@ -266,16 +263,18 @@ def real_text(text, samples):
 # All of it
 
 
-def evaluate(run, row, settings, device, texts, tasks, processes, save):
-    """Fill in the row of one model; what it cannot do (a character that it has no token for) is a warning.
+def evaluate(run, name, settings, device, texts, tasks, processes, models, save):
+    """Append one model to `models`. What it cannot do (a character that it has no token for) is a warning.
 
     save: is called whenever there is something new.
     """
     # 1. The model
-    name, dtype = row["model"], getattr(torch, settings.dtype)
     model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
-    dtype = torch.float32 if about["int8"] else dtype  # what is not in 8 bits
-    row |= dict(path=about["path"], parameters=model.n_params(), context=model.config.block_size)
+    dtype = torch.float32 if about["int8"] else getattr(torch, settings.dtype)  # of what is not in 8 bits
+    row = dict(model=name, path=about["path"], parameters=model.n_params(), context=model.config.block_size,
+               bits_per_byte=None, perplexity=None, word_perplexity=None, tokens_per_second=None,
+               texts={}, tasks={}, quality=None, missing={})
+    models.append(row)
 
     def attempt(what, measure, *args):
         try:
@@ -318,8 +317,9 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
         found = attempt(task, run_task, engine, items, examples, settings, processes, f"{name}: {task}", chat)
         if found:
             row["tasks"][task] = found
-            scores = [f"{report.HEADINGS[metric]} {report.percent(score)}" for metric, score in found["metrics"].items()]
-            say(f"{name}: {task}: {', '.join(scores)}; {found['n']} questions, {found['seconds']:.0f} s")
+            scores = ", ".join(f"{report.HEADINGS[metric]} {report.percent(score)}"
+                               for metric, score in found["metrics"].items())
+            say(f"{name}: {task}: {scores}; {found['n']} questions, {found['seconds']:.0f} s")
         save()
 
 
@@ -363,8 +363,8 @@ def check_runs(runs, which):
 
 def read_texts(settings, folders):
     """The texts of --data, by default that of the first folder that is there and holds no conversations."""
-    sources = settings.data or [folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json"))
-                                and not Dataset.open(folder).chat][:1]
+    here = (folder for folder in folders if folder and os.path.exists(os.path.join(folder, "meta.json")))
+    sources = settings.data or list(itertools.islice((one for one in here if not Dataset.open(one).chat), 1))
     if not sources:
         note("none of the runs names a text that is here: --data=FILE for bits per byte and perplexity")
     texts = [read_text(source, settings.megabytes, settings.text_field)
@@ -445,13 +445,9 @@ def main(argv):
     # 3. One model after the other
     try:
         for run, name in zip(runs, names_of(runs)):
-            row = dict(model=name, parameters=None, bits_per_byte=None, perplexity=None, word_perplexity=None,
-                       tokens_per_second=None, texts={}, tasks={}, quality=None, missing={})
-            results["models"].append(row)
-            evaluate(run, row, settings, device, texts, tasks, processes, save)
+            evaluate(run, name, settings, device, texts, tasks, processes, results["models"], save)
             gc.collect()  # the engine and its model name each other, and large ones should not wait for their end
     finally:  # what there is, is shown, whatever comes in between
-        results["models"] = [row for row in results["models"] if row["parameters"]]
         if processes.rank == 0 and results["models"]:
             finish()
             print(report.tables(results), flush=True)

@@ -8,11 +8,10 @@ Grading: from a file of questions to prompts, and from answers to scores.
 
 There are three kinds of questions, told apart by their fields:
 
-choice   {"prompt", "choices", "answer": 2}   Which continuation is the likeliest? Nothing is written: the model gives
-                                              the probability of each choice, and the highest one is its answer.
-words    {"context", "question", "answers"}   The model writes. Its first line is compared with each right answer, exactly
+choice   {"prompt", "choices", "answer": 2}   The model writes nothing: its answer is the most probable choice.
+words    {"context", "question", "answers"}   It writes, and its first line is compared with each right answer, exactly
          {"prompt", "answers"}                and by the words that both share (F1). SQuAD's .json is of this kind.
-number   {"question", "answer": "... #### N"} The model writes, and the number after #### counts. GSM8K's layout.
+number   {"question", "answer": "... #### N"} It writes, and the number after #### counts. GSM8K's layout.
 
 The first wrong row is an error: a question that is left out changes the score.
 """
@@ -23,14 +22,15 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+import numpy as np
+
 from runtime.console import UserError
-from text.rows import check, field, json_lines, kind_of, squad
+from text.rows import SQUAD, check, field, json_lines, kind_of, squad
 from text.sources import decoded, kind
 
 LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '
            '"...", "answers": ["..."]}, {"prompt": "...", "answers": ["..."]} or {"question": "...", "answer": '
            '"... #### 12"}')
-SQUAD = '{"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": [{"text": "..."}]}]}]}]}'
 FIELDS = [{"prompt", "choices", "answer"}, {"question", "answers"}, {"prompt", "answers"}, {"question", "answer"}]
 MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -67,7 +67,7 @@ class Item:
 
 
 def read_task(path):
-    """The items of a file, at least one and all of one kind. Raises UserError for the first row that is wrong."""
+    """The items of a file, at least one and all of one kind."""
     if kind(path) == ".json":
         items = list(squad_items(path))
     else:
@@ -98,7 +98,7 @@ def item_of(row, where):
     return words_item(row, where) if "answers" in layout else number_item(row, where)
 
 
-def text(row, name, where):
+def filled(row, name, where):
     """A field that is a text and not empty."""
     value = field(row, name, str, where, LAYOUTS)
     if not value.strip():
@@ -115,11 +115,12 @@ def texts(row, name, least, where):
 
 
 def choice_item(row, where):
-    choices, answer, prompt = texts(row, "choices", 2, where), row["answer"], text(row, "prompt", where)
+    choices, answer, prompt = texts(row, "choices", 2, where), row["answer"], filled(row, "prompt", where)
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(f"{where}: `answer` is {answer!r}, not the number of a choice, 0 to {len(choices) - 1}",
                         LAYOUTS)
-    if {choice.strip() for choice in choices} != set(choices) or "" in choices or len(set(choices)) < len(choices):
+    different = {choice.strip() for choice in choices} - {""}
+    if different != set(choices) or len(different) < len(choices):
         raise UserError(f"{where}: `choices` has an empty one, one with spaces round it, or one twice", LAYOUTS)
     if prompt[-1].isspace():
         raise UserError(f"{where}: `prompt` ends with white space, and a space is put before each choice",
@@ -128,11 +129,11 @@ def choice_item(row, where):
 
 
 def words_item(row, where):
-    context = text(row, "context", where).strip() + "\n\n" if "context" in row else ""
+    context = filled(row, "context", where).strip() + "\n\n" if "context" in row else ""
     answers = texts(row, "answers", 1, where)
     if "question" in row:
-        return question_item(context, text(row, "question", where), answers, where)
-    prompt = context + text(row, "prompt", where)
+        return question_item(context, filled(row, "question", where), answers, where)
+    prompt = context + filled(row, "prompt", where)
     return Item("words", where, prompt, prompt, answers, [], group=context)
 
 
@@ -143,8 +144,8 @@ def question_item(context, question, answers, where):
 
 
 def number_item(row, where):
-    question = text(row, "question", where).strip()
-    steps, mark, end = text(row, "answer", where).rpartition("####")
+    question = filled(row, "question", where).strip()
+    steps, mark, end = filled(row, "answer", where).rpartition("####")
     if not MARKED.fullmatch(mark + end.rstrip()) or number(mark + end) is None:
         raise UserError(f"{where}: `answer` does not end with #### and a number", LAYOUTS)
     steps = re.sub(r"<<[^<>]*>>", "", steps).strip()  # GSM8K's <<3*4=12>> are for a calculator
@@ -152,11 +153,8 @@ def number_item(row, where):
 
 
 def squad_items(path):
-    """The questions of a file in SQuAD's layout, version 1.1 or 2.0.
-
-    In 2.0 some have no answer in the text, and the right one is to say nothing.
-    """
-    for where, context, paragraph in squad(path, SQUAD):
+    """The questions of a file in SQuAD's layout. In version 2.0, to some of them the right answer is nothing."""
+    for where, context, paragraph in squad(path):
         for k, qa in enumerate(field(paragraph, "qas", list, where, SQUAD)):
             here = f"{where}.qas[{k}]"
             answers = [field(answer, "text", str, f"{here}.answers[{n}]", SQUAD)
@@ -197,15 +195,13 @@ def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
 def choice_ids(item, examples, tokenizer, chat=False):
     """For each choice, (the ids of prompt and choice, how many of them are the choice's).
 
-    In a text, a space joins them. Both are encoded together, since a token may begin with this space; the choice has
-    the tokens behind as many as the prompt alone has (as in lm-evaluation-harness).
+    In a text, a space joins them. Both are encoded together, since a token may begin with this space; the choice's
+    tokens are those behind as many as the prompt alone has (as in lm-evaluation-harness).
     """
     before = prompt_ids(item, examples, tokenizer, chat=chat)
     for choice in item.choices:
-        if chat:
-            ids = before + tokenizer.encode(choice)
-        else:
-            ids = tokenizer.encode(f"{prompt_text(item, examples)} {choice}")
+        together = f"{prompt_text(item, examples)} {choice}"
+        ids = before + tokenizer.encode(choice) if chat else tokenizer.encode(together)
         yield ids, max(1, len(ids) - len(before))
 
 
@@ -248,9 +244,7 @@ def vote(answers):
     2203.11171), and their share says how sure to be.
     """
     counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
-        return None, 0.0
-    answer, n = counts.most_common(1)[0]
+    answer, n = counts.most_common(1)[0] if counts else (None, 0)
     return answer, n / len(answers)
 
 
@@ -297,24 +291,21 @@ def mean(values, groups=None):
 
     groups: what each belongs to; by default all are independent. Five questions on one text tell less than five on
     five, so their deviations are added up before they are squared (Miller 2024, arXiv 2411.00640): with G groups of n
-    scores in all, error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2. Where each is alone, that is
-    the usual variance / n.
+    scores in all, error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2.
     """
-    value, deviations = math.fsum(values) / len(values), Counter()
-    for group, score in zip(groups or range(len(values)), values):
-        deviations[group] += score - value
-    G = len(deviations)
-    if G == 1:
-        return dict(value=value, error=None)
-    squares = math.fsum(deviation * deviation for deviation in deviations.values())
-    return dict(value=value, error=math.sqrt(squares * G / (G - 1)) / len(values))
+    scores = np.array(values, dtype=float)
+    group_of = np.unique(list(groups or range(len(scores))), return_inverse=True)[1]
+    deviations = np.bincount(group_of, scores - scores.mean())  # (G,)
+    G, error = len(deviations), None
+    if G > 1:
+        error = math.sqrt(G / (G - 1) * (deviations ** 2).sum()) / len(scores)
+    return dict(value=float(scores.mean()), error=error)
 
 
 def differences(models):
     """Every model beside the first one, question by question: the mean difference and its standard error.
 
-    What makes a question hard for both falls out of the difference, so that its error is smaller than that of two
-    separate scores (Miller 2024, arXiv 2411.00640).
+    What makes a question hard for both falls out of the difference, so its error is smaller (Miller 2024).
     """
     rows = []
     for model in models[1:]:
@@ -330,18 +321,15 @@ def differences(models):
 
 def calibration(confidences, scores, bins=10):
     """(bins, the expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)
-
-    The error is the mean distance between confidence and accuracy of a bin, weighted by its questions.
     """
-    table, error = [], 0.0
-    for i in range(bins):
-        here = [pair for pair in zip(confidences, scores) if min(int(pair[0] * bins), bins - 1) == i]
-        if here:
-            confidence = sum(sure for sure, _ in here) / len(here)
-            accuracy = sum(score for _, score in here) / len(here)
-            table.append(dict(n=len(here), confidence=confidence, accuracy=accuracy))
-            error += len(here) * abs(confidence - accuracy) / len(scores)
-    return table, error
+    confidences, scores = np.array(confidences), np.array(scores)
+    bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
+    table = []
+    for i in np.unique(bin_of):
+        here = bin_of == i
+        table.append(dict(n=int(here.sum()), confidence=float(confidences[here].mean()),
+                          accuracy=float(scores[here].mean())))
+    return table, sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in table) / len(scores)
 
 
 def words_of(text):
@@ -361,12 +349,11 @@ def variety(texts):
         """The n-grams of each text."""
         return [list(zip(*(words[i:] for i in range(n)))) for words in texts]
 
-    def different(groups):
+    def distinct(groups):
         """The share of different n-grams within the groups."""
         total = sum(map(len, groups))
         return sum(len(set(group)) for group in groups) / total if total else None
 
-    distinct_1, distinct_2 = (different([sum(grams(n), [])]) for n in (1, 2))
-    new = different(grams(4))
-    return dict(words=sum(map(len, texts)), distinct_1=distinct_1, distinct_2=distinct_2,
-                repetition=None if new is None else 1 - new)
+    in_one_text = distinct(grams(4))
+    return dict(words=sum(map(len, texts)), distinct_1=distinct([sum(grams(1), [])]),
+                distinct_2=distinct([sum(grams(2), [])]), repetition=None if in_one_text is None else 1 - in_one_text)

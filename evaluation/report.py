@@ -10,10 +10,11 @@ import os
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
 HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
-TASK_NOTES = [("calibration_error", "calibration error", "{calibration_error:.2f} ({who})"),
-              ("cut", "prompts cut at their beginning, to fit:", "{cut} ({who})"),
-              ("unfinished", "answers that did not end within their limit:", "{unfinished} at {longest} tokens ({who})"),
-              ("chat", "in the chat format:", "{who}")]
+TASK_NOTES = {  # what a model's result of a task has beside its scores, and how it is said
+    "calibration_error": ("calibration error", "{calibration_error:.2f} ({who})"),
+    "cut": ("prompts cut at their beginning, to fit:", "{cut} ({who})"),
+    "unfinished": ("answers that did not end within their limit:", "{unfinished} at {longest} tokens ({who})"),
+    "chat": ("in the chat format:", "{who}")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def task_note(name, task, results):
     parts = [f"{name}: {task['n']} questions, {', '.join(how)}", "percent ± standard error"]
     if "chance" in task:
         parts.append(f"by chance {100 * task['chance']:.1f}")
-    for key, what, form in TASK_NOTES:
+    for key, (what, form) in TASK_NOTES.items():
         told = [form.format(who=model["model"], **model["tasks"][name])
                 for model in results["models"] if model["tasks"].get(name, {}).get(key)]
         if told:

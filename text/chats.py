@@ -5,8 +5,8 @@ Chats: where conversations come from, for a model that is to answer and to stop 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small  # about Python's library
 
-Every line of a .jsonl file, or element of the list in a .json, is a row with the fields of one of these layouts. A field
-`system` beside them becomes the system message. Other fields are ignored.
+Every line of a .jsonl file, or element of the list in a .json, is a row with the fields of one of these layouts. A
+field `system` beside them becomes the system message. Other fields are ignored.
 
     messages                       [{"role": "system", "user" or "assistant", "content": "..."}, ...]
     conversations                  the same in ShareGPT's words: [{"from": "system", "human" or "gpt", "value": "..."}]
@@ -27,10 +27,8 @@ from runtime.files import read_json
 from text.rows import check, field, json_lines, kind_of
 from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
-FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
-       '{"conversations": [{"from": "human", "value": "..."}, ...]}, '
-       '{"prompt": "...", "completion": "..."}, {"instruction": "...", "input": "...", "output": "..."} or '
-       '{"question": "...", "answer": "..."}; mend it or delete it')
+FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or '
+       'has another layout of those in text/chats.py; mend it or delete it')
 KINDS = (".jsonl",)  # of a folder; a .json there may be anything
 LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
          "conversations": ("from", "value", dict(system="system", human="user", gpt="assistant"))}

@@ -13,6 +13,8 @@ from runtime.files import parse_json, read_json
 
 RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
 KINDS = {str: "a text", list: "a list", dict: "an object"}
+SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
+         '[{"text": "..."}]}]}]}]}; give other rows as a .jsonl file, one a line')
 
 
 def field(row, name, kind, where, fix, parent=""):
@@ -62,17 +64,16 @@ def records(path, blocks, separator):
     yield rest
 
 
-def squad(path, fix, questions=True):
+def squad(path, questions=True):
     """(where, context, paragraph) for every paragraph of a .json in SQuAD's layout (Rajpurkar 2016, arXiv 1606.05250).
 
-    It is {"data": [{"paragraphs": [{"context": "...", "qas": [...]}]}]}. The questions are four fifths of it: where
-    nobody wants them, they are dropped while it is being read.
+    Its questions are four fifths of the file: where they are not wanted, they are dropped while it is being read.
     """
     def without_questions(fields):
         fields.pop("qas", None)
         return fields
-    content = read_json(path, fix, object_hook=None if questions else without_questions)
-    for i, article in enumerate(field(content, "data", list, path, fix)):
-        for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", fix)):
+    content = read_json(path, SQUAD, object_hook=None if questions else without_questions)
+    for i, article in enumerate(field(content, "data", list, path, SQUAD)):
+        for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"
-            yield where, field(paragraph, "context", str, where, fix).strip(), paragraph
+            yield where, field(paragraph, "context", str, where, SQUAD).strip(), paragraph

@@ -329,8 +329,7 @@ def fix_for_fields(row, fix):
 
 def squad_documents(path):
     """The paragraphs of a file in SQuAD's layout."""
-    fix = '{"data": [{"paragraphs": [{"context": "..."}]}]} can be read, or a .jsonl file with {"text": "..."} lines'
-    for where, context, _ in squad(path, fix, questions=False):
+    for where, context, _ in squad(path, questions=False):
         yield in_memory(where, context)
 
 
