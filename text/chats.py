@@ -38,7 +38,7 @@ PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answ
 def conversations(sources):
     """The conversations of all sources (as for sources.documents), each a Document with `messages`, in a fixed order.
 
-    Its text is that of the messages, one below the other.
+    Its text is what is said, a line end between the messages. Raises UserError for what is no conversation.
     """
     for source in sources:
         path = source[1] if isinstance(source, tuple) else source
@@ -50,7 +50,7 @@ def conversations(sources):
 # Files
 
 def file_chats(path):
-    """(where, messages, None) for each row of a file, or of the files of a folder."""
+    """(where, messages, None) for each row of a file, or of those of a folder."""
     for file in files(path, KINDS):
         for where, row in rows(file):
             yield where, read(row, where), None
@@ -63,7 +63,7 @@ def rows(path):
     content = read_json(path, FIX)
     if not isinstance(content, list):
         raise UserError(f"{path}: not a list of rows but {kind_of(content)}", FIX)
-    return [(f"{path}, number {number}", row) for number, row in enumerate(content, 1)]
+    return ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
 
 
 def read(row, where):
