@@ -13,10 +13,8 @@ Three questions, each with its own pitfalls:
 
 1. How well does it predict text? (evaluation/perplexity.py) Bits per byte compare all models, with the same context.
 2. How does it answer? (evaluation/grading.py) A score on a few hundred questions is off by some percent, so it has a
-   standard error. Two models are compared question by question, which is sharper than the two errors suggest.
+   standard error. Two models are compared question by question, which is sharper.
 3. How does it write? Its samples are kept, with how much they repeat themselves, beside the same of real text.
-
-evaluation/report.py makes the tables, report.html is the page of --html.
 """
 import gc
 import itertools
@@ -131,7 +129,7 @@ def choose_examples(i, items, pool, pool_path, shots):
 
 
 def requests_for(item, examples, seeds, settings, engine, chat):
-    """What the engine has to do for a question: score each choice, or write an answer for each seed."""
+    """What the engine has to do: score each choice, or write an answer for each seed."""
     if item.kind == "choice":
         # prompt_logprobs: log-probabilities are wanted from this token on, the choice's first.
         return [Request(ids=ids, max_tokens=0, prompt_logprobs=len(ids) - n)
@@ -158,7 +156,7 @@ def cut_to_fit(requests, item, size):
 
 
 def work(engine, requests, name):
-    """Let the engine answer. It gets a few at a time, so that it need not look through thousands at every step."""
+    """Let the engine answer. It looks through those that wait at every step, so it gets a few at a time."""
     tell, waiting = now_and_then(name), deque(requests)
     while waiting or engine.waiting or engine.running:
         while waiting and len(engine.waiting) < engine.rows:
@@ -169,45 +167,42 @@ def work(engine, requests, name):
         raise UserError("its scores are not finite numbers", "--dtype=float32, or another checkpoint")
 
 
-def answer(engine, items, numbers, examples, settings, name, chat):
-    """Ask some of the items, by their numbers: {number: its row in the report}."""
-    asked, rows = {}, {}
-    for i in numbers:
-        seeds = [fold("vote", settings.seed, i, n) for n in range(settings.votes)]
-        requests = requests_for(items[i], examples[i], seeds, settings, engine, chat)
-        asked[i] = requests, cut_to_fit(requests, items[i], engine.context)
-    work(engine, [request for requests, _ in asked.values() for request in requests], name)
-    for i, (requests, cut) in asked.items():
-        item, prompt = items[i], requests[0].ids[:requests[0].prompt_logprobs]
-        row = dict(where=item.where, group=item.group or item.where, right=item.right, cut=cut,
-                   prompt=engine.tokenizer.decode(prompt))
-        if item.kind == "choice":
-            logprobs = [math.fsum(token.logprob for token in request.prompt_tokens) for request in requests]
-            row |= dict(choices=item.choices, logprobs=logprobs, **grading.score_choice(item, logprobs))
-        else:
-            texts = [request.text for request in requests]
-            # Of words the first line counts, but of a number what comes at the end.
-            unfinished = sum(request.finish_reason == "length" for request in requests) * (item.kind == "number")
-            row |= dict(texts=texts, unfinished=unfinished, longest=requests[0].max_tokens,
-                        **grading.score_text(item, texts))
-        rows[i] = row
-    return rows
+def row_of(item, requests, cut, tokenizer):
+    """A question and its answer, as a row of the report."""
+    prompt = requests[0].ids[:requests[0].prompt_logprobs]
+    row = dict(where=item.where, group=item.group or item.where, right=item.right, cut=cut,
+               prompt=tokenizer.decode(prompt))
+    if item.kind == "choice":
+        logprobs = [math.fsum(token.logprob for token in request.prompt_tokens) for request in requests]
+        return row | dict(choices=item.choices, logprobs=logprobs, **grading.score_choice(item, logprobs))
+    texts, unfinished = [request.text for request in requests], 0
+    if item.kind == "number":  # it stands at the end; of words the first line counts
+        unfinished = sum(request.finish_reason == "length" for request in requests)
+    return row | dict(texts=texts, unfinished=unfinished, longest=requests[0].max_tokens,
+                      **grading.score_text(item, texts))
 
 
 def run_task(engine, items, examples, settings, processes, name, chat=False):
-    """Ask all items, in several processes: {kind, n, metrics, ..., items}. examples: those of each item.
+    """Ask all items, and sum up: {kind, n, metrics, ..., items}. examples: those of each item.
 
     chat: in the model's chat format, not as a text.
     """
-    started = time.perf_counter()
+    # 1. Each process asks some of them
+    started, asked = time.perf_counter(), {}
     try:
-        mine = range(processes.rank, len(items), processes.world)
-        rows = answer(engine, items, mine, examples, settings, name, chat)
+        for i in range(processes.rank, len(items), processes.world):
+            seeds = [fold("vote", settings.seed, i, n) for n in range(settings.votes)]
+            requests = requests_for(items[i], examples[i], seeds, settings, engine, chat)
+            asked[i] = requests, cut_to_fit(requests, items[i], engine.context)
+        work(engine, [request for requests, _ in asked.values() for request in requests], name)
+        rows = {i: row_of(items[i], *found, engine.tokenizer) for i, found in asked.items()}
     except UserError as error:  # maybe in one process of several: the others have to hear of it
         rows = {"error": (error.fact, error.fix)}
     rows = processes.gather(rows)
     if "error" in rows:
         raise UserError(*rows["error"])
+
+    # 2. All sum up
     rows = [rows[i] for i in range(len(items))]
     groups = [row["group"] for row in rows]
     scores = {metric: [row["marks"][metric] for row in rows] for metric in rows[0]["marks"]}

@@ -169,13 +169,13 @@ def squad_items(path):
 
 
 def prompt_text(item, examples, cot=False):
-    """The examples with their answers, then the question: a text that goes on with the answer."""
+    """The examples with their answers, then the question."""
     shown = [f"{example.prompt} {example.shown(cot)}" for example in examples]
     return "\n\n".join([*shown, item.prompt])
 
 
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
-    """The ids up to the answer: the examples with theirs, then the question; as a text, or in the chat format.
+    """The ids of that, as a text or in the chat format.
 
     cot: show the way to the answer in examples, and ask for it (chain of thought; Wei 2022, arXiv 2201.11903).
     """
@@ -216,10 +216,7 @@ def normalize(text):
 
 
 def f1(answer, right):
-    """The harmonic mean of precision and recall of the words that both have: 0 to 1. SQuAD's own arithmetic.
-
-    Where one is empty, it is 1 if both are (version 2.0; in 1.1 no right answer is).
-    """
+    """The harmonic mean of precision and recall of the words that both have: 0 to 1. Of nothing and nothing it is 1."""
     ours, theirs = normalize(answer).split(), normalize(right).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -249,10 +246,7 @@ def vote(answers):
 
 
 def score_text(item, texts):
-    """Score what was written, several texts by their vote: {"marks": {metric: 0 to 1}, "answer", "confidence"}.
-
-    The first metric is the one that counts, here and everywhere.
-    """
+    """Score what was written, several texts by their vote. The first of the `marks` is the one that counts most."""
     if item.kind == "number":
         answer, share = vote([number(text) for text in texts])
         right = answer is not None and answer == number("#### " + item.right[0])
@@ -269,16 +263,13 @@ def score_text(item, texts):
 
 
 def score_choice(item, logprobs):
-    """Score the likeliest choice, and the likeliest per byte, which is fair to long ones. logprobs: of each, in nats.
-
-    The confidence is the probability of the likeliest among the choices.
-    """
+    """Score the likeliest choice, and the likeliest per byte, which is fair to long ones. logprobs: in nats."""
     per_byte = [logprob / len(choice.encode()) for logprob, choice in zip(logprobs, item.choices)]
     highest = max(logprobs)
     best = item.choices[logprobs.index(highest)]
     best_per_byte = item.choices[per_byte.index(max(per_byte))]
     scores = dict(accuracy=float(best == item.right[0]), per_byte=float(best_per_byte == item.right[0]))
-    confidence = 1 / sum(math.exp(logprob - highest) for logprob in logprobs)
+    confidence = 1 / sum(math.exp(logprob - highest) for logprob in logprobs)  # the softmax of the highest
     return dict(marks=scores, answer=best, confidence=confidence)
 
 
