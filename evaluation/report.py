@@ -9,39 +9,79 @@ import json
 import os
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
+HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
+TASK_NOTES = {  # what a model's result of a task has beside its scores, and how it is said
+    "calibration_error": ("calibration error", "{calibration_error:.2f} ({who})"),
+    "cut": ("prompts cut at their beginning, to fit:", "{cut} ({who})"),
+    "unfinished": ("answers that did not end within their limit:", "{unfinished} at {longest} tokens ({who})"),
+    "chat": ("in the chat format:", "{who}")}
 
 
-def percent(mark):
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def cell(value, form):
+    return "–" if value is None else format(value, form)
+
+
+def large(number):
+    """A number of any size in four digits or so."""
+    if number is None or number < 100:
+        return cell(number, ".2f")
+    return cell(number, ",.0f" if number < 1e6 else ".1e")
+
+
+def percent(score):
     """{"value", "error"} in percent: 61.0 ± 4.9"""
-    error = "" if mark["error"] is None else f" ± {100 * mark['error']:.1f}"
-    return f"{100 * mark['value']:.1f}{error}"
+    if score is None:
+        return "–"
+    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+    return f"{100 * score['value']:.1f}{error}"
+
+
+def count(n, thing):
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
+
+def variety(found):
+    found = found or {}
+    return {"sample words": cell(found.get("words"), ","), "distinct-1": cell(found.get("distinct_1"), ".2f"),
+            "distinct-2": cell(found.get("distinct_2"), ".2f"), "repetition": cell(found.get("repetition"), ".2f")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def columns(results):
-    """The models as rows {heading: cell}, in two tables: what counts first, and the rest, with real text beside it."""
-    texts, tasks = results["texts"], every_task(results)
+    """The models as rows {heading: cell} of two tables: what counts most, and the rest, with real text beside it."""
+    texts, models = results["texts"], results["models"]
     first, rest = [], []
-    for model in results["models"]:
-        row, more = {"model": model["model"], "parameters": f"{model['parameters']:,}"}, {"model": model["model"]}
+    for model in models:
+        row = {"model": model["model"], "parameters": f"{model['parameters']:,}"}
+        more = {"model": model["model"]}
         for name in texts:
-            found, on = model["texts"].get(name), f" on {name}" if len(texts) > 1 else ""
-            row[f"bits per byte{on}"] = f"{found['bits_per_byte']:.4f}" if found else "–"
+            found = model["texts"].get(name, {})
+            where = f" on {name}" if len(texts) > 1 else ""
+            row[f"bits per byte{where}"] = cell(found.get("bits_per_byte"), ".4f")
             if len(texts) == 1:
-                row["perplexity per token"] = large(found and found["perplexity"])
-                row["per word"] = large(found and found["word_perplexity"])
+                row["perplexity per token"] = large(found.get("perplexity"))
+                row["per word"] = large(found.get("word_perplexity"))
         row["tokens/s"] = large(model["tokens_per_second"])
-        for name, task in tasks.items():
-            found = model["tasks"].get(name)
+        for name, task in every_task(results).items():
+            found = model["tasks"].get(name, {}).get("metrics", {})
             for i, metric in enumerate(task["metrics"]):
-                cell = percent(found["metrics"][metric]) if found else "–"
-                (more if i else row)[f"{name}: {HEADINGS[metric]}"] = cell
-        if any(model["quality"] for model in results["models"]):
+                table = more if i else row
+                table[f"{name}: {HEADINGS[metric]}"] = percent(found.get(metric))
+        if any(model["quality"] for model in models):
             more |= variety(model["quality"])
         first.append(row)
         rest.append(more)
-    if "reference" in results and "distinct-2" in rest[0]:
-        blank = dict.fromkeys(rest[0], "") | {"model": f"({results['reference']['name']} itself)"}
-        rest.append(blank | variety(results["reference"]))
+    real = results.get("reference")
+    if real and "distinct-2" in rest[0]:
+        blank = dict.fromkeys(rest[0], "")
+        rest.append(blank | {"model": f"({real['name']} itself)"} | variety(real))
     return first, rest
 
 
@@ -50,85 +90,74 @@ def every_task(results):
     return {name: task for model in reversed(results["models"]) for name, task in model["tasks"].items()}
 
 
-HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
-
-
-def variety(found):
-    return {"sample words": f"{found['words']:,}" if found else "–", "distinct-1": share(found, "distinct_1"),
-            "distinct-2": share(found, "distinct_2"), "repetition": share(found, "repetition")}
-
-
-def share(found, key):
-    return f"{found[key]:.2f}" if found and found[key] is not None else "–"
-
-
-def large(number):
-    """A number of any size in four digits or so."""
-    if number is None:
-        return "–"
-    return f"{number:.2f}" if number < 100 else f"{number:,.0f}" if number < 1e6 else f"{number:.1e}"
-
-
 def tables(results):
     """Everything as text: the table of models, what it was measured on, and the differences to the first model."""
     first, rest = columns(results)
-    parts = [table(first), *([table(rest)] if len(rest[0]) > 1 else []), "\n".join(notes(results))]
+    parts = [table(first)]
+    if len(rest[0]) > 1:
+        parts.append(table(rest))
+    parts.append("\n".join(notes(results)))
     if results["differences"]:
-        first = results["models"][0]["model"]
-        rows = [{"model": row["model"], "task": row["task"], f"difference to {first}": percent(row)}
-                for row in results["differences"]]
-        parts += [table(rows)]
+        heading = f"difference to {results['models'][0]['model']}"
+        parts.append(table([{"model": row["model"], "task": row["task"], heading: percent(row)}
+                            for row in results["differences"]]))
     return "\n\n".join(parts)
-
-
-def notes(results):
-    """What the numbers of the table mean, in lines."""
-    settings, versions, lines = results["settings"], results["versions"], []
-    for name, counts in results["texts"].items():
-        windows = {(found["block_size"], found["stride"]): [] for model in results["models"]
-                   if (found := model["texts"].get(name))}
-        for model in results["models"]:
-            if found := model["texts"].get(name):
-                windows[found["block_size"], found["stride"]].append(model["model"])
-        how = "; ".join(f"context {size}, stride {stride}" + (f": {', '.join(who)}" if len(windows) > 1 else "")
-                        for (size, stride), who in windows.items())
-        lines.append(f"{name}: {counts['bytes']:,} bytes, {counts['words']:,} words, "
-                     f"{count(counts['documents'], 'document')}; {how or 'read by no model'}")
-    for name, task in every_task(results).items():
-        shots = count(settings["shots"], "example") if settings["shots"] else "no examples"
-        steps = ", step by step" if settings["cot"] and task["kind"] == "number" else ""
-        votes = f", {settings['votes']} votes" if settings["votes"] > 1 and task["kind"] != "choice" else ""
-        has = {model["model"]: model["tasks"][name] for model in results["models"] if name in model["tasks"]}
-        also = {
-            "by chance": [f"{100 * task['chance']:.1f}"] if "chance" in task else [],
-            "calibration error": [f"{found['calibration_error']:.2f} ({who})" for who, found in has.items()
-                                  if "calibration_error" in found],
-            "prompts cut at their beginning, to fit:": [f"{found['cut']} ({who})" for who, found in has.items()
-                                                        if found["cut"]],
-            "answers that did not end within their limit:": [
-                f"{found['unfinished']} at {found['longest']} tokens ({who})" for who, found in has.items()
-                if found["unfinished"]],
-            "in the chat format:": [who for who, found in has.items() if found["chat"]]}
-        lines.append(f"{name}: {task['n']} questions, {shots}{steps}{votes}; percent ± standard error"
-                     + "".join(f"; {what} {', '.join(those)}" for what, those in also.items() if those))
-    lines.append(f"{settings['dtype']} on {versions['device']}, {versions['threads']} threads, torch "
-                 f"{versions['torch']}, Python {versions['python']}; tokens/s: one text alone, the best of three; "
-                 f"{results['seconds'] / 60:.1f} minutes in all")
-    return lines + [f"{model['model']}: {what}: {why}"
-                    for model in results["models"] for what, why in model["missing"].items()]
-
-
-def count(n, thing):
-    return f"{n:,} {thing}" + "s" * (n != 1)
 
 
 def table(rows):
     """Rows {heading: cell} as a Markdown table."""
-    lines = [list(rows[0]), *([row[heading] for heading in rows[0]] for row in rows)]
-    lines = [[cell.replace("|", "/") for cell in line] for line in lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = [[cell.replace("|", "/") for cell in line] for line in (rows[0], *(row.values() for row in rows))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notes
+
+
+def notes(results):
+    """What the numbers of the tables mean, in lines."""
+    versions = results["versions"]
+    lines = [text_note(name, results) for name in results["texts"]]
+    lines += [task_note(name, task, results) for name, task in every_task(results).items()]
+    lines.append(f"{results['settings']['dtype']} on {versions['device']}, {versions['threads']} threads, torch "
+                 f"{versions['torch']}, Python {versions['python']}; tokens/s: one text alone, the best of three; "
+                 f"{results['seconds'] / 60:.1f} minutes in all")
+    for model in results["models"]:
+        lines += [f"{model['model']}: {what}: {why}" for what, why in model["missing"].items()]
+    return lines
+
+
+def text_note(name, results):
+    """How long a text is, and with which context it was read; with the models, where they had different ones."""
+    windows = {}
+    for model in results["models"]:
+        if found := model["texts"].get(name):
+            windows.setdefault(f"context {found['block_size']}, stride {found['stride']}", []).append(model["model"])
+    how = [window + (f": {', '.join(names)}" if len(windows) > 1 else "") for window, names in windows.items()]
+    size = results["texts"][name]
+    return (f"{name}: {size['bytes']:,} bytes, {size['words']:,} words, {count(size['documents'], 'document')}; "
+            + ("; ".join(how) or "read by no model"))
+
+
+def task_note(name, task, results):
+    """How a task was given, and what happened that a score does not tell."""
+    settings = results["settings"]
+    how = [count(settings["shots"], "example") if settings["shots"] else "no examples"]
+    if settings["cot"] and task["kind"] == "number":
+        how.append("step by step")
+    if settings["votes"] > 1 and task["kind"] != "choice":
+        how.append(f"{settings['votes']} votes")
+    parts = [f"{name}: {task['n']} questions, {', '.join(how)}", "percent ± standard error"]
+    if "chance" in task:
+        parts.append(f"by chance {100 * task['chance']:.1f}")
+    for key, (what, form) in TASK_NOTES.items():
+        told = [form.format(who=model["model"], **model["tasks"][name])
+                for model in results["models"] if model["tasks"].get(name, {}).get(key)]
+        if told:
+            parts.append(f"{what} {', '.join(told)}")
+    return "; ".join(parts)
 
 
 def page(results):

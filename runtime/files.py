@@ -2,8 +2,9 @@
 """
 Files: opened with care when they are a stranger's, written whole or not at all, by one process at a time.
 
-    with open_file("meta.json", most=1 << 20) as file:      # no pipe, no device, no more than a megabyte
-        meta = json.load(file)
+    with open_file("a.bin", most=1 << 20) as file:          # no pipe, no device, no more than a megabyte
+        ...
+    meta = read_json("meta.json", "run prepare.py again")   # not too large or too deep
     check_like(meta, dict(format=1, dtype=""), "meta.json") # its parts have the types that they should
     with replace_file("loss.svg", "w") as file:             # a reader sees the old file or the new one, never half of it
         file.write(picture)
@@ -12,11 +13,17 @@ Files: opened with care when they are a stranger's, written whole or not at all,
 """
 import contextlib
 import errno
+import gzip
 import hashlib
+import json
 import os
 import sys
+import zlib
 
 from runtime.console import UserError, note, say
+
+JSON_BYTES = 200 << 20  # a .json file is read whole: no more than this
+JSON_VALUES = 10_000_000  # and no more values: `[],` has three characters, but takes 64 bytes in memory
 
 
 def open_file(path, most=sys.maxsize, mode="rb", **options):
@@ -28,6 +35,35 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
     if size > most:
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, and no more than {most:,} are read")
     return open(path, mode, **options)
+
+
+def read_json(path, fix, **options):
+    """The value in a stranger's .json or .json.gz file. fix: what to do where it is not JSON."""
+    try:
+        with open_file(path) as raw, gzip.open(raw) if path.lower().endswith(".gz") else raw as file:
+            data = file.read(JSON_BYTES + 1)
+        text = data[:JSON_BYTES].decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+                        "check the file, or leave it out") from None
+    if len(data) > JSON_BYTES:
+        raise UserError(f"{path} has more than {JSON_BYTES >> 20} MB, and a .json file is read whole",
+                        "write it as a .jsonl file, one object per line")
+    return parse_json(text, path, fix, **options)
+
+
+def parse_json(text, where, fix, **options):
+    """The value of a stranger's JSON text. where: the file, and maybe the line, that the error names."""
+    if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
+        raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
+                        "split it, or write it as a .jsonl file, one object per line")
+    try:
+        return json.loads(text, **options)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", fix) from None
+    except (RecursionError, ValueError) as error:  # brackets or digits without end
+        raise UserError(f"{where}: not to be read: {error}", fix) from None
 
 
 def new_file(path, mode="xb", **options):

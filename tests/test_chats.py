@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, error
 
 from text import chats
+from runtime import files
 from text import sources
 from runtime.console import UserError
 
@@ -168,7 +169,7 @@ def test_wrong_sources(here, monkeypatch):
     assert wrong("*.json")[0].endswith("match a .jsonl, .json file (or .gz of these)")
     (here / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}')
     assert wrong("latin.jsonl")[0] == "latin.jsonl is not UTF-8: byte 0xe9 at offset 15"
-    monkeypatch.setattr(sources, "JSON_BYTES", 10)
+    monkeypatch.setattr(files, "JSON_BYTES", 10)
     (here / "long.json").write_text(json.dumps([dict(messages=HELLO)]))
     fact, fix = wrong("long.json")
     assert "a .json file is read whole" in fact and ".jsonl" in fix

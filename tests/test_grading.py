@@ -72,7 +72,7 @@ def test_f1_and_exact_match_are_squads(language):
         item.right = [right, other] if rng.random() < 0.3 else [right]
         for answer in (other, right[:len(right) // 2], f"{right} {other}", f"The {right.upper()}!", near,
                        f"an {shuffled},", f"{right} {right}", right.replace(" ", " the "), ""):
-            found = grading.mark_text(item, [answer])["marks"]
+            found = grading.score_text(item, [answer])["marks"]
             f1, exact = marks_by_definition(answer.strip().split("\n")[0], item.right)
             assert found["f1"] == pytest.approx(f1, abs=1e-12) and found["exact"] == exact, (answer, item.right)
             seen[0 if not f1 else 2 if exact else 1] += 1
@@ -89,9 +89,9 @@ def test_f1_by_hand(answer, right, due):
 
 def test_the_first_line_is_the_answer_and_the_best_right_one_counts():
     item = Item("words", "", "", "", ["a dog", "the old man"], [])
-    assert grading.mark_text(item, ["\n The old man.\nQuestion: who?"]) == dict(
+    assert grading.score_text(item, ["\n The old man.\nQuestion: who?"]) == dict(
         marks=dict(f1=1.0, exact=1.0), answer="The old man.", confidence=None)
-    voted = grading.mark_text(item, ["cat", "A dog", "Dog!", "cat dog"])
+    voted = grading.score_text(item, ["cat", "A dog", "Dog!", "cat dog"])
     assert voted == dict(marks=dict(f1=1.0, exact=1.0), answer="A dog", confidence=0.5)
 
 
@@ -108,7 +108,7 @@ def test_every_answer_of_gsm8k():
         for item, row in zip(items, rows):
             due = Decimal(row["answer"].split("#### ")[1].replace(",", ""))
             assert number(row["answer"]) == due
-            marked = grading.mark_text(item, [row["answer"], f"It is ${due:,}.", f"{due + 1}"])
+            marked = grading.score_text(item, [row["answer"], f"It is ${due:,}.", f"{due + 1}"])
             assert marked["marks"] == {"accuracy": 1.0, "format": 1 / 3} and marked["confidence"] == 2 / 3
             assert "<<" not in item.steps and "####" not in item.steps and row["answer"].startswith(item.steps[:3])
 
@@ -127,7 +127,7 @@ def test_no_text_makes_the_search_for_a_number_fail():
     for text in nasty(5000):
         for made in (text, "####" + text, f"-{text}.1,{text}"):
             assert number(made) is None or isinstance(number(made), Decimal)
-            assert grading.mark_text(item, [made])["marks"]["accuracy"] in (0, 1)
+            assert grading.score_text(item, [made])["marks"]["accuracy"] in (0, 1)
 
 
 def test_votes():
@@ -135,7 +135,7 @@ def test_votes():
     assert vote([None, None]) == (None, 0.0) and vote([2]) == (2, 1.0)
     assert vote([Decimal("18"), 1, Decimal("18.00")])[1] == 2 / 3
     item = Item("number", "", "", "", ["18"], [])
-    assert grading.mark_text(item, ["x", "y"]) == dict(marks=dict(accuracy=0.0, format=0.0), answer="", confidence=0.0)
+    assert grading.score_text(item, ["x", "y"]) == dict(marks=dict(accuracy=0.0, format=0.0), answer="", confidence=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +310,6 @@ def test_prompts_as_a_chat(here):
     item, = grading.read_task(written(here / "t.jsonl", READ))
     told = grading.INSTRUCTIONS["words"]
     assert grading.prompt_ids(item, [], Plain, cot=True, chat=True) == [("user", told + "c\n\nQuestion: q")]
-    assert grading.stops(True) == [] and grading.stops(False) == ["\nQuestion:"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ def questions(kind, n, **changed):
         if kind == "choice":
             choices, logprobs = [f"good {i}", f"bad {i}"], [-2.0, -1.5 if i % 3 == 0 else -4.0]
             item = grading.Item(kind, f"t.jsonl, line {i + 1}", f"prompt {i}", "", choices[:1], choices)
-            row = dict(choices=choices, logprobs=logprobs, **grading.mark_choice(item, logprobs))
+            row = dict(choices=choices, logprobs=logprobs, **grading.score_choice(item, logprobs))
         else:
             right = ["42"] if kind == "number" else [f"a red hat {i}"]
             item = grading.Item(kind, f"t.jsonl, line {i + 1}", f"prompt {i}", "", right, [])
             texts = ["so it is 41" if kind == "number" else f"red {i}" if i % 2 else ""] if i % 3 == 0 else [right[0]]
-            row = dict(texts=texts, **grading.mark_text(item, texts))
+            row = dict(texts=texts, **grading.score_text(item, texts))
         rows.append(dict(where=item.where, group=item.where, prompt=item.prompt, right=item.right, **row) | changed)
     return rows
 

@@ -10,6 +10,8 @@ from conftest import error, words
 from text import chats
 from evaluation import grading
 import prepare
+from runtime import files
+from text import rows
 from text import sources
 import tokenizer as tokenizers
 
@@ -150,8 +152,8 @@ def test_there_are_fifty():
 
 
 def test_what_is_too_long_to_hold(here, monkeypatch):
-    monkeypatch.setattr(sources, "RECORD_CHARACTERS", 1000)
-    monkeypatch.setattr(sources, "JSON_BYTES", 1000)
+    monkeypatch.setattr(rows, "RECORD_CHARACTERS", 1000)
+    monkeypatch.setattr(files, "JSON_BYTES", 1000)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
     (here / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 3000 + b'"}')
     assert "a.jsonl: number 2 of the texts between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
@@ -196,7 +198,7 @@ def test_a_pipe_is_not_waited_for(here, read, name):
 @pytest.mark.parametrize("name, text", [("a.json", "[%s]"), ("a.jsonl", '{"text": "a", "messages": [%s]}')])
 @pytest.mark.parametrize("values", ["[]," * 500, '{},' * 500, "1," * 1000, '{"a":1},' * 350])
 def test_what_is_small_in_a_file_and_large_in_memory(here, monkeypatch, name, text, values):
-    monkeypatch.setattr(sources, "JSON_VALUES", 1000)
+    monkeypatch.setattr(files, "JSON_VALUES", 1000)
     (here / name).write_text(text % values)
     for argv in ([name], [name, "--format=chat"]):
         assert "too many values to hold" in error(prepare.main, *argv)[0]

@@ -5,8 +5,8 @@ Chats: where conversations come from, for a model that is to answer and to stop 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small  # about Python's library
 
-Every line of a .jsonl file is one of these, or every element of the list in a .json. A field `system` beside them is
-what the system says first; what else there is, is ignored:
+Every line of a .jsonl file, or element of the list in a .json, is a row with the fields of one of these layouts. A
+field `system` beside them becomes the system message. Other fields are ignored.
 
     messages                       [{"role": "system", "user" or "assistant", "content": "..."}, ...]
     conversations                  the same in ShareGPT's words: [{"from": "system", "human" or "gpt", "value": "..."}]
@@ -14,7 +14,7 @@ what the system says first; what else there is, is ignored:
     instruction, input, output     Alpaca's; input may be missing or empty
     question, answer               GSM8K's
 
-A wrong row is an error that names its file, line and field: nobody would miss a conversation that was left out.
+The first wrong row is an error: nobody would notice that a conversation is missing.
 """
 import ast
 import functools
@@ -23,12 +23,12 @@ from collections import Counter
 from zlib import crc32
 
 from runtime.console import UserError
-from text.sources import check_text, files, in_memory, kind, kind_of, parse_json, read_json, records, stdlib_documents
+from runtime.files import read_json
+from text.rows import check, field, json_lines, kind_of
+from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
-FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
-       '{"conversations": [{"from": "human", "value": "..."}, ...]}, '
-       '{"prompt": "...", "completion": "..."}, {"instruction": "...", "input": "...", "output": "..."} or '
-       '{"question": "...", "answer": "..."}; mend it or delete it')
+FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or '
+       'has another layout of those in text/chats.py; mend it or delete it')
 KINDS = (".jsonl",)  # of a folder; a .json there may be anything
 LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
          "conversations": ("from", "value", dict(system="system", human="user", gpt="assistant"))}
@@ -57,56 +57,52 @@ def file_chats(path):
 
 
 def rows(path):
+    """(where, row) for each row of a .jsonl or .json file."""
     if kind(path) == ".jsonl":
-        for number, line in enumerate(records(path, "\n"), 1):
-            if line.strip():
-                yield (where := f"{path}, line {number}"), parse_json(line, where, FIX)
-        return
+        return json_lines(path, decoded(path), FIX)
     content = read_json(path, FIX)
     if not isinstance(content, list):
         raise UserError(f"{path}: not a list of rows but {kind_of(content)}", FIX)
-    yield from ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
+    return ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
 
 
 def read(row, where):
     """The messages of a row, with our names for the roles."""
-    def fail(fact):
-        raise UserError(f"{where}: {fact}", FIX)
+    def text(name):
+        return field(row, name, str, where, FIX)
+
     if not isinstance(row, dict):
-        fail(f"not an object but {kind_of(row)}")
-    system = check_text(row.get("system") or "", where, "system", FIX)
-    first = [dict(role="system", content=system)] if system else []
-    for field in LISTS:  # before a `prompt`, which repeats a part of the messages in some files
-        if field in row:
-            return first + read_list(row[field], where, field, fail)
+        raise UserError(f"{where}: not an object but {kind_of(row)}", FIX)
+    system = [dict(role="system", content=text("system"))] if row.get("system") else []
+    for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
+        if name in row:
+            return system + read_list(row, name, where)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
-            texts = [check_text(row[name], where, name, FIX) for name in (asked, answered)]
+            question = text(asked)
             if asked == "instruction" and row.get("input") not in (None, ""):
-                texts[0] += "\n\n" + check_text(row["input"], where, "input", FIX)
-            return first + dialogue(texts)
-    fail(f"no fields of a conversation, but {', '.join(row) or 'none'}")
+                question += "\n\n" + text("input")
+            return system + dialogue([question, text(answered)])
+    raise UserError(f"{where}: no fields of a conversation, but {', '.join(row) or 'none'}", FIX)
 
 
-def read_list(messages, where, field, fail):
-    if not isinstance(messages, list) or not messages:
-        fail(f"`{field}` is not a list but {kind_of(messages)}" if messages != [] else f"`{field}` is empty")
-    role, content, roles = LISTS[field]
-    found = []
-    for i, message in enumerate(messages):
-        here = f"{field}[{i}]"
-        if not isinstance(message, dict):
-            fail(f"`{here}` is not an object but {kind_of(message)}")
-        for name in (role, content):
-            if name not in message:
-                fail(f"no field `{here}.{name}`, but {', '.join(message) or 'none'}")
-            check_text(message[name], where, f"{here}.{name}", FIX)
+def read_list(row, name, where):
+    """The messages of a row that has them as a list."""
+    role_field, content_field, roles = LISTS[name]
+    messages = []
+    for i, message in enumerate(field(row, name, list, where, FIX)):
+        here = f"{name}[{i}]"
+        check(message, here, dict, where, FIX)
+        role = field(message, role_field, str, where, FIX, parent=f"{here}.")
+        content = field(message, content_field, str, where, FIX, parent=f"{here}.")
         if message.get("tool_calls") or message.get("weight", 1) != 1:
-            fail(f"`{here}` has tool_calls or a weight, which cannot be learned here")
-        if message[role] not in roles:
-            fail(f"`{here}.{role}` is {message[role][:40]!r}, none of {', '.join(roles)}")
-        found.append(dict(role=roles[message[role]], content=message[content]))
-    return found
+            raise UserError(f"{where}: `{here}` has tool_calls or a weight, which cannot be learned here", FIX)
+        if role not in roles:
+            raise UserError(f"{where}: `{here}.{role_field}` is {role[:40]!r}, none of {', '.join(roles)}", FIX)
+        messages.append(dict(role=roles[role], content=content))
+    if not messages:
+        raise UserError(f"{where}: `{name}` is empty", FIX)
+    return messages
 
 
 def dialogue(texts):

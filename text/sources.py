@@ -19,10 +19,8 @@ import codecs
 import glob
 import gzip
 import hashlib
-import json
 import os
 import re
-import sys
 import sysconfig
 import zlib
 from dataclasses import dataclass
@@ -34,14 +32,12 @@ from urllib.parse import unquote, urlsplit
 from runtime.files import file_sha256, open_file
 from runtime.console import UserError, note, origin, public
 from text.download import download
+from text.rows import field, json_lines, records, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
                {"question", "answer"}]  # by which a conversation is known, see text/chats.py
 BLOCK_BYTES = 1 << 20
-RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
-JSON_BYTES = 200 << 20  # and so is a .json file (bytes of memory: most texts take one for each character)
-JSON_VALUES = 10_000_000  # in either of them: `[],` are three characters, but 64 bytes in memory
 
 
 @dataclass
@@ -295,19 +291,6 @@ def seam(text):
     return end + 1 if end >= near else len(text)
 
 
-def records(path, separator):
-    """The texts between the separators of a file, one after the other, without the separators."""
-    rest, number = "", 0
-    for text in decoded(path):
-        *ended, rest = (rest + text).split(separator)
-        yield from ended
-        number += len(ended)
-        if len(rest) > RECORD_CHARACTERS:
-            raise UserError(f"{path}: number {number + 1} of the texts between {separator!r} has more than "
-                            f"{RECORD_CHARACTERS >> 20} million characters", "split it, or give it as a .txt file")
-    yield rest
-
-
 def in_memory(name, text, held_out=None, messages=None):
     """A document that is in memory already."""
     return Document(name, lambda: iter([text]), held_out, messages)
@@ -315,90 +298,31 @@ def in_memory(name, text, held_out=None, messages=None):
 
 def jsonl_documents(path, text_field):
     """One document per line of JSON; the text is in one field."""
-    for number, line in enumerate(records(path, "\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield in_memory(where, jsonl_text(line, where, text_field))
-
-
-def jsonl_text(line, where, text_field):
     fix = f'every line must be like {{"{text_field}": "..."}}; mend the line or delete it'
-    row = parse_json(line, where, fix)
-    if not isinstance(row, dict) or text_field not in row:
-        has = ", ".join(row) if isinstance(row, dict) else kind_of(row)
-        texts = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-        fix = f"--text_field={quote(texts[0])}" if texts else fix
-        if isinstance(row, dict) and any(row.keys() >= fields for fields in CHAT_FIELDS):
-            fix = "--format=chat, if these are conversations to learn to answer from" + f"; or {fix}" * bool(texts)
-        raise UserError(f"{where}: no field `{text_field}`, but {has}", fix)
-    return check_text(row[text_field], where, text_field, fix)
+    for where, row in json_lines(path, decoded(path), fix):
+        if isinstance(row, dict) and text_field not in row:
+            fix = fix_for_fields(row, fix)
+        yield in_memory(where, field(row, text_field, str, where, fix))
 
 
-def parse_json(text, where, fix, **options):
-    if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
-        raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
-                        "split it, or write it as a .jsonl file, one object per line")
-    try:
-        return json.loads(text, **options)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", fix) from None
-    except (RecursionError, ValueError) as error:  # brackets or digits without end
-        raise UserError(f"{where}: not to be read: {error}", fix) from None
-
-
-def check_text(value, where, field, fix):
-    """`value` if it is a text that can be written down in UTF-8; otherwise the error that names the field."""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: `{field}` is not a text but {kind_of(value)}", fix)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(f"{where}: `{field}` has half a character, {half}", fix) from None
-    return value
-
-
-def kind_of(value):
-    return "null" if value is None else type(value).__name__
+def fix_for_fields(row, fix):
+    """What to type for a row with other fields than the one that was looked for."""
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if texts:
+        fix = f"--text_field={quote(texts[0])}"
+    if any(row.keys() >= fields for fields in CHAT_FIELDS):
+        chat = "--format=chat, if these are conversations to learn to answer from"
+        fix = f"{chat}; or {fix}" if texts else chat
+    return fix
 
 
 def squad_documents(path):
-    """The paragraphs of a file in SQuAD's layout (Rajpurkar et al. 2016): data[i].paragraphs[j].context."""
-    fix = '{"data": [{"paragraphs": [{"context": "..."}]}]} can be read, or a .jsonl file with {"text": "..."} lines'
-    # The questions, four fifths of the file, are dropped while it is being read.
-    content = read_json(path, fix, object_hook=lambda fields: {k: v for k, v in fields.items() if k != "qas"})
-    for i, article in enumerate(member(content, "data", path, fix)):
-        for j, paragraph in enumerate(member(article, "paragraphs", f"{path}, data[{i}]", fix)):
-            where = f"{path}, data[{i}].paragraphs[{j}]"
-            if not isinstance(paragraph, dict) or "context" not in paragraph:
-                raise UserError(f"{where}: no field `context`", fix)
-            yield in_memory(where, check_text(paragraph["context"], where, "context", fix).strip())
-
-
-def read_json(path, fix, **options):
-    """What a .json file holds, which is read whole: up to JSON_BYTES."""
-    texts, total = [], 0
-    for text in decoded(path):
-        texts.append(text)
-        total += sys.getsizeof(text)
-        if total > JSON_BYTES:
-            raise UserError(f"{path} takes more than {JSON_BYTES / 1e6:.0f} MB, and a .json file is read whole",
-                            "write it as a .jsonl file, one object per line")
-    return parse_json("".join(texts), path, fix, **options)
-
-
-def member(value, name, where, fix):
-    """The list value[name], or the error that says what there is instead."""
-    if not isinstance(value, dict) or name not in value:
-        has = ", ".join(value) if isinstance(value, dict) else kind_of(value)
-        raise UserError(f"{where}: no field `{name}`, but {has}", fix)
-    if not isinstance(value[name], list):
-        raise UserError(f"{where}: `{name}` is not a list but {kind_of(value[name])}", fix)
-    return value[name]
+    """The paragraphs of a file in SQuAD's layout."""
+    for where, context, _ in squad(path, questions=False):
+        yield in_memory(where, context)
 
 
 def story_documents(path):
-    """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each side."""
-    for number, story in enumerate(records(path, "<|endoftext|>"), 1):
+    """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each split."""
+    for number, story in enumerate(records(path, decoded(path), "<|endoftext|>"), 1):
         yield in_memory(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))
