@@ -71,10 +71,19 @@ def test_doctor_warns_of_leaks(here, capsys):
     assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
 
 
-
-def test_the_names_of_benches():
-    assert "one of: parity, doctor, serve" in error(bench.main)[1]
+def test_the_names_of_benches(capsys):
+    for argv in ([], ["x"]):
+        assert "one of: doctor, parity, loss" in error(bench.main, *argv)[1]
+        assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().err, re.M)) == 8  # what each is for
     assert "no bench 'x'" in error(bench.main, "x")[0]
+
+
+def test_a_bench_knows_its_own_settings_only(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert re.findall(r"^--(\w+)", out, re.M) == ["peer", "prompt", "new_tokens", "repeats", "tiny"]
+    assert "python -m bench generate" in out and "no setting 'minutes'" in error(bench.main, "doctor", "--minutes=2")[0]
 
 
 def test_the_speed_benches_need_what_they_compare_with(here):
@@ -139,7 +148,7 @@ def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
     assert re.search(r"int8: [\d.]+ ms: matrices \d+%, attention \d+%, choosing a token \d+%", out)
-    for peer in ("transformers is not installed", "is no folder of nanoGPT"):
+    for peer in ("transformers is not installed", "is not a folder of nanoGPT"):
         assert peer in err
 
 
