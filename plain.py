@@ -52,10 +52,13 @@ seed = 1337
 
 
 def load_tokens():
-    """(ids to learn from, ids to validate on, the character of each id): a tenth of the text is not trained on."""
+    """(ids to train on, ids to validate on, the character of each id): the last tenth of the text is for validation."""
     if dataset:
-        ids = [numpy.fromfile(os.path.join("data", dataset, f"{split}.bin"), numpy.uint16) for split in ("train", "val")]
-        return *(torch.from_numpy(part.astype(numpy.int64)) for part in ids), []
+        ids = {}
+        for split in ("train", "val"):
+            path = os.path.join("data", dataset, f"{split}.bin")
+            ids[split] = torch.from_numpy(numpy.fromfile(path, numpy.uint16).astype(numpy.int64))
+        return ids["train"], ids["val"], []
     text = ""
     for name in ("argparse", "ast", "calendar", "difflib", "heapq", "random", "statistics", "textwrap"):
         with open(os.path.join(os.path.dirname(os.__file__), f"{name}.py"), encoding="utf-8") as file:
@@ -137,7 +140,7 @@ class GPT:
         shapes["transformer.ln_f.weight"] = (C,)
         self.weights = {}
         for name, shape in shapes.items():
-            # Norms begin with 1, matrices at random: a product of n terms with such weights has their size (LeCun 1998).
+            # Norms begin with 1, matrices at random, such that a product has the size of its inputs (LeCun 1998).
             start = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / math.sqrt(shape[-1])
             self.weights[name] = start.requires_grad_()
 

@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 
+import tokenizer as tokenizers
 from bench.measure import ratio, spread, table, take_turns
 from model import GPT, GPTConfig, PRESETS
 from runtime import machine
@@ -47,20 +48,14 @@ class Settings:
     repeats: int = 3  # rounds
 
 
-class Numbers:
-    """A tokenizer for a model that has learned nothing: a token is its number."""
-
-    kind, special, vocab_size = "numbers", {}, PRESETS["openllm-small"]["vocab_size"]
-
-    def token_bytes(self, i):
-        return b" %d" % i
-
-
-def load_model(run, device):
-    if run:
-        return ckpt.load_run(run, device=device)
+def load_model(path, device):
+    """(model, tokenizer, checkpoint) of a RUN; by default, openllm-small with random weights, which writes nonsense."""
+    if path:
+        return ckpt.load_run(path, device=device)
     torch.manual_seed(0)
-    return GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval(), Numbers(), {"path": "openllm-small/random"}
+    model = GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval()
+    characters = "".join(map(chr, range(32, 32 + model.config.vocab_size)))
+    return model, tokenizers.CharTokenizer(characters, special=()), {"path": "openllm-small/random"}
 
 
 def run(settings, runs):

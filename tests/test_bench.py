@@ -111,7 +111,7 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
     runs = []
 
-    def trained(name, width, dataset, argv, tiny):
+    def trained(name, width, settings, argv):
         asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * width
         updates = int(asked[name].get("max_iters", 50_000 // width))
         every = int(asked[name]["eval_interval"])
@@ -136,7 +136,7 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
     assert len(lines) == len(runs) == 7 and len(dots) == sum(len(run.points()) for run in runs) > 60
     assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
-    for points, said in (([], "no validation after 60 updates"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
+    for points, said in (([], "no validation after 60 steps"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
         with pytest.raises(UserError, match=said):
             bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
 

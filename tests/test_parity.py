@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, error, prepare_words
+from conftest import ROOT, error, prepare_words, script
 
 from bench import __main__ as bench
 from bench import parity as bench_parity
@@ -88,3 +88,12 @@ def test_parity_needs_a_peer(data):
     assert "steps=3" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--steps=3")[0]
     fact, fix = error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")
     assert "train.py failed, error: there is no prepared data in data/none" in fact and "python prepare.py" in fix
+
+
+def test_plain_learns_alone(tmp_path):
+    """Without a prepared text it reads files of Python's library, learns, and writes."""
+    out = script("plain.py", "--max_iters=20", "--log_interval=20", "--device=cpu", cwd=tmp_path).stdout
+    first, last = map(float, re.findall(r"iter \d+: loss ([\d.]+), time", out))
+    validation, guess = map(float, re.search(r"validation loss ([\d.]+), a guess would have ([\d.]+)", out).groups())
+    assert last < first and validation < guess and "plain.py does without device" in out
+    assert len(out.partition("    def ")[2]) > 250
