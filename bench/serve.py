@@ -30,7 +30,6 @@ from bench.measure import ratio, spread, table, take_turns
 from model import GPT, GPTConfig, PRESETS
 from runtime import machine
 from runtime.console import UserError
-from runtime.settings import check_limits
 from serve import ServeConfig, Server
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
@@ -59,7 +58,6 @@ def load_model(path, device):
 
 
 def run(settings, runs):
-    check_limits(settings, {"requests repeats prompt new_tokens": (1, 1e6)})
     path, new = runs[0] if runs else "", settings.new_tokens
     device = machine.choose_device(settings.device)
     dtype, _ = machine.choose_dtype(settings.dtype, device)
@@ -94,14 +92,16 @@ def run(settings, runs):
     print(f"{path or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {settings.prompt} tokens, {new} "
           f"new ones, {settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)")
     print(f"GPT.generate: {spread(found['generate'], 0)} tokens/s; the server holds {int(memory) / 1e6:,.0f} MB")
-    rates = {who: [rate for rate, _ in found[who]] for who in found if who[0] in ("whole", "stream")}
     rows = []
+    one, _ = zip(*found["stream", 1])
     for n in CLIENTS:
-        rate, engine_rate = rates["stream", n], found["engine", n]
-        first = sorted(1000 * seconds for _, times in found["stream", n] for seconds in times)
+        engine = found["engine", n]
+        whole, _ = zip(*found["whole", n])
+        rate, firsts = zip(*found["stream", n])
         middle = statistics.median(rate)
+        first = sorted(1000 * seconds for times in firsts for seconds in times)
         rows.append([n, f"{middle / new:.1f}", spread(rate, 0), f"{middle / n:,.0f}", ratio(rate, found["generate"]),
-                     ratio(rate, rates["stream", 1]), ratio(rate, engine_rate), ratio(rates["whole", n], engine_rate),
+                     ratio(rate, one), ratio(rate, engine), ratio(whole, engine),
                      f"{first[len(first) // 2]:.0f} ms", f"{first[int(len(first) * 0.99)]:.0f} ms"])
     table("| clients | requests/s | tokens/s | of each | of GPT.generate | of one client | of the bare engine "
           "| the same, whole answers | first token, p50 | p99 |", rows)
