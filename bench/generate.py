@@ -172,8 +172,10 @@ def llama_cpp(model, prompt, new, folder):
     write_gguf(model, path)
     llama = Llama(path, n_ctx=model.config.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    return lambda: list(itertools.islice(llama.generate(prompt, top_p=1.0, min_p=0.0, repeat_penalty=1.0, temp=0.8,
-                                                        top_k=40), new))
+    def write():
+        tokens = llama.generate(prompt, temp=0.8, top_k=40, top_p=1.0, min_p=0.0, repeat_penalty=1.0)
+        list(itertools.islice(tokens, new))
+    return write
 
 
 def write_gguf(model, path):

@@ -36,7 +36,7 @@ class Settings:
 
 
 def run(settings, sources):
-    short = [*TINY, "--max_iters=20"] if settings.tiny else []
+    short = [*TINY, "--max_iters=20", "--eval_interval=10"] if settings.tiny else []
     with tempfile.TemporaryDirectory() as folder:
         peer = os.path.join(folder, "peer")
         copy_peer(settings.peer, peer)

@@ -146,7 +146,7 @@ def fit(curves):
     points = [(n, *point, len(points) ** -0.5) for n, points in curves for point in points]
     n, d, bits, weight = torch.tensor(points, dtype=torch.float64).T  # (P,) each
     logs = torch.tensor([1e6, 0.2, 1e6, 0.25], dtype=torch.float64).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([logs], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-15,
+    optimizer = torch.optim.LBFGS([logs], max_iter=1000, tolerance_grad=1e-12, tolerance_change=1e-15,
                                   line_search_fn="strong_wolfe")
 
     def error():
@@ -186,7 +186,7 @@ def picture(law, runs, width=720, height=400):
         path = " ".join(f"{x(at)},{y(bits)}" for at, bits in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}"/>')
         parts += [f'<circle cx="{x(at)}" cy="{y(bits)}" r="3" fill="{color}"/>' for at, bits in points]
-        at, bits = points[-1]
+        at, bits = points[0]
         parts.append(f'<text x="{x(at)}" y="{y(bits)}" dy="-8" text-anchor="middle">{run.n / 1e6:.1f}M</text>')
     parts.append(f'<text x="{width - 20}" y="34" text-anchor="end">bits per byte over operations of training; dots: '
                  'measured, lines: the law; grey: short runs, blue: the long one</text>')
