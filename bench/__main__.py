@@ -14,7 +14,7 @@ import sys
 from runtime.console import UserError, command_line, say, show
 from runtime.settings import load
 
-BENCHES = {  # each is a file here, with a class Settings and a function run(settings, arguments)
+BENCHES = {  # each is a file here, with a class Settings and a function main(settings, arguments)
     "doctor": "is this machine fit to train? A checklist to paste into an issue",
     "parity": "does training here do what it does in nanoGPT, loss by loss?",
     "loss": "how soon has a model learned as much as nanoGPT's?",
@@ -37,7 +37,7 @@ def main(argv):
                         "python -m bench NAME, one of: " + ", ".join(BENCHES))
     bench = importlib.import_module(f"bench.{argv[0]}")
     settings, _, arguments = load(bench.Settings, argv[1:])
-    return bench.run(settings, arguments)
+    return bench.main(settings, arguments)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Settings:
     tiny: bool = False  # models of no size and one switch; only to see that it runs
 
 
-def run(settings, _):
+def main(settings, _):
     steps, tiny = settings.steps, settings.tiny
     names = list(SWITCHES)[:2] if tiny else list(SWITCHES)
     say(f"{len(names)} settings, {settings.repeats} seeds, {steps} steps")

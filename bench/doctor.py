@@ -28,7 +28,7 @@ class Settings:
     dataset: str = ""  # data/NAME; by default data/stdlib, if it is there
 
 
-def run(settings, _):
+def main(settings, _):
     started, failed = time.perf_counter(), []
     device = machine.choose_device(settings.device)
     machine.set_up(device)

@@ -55,7 +55,7 @@ class Settings:
     tiny: bool = False  # a model of no size, without llama.cpp; only to see that it runs
 
 
-def run(settings, runs):
+def main(settings, runs):
     model, tokenizer, checkpoint = load_model(runs[0] if runs else "", "cpu")
     ckpt.check_whole(checkpoint)
     if settings.tiny:

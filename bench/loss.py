@@ -35,7 +35,7 @@ class Settings:
     tiny: bool = False  # models of no size; only to see that it runs
 
 
-def run(settings, sources):
+def main(settings, sources):
     short = [*TINY, "--max_iters=20", "--eval_interval=10"] if settings.tiny else []
     with tempfile.TemporaryDirectory() as folder:
         peer = os.path.join(folder, "peer")

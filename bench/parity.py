@@ -42,7 +42,7 @@ class Settings:
     steps: int = 200
 
 
-def run(settings, _):
+def main(settings, _):
     check_limits(settings, {"steps": (10, 100_000)})
     steps = settings.steps
     recipe = [*RECIPE, f"--lr_decay_iters={steps}", f"--warmup_iters={steps // 10}"]

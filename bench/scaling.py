@@ -31,7 +31,7 @@ from runtime.console import UserError, note, say
 from runtime.settings import check_limits
 from training.log import read_header, ruling, svg
 
-WIDTHS = (64, 96, 128, 192, 256, 384)  # n_embd: 0.7 to 8 million parameters with a vocabulary of 4,096
+SIZES = (64, 96, 128, 192, 256, 384)  # n_embd: 0.7 to 8 million parameters with a vocabulary of 4,096
 LONGER = 15  # the long run takes so many times as long: 30 minutes
 SKIPPED = 60  # steps of each run that are not fitted: three times the warm-up, which limits the loss so early
 E = 0.7  # bits per byte, in windows of 32 tokens: fits what n_embd=256 reaches in 7 minutes on PyTorch's source
@@ -77,27 +77,27 @@ class Law:
         return f"{E} + (({self.A:.3g} / N)^{self.a / self.b:.2f} + {self.B:.3g} / D)^{self.b:.2f}"
 
 
-def run(settings, _):
+def main(settings, _):
     check_limits(settings, {"minutes": (0.5, 10_000)})
     minutes = 0.01 if settings.tiny else settings.minutes
     short = {}
-    for width in (32, 64) if settings.tiny else WIDTHS:
-        # Some ten validations each; a step of a wide model takes longer.
-        argv = [f"--budget={60 * minutes:.0f}s", f"--eval_interval={math.ceil(2500 * minutes / width)}"]
+    for n_embd in (32, 64) if settings.tiny else SIZES:
+        # Some ten validations each; a step of a larger model takes longer.
+        argv = [f"--budget={60 * minutes:.0f}s", f"--eval_interval={math.ceil(2500 * minutes / n_embd)}"]
         argv = ["--max_iters=70", "--eval_interval=3"] if settings.tiny else argv
-        short[width] = trained(f"{width}", width, settings, argv)
-    curves = {width: (run.n, run.points()) for width, run in short.items()}
+        short[n_embd] = trained(f"{n_embd}", n_embd, settings, argv)
+    curves = {n_embd: (run.n, run.points()) for n_embd, run in short.items()}
     law = fit(curves.values())
 
     # As many steps as fit into the long time; a twentieth of it is for the start and for validation.
     steps, tokens, predicted = {}, {}, {}
-    for width, run in short.items():
-        steps[width] = round(LONGER * 60 * minutes / 1.05 * run.last["step"] / run.last["train_seconds"])
-        tokens[width] = steps[width] * run.last["tokens"] // run.last["step"]
-        predicted[width] = law.bits(run.n, tokens[width])
+    for n_embd, run in short.items():
+        steps[n_embd] = round(LONGER * 60 * minutes / 1.05 * run.last["step"] / run.last["train_seconds"])
+        tokens[n_embd] = steps[n_embd] * run.last["tokens"] // run.last["step"]
+        predicted[n_embd] = law.bits(run.n, tokens[n_embd])
     best = min(predicted, key=predicted.get)
     # How sure is that? As sure as the laws agree that leave out one of the runs, each in turn.
-    laws = [fit([curve for width, curve in curves.items() if width != out]) for out in curves]
+    laws = [fit([curve for n_embd, curve in curves.items() if n_embd != out]) for out in curves]
     others = [other.bits(short[best].n, tokens[best]) for other in laws]
     print(f"bits per byte = {law}\nafter {LONGER * minutes:g} minutes, {best} channels will be the best, with "
           f"{predicted[best]:.4f} bits per byte after {tokens[best]:,} tokens (without one of the runs, each in turn: "
@@ -117,13 +117,13 @@ def run(settings, _):
     print("scaling.svg")
 
 
-def trained(name, width, settings, argv):
+def trained(name, n_embd, settings, argv):
     """The run out/scaling/`name`: trained now, unless it is there already."""
     out = os.path.join("out", "scaling", name)
     path = os.path.join(out, "log.jsonl")
     if os.path.exists(path):
         note(f"{out} is there already")
-    shape = [f"--n_embd={width}", f"--n_head={max(1, width // 64)}"]
+    shape = [f"--n_embd={n_embd}", f"--n_head={max(1, n_embd // 64)}"]
     shape += TINY[-2:] if settings.tiny else ["--block_size=32", "--batch_size=96"]
     *_, rows = train_ours([project("config/train_small.py"), *RATES, *shape, *argv, f"--dataset={settings.dataset}"],
                           ".", out)

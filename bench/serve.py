@@ -57,7 +57,7 @@ def load_model(path, device):
     return model, tokenizers.CharTokenizer(characters, special=()), {"path": "openllm-small/random"}
 
 
-def run(settings, runs):
+def main(settings, runs):
     path, new = runs[0] if runs else "", settings.new_tokens
     device = machine.choose_device(settings.device)
     dtype, _ = machine.choose_dtype(settings.dtype, device)

@@ -22,7 +22,7 @@ from runtime.settings import check_limits
 
 SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True".split()  # openllm-small
 NARROW = "--n_layer=6 --n_head=6 --n_embd=384 --bias=False".split()
-SHAPES = {  # name: (settings of both programs, batch_size, block_size, vocabulary)
+SHAPES = {  # name: (settings of both programs, batch_size, block_size, vocab_size)
     "openllm-small, 4 x 512": (SMALL, 4, 512, 32000),
     "6 x 6 x 384, 16 x 256": (NARROW, 16, 256, 65),
     # Its own context and the default batch of train.py, for the memory. A step takes half a minute: one round.
@@ -41,7 +41,7 @@ class Settings:
     tiny: bool = False  # a model of no size, not compiled; only to see that it runs
 
 
-def run(settings, _):
+def main(settings, _):
     check_limits(settings, {"steps": (SKIPPED + 1, 100_000)})
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {settings.repeats} rounds, the median of "
           f"{settings.steps - SKIPPED} steps in each: median (lowest to highest)")
@@ -52,7 +52,8 @@ def run(settings, _):
 
 def compare(name, shape, batch_size, block_size, vocab_size, settings):
     """The row of one shape."""
-    argv = [*shape, *COMMON, f"--batch_size={batch_size}", f"--block_size={block_size}", f"--max_iters={settings.steps}"]
+    argv = [*shape, *COMMON, f"--batch_size={batch_size}", f"--block_size={block_size}",
+            f"--max_iters={settings.steps}"]
     with tempfile.TemporaryDirectory() as folder:
         peer = os.path.join(folder, "peer")
         copy_peer(settings.peer, peer)

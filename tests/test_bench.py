@@ -111,11 +111,11 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
     runs = []
 
-    def trained(name, width, settings, argv):
-        asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * width
-        updates = int(asked[name].get("max_iters", 50_000 // width))
+    def trained(name, n_embd, settings, argv):
+        asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * n_embd
+        updates = int(asked[name].get("max_iters", 50_000 // n_embd))
         every = int(asked[name]["eval_interval"])
-        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * width / 500,
+        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * n_embd / 500,
                      wall_seconds=1.0) for step in range(every, updates + 1, every)]
         runs.append(bench_scaling.Run(n, 6 * n, rows))
         return runs[-1]
@@ -127,8 +127,8 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     long = asked[f"{best}-long"]
     assert int(long["max_iters"]) == round(1800 / 1.05 / (int(best) / 500)) and asked[best]["budget"] == "120s"
     n, d = 10_000 * int(best), 3072 * int(long["max_iters"])
-    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.WIDTHS]
-    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other width is better
+    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.SIZES]
+    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other size is better
     said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
     assert said == pytest.approx(law.bits(n, d), rel=2e-3)
     assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
