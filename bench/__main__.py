@@ -9,7 +9,6 @@ Measurements: every number in the README that names a `python -m bench` command.
 Each prints what it measured on standard output. Older numbers are in docs/measurements.md.
 """
 import importlib
-import sys
 
 from runtime.console import UserError, command_line, say, show
 from runtime.settings import load
