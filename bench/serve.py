@@ -1,191 +1,169 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast is the server? Called as `python -m bench serve [RUN]`.
+How fast is the server, and what does it add to the bare engine?
 
-The clients are in this process, the server is a process of its own; both share this machine. In each round, one after
-the other: GPT.generate, which knows one text; the engine without a server, asked as by 1, 4 and 16 clients; and as many
-clients that stream, each asking again as soon as it has its answer. The model is openllm-small with random weights,
-unless a RUN is given: what a text says does not change how long it takes. All are greedy, as GPT.generate is: drawing
-comes on top, for all alike. What streaming costs is partly the clients' own work, who read every piece as it comes; so
-the last comparison is also made with whole answers.
+    python -m bench serve --repeats=5
+    python -m bench serve out/small --requests=8        # a RUN in place of openllm-small with random weights
+
+The clients are in this process, the server is a process of its own; both share this machine. In each round, in turn:
+GPT.generate, which writes one text; the engine in a loop, with 1, 4 and 16 requests at a time; and as many clients of
+the server, which ask again as soon as they have their answer, for whole answers and for streams. All are greedy, as
+GPT.generate is: sampling comes on top, for all alike. Part of what a stream costs is the work of the clients.
 """
 import contextlib
-import itertools
+import http.client
 import json
 import multiprocessing
 import random
 import re
-import selectors
-import socket
 import statistics
 import time
 import urllib.request
-from collections import defaultdict
-from functools import partial
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from runtime import machine
-from training import checkpoint as ckpt
-from runtime.console import UserError, say
-from runtime.settings import check_limits
-from serving.engine import Engine, Request
+import tokenizer as tokenizers
+from bench.measure import ratio, spread, table, take_turns
 from model import GPT, GPTConfig, PRESETS
+from runtime import machine
+from runtime.console import UserError
 from serve import ServeConfig, Server
+from serving.engine import Engine, Request
+from training import checkpoint as ckpt
 
 CLIENTS = (1, 4, 16)
 
 
-class Numbers:
-    """A tokenizer for a model that has learned nothing: a token is its number."""
+@dataclass
+class Settings:
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    prompt: int = 32  # tokens of a prompt
+    new_tokens: int = 64  # tokens of an answer
+    requests: int = 4  # of each client, one after the other
+    repeats: int = 3  # rounds
 
-    kind, special, vocab_size = "numbers", {}, PRESETS["openllm-small"]["vocab_size"]
 
-    def token_bytes(self, i):
-        return b" %d" % i
-
-
-def load_model(run, device):
-    if run:
-        return ckpt.load_run(run, device=device)
+def load_model(path, device):
+    """(model, tokenizer, checkpoint) of a RUN; by default, openllm-small with random weights, which writes nonsense."""
+    if path:
+        return ckpt.load_run(path, device=device)
     torch.manual_seed(0)
-    return GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval(), Numbers(), {"path": "openllm-small/random"}
+    model = GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval()
+    characters = "".join(map(chr, range(32, 32 + model.config.vocab_size)))
+    return model, tokenizers.CharTokenizer(characters, special=()), {"path": "openllm-small/random"}
 
 
-def run_server(pipe, run, device, dtype):
-    """In a process of its own: a server on a free port, which it tells, until it is told to stop."""
-    server = Server(ServeConfig(port=0, device=device, dtype=dtype), lambda: load_model(run, device))
+def main(settings, runs):
+    path, new = runs[0] if runs else "", settings.new_tokens
+    device = machine.choose_device(settings.device)
+    dtype, _ = machine.choose_dtype(settings.dtype, device)
+    model, tokenizer, _ = load_model(path, device)
+    engine = Engine(load_model(path, device)[0], tokenizer, dtype=dtype)
+    rng = random.Random(0)
+
+    def bodies(n, **more):
+        """Requests, each with a prompt of its own."""
+        prompts = [rng.choices(range(model.config.vocab_size), k=settings.prompt) for _ in range(n * settings.requests)]
+        return [dict(prompt=prompt, max_tokens=new, ignore_eos=True, temperature=0, **more) for prompt in prompts]
+
+    def generate(_):
+        started = time.perf_counter()
+        with machine.autocast(device, dtype):
+            for body in bodies(1):
+                list(model.generate(torch.tensor([body["prompt"]], device=device), new))
+        return settings.requests * new / (time.perf_counter() - started)
+
+    with serving(path, device, settings.dtype) as port:
+        contestants = {"generate": generate}
+        for n in CLIENTS:
+            contestants["engine", n] = lambda _, n=n: run_engine(engine, n, bodies(n))
+            contestants["whole", n] = lambda _, n=n: ask(port, n, bodies(n, stream=False))
+            contestants["stream", n] = lambda _, n=n: ask(port, n, bodies(n, stream=True))
+        for name in ("generate", ("engine", 1), ("stream", 1)):
+            contestants[name](0)  # the first of each is slower
+        found = take_turns(contestants, settings.repeats)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            memory = re.search(r"^openllm_resident_memory_bytes (\d+)$", answer.read().decode(), re.M)[1]
+
+    print(f"{path or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {settings.prompt} tokens, {new} "
+          f"new ones, {settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)")
+    print(f"GPT.generate: {spread(found['generate'], 0)} tokens/s; the server holds {int(memory) / 1e6:,.0f} MB")
+    rows = []
+    one, _ = zip(*found["stream", 1])
+    for n in CLIENTS:
+        engine = found["engine", n]
+        whole, _ = zip(*found["whole", n])
+        rate, firsts = zip(*found["stream", n])
+        middle = statistics.median(rate)
+        first = sorted(1000 * seconds for times in firsts for seconds in times)
+        rows.append([n, f"{middle / new:.1f}", spread(rate, 0), f"{middle / n:,.0f}", ratio(rate, found["generate"]),
+                     ratio(rate, one), ratio(rate, engine), ratio(whole, engine),
+                     f"{first[len(first) // 2]:.0f} ms", f"{first[int(len(first) * 0.99)]:.0f} ms"])
+    table("| clients | requests/s | tokens/s | of each | of GPT.generate | of one client | of the bare engine "
+          "| the same, whole answers | first token, p50 | p99 |", rows)
+
+
+@contextlib.contextmanager
+def serving(*arguments):
+    """The port of a server in a process of its own."""
+    pipe, other = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(other, *arguments), daemon=True)
+    process.start()
+    yield pipe.recv()
+    pipe.send("stop")
+    process.join()
+
+
+def run_server(pipe, path, device, dtype):
+    server = Server(ServeConfig(port=0, device=device, dtype=dtype), lambda: load_model(path, device))
     server.start()
     while server.state == "loading":
         time.sleep(0.05)
     pipe.send(server.port)
-    with contextlib.suppress(EOFError):  # (the other side has ended, one way or the other)
+    with contextlib.suppress(EOFError):  # the bench has ended
         pipe.recv()
     server.stop()
 
 
-def clients(port, n, requests, body_of):
-    """n clients with `requests` requests each. Returns (requests per second, tokens per second, first-token times).
-
-    One thread plays all of them, and looks at no more of an answer than it must: it runs on the processor that is
-    measured.
-    """
-    selector, started, firsts, tokens, asked = selectors.DefaultSelector(), time.perf_counter(), [], 0, 0
-
-    def ask(connection, client):
-        nonlocal asked
-        body = json.dumps(body_of(asked)).encode()
-        asked += 1
-        client.asked, client.answer, client.first = time.perf_counter(), b"", None
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                           b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-
-    for _ in range(n):
-        connection = socket.create_connection(("127.0.0.1", port))
-        ask(connection, selector.register(connection, selectors.EVENT_READ, SimpleNamespace()).data)
-    while len(firsts) < n * requests:
-        for key, _ in selector.select():
-            connection, client = key.fileobj, key.data
-            data = connection.recv(1 << 16)
-            client.answer += data
-            if not data or not client.answer.startswith(b"HTTP/1.1 200"):
-                raise UserError(f"the server failed: {client.answer[:100]!r}", "see what it wrote above")
-            if client.first is None and b"data: " in client.answer:
-                client.first = time.perf_counter() - client.asked
-            if is_whole(client.answer):
-                firsts.append(client.first)
-                tokens += int(client.answer.rpartition(b'"completion_tokens": ')[2].partition(b",")[0])
-                if asked < n * requests:
-                    ask(connection, client)
-    seconds = time.perf_counter() - started
-    for key in list(selector.get_map().values()):
-        key.fileobj.close()
-    return len(firsts) / seconds, tokens / seconds, firsts
+def run_engine(engine, n, bodies):
+    """Tokens per second of the engine alone, with n requests at a time: a new one as soon as one is done."""
+    waiting = [Request(ids=body.pop("prompt"), **body) for body in bodies]
+    tokens, running = sum(request.max_tokens for request in waiting), []
+    started = time.perf_counter()
+    while waiting or running:
+        room = n - len(running)
+        engine.submit(*waiting[:room])
+        running += waiting[:room]
+        del waiting[:room]
+        engine.step()
+        running = [request for request in running if not request.finish_reason]
+    return tokens / (time.perf_counter() - started)
 
 
-def is_whole(answer):
-    head, _, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"Content-Length: (\d+)", head)
-    return len(body) == int(length[1]) if length else body.endswith(b"0\r\n\r\n")
+def ask(port, n, bodies):
+    """n clients share these requests, one at a time each. Returns (tokens per second, seconds until first tokens)."""
+    waiting, firsts, tokens = iter(bodies), [], []
 
+    def client():
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for body in waiting:
+            asked = time.perf_counter()
+            connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.readline()  # the first event of a stream
+            firsts.append(time.perf_counter() - asked)
+            text += answer.read()
+            if answer.status != 200:
+                raise UserError(f"the server failed: {text[:100]!r}", "see what it wrote above")
+            tokens.append(int(re.findall(rb'"completion_tokens": (\d+)', text)[-1]))
+        connection.close()
 
-def memory_of(port):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        return int(re.search(rb"^openllm_resident_memory_bytes (\d+)$", answer.read(), re.M)[1])
-
-
-def serve(settings, runs):
-    check_limits(settings, {"requests repeats prompt new_tokens": (1, 1e6)})
-    device, run, new = machine.choose_device(settings.device), runs[0] if runs else "", settings.new_tokens
-    dtype, _ = machine.choose_dtype(settings.dtype, device)
-    model, tokenizer, _ = load_model(run, device)
-    pipe, other = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(other, run, device, settings.dtype),
-                                                           daemon=True)
-    process.start()
-    engine = Engine(load_model(run, device)[0], tokenizer, dtype=dtype)
-    port, rng = pipe.recv(), random.Random(0)
-    prompts = [[rng.randrange(model.config.vocab_size) for _ in range(settings.prompt)] for _ in range(1000)]
-
-    def body(i, stream=True):
-        return dict(prompt=prompts[i % 1000], max_tokens=new, ignore_eos=True, stream=stream, temperature=0)
-
-    def generate():
-        started = time.perf_counter()
-        with machine.autocast(device, dtype):
-            list(model.generate(torch.tensor(prompts[:1], device=device), new))
-        return new / (time.perf_counter() - started)
-
-    def bare(n):
-        """n clients of a server that costs nothing: who is told of an end in one step asks again during the next."""
-        requests = (Request(ids=prompts[i % 1000], max_tokens=new, ignore_eos=True, temperature=0)
-                    for i in range(n * settings.requests))
-        started, live, told = time.perf_counter(), list(itertools.islice(requests, n)), 0
-        engine.submit(*live)
-        while live:
-            engine.step()
-            asking, told = told, sum(bool(request.finish_reason) for request in live)
-            live = [request for request in live if not request.finish_reason]
-            if not live:  # the engine is at rest: who was told just now is not late either
-                asking, told = asking + told, 0
-            more = list(itertools.islice(requests, asking))
-            engine.submit(*more)
-            live += more
-        return n * settings.requests * new / (time.perf_counter() - started)
-
-    generate(), bare(1), clients(port, 1, 1, body)  # the first of each is slower
-    alone, engines, wholes, rates, tokens, firsts = [], *(defaultdict(list) for _ in range(5))  # by number of clients
-    for i in range(settings.repeats):
-        alone.append(statistics.median(generate() for _ in range(settings.requests)))
-        for n in CLIENTS:
-            engines[n].append(bare(n))
-            wholes[n].append(clients(port, n, settings.requests, partial(body, stream=False))[1])
-            rate, speed, first = clients(port, n, settings.requests, body)
-            rates[n].append(rate)
-            tokens[n].append(speed)
-            firsts[n] += first
-        say(f"round {i + 1} of {settings.repeats}")
-    memory = memory_of(port)
-    pipe.send(None)
-    process.join()
-
-    def middle(values):
-        return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
-
-    def ratios(above, below):
-        values = [a / b for a, b in zip(above, below)]
-        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-    print(f"{run or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {settings.prompt} tokens, {new} "
-          f"new ones, {settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)")
-    print(f"GPT.generate: {middle(alone)} tokens/s; the server holds {memory / 1e6:,.0f} MB")
-    print("| clients | requests/s | tokens/s | of each | of GPT.generate | of one client | of the bare engine "
-          "| the same, whole answers | first token, p50 | p99 |\n|---" + "|---" * 9 + "|")
-    for n in CLIENTS:
-        first = [1000 * seconds for seconds in sorted(firsts[n])]
-        cells = (n, f"{statistics.median(rates[n]):.1f}", middle(tokens[n]), f"{statistics.median(tokens[n]) / n:,.0f}",
-                 ratios(tokens[n], alone), ratios(tokens[n], tokens[1]), ratios(tokens[n], engines[n]),
-                 ratios(wholes[n], engines[n]), f"{first[len(first) // 2]:.0f} ms",
-                 f"{first[int(len(first) * 0.99)]:.0f} ms")
-        print("| " + " | ".join(map(str, cells)) + " |")
+    started = time.perf_counter()
+    with ThreadPoolExecutor(n) as threads:
+        for done in [threads.submit(client) for _ in range(n)]:
+            done.result()
+    return sum(tokens) / (time.perf_counter() - started), firsts

@@ -71,10 +71,19 @@ def test_doctor_warns_of_leaks(here, capsys):
     assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
 
 
-
-def test_the_names_of_benches():
-    assert "one of: parity, doctor, serve" in error(bench.main)[1]
+def test_the_names_of_benches(capsys):
+    for argv in ([], ["x"]):
+        assert "one of: doctor, parity, loss" in error(bench.main, *argv)[1]
+        assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().err, re.M)) == 8  # what each is for
     assert "no bench 'x'" in error(bench.main, "x")[0]
+
+
+def test_a_bench_knows_its_own_settings_only(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert re.findall(r"^--(\w+)", out, re.M) == ["peer", "prompt", "new_tokens", "repeats", "tiny"]
+    assert "python -m bench generate" in out and "no setting 'minutes'" in error(bench.main, "doctor", "--minutes=2")[0]
 
 
 def test_the_speed_benches_need_what_they_compare_with(here):
@@ -102,11 +111,11 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
     runs = []
 
-    def trained(name, width, dataset, argv, tiny):
-        asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * width
-        updates = int(asked[name].get("max_iters", 50_000 // width))
+    def trained(name, n_embd, settings, argv):
+        asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * n_embd
+        updates = int(asked[name].get("max_iters", 50_000 // n_embd))
         every = int(asked[name]["eval_interval"])
-        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * width / 500,
+        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * n_embd / 500,
                      wall_seconds=1.0) for step in range(every, updates + 1, every)]
         runs.append(bench_scaling.Run(n, 6 * n, rows))
         return runs[-1]
@@ -118,8 +127,8 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     long = asked[f"{best}-long"]
     assert int(long["max_iters"]) == round(1800 / 1.05 / (int(best) / 500)) and asked[best]["budget"] == "120s"
     n, d = 10_000 * int(best), 3072 * int(long["max_iters"])
-    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.WIDTHS]
-    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other width is better
+    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.SIZES]
+    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other size is better
     said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
     assert said == pytest.approx(law.bits(n, d), rel=2e-3)
     assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
@@ -127,7 +136,7 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
     assert len(lines) == len(runs) == 7 and len(dots) == sum(len(run.points()) for run in runs) > 60
     assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
-    for points, said in (([], "no validation after 60 updates"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
+    for points, said in (([], "no validation after 60 steps"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
         with pytest.raises(UserError, match=said):
             bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
 
@@ -139,7 +148,7 @@ def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
     assert re.search(r"int8: [\d.]+ ms: matrices \d+%, attention \d+%, choosing a token \d+%", out)
-    for peer in ("transformers is not installed", "is no folder of nanoGPT"):
+    for peer in ("transformers is not installed", "is not a folder of nanoGPT"):
         assert peer in err
 
 

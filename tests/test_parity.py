@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, error, prepare_words
+from conftest import ROOT, error, prepare_words, script
 
 from bench import __main__ as bench
+from bench import parity as bench_parity
 from formats import huggingface
 from training import checkpoint as ckpt
 from model import GPT
@@ -54,7 +55,7 @@ def test_logits_equal_transformers(name):
 
 def parity(capfd, *argv):
     assert bench.main(["parity", *argv]) == 0
-    found = re.search(r"(\d+) updates, (\d+) of them clipped, .* loss ([\d.e-]+), of a gradient norm ([\d.e-]+)",
+    found = re.search(r"(\d+) steps, (\d+) of them clipped, .* loss ([\d.e-]+), of a gradient norm ([\d.e-]+)",
                       capfd.readouterr().out)
     assert int(found[2]) > 0 and float(found[3]) < 1e-4 and float(found[4]) < 1e-4
     return int(found[1])
@@ -66,8 +67,8 @@ def data(here):
 
 
 def test_training_equals_plain_float64_arithmetic(data, capfd):
-    """tests/reference: forward, AdamW, schedule, accumulation and clipping from their formulas alone."""
-    assert parity(capfd, f"--peer={ROOT}/tests/reference", "--dataset=words", "--steps=100") == 100
+    """plain.py: forward, AdamW, schedule, accumulation and clipping from their formulas alone."""
+    assert parity(capfd, f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=100") == 100
 
 
 def test_training_equals_nanogpt(data, capfd):
@@ -77,13 +78,22 @@ def test_training_equals_nanogpt(data, capfd):
 
 
 def test_parity_notices_a_difference(data, capfd, monkeypatch):
-    monkeypatch.setattr(bench, "TOLERANCE", 1e-9)  # what float32 cannot keep against float64
-    assert bench.main(["parity", f"--peer={ROOT}/tests/reference", "--dataset=words", "--steps=10"]) == 1
+    monkeypatch.setattr(bench_parity, "TOLERANCE", 1e-9)  # what float32 cannot keep against float64
+    assert bench.main(["parity", f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=10"]) == 1
 
 
 def test_parity_needs_a_peer(data):
     for peer in ("--peer=nowhere", "--peer="):
         assert "has no train.py" in error(bench.main, "parity", peer)[0]
-    assert "steps=3" in error(bench.main, "parity", f"--peer={ROOT}/tests/reference", "--steps=3")[0]
-    fact, fix = error(bench.main, "parity", f"--peer={ROOT}/tests/reference", "--dataset=none")
-    assert "our own run failed, error: there is no prepared data in data/none" in fact and "python prepare.py" in fix
+    assert "steps=3" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--steps=3")[0]
+    fact, fix = error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")
+    assert "train.py failed, error: there is no prepared data in data/none" in fact and "python prepare.py" in fix
+
+
+def test_plain_learns_alone(tmp_path):
+    """Without a prepared text it reads files of Python's library, learns, and writes."""
+    out = script("plain.py", "--max_iters=20", "--log_interval=20", "--device=cpu", cwd=tmp_path).stdout
+    first, last = map(float, re.findall(r"iter \d+: loss ([\d.]+), time", out))
+    validation, guess = map(float, re.search(r"validation loss ([\d.]+), a guess would have ([\d.]+)", out).groups())
+    assert last < first and validation < guess and "plain.py does without device" in out
+    assert len(out.partition("    def ")[2]) > 250

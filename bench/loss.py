@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+How long does nanoGPT take for its recipe on tiny Shakespeare, and how long do we for a loss that is as low?
+
+    python -m bench loss shakespeare.txt --peer=../nanoGPT --compiled=true
+
+Times are those of whole processes, with imports, compiling, validation and saving. Both models are evaluated by the
+same code: one pass over all of the validation split, in windows of 64. Returns 1 where our loss is higher.
+"""
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+import dataset as datasets
+from bench.measure import (TINY, copy_peer, measure, prepare_for_both, project, ratio, spread, table, take_turns,
+                           train_ours)
+from runtime.console import say
+from runtime.machine import Processes
+from training import checkpoint as ckpt
+
+# nanoGPT's own recipe for a CPU, from its README
+SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12
+    --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --eval_interval=250
+    --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=100 --gradient_accumulation_steps=1
+    --always_save_checkpoint=False --dataset=chars""".split()
+
+
+@dataclass
+class Settings:
+    peer: str = ""  # folder of nanoGPT
+    compiled: bool = False  # nanoGPT with --compile=True as well
+    repeats: int = 3  # rounds
+    tiny: bool = False  # models of no size; only to see that it runs
+
+
+def main(settings, sources):
+    short = [*TINY, "--max_iters=20", "--eval_interval=10"] if settings.tiny else []
+    with tempfile.TemporaryDirectory() as folder:
+        peer = os.path.join(folder, "peer")
+        copy_peer(settings.peer, peer)
+        data = prepare_for_both(sources[0] if sources else "shakespeare", folder)
+
+        def ours(i):
+            out = os.path.join(folder, f"out{i}")
+            recipe = [project("config/train_shakespeare_char.py"), "--dataset=chars"]
+            seconds, *_ = train_ours([*recipe, *short], folder, out)
+            return seconds, evaluate(out, data)
+
+        def theirs(i, *more):
+            out = os.path.join(peer, f"out{i}")
+            seconds, _, _ = measure(["train.py", *SHAKESPEARE, *short, *more, f"--out_dir={out}"], peer)
+            shutil.copy(os.path.join(data.folder, "meta.pkl"), out)  # what its ids mean
+            return seconds, evaluate(os.path.join(out, "ckpt.pt"), data)
+
+        contestants = {"nanoGPT": theirs, "ours": ours}
+        if settings.compiled:
+            contestants["nanoGPT, --compile=True"] = lambda i: theirs(i, "--compile=True")
+        found = take_turns(contestants, settings.repeats)
+    print(f"tiny Shakespeare, {settings.repeats} rounds, {torch.get_num_threads()} threads: seconds of the whole "
+          "process, loss of a pass over the whole validation split, in windows of 64")
+    rows = []
+    base, their_losses = zip(*found["nanoGPT"])
+    for name, results in found.items():
+        seconds, losses = zip(*results)
+        rows.append([name, spread(seconds, 1), f"{max(losses):.4f}", ratio(base, seconds)])
+    table("| | seconds | loss | times as fast as nanoGPT |", rows)
+    _, our_losses = zip(*found["ours"])
+    return 0 if max(our_losses) <= min(their_losses) or settings.tiny else 1
+
+
+@torch.no_grad()
+def evaluate(run, data):
+    """Nats per character over the validation split, each predicted once."""
+    model, _, _ = ckpt.load_run(run)
+    size = min(64, model.config.block_size)
+    total, count = datasets.validation_sums(model, lambda number: data.val_batch(number, size, 64),
+                                            data.n_val_batches(size, 64), Processes())
+    say(f"{run}: {model.n_params():,} parameters, loss {total / count:.4f}")
+    return total / count

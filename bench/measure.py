@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+What the benches share: programs measured from outside, contestants that take turns, tables, and nanoGPT beside ours.
+
+    seconds, memory, printed = measure(["train.py", "--max_iters=10"], folder)
+    found = take_turns({"nanoGPT": run_theirs, "ours": run_ours}, repeats=3)    # {name: [result of each round]}
+    table("| | tokens/s | times as fast |", [["ours", spread(found["ours"]), ratio(found["ours"], found["nanoGPT"])]])
+
+A machine that is slow for a minute has to be slow for all contestants alike. So they take turns, and what counts are
+the ratios within a round, with their spread.
+"""
+import os
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+import dataset as datasets
+from runtime.console import UserError, say
+from training.log import read_rows
+
+# The shape of a model of no size, only to see that a bench runs.
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()
+
+
+def project(name):
+    """The path of a file of this project."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+
+
+def measure(command, folder="."):
+    """Run a Python program in `folder`. Returns (seconds, bytes of memory at its peak, what it printed)."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = status
+        output.seek(0)
+        printed = output.read()
+    if status:
+        *_, error, fix = ["", "", *printed.strip().splitlines()]
+        if not fix.startswith("fix: "):  # not a program of ours
+            say(printed[-2000:])
+            error, fix = "", "see what it printed, above"
+        raise UserError(f"{os.path.basename(command[0])} failed, {error}", fix.removeprefix("fix: "))
+    return seconds, usage.ru_maxrss * 1024, printed
+
+
+def train_ours(argv, folder, out):
+    """Run our train.py in `folder`. Returns (seconds, bytes of memory, what it printed, the rows of its log)."""
+    measured = measure([project("train.py"), *argv, "--device=cpu", f"--out_dir={out}"], folder)
+    return *measured, list(read_rows(os.path.join(folder, out, "log.jsonl")))
+
+
+def take_turns(contestants, repeats):
+    """Run every contestant once a round: {name: function of the number of the round} -> {name: [its results]}."""
+    found = {name: [] for name in contestants}
+    for i in range(repeats):
+        for name, run in contestants.items():
+            found[name].append(run(i))
+        say(f"round {i + 1} of {repeats}")
+    return found
+
+
+def spread(values, digits=2):
+    """The median, and in parentheses the lowest and the highest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def ratio(above, below):
+    """The spread of the quotients of two contestants, round by round."""
+    return spread([a / b for a, b in zip(above, below)])
+
+
+def table(header, rows):
+    """Print a Markdown table. header: "| a | b |"."""
+    print(header + "\n|" + "---|" * (header.count("|") - 1))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoGPT
+
+
+def copy_peer(peer, folder):
+    """nanoGPT's own files in `folder`, where data and runs can stand beside them.
+
+    peer: a folder of nanoGPT; or plain.py, which gets a train.py and a model.py that import it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if peer.endswith("plain.py"):
+        shutil.copy(peer, folder)
+        for name, line in (("train.py", "import plain; model = plain.main()"), ("model.py", "from plain import *")):
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+                file.write(line + "\n")
+        return
+    if not peer or not os.path.isfile(os.path.join(peer, "train.py")):
+        raise UserError(f"--peer={peer!r} is not a folder of nanoGPT: it has no train.py",
+                        "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
+    for name in os.listdir(peer):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(peer, name), folder)
+
+
+def prepare_for_both(source, folder, vocab_size=0):
+    """A text by characters as data/chars of us in `folder` and of nanoGPT in `folder`/peer. Returns the Dataset.
+
+    Both read the same files. vocab_size: of nanoGPT's model, if not that of the text.
+    """
+    path = os.path.join(folder, "data", "chars")
+    source = os.path.abspath(source) if os.path.exists(source) else source
+    measure([project("prepare.py"), source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
+    data = datasets.Dataset.open(path)
+    vocab_size = vocab_size or data.meta["vocab_size"]
+    with open(os.path.join(path, "meta.pkl"), "wb") as file:
+        pickle.dump(dict(vocab_size=vocab_size, itos={i: chr(i + 32) for i in range(vocab_size)}), file)
+    os.symlink(os.path.join(folder, "data"), os.path.join(folder, "peer", "data"))
+    return data
+
+
+def peer_weights(model):
+    """The weights of our GPT as nanoGPT has them: the same names, without the padding of our vocabulary."""
+    weights = model.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][:model.config.vocab_size].clone()
+    return weights
+
+
+@torch.no_grad()
+def start_from(theirs, weights):
+    """Give these weights to nanoGPT's model, or to that of plain.py."""
+    tensors = theirs.weights if hasattr(theirs, "weights") else dict(theirs.named_parameters())
+    for name, tensor in tensors.items():
+        tensor.copy_(weights[name])
