@@ -100,7 +100,7 @@ def test_the_law_is_found_in_its_own_points():
     curves = [(n, [(d, law.bits(n, d)) for d in (2e5, 5e5, 1e6, 2e6)]) for n in (7e5, 2e6, 4e6, 9e6)]
     found = bench_scaling.fit(curves)
     assert found == bench_scaling.Law(*(pytest.approx(value, rel=1e-3) for value in dataclasses.astuple(law)))
-    assert found.bits(9e6, 1e8) == pytest.approx(0.7 + ((1.2 / 9) ** 0.8 + 1.1 / 100) ** 0.25)
+    assert found.bits(9e6, 1e8) == pytest.approx(0.7 + ((1.2 / 9) ** 0.8 + 1.1 / 100) ** 0.25, rel=1e-4)
     # Larger models that are worse: no such law says so, and what is found is one.
     worse = bench_scaling.fit([(n, [(d, 1 + n / 1e8 - d / 1e8) for d in (1e5, 1e6)]) for n in (1e6, 1e7)])
     assert worse.bits(1e7, 1e6) <= worse.bits(1e6, 1e6) < worse.bits(1e6, 1e5)
