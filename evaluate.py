@@ -40,6 +40,7 @@ from evaluation import report
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
 from runtime.console import UserError, command_line, note, say, warn
+from runtime.processes import Processes
 from runtime.settings import check_limits, load
 from dataset import Dataset, fold
 from serving.engine import Engine, Request
@@ -165,7 +166,7 @@ def run_task(engine, items, examples, settings, processes, name, chat=False):
         rows = answer(engine, items, mine, examples, settings, name, chat)
     except UserError as error:  # maybe in one process of several: the others have to hear of it
         rows = {"error": (error.fact, error.fix)}
-    rows = processes.gather(rows)
+    rows = {i: row for part in processes.all_gather(rows) for i, row in part.items()}
     if "error" in rows:
         raise UserError(*rows["error"])
     rows = [rows[i] for i in range(len(items))]
@@ -299,7 +300,7 @@ def evaluate(run, row, settings, device, texts, tasks, processes, save):
             if found:
                 row["quality"], row["tokens_per_second"] = found
             save()
-        processes.wait()  # so that the others do not take the processor from it
+        processes.barrier()  # so that the others do not take the processor from it
     for task, (items, examples) in tasks.items():
         found = attempt(task, lambda: run_task(engine, items, examples, settings, processes, f"{name}: {task}", chat))
         if found:
@@ -369,7 +370,7 @@ def write(path, text=None):
 def main(argv):
     settings, _, runs = load(EvaluateConfig, argv)
     check_limits(settings, LIMITS)
-    started, processes = time.perf_counter(), machine.Processes()
+    started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.find_run()]
     for run in runs:

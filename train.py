@@ -44,6 +44,7 @@ import prepare
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
 from runtime.console import UserError, command_line, note, say, show, warn
+from runtime.processes import Processes, StopSignal, Stopped
 from runtime.settings import load
 from training.log import Log, last_row, progress_line
 from model import GPTConfig, PRESETS
@@ -109,9 +110,9 @@ def main(argv):
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
-    processes = machine.Processes()
+    processes = Processes()
     writes = processes.rank == 0 and not settings.eval_only  # one process writes into the folder of the run
-    with machine.StopSignal() as stop, ckpt.RunFolder(settings.out_dir, writes) as folder:
+    with StopSignal() as stop, ckpt.RunFolder(settings.out_dir, writes) as folder:
         try:
             return train(settings, given, processes, stop, folder)
         except (RuntimeError, MemoryError) as error:
@@ -171,7 +172,7 @@ def train(settings, given, processes, stop, folder):
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
     data_sha256 = data.sha256()
     at = resumed["step"] if resumed else None  # finished updates; None: a new run
-    processes.compare(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
+    processes.check_same(dict(asdict(settings), data=data_sha256, updates=at, torch=versions["torch"]))
     torch.manual_seed(settings.seed)  # the initial weights are the first thing drawn
     model = resume.build_model(settings)
     if start:
@@ -195,12 +196,12 @@ def train(settings, given, processes, stop, folder):
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
         begun = resume.begun_before(settings) if folder.writes else {}
-        chosen = processes.first(begun["chosen"] if begun.get("settings") == asdict(settings) else chosen)
+        chosen = processes.broadcast(begun["chosen"] if begun.get("settings") == asdict(settings) else chosen)
     dtype = getattr(torch, chosen["dtype"])
     autocast = machine.autocast(device, dtype)
     scaling = dtype == torch.float16  # small gradients would round to 0 in float16, unless the loss is scaled up
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaling)
-    peak = processes.first(machine.measure_peak(device, dtype))
+    peak = processes.broadcast(machine.measure_peak(device, dtype))
     # However many processes there are, an update reads the same windows. The processes take its micro-batches in turn;
     # where these are too few to go round, they are cut into smaller ones.
     cut = resume.pieces(settings, processes.world)
@@ -242,15 +243,15 @@ def train(settings, given, processes, stop, folder):
 
         All processes come here equally often, so that a signal to one of them ends all at the same place.
         """
-        if number := processes.highest(stop.signal):
+        if number := processes.all_reduce_max(stop.signal):
             stop.signal = number
             say(f"\n{signal.Signals(number).name}: saving" + "; once more to stop at once" * stop.twice_ends)
-            raise machine.Stopped
+            raise Stopped
 
     def validate():
         model.eval()
         with torch.no_grad():
-            total, count = processes.sum(*datasets.validation_sums(
+            total, count = processes.all_reduce_sum(datasets.validation_sums(
                 lambda *batch: loss_of(model, *batch), data, settings.block_size, batch_size, val_batches, check_stop,
                 processes.rank, processes.world))
         model.train()
@@ -327,7 +328,7 @@ def train(settings, given, processes, stop, folder):
                     if folder.writes and row["val_loss"] < best_loss and saved(last, save, "best.pt", **{
                             name: row[name] for name in ("val_loss", "val_bpb")}):
                         best_loss = row["val_loss"]
-                    row["since_best"] = processes.first(log.since_best(row["val_loss"]) if log else None)
+                    row["since_best"] = processes.broadcast(log.since_best(row["val_loss"]) if log else None)
                 if folder.writes and ("val_loss" in row or step % settings.log_interval == 0):
                     row["wall_seconds"] = wall_seconds()
                     log.write(row)
@@ -346,7 +347,7 @@ def train(settings, given, processes, stop, folder):
             if settings.budget and "max_iters" not in chosen and measured:
                 # The time of an update is known now. The warm-up is not over: until then the rate does not depend on
                 # max_iters, so choosing it here changes nothing that has been done.
-                left, took = processes.first((resume.seconds_of(settings.budget) - wall_seconds(),
+                left, took = processes.broadcast((resume.seconds_of(settings.budget) - wall_seconds(),
                                               statistics.median(times)))
                 settings.max_iters = chosen["max_iters"] = step + steps_within(
                     left, settings, val_batches / micros, took)
@@ -361,15 +362,15 @@ def train(settings, given, processes, stop, folder):
             started = time.perf_counter()
             loss, batches = 0.0, [batch(step, micro) for micro in mine]
             counts = [int((targets >= 0).sum()) for _, targets in batches]
-            mean_count = max(1, processes.sum(sum(counts))[0]) / processes.world  # (backward averages over processes)
+            mean_count = max(1, processes.all_reduce_sum([sum(counts)])[0]) / processes.world  # (backward averages over processes)
             for micro, count, (idx, targets) in zip(mine, counts, batches):
                 check_stop()
                 torch.manual_seed(datasets.fold("dropout", settings.seed, step, micro))  # the same masks after a resume
-                with processes.keep(wrapped, last=micro == mine[-1]):
+                with processes.no_sync(wrapped, unless=micro == mine[-1]):
                     part = loss_of(wrapped, idx, targets) * (count / mean_count)
                     scaler.scale(part).backward()  # adds to the gradients of the micro-batches before: a mean over all
                 loss += part.item()
-            loss = processes.sum(loss)[0] / processes.world
+            loss = processes.all_reduce_sum([loss])[0] / processes.world
             for optimizer, _ in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf).item()
@@ -400,7 +401,7 @@ def train(settings, given, processes, stop, folder):
             last = step >= settings.max_iters
             saves = last or step % (settings.save_interval or settings.eval_interval) == 0
             if validates or saves:
-                data.check_unchanged(any_process=lambda changed: processes.highest(int(changed)))
+                data.check_unchanged(any_process=lambda changed: processes.all_reduce_max(int(changed)))
             if folder.writes and (saves or validates and (
                     settings.always_save_checkpoint or not ckpt.checkpoints(out_dir))):
                 saved(last, save_run)
@@ -410,15 +411,15 @@ def train(settings, given, processes, stop, folder):
         if folder.writes:
             save_run()
         if not error.alone:
-            processes.wait()
+            processes.barrier()
         raise UserError(f"{error.fact}; the run is saved after {step} steps, and those since the last validation or "
                         "checkpoint may have read other text", "bring the old data back, and the same command "
                         f"continues; or --init_from={quote(out_dir)} --out_dir=out/ANOTHER",
                         alone=error.alone) from None
-    except machine.Stopped:
+    except Stopped:
         if folder.writes and step > 0:
             save_run()
-        processes.wait()  # for the first, which is saving: torchrun would kill it as soon as another one leaves
+        processes.barrier()  # for the first, which is saving: torchrun would kill it as soon as another one leaves
         say(f"stopped by {signal.Signals(stop.signal).name} after {step} updates"
             + (f"; saved in {out_dir}. The same command continues." if step else "")
             + (" (Without --init_from=scratch.)" if settings.init_from == "scratch" else ""))

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import tokenizer as tokenizers
 from runtime.console import UserError
 from dataset import Dataset
-from runtime.machine import Processes
+from runtime.processes import Processes
 from text.sources import documents
 
 
@@ -125,7 +125,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes=None, tell=
             logits = model.logits(x[j:j + step]).float()  # (step, vocab_size)
             losses = F.cross_entropy(logits, targets[j:j + step], reduction="none")
             sums[i:i + B].index_add_(0, window[j:j + step], losses.cpu().double())
-    return math.fsum(processes.sum(*sums.tolist()))
+    return math.fsum(processes.all_reduce_sum(sums.tolist()))
 
 
 def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=silent):
