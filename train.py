@@ -107,11 +107,11 @@ class TrainConfig(GPTConfig):
 def main(argv):
     """Read the settings, acquire what must be released in the end (signal handlers, the run's folder), and train."""
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
-    resume.check_settings(settings)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
+    resume.check_settings(settings)
     ranks = Processes()
     writes = ranks.rank == 0 and not settings.eval_only  # only one process writes into the folder of the run
     with StopSignal() as stop, ckpt.RunFolder(settings.out_dir, writes) as folder:
@@ -127,7 +127,6 @@ def train(settings, given, ranks, stop, folder):
     device = machine.choose_device(settings.device, ranks)
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
-    resume.check_lora(settings)
 
     # 1) The data. Rank 0 prepares what is built in, while the others wait to be joined.
     data_dir = os.path.join("data", settings.dataset)
@@ -141,68 +140,84 @@ def train(settings, given, ranks, stop, folder):
 
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
     resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
-    start = base = None
+    start = base = at = None
+    origin = "random weights"
     if resumed:
         resume.continue_run(resumed, settings, given, data, versions)
         if ended := resume.how_it_ended(resumed, settings):
             say(ended)
             say_next(out_dir, data)
             return 0
+        at = resumed["step"]
+        origin = f"{out_dir} after {at} steps"
         base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
         start = ckpt.read_base(resumed, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
+        origin = settings.init_from
         start = resume.load_start(settings, given, data)
         base = ckpt.name_base(settings.init_from, start) if settings.lora_rank else None
     resume.check_data(settings, data)
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
-    at = resumed["step"] if resumed else None  # finished steps; None: a new run
-    ranks.check_same(dict(asdict(settings), data=data.sha256(), updates=at, torch=versions["torch"]))
-    model = make_model(settings, start, resumed).to(device).train()
+    ranks.check_same(dict(asdict(settings), data=data.sha256(), step=at, torch=versions["torch"]))
+    torch.manual_seed(settings.seed)  # the initial weights are the first thing sampled
+    model = resume.build_model(settings)
+    if start:
+        ckpt.load_weights(model, start.pop("model"), settings.init_from)
+    if settings.lora_rank:
+        lora.add(model, settings.lora_rank, settings.lora_alpha)
+    if resumed:
+        ckpt.load_weights(model, resumed.pop("model"), out_dir)
+    model.to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         folder.open(at, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
 
     # 3) The machine. What `auto` chooses is written into the run, and used again when it is resumed.
-    chosen = resumed["chosen"] if resumed else choose(settings, device, ranks, folder)
-    facts = dict(format=1, tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
-                 data_sha256=data.sha256(), versions=versions, chat=chat, base=base)
-    run = Run(settings, chosen, facts, data, tokenizer, model, device, ranks, stop, folder)
-    if chosen["compile"] == "auto":
-        chosen["compile"] = run.is_worth_compiling()
-    say_plan(run)
     if resumed:
-        run.before = resumed.get("before")
-    elif start and not settings.eval_only:
-        run.before = run.validate()
-        run.before["text"] = sample(run, model)
-        say(f"before: validation loss {run.before['val_loss']:.4f}, {run.before['val_bpb']:.4f} bits per byte")
+        chosen = resumed["chosen"]
+    else:
+        if folder.writes:
+            resume.check_begun(settings)
+        dtype, why = machine.choose_dtype(settings.dtype, device)
+        chosen = ranks.broadcast(dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile))
+    facts = dict(format=1, tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
+                 data_sha256=data.sha256(), versions=versions, chosen=chosen, chat=chat, base=base,
+                 before=resumed.get("before") if resumed else None)
+    run = Run(settings, facts, data, tokenizer, model, device, ranks, stop, folder)
+    if chosen["compile"] == "auto":
+        chosen["compile"] = is_worth_compiling(run)
+    say_plan(run)
+    if start and not resumed and not settings.eval_only:
+        before = facts["before"] = run.validate()
+        before["text"] = sample(run, model)
+        say(f"before: validation loss {before['val_loss']:.4f}, {before['val_bpb']:.4f} bits per byte")
     if chosen["compile"]:
-        chosen["compile"] = machine.compile_model(model, settings.compile is True, lambda: run.loss(
-            model, *run.batch(0, 0)))
+        required = settings.compile is True
+        chosen["compile"] = machine.compile_model(model, required, lambda: run.loss(model, *run.batch(0, 0)))
     if settings.eval_only:
-        what = f"{out_dir} after {at} updates" if resumed else settings.init_from if start else "random weights"
         found = run.validate()
-        say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte: {what}")
+        say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte: {origin}")
         return 0
 
     # 4) The state in which the last checkpoint left the run, and its folder.
     if resumed:
         run.restore(resumed)
-        say(f"resumed {out_dir} after {run.step} of {settings.max_iters} updates")
+        say(f"resumed {out_dir} after {run.step} of {settings.max_iters} steps")
     if folder.writes:
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. The weights change in train_step and nowhere else, so that at any other moment memory holds exactly
-    #    the state after `step` steps: when a signal comes, half a step is thrown away and nothing is lost.
+    # 5) The loop. Weights change in train_step and nowhere else, so at any other moment memory holds exactly the state
+    #    after `step` steps: when a signal comes, half a step is thrown away and nothing is lost.
     stop.listen()
+    over = False
     try:
         while True:
-            # a) What is due after a step. A resumed run enters here: killed between saving and validating, it
-            #    validates now.
+            # a) What is due after a step. A resumed run enters here: one that was killed between saving and
+            #    validating validates now.
             if run.step > 0:
-                validate_and_log(run)
-            if run.is_over():
+                over = validate_and_log(run)
+            if over:
                 break
             if settings.budget and "max_iters" not in chosen:
                 choose_max_iters(run)
@@ -211,14 +226,12 @@ def train(settings, given, ranks, stop, folder):
             # c) Save before validating, so that a crash there loses nothing.
             save_if_due(run)
     except datasets.Changed as error:
-        if run.step > 0:
-            raise save_after_change(run, error) from None
-        raise
+        raise save_after_change(run, error) from None
     except Stopped:
         if folder.writes and run.step > 0:
             run.save_all()
         ranks.barrier()  # for the first rank, which is saving: torchrun kills it as soon as another one leaves
-        say(f"stopped by {signal.Signals(stop.signal).name} after {run.step} updates"
+        say(f"stopped by {signal.Signals(stop.signal).name} after {run.step} steps"
             + (f"; saved in {out_dir}. The same command continues." if run.step else "")
             + (" (Without --init_from=scratch.)" if settings.init_from == "scratch" else ""))
         return 128 + stop.signal
@@ -240,8 +253,7 @@ def train(settings, given, ranks, stop, folder):
 class Run:
     """A run in progress: what its steps read, and what they change."""
     settings: TrainConfig
-    chosen: dict  # what was left to choose: dtype, compile, max_iters under a budget
-    facts: dict  # what every checkpoint of the run says besides
+    facts: dict  # what every checkpoint says; facts["chosen"]: what was left to choose
     data: datasets.Dataset
     tokenizer: object
     model: GPT
@@ -257,20 +269,18 @@ class Run:
     train_seconds: float = 0.0  # in steps alone, of all processes that have continued the run
     wall_before: float = 0.0  # in all, of the processes before this one
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
-    before: dict | None = None  # fine-tuning: what the model could do before the first step
     log: Log | None = None  # (of the process that writes)
     wandb: object = None
 
     def __post_init__(self):
         settings, world = self.settings, self.ranks.world
-        dtype = getattr(torch, self.chosen["dtype"])
-        self.autocast = machine.autocast(self.device, dtype)
-        self.peak = self.ranks.broadcast(machine.measure_peak(self.device, dtype))
-        self.optimizers = make_optimizers(self.model, settings, self.device)
-        # float16: small gradients would round to 0, unless the loss is scaled up
-        self.scaling = dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=self.scaling)
         self.wrapped = self.model
+        self.optimizers = make_optimizers(self.model, settings, self.device)
+        self.dtype = getattr(torch, self.facts["chosen"]["dtype"])
+        self.autocast = machine.autocast(self.device, self.dtype)
+        self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
+        # In float16 small gradients would round to 0, unless the loss is scaled up.
+        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=self.dtype == torch.float16)
         # However many processes there are, a step reads the same windows. The ranks take its micro-batches in turn;
         # where these are too few for all, they are cut into smaller ones.
         cut = resume.pieces(settings, world)
@@ -293,21 +303,6 @@ class Run:
 
     def wall_seconds(self):
         return self.wall_before + time.monotonic() - PROCESS_START
-
-    def is_stuck(self):
-        return self.step > 0 and 0 < self.settings.patience <= self.row.get("since_best", 0)
-
-    def is_over(self):
-        return self.step >= self.settings.max_iters or self.is_stuck()
-
-    def is_worth_compiling(self):
-        """Is the run longer than two minutes? Compiling takes half of one. Eager code reaches about 45% of the peak
-        speed, compiled code 60%."""
-        flops = self.settings.max_iters * self.step_tokens * self.model.flops_per_token()
-        seconds = flops / (0.45 * self.peak * self.ranks.world)
-        if self.settings.budget:
-            seconds = resume.seconds_of(self.settings.budget)
-        return self.device != "mps" and seconds > 120
 
     def check_stop(self):
         """Called before every micro-batch and validation batch, and never while weights change.
@@ -333,7 +328,7 @@ class Run:
 
     def header(self):
         """The first line of the log."""
-        return dict(versions=self.facts["versions"], chosen=self.chosen, settings=asdict(self.settings),
+        return dict(versions=self.facts["versions"], chosen=self.facts["chosen"], settings=asdict(self.settings),
                     data=self.data.meta)
 
     def open_log(self, resumed):
@@ -348,8 +343,10 @@ class Run:
         self.wandb = start_wandb(self.settings) if self.settings.wandb_log else None
 
     def restore(self, resumed):
+        """Take over the state of a checkpoint, but for the weights, which the model has already."""
         self.step, self.row = resumed["step"], resumed["row"]
-        self.train_seconds, self.wall_before = self.row["train_seconds"], self.row["wall_seconds"]
+        self.train_seconds = self.row["train_seconds"]
+        self.wall_before = self.row["wall_seconds"]
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         ckpt.load_optimizers(optimizers, self.scaler, resumed, self.settings.out_dir)
 
@@ -362,8 +359,7 @@ class Run:
 
     def save(self, name, must, **state):
         """Save the weights, and `state`; returns whether it went well. must: else, a full disk is only a warning."""
-        state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model), settings=asdict(self.settings),
-                      chosen=self.chosen, before=self.before)
+        state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model), settings=asdict(self.settings))
         try:
             ckpt.save_checkpoint(os.path.join(self.settings.out_dir, name), state)
         except UserError as error:
@@ -401,8 +397,8 @@ def train_step(run):
 
     # 3) Is it a number? If float16 has overflowed, the scaler halves its factor, and this step moves nothing.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if run.scaling else 0):
-        raise resume.not_finite(run.step + 1, loss, norm, settings, run.chosen)
+    if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
+        raise resume.not_finite(run, loss, norm)
 
     # 4) The move.
     factor = learning_rate_factor(run.step, settings)
@@ -442,16 +438,16 @@ def learning_rate_factor(step, settings):
 
 
 def validate_and_log(run):
-    """After a step: validate if it is time, keep the best weights, and write a line of the log."""
+    """After a step: validate if it is time, keep the best weights, write a line of the log. Returns: is the run over?
+    """
     settings, row, writes = run.settings, run.row, run.folder.writes
+    peak = run.peak * run.ranks.world
     last = run.step >= settings.max_iters
     if last or run.step % settings.eval_interval == 0:
         found = run.validate()
         loss = found["val_loss"]
         if not math.isfinite(loss):
-            lower = f"--learning_rate={settings.learning_rate / 3:.1g}"
-            raise UserError(f"the validation loss after {run.step} steps is {loss}",
-                            f"--out_dir={quote(settings.out_dir + '-2')} {lower}", code=3)
+            raise UserError(f"the validation loss after {run.step} steps is {loss}", resume.again(settings), code=3)
         if writes and loss < run.best_loss and run.save("best.pt", must=last, **found):
             run.best_loss = loss
         row |= found
@@ -459,40 +455,42 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        peak = run.peak * run.ranks.world
         say(progress_line(row, settings.max_iters, run.model.flops_per_token() / peak))
         if run.wandb:
             run.wandb.log(row, step=run.step)
-    if run.is_stuck() and not last:
+    stuck = 0 < settings.patience <= row.get("since_best", 0)
+    if stuck and not last:
         say(f"patience={settings.patience}: {row['since_best']} validations brought no lower loss than "
             f"{run.best_loss:.4f}")
         if writes:
             run.save_all()
+    return last or stuck
 
 
 def save_if_due(run):
-    settings, out_dir = run.settings, run.settings.out_dir
+    """After a step: save if it is time, or if a validation is next."""
+    settings = run.settings
     last = run.step >= settings.max_iters
     saves = last or run.step % (settings.save_interval or settings.eval_interval) == 0
     validates = run.step % settings.eval_interval == 0
     if saves or validates:
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    # The first validation saves in any case: best.pt alone would look like a run that was copied.
-    if validates and (settings.always_save_checkpoint or not ckpt.checkpoints(out_dir)):
-        saves = True
+    if validates and not saves:  # the first time in any case: best.pt alone would look like a run that was copied
+        saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
         run.save_all(must=last)
 
 
 def save_after_change(run, error):
-    """Save, although the data have changed since the last validation or checkpoint; returns the error that says so."""
+    """The data have changed since the last validation or checkpoint: save, and return the error that says so."""
+    if run.step == 0:
+        return error
     if run.folder.writes:
         run.save_all()
     if not error.alone:
         run.ranks.barrier()
-    return UserError(f"{error.fact}; the run is saved after {run.step} steps, and those since the last validation or "
-                     "checkpoint may have read other text", "bring the old data back, and the same command continues; "
-                     f"or --init_from={quote(run.settings.out_dir)} --out_dir=out/ANOTHER", alone=error.alone)
+    return UserError(f"{error.fact}; the run is saved after {run.step} steps, the last of which may have read other "
+                     "text", "bring the old data back, and the same command continues", alone=error.alone)
 
 
 def choose_max_iters(run):
@@ -512,12 +510,13 @@ def choose_max_iters(run):
         raise UserError(f"budget={settings.budget} is too short: one validation and a sample need {-left:.0f} s more",
                         "a longer --budget, or a smaller model")
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
-    settings.max_iters = run.chosen["max_iters"] = run.step + steps
+    chosen = run.facts["chosen"]
+    settings.max_iters = chosen["max_iters"] = run.step + steps
     if run.log:
         run.log.rewrite(run.header())
-    say(f"budget: enough for {settings.max_iters:,} updates = {run.epochs(settings.max_iters):.1f} epochs; to repeat "
+    say(f"budget: enough for {settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs; to repeat "
         f"this run without the clock: --max_iters={settings.max_iters} "
-        f"--compile={str(run.chosen['compile']).lower()}")
+        f"--compile={str(chosen['compile']).lower()}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,9 +540,9 @@ def prepare_stdlib(folder):
 
 
 def run_command(command):
-    """Run a command to its end. A signal that ends this process ends the command too."""
+    """Run a command to its end. What ends this process, Ctrl-C or SIGTERM, ends the command too."""
     def end(number, _):
-        raise SystemExit(128 + number)  # then subprocess.run kills the command
+        raise SystemExit(128 + number)  # on any exception, subprocess.run kills the command
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -552,30 +551,6 @@ def run_command(command):
         signal.signal(signal.SIGTERM, before)
     if code:
         raise UserError(f"{join(command)} failed with exit code {code}", "see its own error above")
-
-
-def make_model(settings, start, resumed):
-    """The model with its weights: random, those of `start`, or those of the checkpoint; with LoRA's corrections."""
-    torch.manual_seed(settings.seed)  # the initial weights are the first thing sampled
-    model = resume.build_model(settings)
-    if start:
-        ckpt.load_weights(model, start.pop("model"), settings.init_from)
-    if settings.lora_rank:
-        lora.add(model, settings.lora_rank, settings.lora_alpha)
-    if resumed:
-        ckpt.load_weights(model, resumed.pop("model"), settings.out_dir)
-    return model
-
-
-def choose(settings, device, ranks, folder):
-    """What `auto` means on this machine. A run that was stopped before its first checkpoint has chosen already."""
-    dtype, why = machine.choose_dtype(settings.dtype, device)
-    chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
-    if folder.writes:
-        begun = resume.begun_before(settings)
-        if begun.get("settings") == asdict(settings):
-            chosen = begun["chosen"]
-    return ranks.broadcast(chosen)
 
 
 def make_optimizers(model, settings, device):
@@ -602,13 +577,21 @@ def make_optimizers(model, settings, device):
     return optimizers
 
 
+def is_worth_compiling(run):
+    """Compiling takes half a minute. Then code reaches 60% of the peak and not 45%, which pays after two minutes."""
+    flops = run.settings.max_iters * run.step_tokens * run.model.flops_per_token()
+    seconds = flops / (0.45 * run.peak * run.ranks.world)
+    if run.settings.budget:
+        seconds = resume.seconds_of(run.settings.budget)
+    return run.device != "mps" and seconds > 120
+
+
 def start_wandb(settings):
     try:
         import wandb
+        return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
     except ImportError:
         note("wandb is not installed; log.jsonl in the run folder has the same numbers")
-        return None
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -617,9 +600,9 @@ def start_wandb(settings):
 
 def say_plan(run):
     """What is about to be trained, on what, and with what."""
-    settings, meta, chosen, world = run.settings, run.data.meta, run.chosen, run.ranks.world
+    settings, meta, chosen, world = run.settings, run.data.meta, run.facts["chosen"], run.ranks.world
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    weights = run.model.n_params() - (trained if settings.lora_rank else 0)
+    weights = run.model.n_params() - trained * bool(settings.lora_rank)
     kind = "text,"
     if run.data.chat:
         kind = f"conversations, {meta['train']['trained']:,} tokens to learn in"
@@ -628,27 +611,24 @@ def say_plan(run):
         f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
-    update = (f"update: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
-              f"{settings.block_size}")
-    if world > 1:
-        update += f", {len(run.mine)} for each of {world} processes"
-    if not settings.budget:
-        update += f"; {settings.max_iters:,} updates = {run.epochs(settings.max_iters):.1f} epochs"
-    say(update)
+    shared = f", {len(run.mine)} for each of {world} processes" if world > 1 else ""
+    length = f"{settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs"
+    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
+        f"{shared}; {settings.budget or length}")
     resume.say_memory(run)
 
 
 def say_result(run):
     """How good the model is, what it writes, and what may be wrong with it."""
-    settings, row, before = run.settings, run.row, run.before
+    settings, row, before = run.settings, run.row, run.facts["before"]
     # Losses can be compared on the same text only, and each version of Python has its own.
     corpus = next((f" ({source})" for source in run.data.meta["source"] if source.startswith("stdlib")), "")
-    say(f"\nfinished: {run.step} updates = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of training, "
+    say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of training, "
         f"{run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; validation loss "
         f"{row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
     model, _, best = ckpt.load_run(settings.out_dir, device=run.device)
     best = dict(val_loss=row["val_loss"], val_bpb=row["val_bpb"]) | best
-    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} updates; this is what sample.py "
+    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; this is what sample.py "
         "reads, and what writes here:\n")
     if before:
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
@@ -659,7 +639,7 @@ def say_result(run):
     guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
     if row["val_loss"] > guessing + 0.5:  # (random weights, too, are a little worse than guessing)
         warn(f"the run has diverged: its validation loss of {row['val_loss']:,.2f} is worse than guessing, which costs "
-             f"{guessing:.2f}; --learning_rate={settings.learning_rate / 3:.1g}, with another --out_dir")
+             f"{guessing:.2f}; {resume.again(settings)}")
 
 
 def sample(run, model, fresh=False):

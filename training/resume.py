@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-May this run begin, and may it be continued? What train.py checks, and the words in which it says no.
+May this run begin, and may it be continued?
 
-Before the run: do the settings fit each other, the data, the checkpoint, the memory and the processes? While it runs:
-the loss is no number, the memory is full, a process is lost. Each answer is a UserError with the numbers and with what
-to type, and comes before any work is lost.
+Before a run: do the settings fit each other, the data, the checkpoint and the processes? During it: what does an error
+mean? Whatever is wrong is a UserError with the numbers and with what to type, before any work is lost.
 """
 import math
 import os
 from dataclasses import asdict, fields
 from shlex import quote
-
-import torch
 
 from model import GPT, GPTConfig
 from runtime import machine
@@ -35,6 +32,7 @@ LIMITS = {  # the smallest and the largest value
 
 
 def check_settings(settings):
+    """Raises UserError for settings that no run can have."""
     check_limits(settings, LIMITS)
     if settings.budget:
         seconds_of(settings.budget)
@@ -42,6 +40,9 @@ def check_settings(settings):
     if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
         raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
                         "downloads", "--init_from=scratch, or the path of a run or checkpoint")
+    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
+        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
+                        "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
 
 
 def seconds_of(budget):
@@ -55,20 +56,14 @@ def seconds_of(budget):
     raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h")
 
 
-def check_lora(settings):
-    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
-        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
-                        "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
-
-
 def pieces(settings, world):
     """Into how many pieces a micro-batch is cut, so that all processes get the same share of a step."""
     micros, windows = settings.gradient_accumulation_steps, settings.batch_size
     cut = world // math.gcd(world, micros)
     if windows % cut:
-        fewer = next(n for n in range(world - 1, 0, -1) if windows % (n // math.gcd(n, micros)) == 0)
+        fewer, more = math.gcd(world, micros * windows), windows + cut - windows % cut
         raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} processes",
-                        f"--nproc_per_node={fewer}, or for a new run --batch_size={windows + cut - windows % cut}")
+                        f"--nproc_per_node={fewer}, or for a new run --batch_size={more}")
     return cut
 
 
@@ -90,10 +85,10 @@ def check_data(settings, data):
     steps, windows = settings.max_iters, settings.gradient_accumulation_steps * settings.batch_size
     epochs = data.epochs(steps * windows, settings.block_size)
     if epochs > 20:
-        warn(f"{steps:,} updates read this text {epochs:,.0f} times, and may learn it by heart; "
+        warn(f"{steps:,} steps read this text {epochs:,.0f} times, and may learn it by heart; "
              f"--max_iters={max(1, round(10 * steps / epochs))} reads it 10 times")
     if settings.warmup_iters >= steps:
-        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} updates, and there are only {steps}; "
+        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} steps, and there are only {steps}; "
              f"--warmup_iters={steps // 10}")
 
 
@@ -110,20 +105,17 @@ def build_model(settings):
 
 def say_memory(run):
     """About what training will take and what there is, before it is too late."""
-    settings, model, dtype = run.settings, run.model, getattr(torch, run.chosen["dtype"])
-    parts = model.training_memory(run.batch_size, dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
+    settings, model = run.settings, run.model
+    parts = model.training_memory(run.batch_size, run.dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
     needed, free = sum(parts.values()), machine.free_memory(run.device)
     sharing = run.ranks.local_world if run.device == "cpu" else 1  # processes that take it from the same memory
-    line = "memory: about " + " + ".join(f"{what} {size / 1e6:,.0f}" for what, size in parts.items())
-    line += f" = {needed / 1e6:,.0f} MB"
-    if sharing > 1:
-        line += f" for each of {sharing} processes"
-    if free < math.inf:
-        line += f", {free / 1e6:,.0f} MB are free"
-    say(line)
+    sizes = " + ".join(f"{what} {size / 1e6:,.0f}" for what, size in parts.items())
+    each = f" for each of {sharing} processes" if sharing > 1 else ""
+    rest = f", {free / 1e6:,.0f} MB are free" if free < math.inf else ""
+    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB{each}{rest}")
     if needed * sharing > free:
         warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps does the same "
-             "updates with less")
+             "steps with less")
     if settings.lora_rank:
         weights = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -135,7 +127,7 @@ def say_memory(run):
 # Where a run starts
 
 # What may be another when a run is continued. (The data are compared by their checksums.)
-MAY_CHANGE = {"init_from", "preset", "dataset", "out_dir",  # names
+MAY_CHANGE = {"preset", "dataset", "out_dir",  # names
               "max_iters", "budget", "patience",  # when it ends
               "eval_interval", "eval_iters", "eval_only", "log_interval",  # what is measured
               "save_interval", "always_save_checkpoint",  # what is saved
@@ -143,13 +135,17 @@ MAY_CHANGE = {"init_from", "preset", "dataset", "out_dir",  # names
               "wandb_log", "wandb_project", "wandb_run_name"}
 
 
-def differences(was, now):
-    """The names of what should be the same and is not."""
-    return [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+def check_same(was, now, what, fix):
+    """Raises UserError with both values of whatever differs although it may not."""
+    differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+    if differ:
+        before = ", ".join(f"{name}={was.get(name)}" for name in differ)
+        after = ", ".join(f"{name}={now[name]}" for name in differ)
+        raise UserError(f"{what} {before}; now it is {after}", fix)
 
 
-def show(settings, names):
-    return ", ".join(f"{name}={settings.get(name)}" for name in names)
+def fingerprints(tokenizer, files):
+    return dict(tokenizer=tokenizer[:12], data=" ".join(sha256[:12] for sha256 in files))
 
 
 def continue_run(resumed, settings, given, data, here):
@@ -170,30 +166,25 @@ def continue_run(resumed, settings, given, data, here):
             warn(f"micro-batches of {now['batch_size']} windows instead of {was['batch_size']}: the run goes on with "
                  f"the same data, but not bit for bit{part}")
         was |= {name: now[name] for name in batch}
-    differ = differences(was, now)
-    if settings.init_from not in ("auto", "resume", was["init_from"]):
-        differ.append("init_from")
-    if differ:
-        raise UserError(f"{settings.out_dir} was begun with {show(was, differ)}; now it is {show(now, differ)}",
-                        "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
+    if settings.init_from in ("auto", "resume"):
+        now["init_from"] = was["init_from"]
+    check_same(was, now, f"{settings.out_dir} was begun with",
+               "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
 
     # 2) The data.
-    was_data, now_data = (dict(tokenizer=tokenizer[:12], data=" ".join(sha256[:12] for sha256 in files))
-                          for tokenizer, files in ((resumed["tokenizer_sha256"], resumed["data_sha256"]),
-                                                   (data.meta["tokenizer_sha256"], data.sha256())))
-    if differ := differences(was_data, now_data):
-        raise UserError(f"{data.folder} no longer holds the data that {settings.out_dir} was begun with "
-                        f"({show(was_data, differ)}; now {show(now_data, differ)})",
-                        f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
+    check_same(fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"]),
+               fingerprints(data.meta["tokenizer_sha256"], data.sha256()),
+               f"{data.folder} no longer holds the data that {settings.out_dir} was begun with:",
+               f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
 
     # 3) The length.
     if settings.eval_only:
         return
     if settings.max_iters < resumed["step"]:
-        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
+        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} steps already",
                         f"--max_iters={resumed['step']} or more")
     if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
-        note(f"the learning rate now reaches its end at update {settings.max_iters}, not at {was['max_iters']}")
+        note(f"the learning rate now reaches its end at step {settings.max_iters}, not at {was['max_iters']}")
 
     # 4) The machine and its software.
     changed = [f"{name} {version} -> {here.get(name)}" for name, version in resumed["versions"].items()
@@ -219,32 +210,25 @@ def take_over(was, resumed, settings, given):
 
 def how_it_ended(resumed, settings):
     """What to say of a run that is finished; nothing where there is more to do."""
-    row = last_row(os.path.join(settings.out_dir, "log.jsonl"))
-    if settings.eval_only or row.get("step") != resumed["step"] or "val_loss" not in row:
+    row, step = last_row(os.path.join(settings.out_dir, "log.jsonl")), resumed["step"]
+    at_end = step == settings.max_iters
+    stuck = 0 < settings.patience <= row.get("since_best", 0)
+    if settings.eval_only or row.get("step") != step or "val_loss" not in row or not (at_end or stuck):
         return ""
-    if row["step"] == settings.max_iters:
-        early = ""
-    elif 0 < settings.patience <= row.get("since_best", 0):
-        early = f", ended by patience={settings.patience}"
-    else:
-        return ""
-    return f"{settings.out_dir} is finished: {row['step']} updates{early}, validation loss {row['val_loss']:.4f}"
+    early = "" if at_end else f", ended by patience={settings.patience}"
+    return f"{settings.out_dir} is finished: {step} steps{early}, validation loss {row['val_loss']:.4f}"
 
 
-def begun_before(settings):
-    """The header of the log of a run that was stopped before its first checkpoint; {} where there is none.
-
-    It begins again, which replaces its log. Raises UserError where that belongs to a run with other settings.
-    """
+def check_begun(settings):
+    """A run that was stopped before its first checkpoint begins again, which replaces its log. Raises UserError where
+    the log in the folder belongs to a run with other settings."""
     path = os.path.join(settings.out_dir, "log.jsonl")
-    header, now = read_header(path), asdict(settings)
-    was = header.get("settings", {})
-    if last_row(path):
-        if differ := differences(was, now):
-            raise UserError(f"{settings.out_dir} holds the log of a run with {show(was, differ)}; now it is "
-                            f"{show(now, differ)}", "--out_dir=out/ANOTHER")
-        note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
-    return header
+    if not last_row(path):
+        return
+    now = asdict(settings)
+    was = read_header(path).get("settings", {}) | dict(init_from=settings.init_from)
+    check_same(was, now, f"{settings.out_dir} holds the log of a run with", "--out_dir=out/ANOTHER")
+    note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
 
 
 def load_start(settings, given, data):
@@ -277,15 +261,20 @@ def load_start(settings, given, data):
 # While it runs
 
 
-def not_finite(step, loss, norm, settings, chosen):
+def not_finite(run, loss, norm):
     """The error for a loss or gradient that is no number, before any weight was changed. Exit code 3."""
+    settings, dtype = run.settings, run.facts["chosen"]["dtype"]
     good = ckpt.checkpoints(settings.out_dir)[-1:]
-    again = f"--init_from={quote(good[0])} " if good else ""
-    again += f"--out_dir={quote(settings.out_dir + '-2')} --learning_rate={settings.learning_rate / 3:.1g}"
-    return UserError(f"at update {step} the loss is {loss} and the gradient norm {norm} (learning rate "
-                     f"{settings.learning_rate:.2g}, {chosen['dtype']}); no weight was touched, and the same command "
-                     f"comes to the same place; last good checkpoint: {good[0] if good else 'none yet'}",
-                     f"{again}, or --dtype=float32", code=3)
+    start = f"--init_from={quote(good[0])} " if good else ""
+    return UserError(f"at step {run.step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
+                     f"{settings.learning_rate:.2g}, {dtype}); no weight was touched, and the same command comes "
+                     f"to the same place; last good checkpoint: {good[0] if good else 'none yet'}",
+                     f"{start}{again(settings)}, or --dtype=float32", code=3)
+
+
+def again(settings):
+    """What to type when the learning rate was too high."""
+    return f"--out_dir={quote(settings.out_dir + '-2')} --learning_rate={settings.learning_rate / 3:.1g}"
 
 
 def explain(error, settings, ranks):
@@ -295,7 +284,7 @@ def explain(error, settings, ranks):
         fix = "a smaller --block_size, or a smaller model"
         if windows > 1:
             cut = next(n for n in range(2, windows + 1) if windows % n == 0)
-            fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same updates with "
+            fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same steps with "
                    "less memory, a little slower")
         return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
                          f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix, alone=True)
