@@ -649,12 +649,12 @@ def sample(run, model, fresh=False):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
 
     data, tokenizer, ids = run.data, run.tokenizer, []
-    prompt = data.prompt(model.config.block_size, nothing=fresh)
+    prompt, ends = data.prompt(model.config.block_size, nothing=fresh), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
     model.eval()
     with run.autocast:
         for token in model.generate(torch.tensor([prompt], device=run.device), 200 if fresh else 100, pick):
-            if token.item() in tokenizers.ends(tokenizer):
+            if token.item() in ends:
                 break
             ids.append(token.item())
     model.train()

@@ -130,24 +130,20 @@ def set_up(device, ranks=None):
 
 def measure_peak(device, dtype):
     """The speed of one large matrix product, the best of up to 8, in floating-point operations per second."""
+    def synchronize():  # a GPU works asynchronously: wait for it, so that the clock measures its work
+        if device != "cpu":
+            torch.accelerator.synchronize(device)
+
     n = 4096 if device.startswith("cuda") else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     times = []
     while len(times) < 8 and sum(times) < 1:  # (a dtype that the processor lacks takes seconds)
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         a @ a
-        synchronize(device)
+        synchronize()
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
-
-
-def synchronize(device):
-    """Wait for the GPU, which works asynchronously, so that a clock measures its work too."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(device):
