@@ -38,8 +38,8 @@ def check_settings(settings):
         seconds_of(settings.budget)
         settings.max_iters = max(settings.max_iters, 11)  # until it is chosen, after ten steps
     if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
-        raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
-                        "downloads", "--init_from=scratch, or the path of a run or checkpoint")
+        raise UserError(f"init_from={settings.init_from}: OpenAI's weights are not downloaded here",
+                        "--init_from=scratch, or the path of a run or checkpoint")
     if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
         raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
                         "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
@@ -220,8 +220,8 @@ def how_it_ended(resumed, settings):
 
 
 def check_begun(settings):
-    """A run that was stopped before its first checkpoint begins again, which replaces its log. Raises UserError where
-    the log in the folder belongs to a run with other settings."""
+    """A run that was stopped before its first checkpoint begins again and replaces its log. Raises UserError where that
+    belongs to a run with other settings."""
     path = os.path.join(settings.out_dir, "log.jsonl")
     if not last_row(path):
         return
@@ -236,8 +236,8 @@ def load_start(settings, given, data):
     start, tokenizer = ckpt.read_run(settings.init_from)
     ckpt.check_whole(start)
     if not tokenizer.special:
-        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: "
-                        "no data prepared here have its ids", "sample.py and export.py read it; or train a new one")
+        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: it "
+                        "cannot be trained here", "sample.py and export.py read it; or train a new one")
     its_sha256, data_sha256 = start["tokenizer_sha256"], data.meta["tokenizer_sha256"]
     if its_sha256 != data_sha256:
         same = tokenizer.name if tokenizer.kind == "tiktoken" else settings.init_from
@@ -267,8 +267,8 @@ def not_finite(run, loss, norm):
     good = ckpt.checkpoints(settings.out_dir)[-1:]
     start = f"--init_from={quote(good[0])} " if good else ""
     return UserError(f"at step {run.step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
-                     f"{settings.learning_rate:.2g}, {dtype}); no weight was touched, and the same command comes "
-                     f"to the same place; last good checkpoint: {good[0] if good else 'none yet'}",
+                     f"{settings.learning_rate:.2g}, {dtype}); no weight was changed; last good checkpoint: "
+                     f"{good[0] if good else 'none yet'}",
                      f"{start}{again(settings)}, or --dtype=float32", code=3)
 
 
@@ -278,7 +278,7 @@ def again(settings):
 
 
 def explain(error, settings, ranks):
-    """What a failed allocation or a lost process means to the user: a UserError; None for what is a bug."""
+    """The UserError for a failed allocation or a lost process; None for what is a bug."""
     windows, micros = settings.batch_size, settings.gradient_accumulation_steps
     if machine.is_out_of_memory(error):
         fix = "a smaller --block_size, or a smaller model"
@@ -291,6 +291,6 @@ def explain(error, settings, ranks):
     if ranks.lost(error):
         why = str(error).splitlines()[0].partition(". This is typically")[0].rpartition("] ")[2]
         return UserError(f"process {ranks.rank} of {ranks.world} lost the others: {why}",
-                         "see what the one that ended first has said; the same command continues from the last "
-                         f"checkpoint. Where one was only slow: --dist_timeout={2 * settings.dist_timeout}")
+                         "see the error of the one that ended first; the same command continues from the last "
+                         f"checkpoint. If one was only slow: --dist_timeout={2 * settings.dist_timeout}")
     return None
