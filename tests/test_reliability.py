@@ -420,7 +420,7 @@ def test_missing_data_are_prepared_once(lab, first):
 
 def test_a_run_ends_with_the_prepare_that_it_has_started(lab):
     assert lab.start(*STDLIB, fault="prepare_by:exit 3").wait() == 2
-    assert "prepare.py stdlib failed with exit code 3" in said(lab.path)
+    assert "error: sh -c 'exit 3' failed with exit code 3" in said(lab.path)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = lab.start(*STDLIB, fault="default_int;prepare_by:echo $$ > pid && exec sleep 60")
         while not (lab.path / "pid").exists() or not (lab.path / "pid").read_text():
