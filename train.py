@@ -540,17 +540,18 @@ def prepare_stdlib(folder):
 
 
 def run_command(command):
-    """Run a command to its end. What ends this process, Ctrl-C or SIGTERM, ends the command too."""
-    def end(number, _):
-        raise SystemExit(128 + number)  # on any exception, subprocess.run kills the command
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        code = subprocess.run(command).returncode
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if code:
-        raise UserError(f"{join(command)} failed with exit code {code}", "see its own error above")
+    """Run a command to its end. A signal that ends this process, such as Ctrl-C, ends the command too."""
+    with StopSignal() as stop:
+        stop.listen()
+        process = subprocess.Popen(command)
+        while process.poll() is None and not stop.signal:
+            time.sleep(0.05)
+        if stop.signal:
+            process.send_signal(stop.signal)
+            process.wait()
+            raise SystemExit(128 + stop.signal)
+    if process.returncode:
+        raise UserError(f"{join(command)} failed with exit code {process.returncode}", "see its own error above")
 
 
 def make_optimizers(model, settings, device):
