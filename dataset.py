@@ -319,7 +319,7 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
             n = int((targets >= 0).sum())
             nats[number] = float(loss_of(idx, targets)) * n
             count += n
-    *nats, count = processes.sum(*nats, count)
+    *nats, count = processes.all_reduce_sum([*nats, count])
     return math.fsum(nats), count
 
 

@@ -37,6 +37,7 @@ from formats import huggingface
 from runtime import machine
 from runtime.console import UserError, command_line, note, say, warn
 from runtime.files import replace_file
+from runtime.processes import Processes
 from runtime.settings import check_limits, load
 from sample import read_prompt
 from serving.engine import Engine, Request
@@ -198,7 +199,7 @@ def run_task(engine, items, examples, settings, processes, name, chat=False):
         rows = {i: row_of(items[i], *found, engine.tokenizer) for i, found in asked.items()}
     except UserError as error:  # maybe in one process of several: the others have to hear of it
         rows = {"error": (error.fact, error.fix)}
-    rows = processes.gather(rows)
+    rows = {i: row for part in processes.all_gather(rows) for i, row in part.items()}
     if "error" in rows:
         raise UserError(*rows["error"])
 
@@ -302,7 +303,7 @@ def evaluate(run, name, settings, device, texts, tasks, processes, models, save)
             if found:
                 row["quality"], row["tokens_per_second"] = found
             save()
-        processes.wait()  # so that the others do not take the processor from it
+        processes.barrier()  # so that the others do not take the processor from it
 
     # 4. Questions
     chat = settings.chat and about["chat"]
@@ -396,7 +397,7 @@ def main(argv):
     # 1. Check all that is asked for, before anything is measured
     settings, _, runs = load(EvaluateConfig, argv)
     check_limits(settings, LIMITS)
-    started, processes = time.perf_counter(), machine.Processes()
+    started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.find_run()]
     folders = check_runs(runs, settings.checkpoint)

@@ -18,7 +18,7 @@ import dataset as datasets
 from bench.measure import (TINY, copy_peer, measure, prepare_for_both, project, ratio, spread, table, take_turns,
                            train_ours)
 from runtime.console import say
-from runtime.machine import Processes
+from runtime.processes import Processes
 from training import checkpoint as ckpt
 
 # nanoGPT's own recipe for a CPU, from its README

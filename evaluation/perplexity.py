@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import tokenizer as tokenizers
 from dataset import Dataset, to_batch, validation_sums
 from runtime.console import UserError
-from runtime.machine import Processes
+from runtime.processes import Processes
 from text.sources import documents
 
 

@@ -6,8 +6,8 @@ The console: what a program says while it works, and how it ends.
     if __name__ == "__main__":
         command_line(main)      # exit code 0, or the code of the UserError and its two lines
 
-Progress, notes and errors go to standard error; results (`show`) to standard output. Whatever comes from a file is
-made printable first, so that it cannot command a terminal.
+Progress, notes and errors go to standard error, results (`show`) to standard output. Text is made printable first, so
+that nothing that comes from a file can control the terminal.
 """
 import contextlib
 import hashlib
@@ -22,9 +22,9 @@ import traceback
 
 
 class UserError(Exception):
-    """Something that the user can mend: `fact` with its numbers, `fix` with what to type. Exit code 2 unless told.
+    """Something that the user can fix: `fact` with its numbers, `fix` with what to type. The exit code is 2 by default.
 
-    alone: only this one of several processes knows of it, so that it has to say it itself.
+    alone: of several processes only this one knows, so it prints the error itself.
     """
 
     def __init__(self, fact, fix, code=2, alone=False):
@@ -32,24 +32,27 @@ class UserError(Exception):
         self.fact, self.fix, self.code, self.alone = fact, fix, code, alone
 
 
-# Older ones do not protect from a stranger's files: a chat template runs any code in jinja2 3.1.5, a tokenizer.model
-# ends the process with sentencepiece 0.2.0, and a long word takes minutes with tiktoken 0.12.
+# Older versions are not safe with a stranger's files: a chat template can run any code in jinja2 3.1.5, a
+# tokenizer.model can crash the process in sentencepiece 0.2.0, and a long word takes minutes in tiktoken 0.12.
 OLDEST = {"jinja2": "3.1.6", "sentencepiece": "0.2.2", "tiktoken": "0.13"}
 
 
 def needs(package, what):
-    """Import an optional package. Raises UserError with the command that installs it, where it is missing or too old.
-    """
+    """Import an optional package. Raises UserError with the pip command where it is missing or too old."""
     oldest = OLDEST.get(package, "")
     fix = f"pip install '{package}>={oldest}'" if oldest else f"pip install {package}"
     try:
         module, version = importlib.import_module(package), importlib.metadata.version(package)
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
-    found, due = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, oldest))
-    if found < due:
+    if numbers(version) < numbers(oldest):
         raise UserError(f"{package} {version} is too old: it does not protect from a stranger's files", fix)
     return module
+
+
+def numbers(version):
+    """A version in the order of versions: "3.10.1" is [3, 10, 1]."""
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def say(text=""):
@@ -58,26 +61,26 @@ def say(text=""):
         print_error(text)
 
 
-dropped = 0  # lines that standard error has not taken since the last one that it took
+dropped = 0  # lines lost since the last one that standard error took
 
 
 def print_error(text):
-    """Write a line to standard error. A line that cannot be written is dropped, and the next one says how many were.
+    """Write a line to standard error, or drop it, and say with the next line how many were dropped.
 
-    A reader that has stopped (`| less`, a full pipe, a full disk) must not stop a training run or a server, so nothing
-    here waits for long.
+    A reader that has stopped (`| less`, a full pipe, a full disk) must not stop a training run or a server, so this
+    waits for a second at most.
     """
     global dropped
     lost = f"\n(lines that could not be written here: {dropped})\n" if dropped else ""
     try:
-        write_or_give_up(f"{lost}{printable(text)}\n", seconds=0 if dropped else 1)
+        write(f"{lost}{printable(text)}\n", seconds=0 if dropped else 1)
         dropped = 0
     except OSError:
         dropped += 1
 
 
-def write_or_give_up(text, seconds):
-    """Write to standard error, waiting no longer than this for its reader. Raises OSError where nobody reads."""
+def write(text, seconds):
+    """Write to standard error. Raises OSError where nobody reads it for so long."""
     if sys.stderr is None or sys.stderr.closed:
         raise BrokenPipeError
     try:
@@ -93,8 +96,8 @@ def write_or_give_up(text, seconds):
 
 
 def printable(text):
-    """The text without what a terminal obeys: control characters (a window's title, a pasted command) and characters
-    that reverse the order of others are written as escapes such as \\x1b. Line ends and tabs stay."""
+    """The text with escapes such as \\x1b for what a terminal obeys: control characters (a window's title, a pasted
+    command), and those that reverse the order of others. Line ends and tabs stay."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -119,7 +122,7 @@ def origin(source):
 
 
 def show(text, end="\n"):
-    """Print a text on standard output: to a terminal what is printable, to a file or a pipe exactly the text."""
+    """Print a text on standard output: to a terminal made printable, to a file or a pipe exactly as it is."""
     if sys.stdout is None:  # it was closed
         return
     try:
@@ -139,29 +142,36 @@ def warn(text):
 
 
 class Progress:
-    """One line every two seconds: how much of how much, how fast, how much longer."""
+    """A line every two seconds: how many bytes of how many, how fast, how much longer."""
 
     def __init__(self, what, total=0, done=0):
-        self.what, self.total, self.done, self.before, self.start = what, total, done, done, time.monotonic()
+        self.what, self.total, self.done, self.before = what, total, done, done
+        self.start = time.monotonic()
         self.next = self.start + 2
 
     def add(self, n):
         self.done += n
-        if time.monotonic() > self.next:
-            self.next = time.monotonic() + 2
-            speed = (self.done - self.before) / (time.monotonic() - self.start)
-            left = f" of {self.total / 1e6:,.1f}" if self.total else ""
-            eta = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
-            say(f"{self.what}: {self.done / 1e6:,.1f}{left} MB, {speed / 1e6:.1f} MB/s{eta}")
+        now = time.monotonic()
+        if now <= self.next:
+            return
+        self.next = now + 2
+        speed = (self.done - self.before) / (now - self.start)
+        line = f"{self.what}: {self.done / 1e6:,.1f}"
+        if self.total:
+            line += f" of {self.total / 1e6:,.1f}"
+        line += f" MB, {speed / 1e6:.1f} MB/s"
+        if self.total:
+            line += f", {(self.total - self.done) / speed:.0f} s left"
+        say(line)
 
 
 def command_line(main):
-    """Run a script's main(argv) and turn what went wrong into the two lines and the exit code of a UserError."""
+    """Run a script's main(argv) and exit: with its code, or with the two lines and the code of a UserError."""
     code = run(main)
     if os.environ.get("WORLD_SIZE", "1") in ("1", ""):
         sys.exit(code)
-    # One of several processes leaves without tidying up: in Python's last moments, the threads through which they
-    # talked can wait for the interpreter while the interpreter waits for them.
+    # One of several processes leaves without Python's clean-up, in which the threads of torch.distributed and the
+    # interpreter can wait for each other for ever.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -179,9 +189,9 @@ def run(main):
     except KeyboardInterrupt:
         say("stopped")
         return 130
-    except BrokenPipeError:  # `python sample.py | head` closes our standard output: no more to say, and no traceback
+    except BrokenPipeError:  # `python sample.py | head` has closed our standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # a mistake of ours
+    except Exception:  # a bug
         print_error(traceback.format_exc())
         return 1

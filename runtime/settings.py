@@ -5,17 +5,17 @@ Settings: a typed dataclass, files of plain assignments, and --key=value, read f
     python train.py config/train_small.py --batch_size=32
     python train.py --help
 
-Every script keeps its settings in one dataclass: a field is a name, a type, a default and, after it, a comment with
-the meaning. That is the whole description of a setting. `load` fills the dataclass from the command line, `--help`
-prints the source of the dataclass as it stands, and a wrong name or a wrong type is one clear error. A config file
-is Python whose top-level names are settings, so it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and
-carry comments that explain its numbers.
+A script keeps its settings in one dataclass. A field is a name, a type, a default and a comment with the meaning, and
+that describes the setting completely: `load` fills the dataclass from the command line, `--help` prints its source as
+it stands, and a wrong name or type is one clear error. A config file is Python whose top-level names are settings, so
+it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and explain its numbers in comments.
 """
 import ast
 import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -24,13 +24,16 @@ from runtime.console import UserError
 from runtime.files import open_file
 
 FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# The types that a setting can have, in a user's words; and Literal["a", "b"], and unions of these.
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
+         type(None): "none"}
 
 
 def load(cls, argv, presets=None, files=False):
     """Fill the dataclass `cls` from the arguments `argv`; later ones win.
 
-    presets: {name: {setting: value}}, chosen by the setting `preset`; a preset changes the defaults only, so
-        whatever files and flags give wins over it, wherever it stands.
+    presets: {name: {setting: value}}, chosen by the setting `preset`. A preset only changes the defaults: what files
+        and flags say wins, wherever it stands.
     files: bare arguments are config files (train.py); otherwise they are what the script works on, and are returned.
     Returns (settings, the set of names that were given, the bare arguments).
     Prints the settings and exits on --help. Raises UserError for an unknown name or a value of the wrong type.
@@ -42,26 +45,15 @@ def load(cls, argv, presets=None, files=False):
         if argument in ("--help", "-h"):
             print(help_text(cls))
             sys.exit(0)
-        if not argument.startswith("--"):
-            if files:
-                given.update(read_config(argument, kinds))
-            else:
-                bare.append(argument)
-            continue
-        name, has_value, text = argument[2:].partition("=")
-        name = name.replace("-", "_")
-        kind = known(name, kinds, f"--{name}")
-        if not has_value:  # `--key value`, or `--key` alone for true
-            flag = bool in alternatives(kind)
-            follows = argv and not argv[0].startswith("--")
-            if follows and (not flag or fits(argv[0], kind)):
-                text = argv.pop(0)
-            elif flag:
-                text = "true"
-            else:
-                raise UserError(f"--{name} has no value", f"--{name}=VALUE, {describe(kind)}")
-        value = parse(text, kind, f"--{name}")
-        given[name] = given.get(name, []) + value if kind == list[str] and name in given else value
+        if argument.startswith("--"):
+            name, value = read_flag(argument, argv, kinds)
+            if kinds[name] == list[str]:
+                value = given.get(name, []) + value
+            given[name] = value
+        elif files:
+            given.update(read_config(argument, kinds))
+        else:
+            bare.append(argument)
     if presets and given.get("preset"):
         name = given["preset"]
         if name not in presets:
@@ -70,15 +62,34 @@ def load(cls, argv, presets=None, files=False):
     return cls(**given), set(given), bare
 
 
+def read_flag(argument, following, kinds):
+    """(name, value) of --name=value, of --name and the argument after it, or of --name alone, which means true."""
+    name, has_value, text = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    kind = known(name, kinds, f"--{name}")
+    if not has_value:
+        flag = kind is bool or bool in typing.get_args(kind)
+        follows = following and not following[0].startswith("--")
+        if follows and (not flag or fits(following[0], kind)):  # (`--flag FILE`: the file is not its value)
+            text = following.pop(0)
+        elif flag:
+            text = "true"
+        else:
+            raise UserError(f"--{name} has no value", f"--{name}=VALUE, {describe(kind)}")
+    return name, parse(text, kind, f"--{name}")
+
+
 def read_config(path, kinds):
-    """The settings that a config file assigns, as {name: value}. The file is Python, run in a namespace of its own."""
+    """The settings that a config file assigns, {name: value}. The file is Python, run in a namespace of its own."""
     try:
         with open_file(path, most=1 << 20) as file:
             source = file.read().decode()
     except OSError as error:
-        near = difflib.get_close_matches(path, config_files(), 1)
+        folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
+        recipes = sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
+        near = difflib.get_close_matches(path, recipes, 1)
         raise UserError(f"cannot read the config file {path}: {error.strerror or error}",
-                        near[0] if near else "one of " + ", ".join(config_files())) from None
+                        near[0] if near else "one of " + ", ".join(recipes)) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file", "a config file holds lines like batch_size = 16") from None
     namespace = {"__name__": "config", "__file__": path}
@@ -95,33 +106,17 @@ def read_config(path, kinds):
     for name, value in namespace.items():
         if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
             where = f"{path}, line {lines.get(name, 1)}"
-            kind = known(name, kinds, where)
-            found[name] = parse(value, kind, f"{where}: {name}")
+            found[name] = parse(value, known(name, kinds, where), f"{where}: {name}")
     return found
 
 
-def config_files():
-    folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
-    return sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
-
-
 def known(name, kinds, where):
-    """The type of the setting `name`, or the error that names its nearest neighbour."""
+    """The type of the setting `name`. Raises UserError with the most similar name where there is none."""
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1)
         raise UserError(f"{where}: there is no setting {name!r}",
                         f"--{near[0]}" if near else "--help lists every setting with its meaning")
     return kinds[name]
-
-
-def parse(value, kind, where):
-    """`value`, a text from the command line or a value from a file, as the type that the annotation asks for."""
-    for option in alternatives(kind):
-        try:
-            return convert(value, option)
-        except (ValueError, TypeError, OverflowError):
-            continue
-    raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
 
 
 def check_limits(settings, limits):
@@ -135,55 +130,55 @@ def check_limits(settings, limits):
                                 f"--{name}={str(default).lower()}, the default")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+def parse(value, kind, where):
+    """`value`, a text from the command line or a value from a file, as the type that the annotation asks for."""
+    if not fits(value, kind):
+        raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
+    return convert(value, kind)
+
+
 def fits(value, kind):
     try:
-        parse(value, kind, "")
+        convert(value, kind)
         return True
-    except UserError:
+    except (ValueError, TypeError, OverflowError):
         return False
 
 
-def alternatives(kind):
-    """The types of a union such as `int | None`; a type that is none stands alone."""
-    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-
-
 def convert(value, kind):
-    """One type of the few that settings have. Raises ValueError where the value does not fit."""
-    if typing.get_origin(kind) is typing.Literal:
-        return typing.get_args(kind)[typing.get_args(kind).index(value)]
-    if kind == list[str]:
-        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    """`value` as the type `kind`. Raises ValueError, TypeError or OverflowError where it does not fit."""
+    word = str(value).lower()
     if kind is str:
         return str(value)
-    if kind is type(None):
-        if value is not None and str(value).lower() != "none":
-            raise ValueError(value)
+    if kind == list[str]:
+        return list(map(str, value)) if isinstance(value, list) else [str(value)]
+    if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+        return value
+    if kind is bool and word in FLAG_WORDS:
+        return FLAG_WORDS[word]
+    if kind is type(None) and word == "none":
         return None
-    if kind is bool:
-        if not isinstance(value, bool) and str(value).lower() not in FLAG_WORDS:
-            raise ValueError(value)
-        return value if isinstance(value, bool) else FLAG_WORDS[value.lower()]
-    if isinstance(value, bool):
-        raise ValueError(value)
-    number = float(value)
-    if kind is int:  # 10000, 10_000 and 1e4 are the same whole number, 0.5 is none
-        if number != int(number):
-            raise ValueError(value)
-        return int(number) if "e" in str(value).lower() or "." in str(value) else int(value)
-    if number != number:
-        raise ValueError(value)
-    return number
+    if kind is int and re.fullmatch("[+-]?[0-9_]+", word):  # exactly, however long
+        return int(word)
+    if kind in (int, float) and not isinstance(value, bool):  # 1e4 is a whole number too, 0.5 is none
+        number = float(value)
+        if kind(number) == number:  # (NaN is not)
+            return kind(number)
+    for option in typing.get_args(kind):  # of a union
+        if not isinstance(option, str) and fits(value, option):
+            return convert(value, option)
+    raise ValueError(value)
 
 
 def describe(kind):
-    """A type in a user's words: 'a whole number', "'learned' or 'rope'"."""
-    if len(alternatives(kind)) > 1:
-        return " or ".join(describe(option) for option in alternatives(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
-            type(None): "none"}[kind]
+    """A type in a user's words: 'a whole number', 'learned or rope'."""
+    if kind in WORDS:
+        return WORDS[kind]
+    return " or ".join(option if isinstance(option, str) else describe(option) for option in typing.get_args(kind))
 
 
 def help_text(cls):

@@ -60,7 +60,7 @@ def me():
 
 
 def at_step(step, act, micro=None):
-    """Act when the first micro-batch of update `step` (from 1) is read."""
+    """Act when the first micro-batch of step `step` (from 1) is read."""
     def watch(real, self, *args):
         if args[3] == step - 1 and not done:
             done.append(True)
@@ -125,14 +125,14 @@ def full_disk(first, last, size=1000):
 
 
 def nobody_listens(step):
-    """Standard error is a pipe whose reader leaves at an update, as `| head` does."""
+    """Standard error is a pipe whose reader leaves at a step, as `| head` does."""
     read, write = os.pipe()
     os.dup2(write, sys.stderr.fileno())
     at_step(int(step), lambda: os.close(read))
 
 
 def nobody_reads(step):
-    """Standard error is a full pipe that nobody reads, from an update on."""
+    """Standard error is a full pipe that nobody reads, from a step on."""
     def fill():
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -148,7 +148,7 @@ def nobody_reads(step):
 
 
 def clock_is_set(step):
-    """Somebody sets the clock of the machine a day forward at an update."""
+    """Somebody sets the clock of the machine a day forward at a step."""
     at_step(int(step), lambda: calls(time, "time", lambda real: real() + 86400))
 
 
@@ -157,7 +157,7 @@ def shell(step, command):
 
 
 def full_log(first, last):
-    """The log cannot be written at the updates number first to last."""
+    """The log cannot be written at the steps number first to last."""
     def act(real, self, row):
         if int(first) <= row["step"] <= int(last):
             self.path, path = "/dev/full/log.jsonl", self.path
@@ -192,13 +192,17 @@ def signals_in_save(number, nth, count):
     calls(torch, "save", act, int(nth))
 
 
-def signal_while_opening(number):
+def default_int():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # (pytest may run in the background, where it is ignored)
+
+
+def signal_while_opening(number):
+    default_int()
     calls(ckpt, "find_checkpoint", lambda real, *args: (os.kill(os.getpid(), int(number)), real(*args))[1])
 
 
 def bad_loss(step, value, rank=0):
-    """The loss of an update is multiplied by a value such as nan."""
+    """The loss of a step is multiplied by a value such as nan."""
     if me() == int(rank):
         state = []
         at_step(int(step), lambda: state.append(1))
@@ -206,7 +210,7 @@ def bad_loss(step, value, rank=0):
 
 
 def overflow(step, name):
-    """The gradients of the parameters whose name contains `name` are infinite in update number `step`."""
+    """The gradients of the parameters whose name contains `name` are infinite in step number `step`."""
     state = []
     at_step(int(step), lambda: state.append(1))
 
@@ -264,7 +268,7 @@ def no_fcntl():
 
 
 def peak_memory(path):
-    """Write the most memory that the process has held when the first update begins, in bytes."""
+    """Write the most memory that the process has held when the first step begins, in bytes."""
     def note():
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(machine.peak_memory("cpu")))
@@ -273,7 +277,7 @@ def peak_memory(path):
 
 
 def die_at_step(rank, step, attempts=1):
-    """The process `rank` dies at an update, in the first attempts of torchrun."""
+    """The process `rank` dies at a step, in the first attempts of torchrun."""
     if me() == int(rank) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < int(attempts):
         at_step(int(step), lambda: os._exit(1))
 
@@ -308,6 +312,11 @@ def note_windows():
             file.write(json.dumps([args[3], sorted(found.tolist())]) + "\n")
         return found
     calls(datasets.Dataset, "spans", act)
+
+
+def prepare_by(command):
+    """In place of `python prepare.py stdlib`, a shell command."""
+    calls(train, "run_command", lambda real, _: real(["sh", "-c", command]))
 
 
 def slow_steps(seconds):

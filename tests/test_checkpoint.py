@@ -14,6 +14,7 @@ from conftest import chat_run, error, prepare_words, random_model, whole
 
 from training import lora
 from runtime import machine
+from runtime.processes import Processes
 from training import checkpoint as ckpt
 from training import resume
 import sample
@@ -43,9 +44,9 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
-    assert machine.choose_device("auto", machine.Processes()) == "cuda:1" == taken[0]
+    assert machine.choose_device("auto", Processes()) == "cuda:1" == taken[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fact, fix = error(lambda _: machine.choose_device("cuda", machine.Processes()))
+    fact, fix = error(lambda _: machine.choose_device("cuda", Processes()))
     assert "2 processes, but this machine has 1 GPUs" in fact and fix == "--nproc_per_node=1"
 
 

@@ -25,7 +25,7 @@ from serving import engine
 import evaluate
 from evaluation import grading
 from formats import huggingface
-from runtime import machine
+from runtime.processes import Processes
 from evaluation import perplexity
 import prepare
 from evaluation import report
@@ -33,7 +33,7 @@ from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
 CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))) + "\u00e9\u4e2d")
-ONE = machine.Processes()
+ONE = Processes()
 QUICK = ["--tasks=none", "--samples=0"]
 
 

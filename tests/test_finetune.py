@@ -279,7 +279,7 @@ def test_a_lora_run_trains_and_keeps_the_corrections_alone(lab, monkeypatch, cap
     said, n = capsys.readouterr().err, sum(tensor.numel() for tensor in state["model"].values())
     whole = sum(p.numel() for p in merged.parameters())
     assert f"lora: {n:,} numbers are trained in place of {whole:,} weights ({n / (n + whole):.1%})" in said
-    assert tune(*LORA, "--max_iters=10") == 0 and "out/talk is finished: 10 updates" in capsys.readouterr().err
+    assert tune(*LORA, "--max_iters=10") == 0 and "out/talk is finished: 10 steps" in capsys.readouterr().err
 
 
 def test_lora_with_muon_goes_on_bit_for_bit(lab):
@@ -371,11 +371,11 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
     shown = capsys.readouterr().err
     assert "patience=2: 2 validations brought no lower loss than 2.0000" in shown
-    assert "finished: 8 updates" in shown and "a/best.pt: validation loss 2.0000 after 4 updates" in shown
+    assert "finished: 8 steps" in shown and "a/best.pt: validation loss 2.0000 after 4 steps" in shown
     assert [row["since_best"] for row in rows("a") if "val_loss" in row] == [0, 0, 1, 2]
     assert ckpt.load_checkpoint("a/best.pt")["step"] == 4 and ckpt.checkpoints("a")[-1].endswith("00000008.pt")
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
-    assert "a is finished: 8 updates, ended by patience=2, validation loss 2.0000" in capsys.readouterr().err
+    assert "a is finished: 8 steps, ended by patience=2, validation loss 2.0000" in capsys.readouterr().err
     # Killed in a validation, it comes to the same end.
     validations(monkeypatch, 3.0, 2.0)
     with pytest.raises(ZeroDivisionError):
@@ -423,8 +423,8 @@ def test_before_and_after_are_shown(lab, capsys):
     question = base.check_tokenizer().decode(base.prompt(T))
     assert before.startswith(question + " -> ") and shown.out.startswith(question + " -> ")
     epochs = 5 * 4 / base.windows(T)
-    assert f"5 updates = {epochs:.1f} epochs" in shown.err and row["epoch"] == pytest.approx(epochs)
-    assert f"finished: 5 updates = {epochs:.1f} epochs in " in shown.err and " MB at most; " in shown.err
+    assert f"5 steps = {epochs:.1f} epochs" in shown.err and row["epoch"] == pytest.approx(epochs)
+    assert f"finished: 5 steps = {epochs:.1f} epochs in " in shown.err and " MB at most; " in shown.err
     assert "nothing was gained" not in shown.err
 
 
@@ -468,7 +468,7 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
     for more in ([], ["--patience=2"]):
         capsys.readouterr()
         assert train.main([*argv, "--out_dir=b", *more]) == 0
-        assert "b is finished: 10 updates" in capsys.readouterr().err
+        assert "b is finished: 10 steps" in capsys.readouterr().err
     for out in "ab":
         train.main([*argv, f"--out_dir={out}", "--max_iters=20", "--patience=9"])
     assert_equal(weights("a", "last"), weights("b", "last"))
@@ -507,7 +507,7 @@ def test_another_mask_is_other_data(lab):
     meta["train"] |= dict(mask_sha256=hashlib.sha256(mask).hexdigest(), trained=len(mask))
     open("data/other/meta.json", "w").write(json.dumps(meta))
     again = [*CHAT, "--max_iters=4", "--out_dir=a", "--dataset=other"]
-    assert "no longer holds the data that a was begun with (data=" in error(train.main, *again)[0]
+    assert "no longer holds the data that a was begun with: data=" in error(train.main, *again)[0]
     for change in (dict(chat=False), dict(special={})):
         open("data/other/meta.json", "w").write(json.dumps(meta | change))
         fact = error(train.main, *CHAT, "--out_dir=b", "--dataset=other")[0]

@@ -121,7 +121,7 @@ def test_few_micro_batches_are_cut(lab):
         assert together(world, lab, *argv, f"--out_dir=out/{world}", "--backend=nccl") == [0] * world, said(lab)
     assert "note: backend=nccl works between GPUs, and the device is cpu: gloo instead" in said(lab)
     assert furthest(lab / "out/1", lab / "out/2") < 1e-4
-    assert "update: 128 tokens = 2 micro-batches of 2 x 32, 1 for each of 2 processes" in said(lab)
+    assert "step: 128 tokens = 2 micro-batches of 2 x 32, 1 for each of 2 processes" in said(lab)
     assert together(2, lab, *argv, "--batch_size=3", "--out_dir=out/3") == [2, 2]
     assert "1 micro-batches of batch_size=3 windows cannot be shared by 2 processes" in said(lab)
     assert "fix: --nproc_per_node=1, or for a new run --batch_size=4" in said(lab)
@@ -177,7 +177,7 @@ def test_sigterm_stops_all_at_the_same_update(lab, two, where):  # row 17
     if where == "one process":
         started = time.monotonic()
         assert together(2, lab, fault=f"signal_rank:1,{signal.SIGTERM},18") == [143, 143], said(lab)
-        assert "stopped by SIGTERM after 17 updates" in said(lab) and time.monotonic() - started < 10
+        assert "stopped by SIGTERM after 17 steps" in said(lab) and time.monotonic() - started < 10
     else:
         process = torchrun(lab, fault="slow_steps:0.02", wait=False)
         while not (lab / "out/words/ckpt_00000007.pt").exists():
@@ -224,7 +224,7 @@ def test_torchrun_ends_a_process_that_hangs(lab):  # row 19; half a minute of it
 
 def test_a_loss_that_is_no_number_on_one_process(lab, two):  # row 15
     assert together(2, lab, "--save_interval=1", fault="bad_loss:13,nan,1") == [3, 3]
-    assert "error: at update 13 the loss is nan" in said(lab)
+    assert "error: at step 13 the loss is nan" in said(lab)
     assert (lab / "out/words/ckpt_00000012.pt").exists()
     assert together(2, lab) == [0, 0] and outcome(lab / "out/words") == two
 

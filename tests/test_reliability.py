@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Kill it at any moment and run the same command again: the same bits. The rows of docs/reliability.md."""
+import contextlib
 import json
 import os
 import random
@@ -21,11 +22,12 @@ import export
 from training import checkpoint as ckpt
 import sample
 from runtime.console import UserError
+from runtime.files import locked
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(a folder with data/words, the outcome of an undisturbed run, the digest of the state after every update)."""
+    """(a folder with data/words, the outcome of an undisturbed run, the digest of the state after every step)."""
     folder = tmp_path_factory.mktemp("reference")
     prepare_words(folder)
     assert Run(folder, "--out_dir=out/a").wait() == 0
@@ -134,13 +136,13 @@ def test_kill_9_inside_a_save(lab, part):  # row 3
     ("signal_at_step:{},1", 0), ("signal_at_step:{},18", 17), ("signal_in_validation:{},3", 7),
     ("signals_in_save:{},4,1", 10), ("signal_while_opening:{}", None)])
 def test_one_signal_saves_and_stops(lab, fault, step, number):  # rows 6 and 32
-    """In the first update, a later one, a validation, a save (finished, and once), and before there is anything."""
+    """In the first step, a later one, a validation, a save (finished, and once), and before there is anything."""
     code = lab.start(fault=fault.format(number.value)).wait()
     if step is None:  # nothing is lost yet: the signal just ends it
         assert code in (-number, 128 + number)
     else:
         assert code == 128 + number
-        assert f"stopped by {number.name} after {step} updates" in said(lab.path)
+        assert f"stopped by {number.name} after {step} steps" in said(lab.path)
         assert not os.path.exists(lab.run) or step == 0 or os.path.exists(lab.run / f"ckpt_{step:08d}.pt")
         assert not any(name.endswith(".part") for name in os.listdir(lab.run))
     lab.finish()
@@ -149,7 +151,7 @@ def test_one_signal_saves_and_stops(lab, fault, step, number):  # rows 6 and 32
 def test_a_closed_terminal_saves(lab):
     """SIGHUP comes when the terminal is closed; under nohup it is ignored, and the run continues."""
     assert lab.start(fault=f"signal_at_step:{signal.SIGHUP},34").wait() == 129
-    assert os.path.exists(lab.run / "ckpt_00000033.pt") and "stopped by SIGHUP after 33 updates" in said(lab.path)
+    assert os.path.exists(lab.run / "ckpt_00000033.pt") and "stopped by SIGHUP after 33 steps" in said(lab.path)
     assert lab.start(fault=f"ignore_hangup;signal_at_step:{signal.SIGHUP},40").wait() == 0
     lab.finish()
 
@@ -224,14 +226,6 @@ def test_the_tokenizer_of_a_run_is_that_of_its_data(lab):
     shutil.rmtree(lab.run / "tokenizer")
     lab.finish()
     assert ckpt.load_run(str(lab.run))[1].vocab_size == 25
-
-
-def test_what_auto_chose_is_kept_before_the_first_checkpoint(lab):
-    assert lab.start("--dtype=auto", "--max_iters=7", fault="die_at_step:0,3").wait() == 1
-    path = lab.run / "log.jsonl"
-    path.write_text(path.read_text().replace('"why": "', '"why": "chosen before: '))
-    assert lab.start("--dtype=auto", "--max_iters=7").wait() == 0
-    assert '"why": "chosen before: ' in path.read_text() and "(chosen before: " in said(lab.path)
 
 
 def test_best_is_written_anew_where_it_cannot_be_used(lab):
@@ -364,7 +358,7 @@ def test_a_run_of_an_older_version_is_not_continued(lab):
 
 @pytest.mark.parametrize("damage", ["short", "odd", "empty", "flipped", "uint32", "beyond", "gone", "tokenizer"])
 def test_data_that_is_damaged(lab, damage):  # rows 25 and 26
-    """Exit 2 and the file's name before the first update; also when it happens between two resumes."""
+    """Exit 2 and the file's name before the first step; also when it happens between two resumes."""
     os.unlink(lab.path / "data")
     shutil.copytree(lab.reference / "data", lab.path / "data")
     assert lab.start("--max_iters=6", "--lr_decay_iters=60").wait() == 0
@@ -420,6 +414,40 @@ def test_data_that_are_deleted_while_a_run_reads_them(own_data):
     assert outcome(own_data.run) == own_data.due and "next: python sample.py out/words" in said(own_data.path)
 
 
+STDLIB = ["--dataset=stdlib", "--max_iters=1"]
+
+
+@pytest.mark.parametrize("first", ["train", "prepare"])
+def test_missing_data_are_prepared_once(lab, first):
+    """Two runs that begin at the same moment, and a run beside somebody's prepare.py."""
+    (lab.path / "data").unlink()
+    shutil.copytree(lab.reference / "data", lab.path / "data")
+    (lab.path / "said.0").touch()
+    writes = locked(str(lab.path / "data/stdlib")) if first == "prepare" else contextlib.nullcontext()
+    with writes:
+        runs = [lab.start(*STDLIB, f"--out_dir=out/{i}", fault="prepare_by:sleep 1 && cp -r data/words data/stdlib")
+                for i in range(2)]
+        while first == "prepare" and "data/stdlib; waiting for it to end" not in said(lab.path):
+            time.sleep(0.05)
+    assert [run.wait() for run in runs] == [0, 0], said(lab.path)
+    assert said(lab.path).count("data/stdlib is missing; preparing it: ") == 1
+    assert "another process is writing data/stdlib for train.py; waiting for it to end" in said(lab.path)
+
+
+def test_a_run_ends_with_the_prepare_that_it_has_started(lab):
+    assert lab.start(*STDLIB, fault="prepare_by:exit 3").wait() == 2
+    assert "error: sh -c 'exit 3' failed with exit code 3" in said(lab.path)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        run = lab.start(*STDLIB, fault="default_int;prepare_by:echo $$ > pid && exec sleep 60")
+        while not (lab.path / "pid").exists() or not (lab.path / "pid").read_text():
+            time.sleep(0.05)
+        os.kill(run.process.pid, number)
+        assert run.wait() == code
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((lab.path / "pid").read_text()), 0)
+        os.unlink(lab.path / "pid")
+
+
 def test_prepare_killed_at_random_moments(lab):  # row 27
     """A folder data/NAME is whole or not there, and the next try writes the same bytes."""
     os.unlink(lab.path / "data")
@@ -447,9 +475,9 @@ def test_prepare_killed_at_random_moments(lab):  # row 27
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number(lab, value):  # row 15
-    """Stopped before the update, exit 3; the last checkpoint is the state before it; best.pt is untouched."""
+    """Stopped before the step, exit 3; the last checkpoint is the state before it; best.pt is untouched."""
     assert lab.start("--save_interval=1", fault=f"bad_loss:13,{value}").wait() == 3
-    assert f"error: at update 13 the loss is {value}" in said(lab.path)
+    assert f"error: at step 13 the loss is {value}" in said(lab.path)
     assert "last good checkpoint: out/words/ckpt_00000012.pt" in said(lab.path)
     assert lab.check_files() == 2 and os.path.exists(lab.run / "ckpt_00000012.pt")
     assert ckpt.load_checkpoint(str(lab.run / "best.pt"))["step"] == 7
@@ -520,7 +548,7 @@ def test_out_of_memory_names_what_to_change(lab):
     argv = ["--block_size=512", "--batch_size=900", "--n_embd=256", "--eval_iters=1"]
     assert lab.start(*argv, fault="little_memory:2000000000").wait() == 2
     assert "error: out of memory with micro-batches of batch_size=900 windows of block_size=512" in said(lab.path)
-    assert "fix: --batch_size=450 --gradient_accumulation_steps=4: the same updates" in said(lab.path)
+    assert "fix: --batch_size=450 --gradient_accumulation_steps=4: the same steps" in said(lab.path)
 
 
 def test_intervals_do_not_touch_the_weights(lab):

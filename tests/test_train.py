@@ -87,7 +87,7 @@ def test_a_finished_run_is_left_alone(data, capsys):
     before = files()
     capsys.readouterr()
     assert run("--max_iters=10") == 0
-    assert "out/words is finished: 10 updates" in capsys.readouterr().err
+    assert "out/words is finished: 10 steps" in capsys.readouterr().err
     assert before == files()
 
 
@@ -286,7 +286,7 @@ def test_budget_is_kept_and_can_be_repeated_without_the_clock(data):
     a, b = (ckpt.load_checkpoint(f"{x}/best.pt")["model"] for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     done = script("train.py", *argv, "--out_dir=a", "--budget=14s", cwd=data)
-    assert done.returncode == 0 and f"a is finished: {steps} updates" in done.stderr
+    assert done.returncode == 0 and f"a is finished: {steps} steps" in done.stderr
     assert script("train.py", *argv, "--out_dir=a", f"--max_iters={steps + 3}", cwd=data).returncode == 0
     assert log("a")[1][-1]["step"] == steps + 3
 
@@ -301,7 +301,7 @@ def test_start_from_another_run(data, capsys):
     assert header["settings"]["n_embd"] == 32 and header["settings"]["block_size"] == 32  # it came with the weights
     assert rows[0]["loss"] < last + 0.3
     assert train.main(again) == 0  # the same command once more
-    assert "b is finished: 3 updates" in capsys.readouterr().err
+    assert "b is finished: 3 steps" in capsys.readouterr().err
     fact, fix = error(train.main, "--dataset=words", "--init_from=a", "--out_dir=c", "--n_embd=64")
     assert "n_embd=32" in fact and "n_embd=64" in fact
     (data / "other.txt").write_text("quite another alphabet: 0123456789\n" * 100)
@@ -364,9 +364,9 @@ def test_memory_that_may_not_be_enough_is_warned_of(data, monkeypatch, capsys):
 def test_a_run_that_learns_by_heart_is_warned(data, capsys):
     run("--max_iters=1500", "--eval_only")
     said = capsys.readouterr().err
-    assert "warning: 1,500 updates read this text 25 times" in said and "--max_iters=" in said
+    assert "warning: 1,500 steps read this text 25 times" in said and "--max_iters=" in said
     run("--max_iters=10", "--warmup_iters=50", "--eval_only")
-    assert "warning: the learning rate rises for warmup_iters=50 updates" in capsys.readouterr().err
+    assert "warning: the learning rate rises for warmup_iters=50 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argument, words", [
@@ -403,7 +403,7 @@ def test_a_run_is_not_mixed_with_another(data):
     assert "init_from=auto; now it is init_from=elsewhere" in error(lambda argv: run(*argv), "--init_from=elsewhere")[0]
     for argument, both in (("--n_embd=64", ["n_embd=32", "n_embd=64"]), ("--seed=3", ["seed=1337", "seed=3"]),
                            ("--learning_rate=0.5", ["learning_rate=0.01", "learning_rate=0.5"]),
-                           ("--max_iters=5", ["max_iters=5", "10 updates"])):
+                           ("--max_iters=5", ["max_iters=5", "10 steps"])):
         fact, fix = error(lambda argv: run(*argv), argument)
         assert all(value in fact for value in both), fact
     (data / "words.txt").write_text(words(8000, seed=1))
@@ -426,7 +426,7 @@ def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
     with pytest.raises(train.UserError) as caught:
         run("--max_iters=20", "--save_interval=1")
-    assert caught.value.code == 3 and "gradient norm inf" in caught.value.fact and "update 7 " in caught.value.fact
+    assert caught.value.code == 3 and "gradient norm inf" in caught.value.fact and "step 7 " in caught.value.fact
     five, six = (ckpt.load_checkpoint(f"out/words/ckpt_{step:08d}.pt") for step in (5, 6))
     assert all(torch.equal(five["model"][name], six["model"][name]) for name in five["model"])
     assert five["row"]["grad_norm"] == -1.0 and five["scaler"]["scale"] > 0
@@ -454,7 +454,7 @@ def test_eval_only(data, capsys):
     assert run("--max_iters=10", "--eval_only") == 0
     due = log("out/words")[1][-1]["val_loss"]
     said = capsys.readouterr().err
-    assert f"validation loss {due:.4f}" in said and "out/words after 10 updates" in said
+    assert f"validation loss {due:.4f}" in said and "out/words after 10 steps" in said
     assert sorted(os.listdir("out/words")) == before
     assert run("--out_dir=out/none", "--eval_only") == 0
     assert "bits per byte: random weights" in capsys.readouterr().err and not os.path.exists("out/none")

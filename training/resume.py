@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-What can be wrong with a training run: everything that train.py checks, and the words in which it says so.
+May this run begin, and may it be continued?
 
-Before the run: are the settings possible, do they fit the data, the checkpoint, the memory and the processes? While
-it runs: the loss is no number, the memory is full, a process is lost. Each is a UserError with the numbers and with
-what to type, and comes before any work is lost. train.py can be read without this file.
+Before a run: do the settings fit each other, the data, the checkpoint and the processes? During it: what does an error
+mean? Whatever is wrong is a UserError with the numbers and with what to type, before any work is lost.
 """
 import math
 import os
@@ -13,14 +12,14 @@ from shlex import quote
 
 import torch
 
+from model import GPT, GPTConfig
 from runtime import machine
-from training import checkpoint as ckpt
 from runtime.console import UserError, note, say, warn
 from runtime.files import check_like
 from runtime.settings import check_limits
+from training import checkpoint as ckpt
 from training.log import last_row, read_header
 from training.muon import Muon
-from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The settings
@@ -37,204 +36,232 @@ LIMITS = {  # the smallest and the largest value
 
 
 def check_settings(settings):
+    """Raises UserError for settings that no run can have."""
     check_limits(settings, LIMITS)
     if settings.budget:
         seconds_of(settings.budget)
-        settings.max_iters = max(settings.max_iters, 11)  # until it is known after ten
+        settings.max_iters = max(settings.max_iters, 11)  # until it is chosen, after ten steps
     if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
-        raise UserError(f"init_from={settings.init_from} means OpenAI's weights, which this project neither has nor "
-                        "downloads", "--init_from=scratch, or the path of a run or checkpoint")
+        raise UserError(f"init_from={settings.init_from}: OpenAI's weights are not downloaded here",
+                        "--init_from=scratch, or the path of a run or checkpoint")
+    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
+        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
+                        "--init_from=RUN (a run or a Hugging Face folder), or leave --lora_rank out")
 
 
 def seconds_of(budget):
     """'90s', '5m', '1.5h' in seconds."""
-    unit = {"s": 1, "m": 60, "h": 3600}.get(budget[-1:])
     try:
-        seconds = float(budget[:-1]) * unit
+        seconds = float(budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[budget[-1:]]
         if 0 < seconds < 1e9:
             return seconds
-    except (TypeError, ValueError):
+    except (KeyError, ValueError):
         pass
     raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h")
 
 
 def pieces(settings, world):
-    """Into how many pieces a micro-batch is cut, so that all processes get the same share of an update."""
+    """Into how many pieces a micro-batch is cut, so that all processes get the same share of a step."""
     micros, windows = settings.gradient_accumulation_steps, settings.batch_size
     cut = world // math.gcd(world, micros)
     if windows % cut:
-        fewer = next(n for n in range(world - 1, 0, -1) if windows % (n // math.gcd(n, micros)) == 0)
+        fewer, more = math.gcd(world, micros * windows), windows + cut - windows % cut
         raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} processes",
-                        f"--nproc_per_node={fewer}, or for a new run --batch_size={windows + cut - windows % cut}")
+                        f"--nproc_per_node={fewer}, or for a new run --batch_size={more}")
     return cut
 
 
-def advise(settings, data):
-    """What works, but may be regretted."""
-    step = settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
-    epochs = data.epochs(settings.max_iters * step / settings.block_size, settings.block_size)
-    if epochs > 20 and not settings.budget:
-        warn(f"{settings.max_iters:,} updates read this text {epochs:,.0f} times, and may learn it by heart; "
-             f"--max_iters={max(1, round(10 * settings.max_iters / epochs))} reads it 10 times")
+def check_data(settings, data):
+    """Do the settings fit the data? Sets vocab_size to that of the data; warns of what may be regretted."""
+    data.check(settings.block_size)
+    tokens = data.meta["vocab_size"]
+    settings.vocab_size = settings.vocab_size or tokens
+    if settings.vocab_size < tokens:
+        raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} was written with a tokenizer of "
+                        f"{tokens} tokens", "leave --vocab_size out")
     if data.chat:
         lost = 1 - data.layout("train", settings.block_size)[:, 2].sum() / data.meta["train"]["trained"]
         if lost:
             warn(f"conversations that are longer than block_size={settings.block_size} are cut: {lost:.1%} of what the "
                  "assistant says is not learned")
-    if settings.warmup_iters >= settings.max_iters and not settings.budget:
-        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} updates, and there are only "
-             f"{settings.max_iters}; --warmup_iters={settings.max_iters // 10}")
+    if settings.budget:  # the number of steps is not known yet
+        return
+    steps, windows = settings.max_iters, settings.gradient_accumulation_steps * settings.batch_size
+    epochs = data.epochs(steps * windows, settings.block_size)
+    if epochs > 20:
+        warn(f"{steps:,} steps read this text {epochs:,.0f} times, and may learn it by heart; "
+             f"--max_iters={max(1, round(10 * steps / epochs))} reads it 10 times")
+    if settings.warmup_iters >= steps:
+        warn(f"the learning rate rises for warmup_iters={settings.warmup_iters} steps, and there are only {steps}; "
+             f"--warmup_iters={steps // 10}")
 
 
 def build_model(settings):
     try:
         return GPT(settings)
-    except AssertionError as error:  # the model states its contract as 'fact; remedy'
-        fact, _, remedy = str(error).partition("; ")
-        raise UserError(fact, remedy or "python train.py --help") from None
+    except AssertionError as error:  # the model states its contract as 'fact; fix'
+        fact, _, fix = str(error).partition("; ")
+        raise UserError(fact, fix or "python train.py --help") from None
     except (RuntimeError, MemoryError, OverflowError, ValueError, TypeError) as error:
         raise UserError(f"a model of this shape cannot be made here: {str(error).splitlines()[0][:200]}",
                         "a smaller --n_embd, --n_layer, --n_inner or --vocab_size") from None
 
 
-def say_memory(model, batch_size, dtype, device, settings, processes):
+def say_memory(run):
     """About what training will take and what there is, before it is too late."""
-    parts = model.training_memory(batch_size, dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
-    needed, free = sum(parts.values()), machine.free_memory(device)
+    settings, model = run.settings, run.model
+    parts = model.training_memory(run.batch_size, run.dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
+    needed, free = sum(parts.values()), machine.free_memory(run.device)
+    sharing = run.ranks.local_world if run.device == "cpu" else 1  # processes that take it from the same memory
     sizes = " + ".join(f"{what} {size / 1e6:,.0f}" for what, size in parts.items())
-    sharing = processes.local_world if device == "cpu" else 1  # processes that take it from the same memory
-    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB" + (f" for each of {sharing} processes" if sharing > 1 else "")
-        + (f", {free / 1e6:,.0f} MB are free" if free < math.inf else ""))
+    each = f" for each of {sharing} processes" if sharing > 1 else ""
+    rest = f", {free / 1e6:,.0f} MB are free" if free < math.inf else ""
+    say(f"memory: about {sizes} = {needed / 1e6:,.0f} MB{each}{rest}")
     if needed * sharing > free:
         warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps does the same "
-             "updates with less")
-
-
-def say_lora(model, settings, arithmetic):
-    """What it saves. arithmetic: of a token, as a share of what it takes where all weights are trained."""
-    size = 12 if settings.optimizer == "adamw" else 8  # bytes per weight: a gradient, and one average or two
-    weights, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
-    say(f"lora: {trained:,} numbers are trained in place of {weights - trained:,} weights ({trained / weights:.1%}): "
-        f"gradients and optimizer take {trained * size / 1e6:,.0f} MB instead of "
-        f"{(weights - trained) * size / 1e6:,.0f}, a token {arithmetic:.0%} of the arithmetic")
+             "steps with less")
+    if settings.lora_rank:
+        weights = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"lora: {trained:,} numbers are trained in place of {weights - trained:,} weights "
+            f"({trained / weights:.1%})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a run starts
 
-def differences(was, now):
-    """The settings that differ although they have to stay as they were."""
-    return [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+# What may be another when a run is continued. (The data are compared by their checksums.)
+MAY_CHANGE = {"preset", "dataset", "out_dir",  # names
+              "max_iters", "budget", "patience",  # when it ends
+              "eval_interval", "eval_iters", "eval_only", "log_interval",  # what is measured
+              "save_interval", "always_save_checkpoint",  # what is saved
+              "device", "backend", "dist_timeout",  # where it runs
+              "wandb_log", "wandb_project", "wandb_run_name"}
 
 
-def show(settings, names):
-    return ", ".join(f"{name}={settings.get(name)}" for name in names)
+def check_same(was, now, what, fix):
+    """Raises UserError with both values of whatever differs although it may not."""
+    differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+    if differ:
+        before = ", ".join(f"{name}={was.get(name)}" for name in differ)
+        after = ", ".join(f"{name}={now[name]}" for name in differ)
+        raise UserError(f"{what} {before}; now it is {after}", fix)
 
 
-def begun_before(settings):
-    """The header of the log that a run left here which was stopped before its first checkpoint; {} without any.
-
-    It is begun anew, which replaces its log. Raises UserError where that belongs to a run with other settings.
-    """
-    path = os.path.join(settings.out_dir, "log.jsonl")
-    header, now = read_header(path), asdict(settings)
-    was = header.get("settings", {})
-    if last_row(path):
-        if differ := differences(was, now):
-            raise UserError(f"{settings.out_dir} holds the log of a run with {show(was, differ)}; now it is "
-                            f"{show(now, differ)}", "--out_dir=out/ANOTHER")
-        note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
-    return header
-
-
-MAY_CHANGE = {"init_from", "max_iters", "budget", "eval_interval", "eval_iters", "eval_only", "save_interval",
-              "always_save_checkpoint", "log_interval", "patience", "out_dir", "device", "backend", "dist_timeout",
-              "wandb_log", "wandb_project", "wandb_run_name", "preset", "dataset"}  # (data are compared by checksums)
+def fingerprints(tokenizer, files):
+    return dict(tokenizer=tokenizer[:12], data=" ".join(sha256[:12] for sha256 in files))
 
 
 def continue_run(resumed, settings, given, data, here):
-    """A resumed run must be the run that was begun. Raises UserError with both values of whatever differs.
+    """Check that this is the run that was begun. Raises UserError with both values of whatever differs.
 
-    Settings that were worked out when it began (the shape of a RUN that it started from, the vocabulary, the updates
-    that a budget allows) are taken from there.
+    Settings that were worked out when it began are taken over: the shape of a RUN that it started from, the vocabulary,
+    the steps that a budget allows.
     """
     was = asdict(type(settings)()) | resumed["settings"]  # (an older version may not have had them all)
-    if settings.init_from not in ("auto", "resume"):
-        for field in fields(GPTConfig):
-            if field.name not in given:
-                setattr(settings, field.name, was[field.name])
-    settings.vocab_size = settings.vocab_size or was["vocab_size"]
-    if settings.budget != was.get("budget"):
-        resumed["chosen"].pop("max_iters", None)  # decided anew, or by max_iters
-    settings.max_iters = resumed["chosen"].get("max_iters", settings.max_iters)
-    if settings.budget and "max_iters" not in resumed["chosen"]:
-        settings.max_iters = max(settings.max_iters, resumed["step"] + 2)  # after one update, there is a time to go by
+    take_over(was, resumed, settings, given)
     now = asdict(settings)
-    if windows(was) == windows(now):  # cut into other micro-batches, an update reads the same
+
+    # 1) The settings. Cut into other micro-batches, a step reads the same windows.
+    batch = "batch_size", "gradient_accumulation_steps"
+    if math.prod(was[name] for name in batch) == math.prod(now[name] for name in batch):
         if was["batch_size"] != now["batch_size"]:
             part = ", and --eval_iters counts these" if now["eval_iters"] else ""
             warn(f"micro-batches of {now['batch_size']} windows instead of {was['batch_size']}: the run goes on with "
                  f"the same data, but not bit for bit{part}")
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            was[name] = now[name]
-    was["tokenizer"], now["tokenizer"] = resumed["tokenizer_sha256"][:12], data.meta["tokenizer_sha256"][:12]
-    was["data"], now["data"] = (" ".join(sha[:12] for sha in shas) for shas in (
-        resumed["data_sha256"], data.sha256()))
-    differ = differences(was, now)
-    if settings.init_from not in ("auto", "resume", was["init_from"]):
-        differ.append("init_from")
-    if differ and set(differ) <= {"tokenizer", "data"}:
-        raise UserError(f"{data.folder} no longer holds the data that {settings.out_dir} was begun with "
-                        f"({show(was, differ)}; now {show(now, differ)})",
-                        f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
-    if differ:
-        raise UserError(f"{settings.out_dir} was begun with {show(was, differ)}; now it is {show(now, differ)}",
-                        "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
+        was |= {name: now[name] for name in batch}
+    if settings.init_from in ("auto", "resume"):
+        now["init_from"] = was["init_from"]
+    check_same(was, now, f"{settings.out_dir} was begun with",
+               "repeat the command that began the run, or --out_dir=out/ANOTHER for a new one")
+
+    # 2) The data.
+    check_same(fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"]),
+               fingerprints(data.meta["tokenizer_sha256"], data.sha256()),
+               f"{data.folder} no longer holds the data that {settings.out_dir} was begun with:",
+               f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
+
     if settings.eval_only:
         return
     if resumed.get("order") != data.ORDER and settings.max_iters > resumed["step"]:
         raise UserError(f"{settings.out_dir} was begun by an older version, which read the data in another order",
                         f"--init_from={quote(settings.out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
+
+    # 3) The length.
     if settings.max_iters < resumed["step"]:
-        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} updates already",
+        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} steps already",
                         f"--max_iters={resumed['step']} or more")
     if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
-        note(f"the learning rate now reaches its end at update {settings.max_iters}, not at {was['max_iters']}")
-    changed = [f"{name} {resumed['versions'][name]} -> {here.get(name)}" for name in resumed["versions"]
-               if name != "commit" and here.get(name) != resumed["versions"][name]]
+        note(f"the learning rate now reaches its end at step {settings.max_iters}, not at {was['max_iters']}")
+
+    # 4) The machine and its software.
+    changed = [f"{name} {version} -> {here.get(name)}" for name, version in resumed["versions"].items()
+               if name != "commit" and here.get(name) != version]
     if changed:
         warn(f"resumed elsewhere ({', '.join(changed)}): the run goes on, but not bit for bit as it would have")
 
 
-def windows(settings):
-    """Windows of text that an update reads."""
-    return settings["batch_size"] * settings["gradient_accumulation_steps"]
+def take_over(was, resumed, settings, given):
+    """Set what was worked out when the run began."""
+    if settings.init_from not in ("auto", "resume"):
+        for field in fields(GPTConfig):
+            if field.name not in given:
+                setattr(settings, field.name, was[field.name])
+    settings.vocab_size = settings.vocab_size or was["vocab_size"]
+    if settings.budget != was["budget"]:
+        resumed["chosen"].pop("max_iters", None)  # chosen anew, or given
+    if "max_iters" in resumed["chosen"]:
+        settings.max_iters = resumed["chosen"]["max_iters"]
+    elif settings.budget:
+        settings.max_iters = max(settings.max_iters, resumed["step"] + 2)  # one step measures the time
+
+
+def how_it_ended(resumed, settings):
+    """What to say of a run that is finished; nothing where there is more to do."""
+    row, step = last_row(os.path.join(settings.out_dir, "log.jsonl")), resumed["step"]
+    at_end = step == settings.max_iters
+    stuck = 0 < settings.patience <= row.get("since_best", 0)
+    if settings.eval_only or row.get("step") != step or "val_loss" not in row or not (at_end or stuck):
+        return ""
+    early = "" if at_end else f", ended by patience={settings.patience}"
+    return f"{settings.out_dir} is finished: {step} steps{early}, validation loss {row['val_loss']:.4f}"
+
+
+def check_begun(settings):
+    """A run that was stopped before its first checkpoint begins again and replaces its log. Raises UserError where that
+    belongs to a run with other settings."""
+    path = os.path.join(settings.out_dir, "log.jsonl")
+    if not last_row(path):
+        return
+    now = asdict(settings)
+    was = read_header(path).get("settings", {}) | dict(init_from=settings.init_from)
+    check_same(was, now, f"{settings.out_dir} holds the log of a run with", "--out_dir=out/ANOTHER")
+    note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
 
 
 def load_start(settings, given, data):
-    """The checkpoint of the RUN that init_from names; its shape becomes that of this run. Its context may be cut."""
+    """The checkpoint of the RUN that init_from names. Its shape becomes that of this run; the context may be cut."""
     start, tokenizer = ckpt.read_run(settings.init_from)
     ckpt.check_whole(start)
     if not tokenizer.special:
-        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: "
-                        "no data prepared here have its ids", "sample.py and export.py read it; or train a new one")
-    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token: it "
+                        "cannot be trained here", "sample.py and export.py read it; or train a new one")
+    its_sha256, data_sha256 = start["tokenizer_sha256"], data.meta["tokenizer_sha256"]
+    if its_sha256 != data_sha256:
         same = tokenizer.name if tokenizer.kind == "tiktoken" else settings.init_from
-        raise UserError(f"{settings.init_from} was trained with another tokenizer ({start['tokenizer_sha256'][:12]}) "
-                        f"than {data.folder} was written with ({data.meta['tokenizer_sha256'][:12]})",
-                        f"python prepare.py {'YOUR_CHATS --format=chat' if data.chat else 'YOUR_TEXT'} "
-                        f"--out={quote(data.folder)} --tokenizer={quote(same)}")
-    was = start["settings"]
-    for field in fields(GPTConfig):
-        name, now = field.name, getattr(settings, field.name)
-        cut = name == "block_size" and now < was[name]
-        if name in given and now != was[name] and name != "dropout" and not cut:
-            raise UserError(f"{settings.init_from} has {name}={was[name]}, but {name}={now} is asked for",
-                            f"--{name}={was[name]}: the shape comes with the weights")
+        text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
+        raise UserError(f"{settings.init_from} was trained with another tokenizer ({its_sha256[:12]}) than "
+                        f"{data.folder} was written with ({data_sha256[:12]})",
+                        f"python prepare.py {text} --out={quote(data.folder)} --tokenizer={quote(same)}")
+    for name in (field.name for field in fields(GPTConfig)):
+        was, now = start["settings"][name], getattr(settings, name)
         if name not in given:
-            setattr(settings, name, was[name])
-        if cut and name in given:
-            note(f"the context is cut from {was[name]:,} tokens to {now:,}: what is trained here reads no more")
+            setattr(settings, name, was)
+        elif name == "block_size" and now < was:
+            note(f"the context is cut from {was:,} tokens to {now:,}: what is trained here reads no more")
+        elif now != was and name != "dropout":
+            raise UserError(f"{settings.init_from} has {name}={was}, but {name}={now} is asked for",
+                            f"--{name}={was}: the shape comes with the weights")
     return start
 
 
@@ -266,29 +293,36 @@ def load_optimizers(optimizers, scaler, checkpoint, run):
 # While it runs
 
 
-def not_finite(update, loss, norm, settings, chosen):
-    """The error for a loss or gradient that is no number, before any weight was touched. Exit code 3."""
+def not_finite(run, loss, norm):
+    """The error for a loss or gradient that is no number, before any weight was changed. Exit code 3."""
+    settings, dtype = run.settings, run.facts["chosen"]["dtype"]
     good = ckpt.checkpoints(settings.out_dir)[-1:]
-    again = f"--init_from={quote(good[0])} " if good else ""
-    again += f"--out_dir={quote(settings.out_dir + '-2')} "
-    return UserError(f"at update {update} the loss is {loss} and the gradient norm {norm} (learning rate "
-                     f"{settings.learning_rate:.2g}, {chosen['dtype']}); no weight was touched, and the same command "
-                     f"comes to the same place; last good checkpoint: {good[0] if good else 'none yet'}",
-                     f"{again}--learning_rate={settings.learning_rate / 3:.1g}, or --dtype=float32", code=3)
+    start = f"--init_from={quote(good[0])} " if good else ""
+    return UserError(f"at step {run.step + 1} the loss is {loss} and the gradient norm {norm} (learning rate "
+                     f"{settings.learning_rate:.2g}, {dtype}); no weight was changed; last good checkpoint: "
+                     f"{good[0] if good else 'none yet'}",
+                     f"{start}{again(settings)}, or --dtype=float32", code=3)
 
 
-def explain(error, settings, processes):
-    """What a failed allocation or a lost process means to the user: a UserError; None for what is a bug."""
+def again(settings):
+    """What to type when the learning rate was too high."""
+    return f"--out_dir={quote(settings.out_dir + '-2')} --learning_rate={settings.learning_rate / 3:.1g}"
+
+
+def explain(error, settings, ranks):
+    """The UserError for a failed allocation or a lost process; None for what is a bug."""
     windows, micros = settings.batch_size, settings.gradient_accumulation_steps
     if machine.is_out_of_memory(error):
-        cut = next((n for n in range(2, windows + 1) if windows % n == 0), 0)
-        fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same updates with "
-               "less memory, a little slower" if cut else "a smaller --block_size, or a smaller model")
+        fix = "a smaller --block_size, or a smaller model"
+        if windows > 1:
+            cut = next(n for n in range(2, windows + 1) if windows % n == 0)
+            fix = (f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same steps with "
+                   "less memory, a little slower")
         return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
                          f"{settings.block_size} tokens: {str(error).strip().splitlines()[0][:200]}", fix, alone=True)
-    if processes.lost(error):
+    if ranks.lost(error):
         why = str(error).splitlines()[0].partition(". This is typically")[0].rpartition("] ")[2]
-        return UserError(f"process {processes.rank} of {processes.world} lost the others: {why}",
-                         "see what the one that ended first has said; the same command continues from the last "
-                         f"checkpoint. Where one was only slow: --dist_timeout={2 * settings.dist_timeout}")
+        return UserError(f"process {ranks.rank} of {ranks.world} lost the others: {why}",
+                         "see the error of the one that ended first; the same command continues from the last "
+                         f"checkpoint. If one was only slow: --dist_timeout={2 * settings.dist_timeout}")
     return None
