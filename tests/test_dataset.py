@@ -11,7 +11,7 @@ from conftest import error, talks, words, write_talks
 
 import dataset as datasets
 import prepare
-from runtime.machine import Processes
+from runtime.processes import Processes
 
 
 @pytest.fixture
