@@ -80,7 +80,7 @@ def test_validation_sees_every_token_once(data):
     # Shared by three processes: all come by equally often, and their sums are the whole, to the last bit.
     parts, visits = [], []
     for rank in range(3):
-        processes = SimpleNamespace(rank=rank, world=3, sum=lambda *values: parts.append(values) or values)
+        processes = SimpleNamespace(rank=rank, world=3, all_reduce_sum=lambda values: parts.append(values) or values)
         sums(data, 16, 3, lambda idx, targets: float(idx.float().mean()), processes, lambda _: visits.append(rank))
     *nats, count = map(sum, zip(*parts))
     assert (math.fsum(nats), count) == sums(data, 16, 3, lambda idx, targets: float(idx.float().mean()))
