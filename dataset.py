@@ -378,7 +378,7 @@ def inspect(folder, sample_tokens=120):
     tokenizer, meta = data.check_tokenizer(), data.meta
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     end = tokenizer.special[tokenizers.END_OF_TEXT]
-    drops = getattr(tokenizer, "missing", b"") or getattr(tokenizer, "nfc", False)  # its tokens spell the text nearly
+    drops = tokenizer.missing or tokenizer.rewrites  # its tokens spell the text nearly
     say(f"{folder}: {', '.join(meta['source'])}\n{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} tokens, "
         f"{meta['dtype']}")
     for side in ("train", "val"):

@@ -359,7 +359,7 @@ def read_run(run, which="best", depth=0):
         else:
             checkpoint = checked(state, path)
             tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
-        chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
+        chat = bool(checkpoint.get("chat") or tokenizer.template)
     settings = checkpoint["settings"]
     if checkpoint.get("base"):
         weights = read_base(checkpoint, run, depth)["model"]
@@ -502,7 +502,7 @@ def from_nanogpt(state, path):
                         "use another checkpoint") from None
     check_model(settings, weights, path)
     return dict(format=1, step=step, model=weights, source=[data or path], settings=settings,
-                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
+                tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 
 
 def nanogpt_tokenizer(folder, data, vocab_size):
