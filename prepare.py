@@ -338,7 +338,7 @@ def prepare(sources, settings, only_if_missing=False):
     only_if_missing: leave data that are there as they are, and wait where another process is writing them.
     """
     check_limits(settings, {"min_words num_proc": (0, 1 << 30), "val_fraction": (1e-9, 0.999),
-                            "character_coverage": (0.98, 1)})
+                            "character_coverage": (0.98, 1), "vocab_size": (0, 1_000_000)})
     out = folder_to_write(sources, settings)
     part = out + ".part"
     try:

@@ -11,29 +11,27 @@ Tokenizers: text to ids and back, without loss.
     assert tokenizer.decode(ids) == "def f(x):\n\treturn x"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load("data/mine/tokenizer")
 
-A language model never sees text, it sees integers. Three ways to make them are learned from the text itself:
+A language model never sees text, it sees integers. Three kinds of tokenizers are learned from the text itself:
 
 char     One id per distinct character of the training text: the smallest vocabulary, the longest sequences, and no id
          for a character that the text did not contain.
-bpe      Byte-pair encoding (Gage 1994; Sennrich 2016, arXiv 1508.07909), trained by SentencePiece. Start from single
-         characters; again and again, make a new piece of the pair that occurs most often. What no piece covers is
-         spelled in bytes, so that any text can be encoded.
+bpe      Byte-pair encoding (Sennrich 2016, arXiv 1508.07909), trained by SentencePiece. Start from single characters;
+         again and again, make a new piece of the pair that occurs most often. The rest is spelled in bytes.
 unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece. Start from many pieces with a probability each; again
          and again, remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
 
 The vocabularies of others, GPT-2's, Llama 3's and so on, are read by text/pretrained.py.
 
-All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save, chat, conversation. A token
-stands for *bytes*, not for characters (an emoji may be spread over four tokens), so text is put together by joining
-token_bytes and decoding the UTF-8 once. `decode` does that for a whole text, sample.py for a text that grows.
+A token stands for *bytes*, not for characters (an emoji may be spread over four tokens). So text is put together by
+joining token_bytes and decoding the UTF-8 once: `decode` does that for a whole text, sample.py for one that grows.
 
-Special tokens (<|endoftext|> in every vocabulary, and all of SPECIAL in those that are learned here) are inserted by id.
-Text that merely contains the characters "<|endoftext|>" is encoded as these characters, so no document and no user can
-forge one. In a chat they mark the turns, the same in preparation, in the terminal and in the server:
+Special tokens (<|endoftext|> in every vocabulary, all of SPECIAL in those that are learned here) are inserted by id.
+Text that merely contains the characters "<|endoftext|>" is encoded as these characters, so nobody can forge one. In a
+chat they mark the turns:
 
     <|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
 
-A prompt (`chat`) ends with <|assistant|>. What follows it, up to its <|end|>, is what a model learns: to answer, and to
+A prompt (`chat`) ends with <|assistant|>. What follows, up to its <|end|>, is what a model learns: to answer, and to
 stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
 """
 import contextlib
@@ -54,6 +52,7 @@ import numpy as np
 from text import pretrained
 from text.pretrained import read
 from runtime.console import UserError, command_line, needs, note, say, show
+from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
@@ -220,11 +219,6 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
                         f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
                         f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
                         f"{character_coverage:g}, or --tokenizer=char")
-    if not 0.98 <= character_coverage <= 1:
-        raise UserError(f"character_coverage={character_coverage} is out of range: 0.98 to 1",
-                        "--character_coverage=0.9995")
-    if vocab_size > 1_000_000:
-        raise UserError(f"vocab_size={vocab_size} is more than a million", "--vocab_size=32000 suits a few GB of text")
     if not any(line.strip() for line in lines):
         raise UserError(f"nothing to learn a vocabulary from: {sum(map(len, lines))} characters, all white space",
                         "more text, or --tokenizer=char")
@@ -415,6 +409,7 @@ def main(argv):
     from text.download import public
     from text.sources import fetch
     settings, _, bare = load_settings(TokenizerConfig, argv)
+    check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
     if settings.train or settings.compare:
         settings.input += bare
         bare = []
