@@ -320,19 +320,18 @@ def load_from(path, sha256=None):
 
     sha256: the fingerprint of the one that is meant; another is refused.
     """
-    if is_ours(path):
-        tokenizer = load(path)
-    elif is_ours(os.path.join(path, "tokenizer")):  # (an exported Hugging Face folder holds ours as well)
-        tokenizer = load(os.path.join(path, "tokenizer"))
-    elif os.path.exists(os.path.join(path, "tokenizer.json")):
-        tokenizer = pretrained.from_hugging_face(path)
-    else:
+    both = path, os.path.join(path, "tokenizer")  # (an exported Hugging Face folder holds ours as well)
+    folder = next(filter(is_ours, both), None)
+    if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
         raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                         "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
-    if sha256 is not None and (found := fingerprint(tokenizer)) != sha256:
-        raise UserError(f"{path} holds another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
-                        "take the folder tokenizer/ from a copy, or prepare the data again")
-    return tokenizer
+    tokenizer = None if folder else pretrained.from_hugging_face(path)
+    if sha256 is not None:
+        found = digest(files_in(folder)) if folder else fingerprint(tokenizer)
+        if found != sha256:
+            raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
+                            "take the folder tokenizer/ from a copy, or prepare the data again")
+    return tokenizer or load(folder)
 
 
 def is_ours(folder):
@@ -356,11 +355,20 @@ def get(name):
 
 
 def fingerprint(tokenizer):
-    """A sha256 over all that `save` writes: two tokenizers with the same one give the same ids."""
-    digest = hashlib.sha256()
-    for name, content in sorted(pretrained.files_of(tokenizer).items()):
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    """The sha256 of all that `save` writes: two tokenizers with the same one give the same ids."""
+    return digest(pretrained.files_of(tokenizer))
+
+
+def digest(files):
+    sha256 = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        sha256.update(f"{name} {len(content)}\n".encode() + content)
+    return sha256.hexdigest()
+
+
+def files_in(folder):
+    """{name: bytes} of all files. (Links to nowhere or to other folders are none.)"""
+    return {name: read(folder, name) for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))}
 
 
 def keep(tokenizer, folder, sha256):

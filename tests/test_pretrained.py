@@ -527,6 +527,13 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
     assert "there is no tokenizer 'gpt5'" in fact and "bpe, unigram, char, gpt2" in fix
 
 
+def test_without_the_package_tokenizers(monkeypatch, tmp_path):
+    path = folder(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert error(lambda _: pretrained.from_hugging_face(path)) == (
+        "Hugging Face tokenizers need the package tokenizers", "pip install tokenizers")
+
+
 @pytest.mark.parametrize("package, unsafe, needed", [
     ("jinja2", "3.1.5", "3.1.6"), ("tiktoken", "0.12.0", "0.13"), ("sentencepiece", "0.2.1", "0.2.2")])
 def test_packages_that_are_missing_or_unsafe(monkeypatch, tmp_path, package, unsafe, needed):

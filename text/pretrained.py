@@ -178,7 +178,6 @@ def short_runs(text):
 
 def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError where its files cannot be read."""
-    needs("tokenizers", "Hugging Face tokenizers")
     path = os.path.join(folder, "tokenizer.json")
     with careful(f"{path} is damaged, or of an unknown layout"):
         files = {name: read(folder, name) for name in PARTS if os.path.isfile(os.path.join(folder, name))}
@@ -212,6 +211,7 @@ class HuggingFaceTokenizer(Pretrained):
         self.special = {"<|endoftext|>": self.marks[end]["id"]}  # the name that the other scripts know
         self.special |= {text: token["id"] for text, token in self.marks.items()}
         self.mark_of = {token["id"]: token for token in self.marks.values()}
+        self.any_mark = tree(self.marks)
 
         # 2) the library, which gets what concerns the text alone
         spec["model"].pop("dropout", None)
@@ -220,8 +220,8 @@ class HuggingFaceTokenizer(Pretrained):
         self.library.encode_special_tokens = True  # in a text, the name of a special token is text
         vocabulary = self.library.get_vocab()
         check_ids(vocabulary.values())
-        if any(vocabulary.get(text) != token["id"] for text, token in added.items()):
-            raise ValueError("an added token has another id than its place in the vocabulary")
+        if any(text == "" or vocabulary.get(text) != token["id"] for text, token in added.items()):
+            raise ValueError("an added token has no text, or another id than its place in the vocabulary")
 
         # 3) the bytes of each token
         before, decoder = steps(spec.get("normalizer")) + steps(spec.get("pre_tokenizer")), steps(spec.get("decoder"))
@@ -261,7 +261,7 @@ class HuggingFaceTokenizer(Pretrained):
 
         before: the ids of what comes before it.
         """
-        parts = re.split(f"({tree(self.marks)})", text)  # text, name, text, ..., text
+        parts = re.split(f"({self.any_mark})", text)  # text, name, text, ..., text
         ids = list(before)
         for part, name in itertools.zip_longest(parts[::2], parts[1::2]):
             mark = self.mark_of.get(ids[-1]) if ids else None
@@ -334,8 +334,8 @@ class HuggingFaceTokenizer(Pretrained):
         return changed(messages, self.broken)
 
     def broken(self, text):
-        cuts = [found.start() + 1 for found in re.finditer(f"(?={tree(self.marks)})", text)]
-        if cuts and any(len(name) == 1 for name in self.marks):
+        cuts = [found.start() + 1 for found in re.finditer(f"(?={self.any_mark})", text)]
+        if any(len(name) == 1 and name in text for name in self.marks):
             raise UserError("a message contains characters that cannot be told from a special token of this model",
                             "leave them out")
         borders = [0, *cuts, len(text)]
