@@ -130,7 +130,7 @@ def byte_level(special, template):
     """The same vocabulary as a tokenizer.json, with a chat format."""
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     spec = dict(version="1.0", added_tokens=[dict(plain, id=i, content=text) for text, i in special.items()],
-                pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, use_regex=True),
+                pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True),
                 model=dict(type="BPE", vocab=pretrained.byte_alphabet(), merges=[]))
     files = {"tokenizer.json": json.dumps(spec).encode(), "chat_template.jinja": template.encode(),
              "tokenizer_config.json": b'{"eos_token": "<|im_end|>"}'}

@@ -247,8 +247,8 @@ ADDED = dict(id=1, content="<|endoftext|>", special=True, single_word=False, lst
              normalized=False)
 TOKENIZER_JSON = dict(
     version="1.0", added_tokens=[ADDED], normalizer=None,
-    pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, use_regex=True), post_processor=None,
-    decoder=dict(type="ByteLevel"), model=dict(type="BPE", vocab=dict(a=0), merges=[]))
+    pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True), post_processor=None,
+    decoder=None, model=dict(type="BPE", vocab=dict(a=0), merges=[]))
 
 
 def optimizers():
