@@ -202,16 +202,16 @@ class HuggingFaceTokenizer(Pretrained):
         added = {token["content"]: token for token in spec.get("added_tokens") or []}
         for text, token in added.items():
             token["special"] = token["special"] or text in self.settings.values()
-        self.marks = {text: token for text, token in added.items() if token["special"]}
+        self.added_special = {text: token for text, token in added.items() if token["special"]}
         ends = ("<|endoftext|>", "<|end_of_text|>", self.settings.get("eos_token"))
-        end = next((text for text in ends if text in self.marks), None)
+        end = next((text for text in ends if text in self.added_special), None)
         if end is None:
             raise UserError(f"{path} names no special token for the end of a text: neither <|endoftext|> nor an "
                             "eos_token", "add the folder's tokenizer_config.json, which names it")
-        self.special = {"<|endoftext|>": self.marks[end]["id"]}  # the name that the other scripts know
-        self.special |= {text: token["id"] for text, token in self.marks.items()}
-        self.mark_of = {token["id"]: token for token in self.marks.values()}
-        self.any_mark = tree(self.marks)
+        self.special = {"<|endoftext|>": self.added_special[end]["id"]}  # the name that the other scripts know
+        self.special |= {text: token["id"] for text, token in self.added_special.items()}
+        self.special_of = {token["id"]: token for token in self.added_special.values()}
+        self.special_names = tree(self.added_special)
 
         # 2) the library, which gets what concerns the text alone
         spec["model"].pop("dropout", None)
@@ -229,7 +229,7 @@ class HuggingFaceTokenizer(Pretrained):
         self.vocab_size = max(vocabulary.values()) + 1
         self.bytes = [b""] * self.vocab_size
         for text, i in vocabulary.items():
-            if i not in self.mark_of:
+            if i not in self.special_of:
                 self.bytes[i] = spelled(text, decoder, byte_level and text not in added)
         if byte_level:
             self.missing = bytes(byte for character, byte in ALPHABET.items() if character not in vocabulary)
@@ -256,21 +256,21 @@ class HuggingFaceTokenizer(Pretrained):
     def encode_to_numpy(self, text, follows=False):
         return np.array(self.encode(text, follows), dtype=np.uint32)
 
-    def encode_marked(self, text, before=()):
+    def encode_with_special(self, text, before=()):
         """The ids of a chat, in whose text the names of special tokens stand for these.
 
         before: the ids of what comes before it.
         """
-        parts = re.split(f"({self.any_mark})", text)  # text, name, text, ..., text
+        parts = re.split(f"({self.special_names})", text)  # text, name, text, ..., name, text
         ids = list(before)
         for part, name in itertools.zip_longest(parts[::2], parts[1::2]):
-            mark = self.mark_of.get(ids[-1]) if ids else None
-            if mark and mark["rstrip"]:
+            last = self.special_of.get(ids[-1]) if ids else None
+            if last and last["rstrip"]:  # it takes along the white space behind it
                 part = part.lstrip()
-            if name and self.marks[name]["lstrip"]:
+            if name and self.added_special[name]["lstrip"]:
                 part = part.rstrip()
             if part:
-                begins = not ids or mark and not self.prefix_once
+                begins = not ids or last and not self.prefix_once  # where the library puts its space
                 ids += self.encode(part.replace(BREAK, ""), follows=not begins)
             if name:
                 ids.append(self.special[name])
@@ -283,7 +283,7 @@ class HuggingFaceTokenizer(Pretrained):
         model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing (unless
         the template itself makes a special token out of parts of it).
         """
-        return not_nothing(self.encode_marked(self.fill(self.guard(messages), answer)))
+        return not_nothing(self.encode_with_special(self.fill(self.guard(messages), answer)))
 
     def conversation(self, messages):
         """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
@@ -306,7 +306,7 @@ class HuggingFaceTokenizer(Pretrained):
                 raise UserError(f"the chat template of {self.name} rewrites earlier text as a conversation goes on, so "
                                 "it cannot be told what to learn", "conversations of one question and one answer, or "
                                 "another template")
-            new = self.encode_marked(longer[len(text):], before=ids)
+            new = self.encode_with_special(longer[len(text):], before=ids)
             if learned and end not in new:
                 raise UserError(f"the chat template of {self.name} puts no {eos_token} behind an answer, so a model "
                                 "would not learn to end", "in the folder's tokenizer_config.json, name as eos_token "
@@ -334,8 +334,8 @@ class HuggingFaceTokenizer(Pretrained):
         return changed(messages, self.broken)
 
     def broken(self, text):
-        cuts = [found.start() + 1 for found in re.finditer(f"(?={self.any_mark})", text)]
-        if any(len(name) == 1 and name in text for name in self.marks):
+        cuts = [found.start() + 1 for found in re.finditer(f"(?={self.special_names})", text)]
+        if any(len(name) == 1 and name in text for name in self.added_special):
             raise UserError("a message contains characters that cannot be told from a special token of this model",
                             "leave them out")
         borders = [0, *cuts, len(text)]
