@@ -109,10 +109,9 @@ def check_ids(ids):
 
 def from_tiktoken(name):
     """An encoding by its name in tiktoken, which fetches it once. Raises UserError where it cannot."""
+    library = tiktoken()
     try:
-        encoding = tiktoken().get_encoding(name)
-    except UserError:
-        raise
+        encoding = library.get_encoding(name)
     except Exception as error:  # of requests, of the disk, or a checksum that is not the due one
         reason = f"{type(error).__name__}: {error}".split("(Caused")[0][:200]
         raise UserError(f"tiktoken cannot fetch the vocabulary {name}: {reason}",
@@ -280,17 +279,16 @@ class HuggingFaceTokenizer(Pretrained):
         """The ids of a conversation in this model's own format. messages: [{"role": "user", "content": "..."}, ...].
 
         answer: end with the beginning of the assistant's turn. The format is a Jinja template that came with the
-        model; it runs in Jinja's sandbox. What a message contains stays text: "<|im_end|>" in it ends nothing (unless
-        the template itself makes a special token out of parts of it).
+        model. What a message contains stays text: "<|im_end|>" in it ends nothing.
         """
         return not_nothing(self.encode_with_special(self.fill(self.guard(messages), answer)))
 
     def conversation(self, messages):
         """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
 
-        That is every answer of the assistant with the end token behind it, but for empty ones. A template is a program,
-        and does not say which of its text comes from which message. So it is asked for the text up to each answer, as
-        for a prompt, and for the text with that answer; each has to begin with the one before.
+        That is every answer of the assistant with its end token, but for empty ones. A template does not say which of
+        its text comes from which message. So it is asked for the text up to each answer, as for a prompt, and for the
+        text with that answer; each has to begin with the one before.
         """
         guarded = self.guard(messages)
         eos_token = self.settings.get("eos_token")
@@ -383,7 +381,7 @@ ALPHABET = byte_alphabet()
 
 
 def spelled(token, decoder, byte_level):
-    """The bytes that a token of a vocabulary stands for: what the steps of the decoder make of it."""
+    """The bytes that a token stands for: what the steps of the decoder make of it."""
     if byte_level:
         known = all(character in ALPHABET for character in token)
         return bytes(ALPHABET[character] for character in token) if known else token.encode()
