@@ -82,16 +82,8 @@ def code_points(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizers that are learned here
 
-class Learned:
-    """What they have in common: decoding, saving, and the chat format."""
-
-    template, settings, missing, rewrites = "", {}, b"", False  # (see text/pretrained.py)
-
-    def decode(self, ids):
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
-
-    def save(self, folder):
-        pretrained.write(folder, self)
+class Learned(pretrained.Tokenizer):
+    """What they have in common: the chat format."""
 
     def chat(self, messages, answer=True):
         """The ids of a conversation. messages: [{"role": "user", "content": "..."}, ...].
@@ -130,10 +122,8 @@ class CharTokenizer(Learned):
         self.vocab_size = len(self.special) + len(characters)
         self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
         self.table[code_points(characters)] = np.arange(len(self.special), self.vocab_size)
+        self.bytes = [b""] * len(self.special) + [character.encode() for character in characters]
         self.files = {"vocab.json": json.dumps(list(characters), ensure_ascii=False).encode()}
-
-    def encode(self, text):
-        return self.encode_to_numpy(text).tolist()
 
     def encode_to_numpy(self, text, follows=False):
         ids = self.table.take(code_points(text))
@@ -143,10 +133,6 @@ class CharTokenizer(Learned):
                             f"{len(self.characters)} that this character vocabulary was made from",
                             "leave it out, or prepare the data with --tokenizer=bpe, which spells anything")
         return ids
-
-    def token_bytes(self, i):
-        first = len(self.special)
-        return self.characters[i - first].encode() if first <= i < self.vocab_size else b""
 
 
 class SentencePieceTokenizer(Learned):
@@ -182,9 +168,6 @@ class SentencePieceTokenizer(Learned):
 
     def encode_to_numpy(self, text, follows=False):
         return np.array(self.encode(text), dtype=np.int32)
-
-    def token_bytes(self, i):
-        return self.bytes[i] if i < self.vocab_size else b""
 
 
 def train(kind, texts, vocab_size=4096, character_coverage=1.0):

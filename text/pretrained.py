@@ -42,11 +42,13 @@ BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special tok
 BEFORE = "\ufdd4"  # stands for any text that came before
 
 
-class Pretrained:
-    """What both kinds of vocabularies have in common.
+class Tokenizer:
+    """What every tokenizer has: encode_to_numpy, chat and conversation, and this.
 
-    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for. files: {name: bytes},
-    what `save` writes. missing: bytes that no token stands for; they are dropped.
+    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for; files: {name: bytes} that
+    `save` writes. template: the chat format of a model of others; settings: the names of special tokens for it.
+    missing: bytes that no token stands for, which are dropped. rewrites: can a text come back changed otherwise?
+    prefix: is a space put before a text? (`decode` takes it away.)
     """
 
     missing, rewrites, prefix, template, settings = b"", False, False, "", {}
@@ -126,7 +128,7 @@ def tiktoken():
     return needs("tiktoken", "byte-level vocabularies")
 
 
-class TiktokenTokenizer(Pretrained):
+class TiktokenTokenizer(Tokenizer):
     """An encoding from the two files that `save` writes: no network is needed any more.
 
     ranks: {bytes: id} of all tokens; an earlier one is merged first.
@@ -183,12 +185,8 @@ def from_hugging_face(folder):
         return HuggingFaceTokenizer(os.path.basename(os.path.abspath(folder)), path, files)
 
 
-class HuggingFaceTokenizer(Pretrained):
-    """A tokenizer.json, read by the package tokenizers, with the chat format beside it.
-
-    template: the chat format; settings: the names of special tokens that it asks for.
-    prefix: is a space put before a text? (Then `decode` takes it away.) rewrites: can a text come back changed?
-    """
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the package tokenizers, with the chat format beside it."""
 
     kind, unforged = "hugging_face", {}
 
@@ -234,13 +232,18 @@ class HuggingFaceTokenizer(Pretrained):
             self.missing = bytes(byte for character, byte in ALPHABET.items() if character not in vocabulary)
         self.rewrites = bool(spec.get("normalizer")) or not byte_level
 
-        # 4) what is put before a text, and what the model itself would make of the name of a special token
+        # 4) what is put before a text
         self.n_before = len(self.encode(BEFORE))
         self.prefix = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
         self.prefix_once = any(step.get("prepend_scheme") == "first" for step in before)
-        forgeable = special_pieces(spec["model"], self.special)
-        broken = {i: self.encode(text[:1], True) + self.encode(text[1:], True) for text, i in forgeable.items()}
-        self.unforged = {i: [j for j in ids if j not in broken] for i, ids in broken.items()}
+
+        # 5) special tokens that the model itself makes of their names, as Unigram does: they are spelled in two parts.
+        # (Not the one that any unknown character becomes.)
+        unknown, parts = self.encode(BEFORE), {}
+        for text, i in self.special.items():
+            if i in self.encode(text) + self.encode(text, follows=True) and i not in unknown:
+                parts[i] = self.encode(text[:1], follows=True) + self.encode(text[1:], follows=True)
+        self.unforged = {i: [j for j in ids if j not in parts] for i, ids in parts.items()}
 
     def encode(self, text, follows=False):
         """The ids of a text, or of a text that follows another one, so that no space is put before it."""
@@ -398,21 +401,6 @@ def spelled(token, decoder, byte_level):
         elif kind == "WordPiece":
             token = token.removeprefix(step["prefix"]) if token.startswith(step["prefix"]) else " " + token
     return token.encode()
-
-
-def special_pieces(model, special):
-    """{text: id} of the special tokens that the model itself would make of a text that spells them.
-
-    BPE makes what its merges make, which is none of them, unless it looks up whole words first. Unigram takes any
-    piece. (Where unknown characters become an unknown token, text has to become that one.)
-    """
-    if model.get("type", "BPE") == "BPE" and not model.get("ignore_merges"):
-        return {}
-    vocabulary = model["vocab"] if isinstance(model["vocab"], dict) else [piece for piece, _ in model["vocab"]]
-    unknown = model.get("unk_token")
-    if model.get("unk_id") is not None and not model.get("byte_fallback"):
-        unknown = vocabulary[model["unk_id"]]
-    return {text: i for text, i in special.items() if text in vocabulary and text != unknown}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
