@@ -129,7 +129,8 @@ def byte_encoding(special={"<|endoftext|>": 256}):
 def byte_level(special, template):
     """The same vocabulary as a tokenizer.json, with a chat format."""
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    spec = dict(version="1.0", added_tokens=[dict(plain, id=i, content=text) for text, i in special.items()],
+    special = sorted(special.items(), key=lambda item: item[1])
+    spec = dict(version="1.0", added_tokens=[dict(plain, id=i, content=text) for text, i in special],
                 pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True),
                 model=dict(type="BPE", vocab=pretrained.byte_alphabet(), merges=[]))
     files = {"tokenizer.json": json.dumps(spec).encode(), "chat_template.jinja": template.encode(),
