@@ -419,7 +419,7 @@ def recount(data, split, tokenizer):
             ids = ids[data.mask(split, start, len(ids)) == 1]
             found["trained"] += len(ids)
         found["trained_bytes" if data.chat else "bytes"] += int(lengths[ids].sum())
-    if getattr(tokenizer, "missing", b"") or getattr(tokenizer, "nfc", False):  # its tokens do not quite spell the text
+    if tokenizer.missing or tokenizer.rewrites:  # its tokens do not quite spell the text
         del found["bytes"], found["trained_bytes"]
     return found
 

@@ -246,7 +246,7 @@ def export_int8(model, tokenizer, run, questions, ours, path):
     kept["settings"] = asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", "")))
     ckpt.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
         format=1, int8=True, model=written.state_dict(),
-        tokenizer_sha256=tokenizers.fingerprint(os.path.join(path, "tokenizer"))))
+        tokenizer_sha256=tokenizers.fingerprint(tokenizer)))
     started = time.perf_counter()
     found, known, _ = ckpt.load_run(path)
     load = time.perf_counter() - started

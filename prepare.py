@@ -267,7 +267,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         for split, document, starts, text in batch:
             ids += [start] * starts
             if not chat:
-                ids.append(tokenizer.encode_to_numpy(text))
+                ids.append(tokenizer.encode_to_numpy(text, follows=not starts))
                 continue
             try:
                 spoken, learned = map(np.array, tokenizer.conversation(document.messages))
@@ -338,7 +338,7 @@ def prepare(sources, settings, only_if_missing=False):
     only_if_missing: leave data that are there as they are, and wait where another process is writing them.
     """
     check_limits(settings, {"min_words num_proc": (0, 1 << 30), "val_fraction": (1e-9, 0.999),
-                            "character_coverage": (0.98, 1)})
+                            "character_coverage": (0.98, 1), "vocab_size": (0, 1_000_000)})
     out = folder_to_write(sources, settings)
     part = out + ".part"
     try:
@@ -373,7 +373,7 @@ def write(sources, settings, out, part):
     about_overlap, leaked = overlap(part, dtype, counts, end, validation)
     origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
     meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
-                source=origins, tokenizer_sha256=tokenizers.fingerprint(os.path.join(part, "tokenizer")), **counts,
+                source=origins, tokenizer_sha256=tokenizers.fingerprint(tokenizer), **counts,
                 report=report(plan, about_overlap, tokenizer, counts, silent), leaked=leaked,
                 **(dict(chat=True) if settings.format == "chat" else {}))
     with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
@@ -435,7 +435,7 @@ def report(plan, about_overlap, tokenizer, counts, silent):
     dropped = [f"{n:,} {what}" for n, what in ((plan.duplicates, "exact duplicates"), (plan.empty, "empty ones"),
                                                (plan.short, "with too few words")) if n]
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
-    lacks = getattr(tokenizer, "missing", b"")
+    lacks = tokenizer.missing
     if lacks and (n := sum(int(plan.census.counts[byte]) for byte in lacks if byte < 128)):
         dropped.append(f"{n:,} control characters that this vocabulary has no token for")
     chat = "trained" in counts["train"]

@@ -11,32 +11,28 @@ Tokenizers: text to ids and back, without loss.
     assert tokenizer.decode(ids) == "def f(x):\n\treturn x"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load("data/mine/tokenizer")
 
-A language model never sees text, it sees integers. Three ways to make them are learned from the text itself:
+A language model never sees text, it sees integers. Three kinds of tokenizers are learned from the text itself:
 
-char     one id per distinct character of the training text. The smallest vocabulary, the longest sequences, and no id
-         for a character that was never seen.
-bpe      byte-pair encoding (Gage 1994; Sennrich 2016, arXiv 1508.07909), trained by SentencePiece: start from single
-         characters, and again and again make one piece of the pair that occurs most often. What no piece covers is
-         spelled in bytes, so that any text can be encoded.
-unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece: start from very many pieces with a probability each, and
-         again and again drop those without which the text is hardly less likely. Text becomes the likeliest pieces.
+char     One id per distinct character of the training text: the smallest vocabulary, the longest sequences, and no id
+         for a character that the text did not contain.
+bpe      Byte-pair encoding (Sennrich 2016, arXiv 1508.07909), trained by SentencePiece. Start from single characters;
+         again and again, make a new piece of the pair that occurs most often. The rest is spelled in bytes.
+unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece. Start from many pieces with a probability each; again
+         and again, remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
 
-The vocabularies that others have learned, GPT-2's, Llama 3's and so on, are read by text/pretrained.py.
+The vocabularies of others, GPT-2's, Llama 3's and so on, are read by text/pretrained.py.
 
-All offer the same: encode, encode_to_numpy, decode, token_bytes, vocab_size, special, save, chat, conversation. A token
-stands for *bytes*, not for characters (an emoji may be spread over four tokens), so text is put together by joining
-token_bytes and decoding the UTF-8 once; decode does that for a whole text and sample.py for a text that grows.
+A token stands for *bytes*, not for characters (an emoji may be spread over four tokens). So text is put together by
+joining token_bytes and decoding the UTF-8 once: `decode` does that for a whole text, sample.py for one that grows.
 
-Special tokens (<|endoftext|> in every vocabulary, and in those that are learned here all of SPECIAL) are put in by id
-alone: text that merely contains the characters "<|endoftext|>" is encoded as these characters, so no document and no
-user can forge one.
-
-A chat is a text in which they mark the turns, the same in preparation, in the terminal and in the server:
+Special tokens (<|endoftext|> in every vocabulary, all of SPECIAL in those that are learned here) are inserted by id.
+Text that merely contains the characters "<|endoftext|>" is encoded as these characters, so nobody can forge one. In a
+chat they mark the turns:
 
     <|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
 
-A prompt (`chat`) ends with <|assistant|>. What comes behind it, up to its <|end|>, is what a model learns: to answer,
-and to stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
+A prompt (`chat`) ends with <|assistant|>. What follows, up to its <|end|>, is what a model learns: to answer, and to
+stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
 """
 import contextlib
 import hashlib
@@ -54,13 +50,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from text import pretrained
-from text.pretrained import read, write
-from runtime.files import open_file
+from text.pretrained import read
 from runtime.console import UserError, command_line, needs, note, say, show
+from runtime.settings import check_limits
 from runtime.settings import load as load_settings
-from text.download import public
-from text.leaks import code_points
-from text.sources import documents, fetch
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
 END = "<|end|>"  # stands behind every message of a chat
@@ -74,16 +67,23 @@ CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
 LEARNED = ("bpe", "unigram", "char")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
-BETWEEN_WORDS = re.compile(r"(?<=\S)(?= [^\W\d_])")  # in front of a space between words a piece always begins
 SCORE_STEPS = 64  # scores of unigram pieces are multiples of 1/64: float32 then adds some 30,000 of them exactly
-PART_CHARACTERS = 2000  # a text is encoded in parts of about this length
+# Parts of about 2000 characters, which end where a word does: no piece crosses that, and SentencePiece encodes two
+# short texts twice as fast as a long one.
+PARTS = re.compile(r".{2000}.*?(?<=\S)(?= [^\W\d_])|.+", re.DOTALL)
 
 
-class Learned:
-    """What the tokenizers that are learned here have in common: decoding, and the chat format."""
+def code_points(text):
+    """The numbers of the characters of a text: (n,) uint16, or uint32 where one is beyond 65,535."""
+    raw = text.encode("utf-16-le")
+    return np.frombuffer(raw, "<u2") if len(raw) == 2 * len(text) else np.frombuffer(text.encode("utf-32-le"), "<u4")
 
-    def decode(self, ids):
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizers that are learned here
+
+class Learned(pretrained.Tokenizer):
+    """What they have in common: the chat format."""
 
     def chat(self, messages, answer=True):
         """The ids of a conversation. messages: [{"role": "user", "content": "..."}, ...].
@@ -105,8 +105,9 @@ class Learned:
         ids, mask = [], []
         for message in messages:
             said = [*self.encode(message["content"]), self.special[END]]
+            learned = message["role"] == "assistant" and message["content"] != ""
             ids += [self.special[f"<|{message['role']}|>"], *said]
-            mask += [0] + [int(message["role"] == "assistant" and message["content"] != "")] * len(said)
+            mask += [0] + [int(learned)] * len(said)
         return ids, mask
 
 
@@ -121,11 +122,10 @@ class CharTokenizer(Learned):
         self.vocab_size = len(self.special) + len(characters)
         self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
         self.table[code_points(characters)] = np.arange(len(self.special), self.vocab_size)
+        self.bytes = [b""] * len(self.special) + [character.encode() for character in characters]
+        self.files = {"vocab.json": json.dumps(list(characters), ensure_ascii=False).encode()}
 
-    def encode(self, text):
-        return self.encode_to_numpy(text).tolist()
-
-    def encode_to_numpy(self, text):
+    def encode_to_numpy(self, text, follows=False):
         ids = self.table.take(code_points(text))
         if ids.size and ids.min() < 0:
             character = text[int(ids.argmin())]
@@ -134,73 +134,46 @@ class CharTokenizer(Learned):
                             "leave it out, or prepare the data with --tokenizer=bpe, which spells anything")
         return ids
 
-    def token_bytes(self, i):
-        first = len(self.special)
-        return self.characters[i - first].encode() if first <= i < self.vocab_size else b""
-
-    def save(self, folder):
-        write(folder, self, {"vocab.json": json.dumps(list(self.characters), ensure_ascii=False).encode()})
-
 
 class SentencePieceTokenizer(Learned):
     """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
 
     def __init__(self, model, kind):
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.files = model, kind, {"tokenizer.model": model}
         self.processor = processor = needs("sentencepiece", "bpe and unigram").SentencePieceProcessor(model_proto=model)
         self.vocab_size = processor.vocab_size()
         if not self.vocab_size:
             raise ValueError("tokenizer.model is empty")
         self.special = {name: processor.piece_to_id(name) for name in SPECIAL}
         # SentencePiece turns spaces into U+2581 and back, so a U+2581 in the text would come back as a space. It is
-        # kept by spelling it in the three bytes of its UTF-8 form, which have pieces of their own, like every byte.
+        # spelled in the three bytes of its UTF-8 form instead, which have pieces of their own, like every byte.
         self.space_mark_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self.bytes = []
         for i in range(self.vocab_size):
+            piece = processor.id_to_piece(i)
             if processor.is_control(i) or processor.is_unknown(i):
                 self.bytes.append(b"")
             elif processor.is_byte(i):
-                self.bytes.append(bytes([int(processor.id_to_piece(i)[3:5], 16)]))  # "<0x0A>" is the byte 10
+                self.bytes.append(bytes([int(piece[3:5], 16)]))  # "<0x0A>" is the byte 10
             else:
-                self.bytes.append(processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
-
-    def encode_to_numpy(self, text):
-        return np.array(self.encode(text), dtype=np.int32)
+                self.bytes.append(piece.replace(SPACE_MARK, " ").encode())
 
     def encode(self, text):
-        between_marks = [self.cut(part) for part in text.split(SPACE_MARK)]
-        encoded = iter(self.processor.encode([part for parts in between_marks for part in parts], num_threads=1))
         ids = []
-        for i, parts in enumerate(between_marks):
+        for i, between_marks in enumerate(text.split(SPACE_MARK)):
             ids += self.space_mark_ids if i else []
-            for _ in parts:
-                ids += next(encoded)
+            for part_ids in self.processor.encode(PARTS.findall(between_marks), num_threads=1):
+                ids += part_ids
         return ids
 
-    def cut(self, text):
-        """A text in parts that can be encoded one by one, cut between words: a long one is twice as fast so."""
-        parts, start = [], 0
-        while start < len(text):
-            cut = BETWEEN_WORDS.search(text, start + PART_CHARACTERS)
-            end = cut.start() if cut else len(text)
-            parts.append(text[start:end])
-            start = end
-        return parts
-
-    def token_bytes(self, i):
-        return self.bytes[i] if i < self.vocab_size else b""
-
-    def save(self, folder):
-        write(folder, self, {"tokenizer.model": self.model})
+    def encode_to_numpy(self, text, follows=False):
+        return np.array(self.encode(text), dtype=np.int32)
 
 
 def train(kind, texts, vocab_size=4096, character_coverage=1.0):
     """A new tokenizer, learned from an iterable of texts. All of them are read into memory: give a sample."""
     if kind == "char":
-        characters = set()
-        for text in texts:
-            characters.update(text)
-        return CharTokenizer("".join(sorted(characters)))
+        return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind in LEARNED:
         return train_sentencepiece(kind, texts, vocab_size, character_coverage)
     raise UserError(f"{kind!r} is no tokenizer that can be learned", f"one of {', '.join(LEARNED)}")
@@ -211,29 +184,29 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
 
     character_coverage: the share of all characters that get a piece; the rarest, beyond it, are spelled in bytes.
     """
+    # 1) it wants pieces of bounded length: some lines each, with their line ends
     lines, counts = [], np.zeros(0x110000, dtype=np.int64)
     for text in texts:
         found = np.bincount(code_points(text))
         counts[:len(found)] += found
         start = 0
-        while start < len(text):  # it wants pieces of bounded length: some lines each, with their line ends
+        while start < len(text):
             end = text.rfind("\n", start, start + 2000) + 1 or start + 2000
             lines.append(text[start:end])
             start = end
+
+    # 2) what it would refuse in words of its own
     smallest = smallest_vocab(counts, character_coverage)
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small: this text has {np.count_nonzero(counts):,} distinct "
                         f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
                         f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
                         f"{character_coverage:g}, or --tokenizer=char")
-    if not 0.98 <= character_coverage <= 1:
-        raise UserError(f"character_coverage={character_coverage} is out of range: 0.98 to 1",
-                        "--character_coverage=0.9995")
-    if vocab_size > 1_000_000:
-        raise UserError(f"vocab_size={vocab_size} is more than a million", "--vocab_size=32000 suits a few GB of text")
     if not any(line.strip() for line in lines):
         raise UserError(f"nothing to learn a vocabulary from: {sum(map(len, lines))} characters, all white space",
                         "more text, or --tokenizer=char")
+
+    # 3) the vocabulary
     model = io.BytesIO()
     needs("sentencepiece", "bpe and unigram").SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size,
@@ -303,6 +276,9 @@ def sample(texts, total_bytes):
             yield part
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers that exist already
+
 def load(folder):
     """The tokenizer that `save` wrote into this folder. Raises UserError where it is damaged."""
     try:
@@ -313,7 +289,7 @@ def load(folder):
         if kind in ("bpe", "unigram"):
             return SentencePieceTokenizer(read(folder, "tokenizer.model"), kind)
         if kind == "tiktoken":
-            return pretrained.tiktoken_tokenizer({name: read(folder, name) for name in pretrained.ENCODING})
+            return pretrained.TiktokenTokenizer({name: read(folder, name) for name in pretrained.ENCODING})
         if kind == "hugging_face":
             return pretrained.from_hugging_face(folder)
         raise ValueError(f"there is no kind {kind!r}")
@@ -332,24 +308,22 @@ def load_from(path, sha256=None):
     if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
         raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
                         "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
-    theirs = None if folder else pretrained.from_hugging_face(path)
-    if sha256 is not None and (found := fingerprint(folder) if folder else fingerprint_of(theirs)) != sha256:
-        raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
-                        "take the folder tokenizer/ from a copy, or prepare the data again")
-    return theirs or load(folder)
+    tokenizer = None if folder else pretrained.from_hugging_face(path)
+    if sha256 is not None:
+        found = digest(files_in(folder)) if folder else fingerprint(tokenizer)
+        if found != sha256:
+            raise UserError(f"{folder or path} is another tokenizer ({found[:12]}) than the one meant ({sha256[:12]})",
+                            "take the folder tokenizer/ from a copy, or prepare the data again")
+    return tokenizer or load(folder)
 
 
 def is_ours(folder):
     """Is there a config.json as `save` writes it (maybe damaged)? A Hugging Face folder has one about the model."""
-    try:
-        with open_file(os.path.join(folder, "config.json"), most=10 << 20) as file:
-            about = json.load(file)
-        return "model_type" not in about and ("kind" in about or not os.path.exists(
-            os.path.join(folder, "tokenizer.json")))
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.isfile(os.path.join(folder, "config.json")):
         return False
-    except (OSError, ValueError, TypeError, RecursionError):
-        return True
+    about = read(folder, "config.json")
+    theirs = b'"model_type"' in about or os.path.exists(os.path.join(folder, "tokenizer.json"))
+    return b'"kind"' in about or not theirs
 
 
 def get(name):
@@ -363,6 +337,23 @@ def get(name):
                     f"one of {', '.join((*LEARNED, *encodings))}; or a folder: a run, data/NAME, a Hugging Face model")
 
 
+def fingerprint(tokenizer):
+    """The sha256 of all that `save` writes: two tokenizers with the same one give the same ids."""
+    return digest(pretrained.files_of(tokenizer))
+
+
+def digest(files):
+    sha256 = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        sha256.update(f"{name} {len(content)}\n".encode() + content)
+    return sha256.hexdigest()
+
+
+def files_in(folder):
+    """{name: bytes} of all files. (Links to nowhere or to other folders are none.)"""
+    return {name: read(folder, name) for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))}
+
+
 def keep(tokenizer, folder, sha256):
     """Write a tokenizer to folder/tokenizer, unless the same one is there. Another one is kept, as *.damaged."""
     path = os.path.join(folder, "tokenizer")
@@ -371,43 +362,19 @@ def keep(tokenizer, folder, sha256):
         return
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as part:
-            new = os.path.join(part, "new")
-            tokenizer.save(new)
-            if fingerprint(new) != sha256:
-                raise UserError("the tokenizer of the data is not written as it was read", "prepare the data again")
+            tokenizer.save(os.path.join(part, "new"))
             if os.path.lexists(path):
-                number = next(n for n in itertools.count() if not os.path.lexists(f"{path}.damaged{n or ''}"))
-                os.replace(path, f"{path}.damaged{number or ''}")
-            os.replace(new, path)
+                aside = (f"{path}.damaged{n or ''}" for n in itertools.count())
+                os.replace(path, next(name for name in aside if not os.path.lexists(name)))
+            os.replace(os.path.join(part, "new"), path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", "make room, or another --out_dir") from None
 
 
 def ends(tokenizer):
     """The ids after which a text, or an answer in a chat, is over. (nanoGPT's characters have none.)"""
-    names = END_OF_TEXT, END, getattr(tokenizer, "settings", {}).get("eos_token")
+    names = END_OF_TEXT, END, tokenizer.settings.get("eos_token")
     return {tokenizer.special[name] for name in names if name in tokenizer.special}
-
-
-def files_of(folder):
-    """The names of all that `save` wrote. (Links to nowhere or to other folders are none of it.)"""
-    return sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
-
-
-def fingerprint(folder):
-    """A sha256 over all that `save` wrote: two tokenizers with the same one give the same ids."""
-    digest = hashlib.sha256()
-    for name in files_of(folder):
-        content = read(folder, name)
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def fingerprint_of(tokenizer):
-    """The fingerprint of the folder that `save` would write."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return fingerprint(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,9 +396,15 @@ class TokenizerConfig:
 
 
 def main(argv):
+    # What reads texts is loaded where texts are read: nobody else who imports this file needs the downloader.
+    from text.download import public
+    from text.sources import fetch
     settings, _, bare = load_settings(TokenizerConfig, argv)
-    settings.input, bare = (settings.input + bare, []) if settings.train or settings.compare else (settings.input, bare)
-    if bare or bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
+    check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
+    if settings.train or settings.compare:
+        settings.input += bare
+        bare = []
+    if bare or [settings.train, settings.inspect != "", settings.compare != ""].count(True) != 1:
         raise UserError(f"what is to be done with {bare[0]!r}?" if bare else "one thing at a time is to be done",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     if settings.inspect:
@@ -462,6 +435,7 @@ def main(argv):
 
 
 def blocks(sources):
+    from text.sources import documents
     return (block for document in documents(sources) for block in document.blocks())
 
 

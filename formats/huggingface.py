@@ -280,7 +280,7 @@ def read(folder):
         name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs})
     return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder], generation=generation,
                 dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32",
-                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
+                tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 
 
 def read_tensors(folder):
@@ -323,7 +323,7 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     safetensors = needs("safetensors", "Hugging Face folders")
     from safetensors.torch import save_file
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
-    start, stop = ((tokenizer.special.get(getattr(tokenizer, "settings", {}).get(name), end))
+    start, stop = ((tokenizer.special.get(tokenizer.settings.get(name), end))
                    for name in ("bos_token", "eos_token"))
     ends = dict(bos_token_id=start, eos_token_id=stop)
     config = their_config(model.config, str(dtype).removeprefix("torch."), ends)

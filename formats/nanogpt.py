@@ -40,7 +40,7 @@ def convert(state, path):
         raise UserError(f"{path} looks like nanoGPT's, but does not describe a model: {type(error).__name__}: {error}",
                         "use another checkpoint") from None
     return dict(format=1, step=step, model=weights, source=[data or path], settings=asdict(config),
-                tokenizer_sha256=tokenizers.fingerprint_of(tokenizer)), tokenizer
+                tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 
 
 def find_tokenizer(folder, data, vocab_size):

@@ -15,6 +15,9 @@ from text import pretrained
 import tokenizer as tokenizers
 from runtime.console import UserError
 
+ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
+FUSE = dict(type="Fuse")
+BYTES_AND_TEXT = dict(type="Sequence", decoders=[dict(type="ByteFallback"), FUSE])
 GRAPHS = "--format=onnx, pt2 or torchscript"  # what is left to someone whose tokenizer is refused
 
 
@@ -33,10 +36,10 @@ def tokenizer_files(tokenizer, context, chat=False):
     else:
         make = {"char": char_json, "bpe": bpe_json, "unigram": unigram_json, "tiktoken": byte_json}[tokenizer.kind]
         files = {"tokenizer.json": json.dumps(make(tokenizer), ensure_ascii=False).encode()}
-        end = tokenizers.END_OF_TEXT if tokenizers.END_OF_TEXT in tokenizer.special else None
-        settings = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=end, model_max_length=context,
-                        clean_up_tokenization_spaces=False)
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
+        end = tokenizers.END_OF_TEXT
+        if end in tokenizer.special:
+            settings.update(bos_token=end, eos_token=end, pad_token=end, unk_token=end)
         if chat:
             files["chat_template.jinja"] = tokenizers.CHAT_TEMPLATE.encode()
     settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -45,19 +48,14 @@ def tokenizer_files(tokenizer, context, chat=False):
 
 def spec(model, special, pre_tokenizer=None, decoder=None):
     """A whole tokenizer.json: nothing is normalized, nothing is put before or behind the text."""
-    added = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-             for text, i in sorted(special.items(), key=lambda item: item[1])]
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                pre_tokenizer=pre_tokenizer, post_processor=None, decoder=decoder, model=model)
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(plain, id=i, content=text) for text, i in sorted(special.items(), key=lambda item: item[1])]
+    return dict(version="1.0", added_tokens=added, normalizer=None, pre_tokenizer=pre_tokenizer, post_processor=None,
+                decoder=decoder, model=model)
 
 
 def split(regex, behavior="Isolated"):
     return dict(type="Split", pattern=dict(Regex=regex), behavior=behavior, invert=False)
-
-
-FUSE = dict(type="Fuse")
-ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
-BYTES_AND_TEXT = dict(type="Sequence", decoders=[dict(type="ByteFallback"), FUSE])
 
 
 def char_json(tokenizer):
@@ -69,23 +67,22 @@ def char_json(tokenizer):
 
 def bpe_json(tokenizer):
     """SentencePiece's BPE: the whole text is one word, and a space is a character like others, not U+2581."""
-    processor = tokenizer.processor
-    pieces, scores = readable_pieces(tokenizer), [processor.get_score(i) for i in range(tokenizer.vocab_size)]
-    normal = [i for i in range(tokenizer.vocab_size)
-              if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    pieces, scores = pieces_and_scores(tokenizer)
+    is_normal = [bool(text) and not tokenizer.processor.is_byte(i) for i, text in enumerate(tokenizer.bytes)]
+    normal = [i for i in range(tokenizer.vocab_size) if is_normal[i]]
     order = [pieces[i] for i in sorted(normal, key=lambda i: -scores[i])]  # the highest score is merged first
     merges, unreachable = merges_of(order)
     if unreachable:
         raise UserError(f"{len(unreachable)} pieces of this tokenizer, such as {unreachable[0]!r}, are made in a way "
                         "that tokenizer.json cannot describe", GRAPHS)
-    model = bpe_model({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True)
-    return spec(model, tokenizer.special, decoder=BYTES_AND_TEXT)
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    return spec(dict(type="BPE", vocab=vocabulary, merges=merges, byte_fallback=True), tokenizer.special,
+                decoder=BYTES_AND_TEXT)
 
 
 def unigram_json(tokenizer):
     """SentencePiece's unigram model: the same scores, and the likeliest way to cut the text."""
-    processor, pieces = tokenizer.processor, readable_pieces(tokenizer)
-    scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    pieces, scores = pieces_and_scores(tokenizer)
     if any(score * tokenizers.SCORE_STEPS % 1 for score in scores):
         raise UserError("this unigram tokenizer was learned by an older version of this project: its scores cannot be "
                         "added exactly, and other programs would cut some texts otherwise",
@@ -95,42 +92,34 @@ def unigram_json(tokenizer):
                 tokenizer.special, split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious"), BYTES_AND_TEXT)
 
 
-def readable_pieces(tokenizer):
+def pieces_and_scores(tokenizer):
     """SentencePiece's pieces with spaces for its U+2581, so that a real U+2581 has none and is spelled in bytes."""
-    processor = tokenizer.processor
-    pieces = [processor.id_to_piece(i).replace(tokenizers.SPACE_MARK, " ") for i in range(tokenizer.vocab_size)]
+    processor, ids = tokenizer.processor, range(tokenizer.vocab_size)
+    pieces = [processor.id_to_piece(i).replace(tokenizers.SPACE_MARK, " ") for i in ids]
     pieces[0] = "<unk\uffff>"  # id 0, which no text becomes: "<unk>" in a text is text, and U+FFFF is in none
-    return pieces
+    return pieces, [processor.get_score(i) for i in ids]
 
 
 def byte_json(tokenizer):
     """tiktoken's encodings: bytes are written as visible characters."""
-    visible = {byte: character for character, byte in pretrained.byte_alphabet().items()}
-    tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-    merges, unreachable = merges_of(tokens)
+    if tokenizer.name not in ENCODINGS:
+        raise UserError(f"the regular expression of {tokenizer.name} was not compared with the library's, only "
+                        f"those of {', '.join(ENCODINGS)}", GRAPHS)
+    visible = {byte: character for character, byte in pretrained.ALPHABET.items()}
 
     def shown(token):
         return "".join(visible[byte] for byte in token)
 
-    if tokenizer.name not in ENCODINGS:
-        raise UserError(f"the regular expression of {tokenizer.name} was not compared with the library's, only "
-                        f"those of {', '.join(ENCODINGS)}", GRAPHS)
+    merges, unreachable = merges_of(sorted(tokenizer.ranks, key=tokenizer.ranks.get))
+    vocabulary = {shown(token): rank for token, rank in tokenizer.ranks.items()} | tokenizer.special
+    model = dict(type="BPE", vocab=vocabulary, merges=[(shown(a), shown(b)) for a, b in merges],
+                 ignore_merges=bool(unreachable))  # a word that is a token as a whole needs no merges
     # In the library's dialect, {1,3}+ would repeat, and $ is the end of every line. Without the marks that only save
     # time ("++" never gives back what it took) both mean the same.
     regex = re.sub(r"([+*?}])\+", r"\1", tokenizer.pattern).replace("$", r"\z")
-    is_gpt2 = regex.replace(r"\s+\z|\s+(?!\S)|\s", r"\s+(?!\S)|\s+") == pretrained.GPT2  # which ByteLevel has by itself
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=is_gpt2)
-    steps = byte_level if is_gpt2 else dict(type="Sequence", pretokenizers=[split(regex), byte_level])
-    vocabulary = {shown(token): tokenizer.ranks[token] for token in tokens} | tokenizer.special
-    model = bpe_model(vocabulary, [(shown(a), shown(b)) for a, b in merges],
-                      ignore_merges=bool(unreachable))  # a word that is a token as a whole needs no merges
-    return spec(model, tokenizer.special, steps, dict(byte_level, use_regex=True))
-
-
-def bpe_model(vocabulary, merges, byte_fallback=False, ignore_merges=False):
-    return dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                fuse_unk=False, byte_fallback=byte_fallback, ignore_merges=ignore_merges, vocab=vocabulary,
-                merges=merges)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    steps = dict(type="Sequence", pretokenizers=[split(regex), byte_level])
+    return spec(model, tokenizer.special, steps, byte_level)
 
 
 def merges_of(order):

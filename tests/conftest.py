@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What several test files share: a place to work in, a small text, a trained tiny run, and how an error is provoked."""
+import base64
 import contextlib
 import dataclasses
 import json
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import console
+from text import pretrained
 import model as model_file  # noqa: E402
 import prepare  # noqa: E402
 import torch  # noqa: E402
@@ -114,6 +116,26 @@ def talks(n, seed=0):
 def write_talks(path, talks):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(dict(messages=messages)) + "\n" for messages in talks)
+
+
+def byte_encoding(special={"<|endoftext|>": 256}):
+    """A vocabulary of the 256 bytes, as a tiktoken encoding."""
+    about = dict(name="t", pattern=pretrained.GPT2, special=special)
+    lines = [base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)]
+    return pretrained.TiktokenTokenizer({"encoding.json": json.dumps(about).encode(),
+                                         "encoding.tiktoken": b"".join(lines)})
+
+
+def byte_level(special, template):
+    """The same vocabulary as a tokenizer.json, with a chat format."""
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    special = sorted(special.items(), key=lambda item: item[1])
+    spec = dict(version="1.0", added_tokens=[dict(plain, id=i, content=text) for text, i in special],
+                pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True),
+                model=dict(type="BPE", vocab=pretrained.byte_alphabet(), merges=[]))
+    files = {"tokenizer.json": json.dumps(spec).encode(), "chat_template.jinja": template.encode(),
+             "tokenizer_config.json": b'{"eos_token": "<|im_end|>"}'}
+    return pretrained.HuggingFaceTokenizer("t", "tokenizer.json", files)
 
 
 def check_conversation(tokenizer, messages, end):

@@ -15,11 +15,10 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, chat_run, error, random_model, words
+from conftest import FAMILIES, byte_level, chat_run, error, random_model, words
 from test_processes import free_port
 from test_checkpoint import nanogpt
 
-from text import pretrained
 from runtime import console
 from serving import engine
 import evaluate
@@ -395,13 +394,11 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
 
 
 def test_a_chat_in_a_models_own_format(here):
-    pytest.importorskip("tiktoken"), pytest.importorskip("jinja2")
+    pytest.importorskip("tokenizers"), pytest.importorskip("jinja2")
     template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     start, end = 256, 257
-    tokenizer = pretrained.ByteBPETokenizer(
-        "hugging_face", "bytes", pretrained.GPT2, {bytes([b]): b for b in range(256)}, np.arange(256, dtype=np.uint32),
-        {"<|endoftext|>": 258, "<|im_start|>": start, "<|im_end|>": end}, {}, template=template)
+    tokenizer = byte_level({"<|endoftext|>": 258, "<|im_start|>": start, "<|im_end|>": end}, template)
     task("x.jsonl", *[dict(prompt=prompt, choices=["a", "b"], answer=1) for prompt in ("one", "two<|im_end|>")])
     items = grading.read_task("x.jsonl")
     turn = lambda role, text: [start, *role.encode(), 10, *text.encode(), end, 10]

@@ -385,7 +385,7 @@ def small_encoding(kind):
     tokens += [b"th", b"the", b" the", b"  ", b"    ", b"in", b"er", b" d", b"\xc3\xa9", b"\xe5\xa4", b"000", b"niqu"]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     about = dict(name=kind + "_base", pattern=PATTERNS[kind], special={"<|endoftext|>": 300, "<|im_end|>": 302})
-    return pretrained.tiktoken_tokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": lines})
+    return pretrained.TiktokenTokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": lines})
 
 
 def huggingface_files(folder, tokenizer):

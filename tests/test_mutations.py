@@ -140,7 +140,7 @@ def hugging_face_tokenizer(folder):
     added = [dict(plain, id=262, content="<|endoftext|>", special=True), dict(plain, id=263, content="<think>",
              special=False), dict(plain, id=264, content="<|im_end|>", special=True)]
     steps = [dict(type="Split", pattern=dict(Regex=r" ?\p{L}+|\s+"), behavior="Isolated", invert=False),
-             dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]
+             dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)]
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     spec = dict(added_tokens=added, normalizer=dict(type="NFC"),
                 model=dict(type="BPE", vocab=vocabulary, merges=merges),

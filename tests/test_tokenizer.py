@@ -4,9 +4,8 @@ import os
 import random
 import re
 
-import numpy
 import pytest
-from conftest import check_conversation, error, nasty, turns, words
+from conftest import byte_encoding, check_conversation, error, nasty, turns, words
 
 from text import pretrained
 import tokenizer as tokenizers
@@ -108,7 +107,7 @@ def test_specials_exist_and_everything_survives_the_disk(kind, tmp_path, bpe):
     assert (again.kind, again.vocab_size, again.special) == (kind, tokenizer.vocab_size, tokenizer.special)
     text = "hello \r\n\u4e2d"
     assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
-    assert len(tokenizers.fingerprint(tmp_path / "t")) == 64
+    assert len(tokenizers.fingerprint(again)) == 64
 
 
 def test_char():
@@ -163,11 +162,11 @@ def test_brackets_without_end(tmp_path):
 def test_the_tokenizer_of_a_run_is_kept_whatever_lies_there(here, bpe):
     """It is written from memory: what became of the data's own does not matter. Another one is put aside."""
     bpe.save("a/tokenizer")
-    due, files = tokenizers.fingerprint("a/tokenizer"), ["config.json", "tokenizer.model"]
+    due, files = tokenizers.fingerprint(bpe), ["config.json", "tokenizer.model"]
     for aside in ("", ".damaged", ".damaged1"):
         os.makedirs("b", exist_ok=True)
         tokenizers.keep(bpe, "b", due)
-        assert sorted(os.listdir("b/tokenizer")) == files and tokenizers.fingerprint("b/tokenizer") == due
+        assert sorted(os.listdir("b/tokenizer")) == files and tokenizers.digest(tokenizers.files_in("b/tokenizer")) == due
         assert not aside or os.path.exists(f"b/tokenizer{aside}")
         (here / "b/tokenizer/tokenizer.model").write_bytes(b"damaged")
     assert "cannot write nowhere/tokenizer" in error(lambda _: tokenizers.keep(bpe, "nowhere", due))[0]
@@ -293,8 +292,7 @@ def test_what_is_no_chat(talking):
                       dict(role="user", content=None)):
             assert error(lambda _: make([*TALK, wrong]))[0] == "a message without role or without text"
     plain = tokenizers.CharTokenizer("abc", special=())  # nanoGPT's
-    encoding = pretrained.ByteBPETokenizer("tiktoken", "t", pretrained.GPT2, {bytes([b]): b for b in range(256)},
-                                        numpy.arange(256, dtype=numpy.uint32), {END_OF_TEXT: 256}, {})
+    encoding = byte_encoding()
     for tokenizer, due in ((plain, "no tokens that mark the turns"), (encoding, "tokenizer t has no chat template")):
         for make in (tokenizer.chat, tokenizer.conversation):
             fact, fix = error(lambda _: make(turns("a", "b")))

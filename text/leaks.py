@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 
 from runtime.console import Progress
+from tokenizer import code_points
 
 # What UTF-8 looks like after someone has read it as Windows-1252: two or more characters from these two sets.
 MOJIBAKE = re.compile("[\u00c2-\u00f4][" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", "ignore")) + "]+")
@@ -26,12 +27,6 @@ RUN_BYTES = 80  # about 13 English words, which hardly ever recur by chance (Bro
 SAMPLE = 500_000  # of more runs in the validation split than this, an even sample is looked up
 SLICE = 1 << 18  # tokens at a time
 FACTOR = 0x9E3779B97F4A7C15  # odd: multiplication by it loses nothing mod 2^64
-
-
-def code_points(text):
-    """The numbers of the characters of a text: (n,) uint16, or uint32 where one is beyond 65,535."""
-    raw = text.encode("utf-16-le")
-    return np.frombuffer(raw, "<u2") if len(raw) == 2 * len(text) else np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 class Census:

@@ -356,7 +356,7 @@ def read_run(run, which="best", depth=0):
         else:
             check_checkpoint(checkpoint, path)
             tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
-        chat = bool(checkpoint.get("chat") or getattr(tokenizer, "template", ""))
+        chat = bool(checkpoint.get("chat") or tokenizer.template)
     if checkpoint.get("base"):
         merge_base(checkpoint, run, depth)
     checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
