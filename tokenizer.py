@@ -58,9 +58,8 @@ from text.pretrained import read, write
 from runtime.files import open_file
 from runtime.console import UserError, command_line, needs, note, say, show
 from runtime.settings import load as load_settings
-from text.download import public
 from text.leaks import code_points
-from text.sources import documents, fetch
+from text.sources import documents, fetch, public
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
 END = "<|end|>"  # stands behind every message of a chat
