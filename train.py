@@ -137,7 +137,7 @@ def train(settings, given, processes, stop, folder):
     data_dir = os.path.join("data", settings.dataset)
     if not os.path.exists(data_dir) and settings.dataset == "stdlib" and processes.rank == 0:
         say(f"{data_dir} is missing; preparing it")
-        prepare.prepare([settings.dataset], prepare.PrepareConfig(out=data_dir), only_if_missing=True)
+        prepare.prepare([settings.dataset], prepare.PrepareConfig(out=data_dir))
     processes.join(device, settings.backend, settings.dist_timeout)
     data = datasets.Dataset.open(data_dir)
     tokenizer = data.check_tokenizer()

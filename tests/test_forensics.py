@@ -72,7 +72,7 @@ def test_planted_duplicates_and_leaks(here, capsys):
     copies = rng.sample(documents, 60)
     (here / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents + copies))
     plan = prepare.make_plan(["a.jsonl"], prepare.PrepareConfig())
-    assert plan.duplicates == 60 and (plan.fate[2000:] == prepare.SKIP).all()  # the later ones: precision and recall 1
+    assert plan.duplicates == 60 and (plan.split_of[2000:] == prepare.SKIP).all()  # the later ones: precision and recall 1
 
     prepare.main(["a.jsonl", "--tokenizer=char", "--num_proc=2"])
     said = capsys.readouterr().err
@@ -110,6 +110,7 @@ def test_census():
     census = Census()
     census.add("abc\u00e9 \u4e2d\u6587\0\x1b\u202e\ufffd\n\t\r \ue000")
     census.add("d\u00e9j\u00e0".encode().decode("cp1252"))
+    census.count()
     assert histogram(np.array([1, 2, 3, 4, 700, 800, 1023, 1024, 5000])) == "1: 1, 2: 2, 4: 1, 512: 3, 1k: 1, 4k: 1"
     report = "\n".join(census.report())
     assert "letters: Latin 80.00%, Cjk 20.00%" in report, report
@@ -118,6 +119,7 @@ def test_census():
     french = "\u00c9t\u00e9 \u00e0 l\u2019h\u00f4tel \u00ab fa\u00e7ade \u00bb \u2014 na\u00efve \u00c0 \u00c2ge"
     clean = Census()
     clean.add(french)
+    clean.count()
     assert clean.mojibake == 0 and "odd" not in "".join(clean.report())
 
 

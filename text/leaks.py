@@ -40,8 +40,18 @@ class Census:
     def __init__(self):
         self.counts = np.zeros(0x110000, dtype=np.int64)
         self.mojibake, self.example = 0, ""
+        self.waiting, self.size = [], 0  # short texts are counted together: a call of numpy costs 1,000 characters
 
     def add(self, text):
+        self.waiting.append(text)
+        self.size += len(text)
+        if self.size > 1 << 18:
+            self.count()
+
+    def count(self):
+        """Count the texts that were added since the last time."""
+        text = "".join(self.waiting)
+        self.waiting, self.size = [], 0
         found = np.bincount(code_points(text))
         self.counts[:len(found)] += found
         if found[0xC2:0xF5].any():
