@@ -8,19 +8,18 @@ Prepare: text in, two files of token ids out.
     python prepare.py stdlib --format=chat --tokenizer=out/small    # conversations, into data/stdlib-chat
     python prepare.py --inspect data/notes                 # check all of it, and show a part
 
-text/sources.py says which texts there are and how they are read, text/chats.py does for conversations. What is written:
+text/sources.py reads the texts, text/chats.py the conversations. What is written:
 
-    data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), one after the other;
-                                    np.memmap(path, dtype=np.uint16) reads them
-    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 where the model is to learn it, which is what
-                                    the assistant says and the token that ends it; 0 where it only reads
+    data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), <|endoftext|> before every
+                                    document; np.memmap(path, dtype=np.uint16) reads them
+    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 for what is learned (what the assistant says
+                                    and the token that ends it), 0 for what is only read
     data/NAME/meta.json             how many tokens, documents and bytes, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
-<|endoftext|> stands before every document. The text is read a megabyte at a time, two or three times: to choose the
-split of each document, to learn a vocabulary if need be, and to encode. Only about 75 bytes per document stay in
-memory in between. The result depends on the text and the settings alone, not on the number of threads, and appears
-under its name when it is complete.
+The text is read a megabyte at a time, two or three times: to choose the split of each document, to learn a vocabulary
+if need be, and to encode. Only about 75 bytes per document stay in memory in between. The result depends on the text
+and the settings alone, not on the number of threads, and gets its name when it is complete.
 """
 import glob
 import hashlib
@@ -240,43 +239,36 @@ class BinWriter:
         return self.digest.hexdigest()
 
 
-@dataclass
-class Part:
-    """Some documents of one split, encoded."""
-
-    split: str
-    ids: np.ndarray
-    mask: np.ndarray | None  # of conversations: which ids are to be learned
-    documents: list[str]  # those that start here
-    bytes: int
-    unanswered: list[str]  # conversations in which the assistant says nothing
-
-
 def encode(texts, plan, tokenizer, dtype, folder, settings):
     """Write train.bin and val.bin, of conversations their masks too, from what split_texts yields.
 
     Returns the counts of both splits, as meta.json has them, the names of the documents in val.bin, and those of the
     conversations without an answer.
     """
-    chat = settings.format == "chat"
+    chat, threads = settings.format == "chat", settings.num_proc or os.cpu_count() or 1
     counts, validation, unanswered = dict(train=Counter(), val=Counter()), [], []
     files = {split: BinWriter(os.path.join(folder, f"{split}.bin")) for split in counts}
     masks = {split: BinWriter(os.path.join(folder, f"{split}.mask.bin")) for split in counts if chat}
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size if chat else 0)])
     progress = Progress("encoding", plan.bytes)
 
-    for part in in_threads(lambda batch: encode_batch(batch, tokenizer, dtype, chat), batches(texts),
-                           settings.num_proc or os.cpu_count() or 1):
-        files[part.split].write(part.ids)
-        counts[part.split].update(tokens=part.ids.size, documents=len(part.documents), bytes=part.bytes)
+    def work(batch):
+        return batch, *encode_batch(batch, tokenizer, dtype, chat)
+
+    for batch, ids, mask, silent in in_threads(work, batches(texts), threads):
+        split = batch[0][0]
+        started = [document.name for _, document, starts, _ in batch if starts]
+        size = sum(len(text.encode()) for *_, text in batch)
+        files[split].write(ids)
+        counts[split].update(tokens=ids.size, documents=len(started), bytes=size)
         if chat:
-            masks[part.split].write(part.mask)
-            learned = part.ids[part.mask == 1]
-            counts[part.split].update(trained=learned.size, trained_bytes=int(lengths[learned].sum()))
-        if part.split == "val":
-            validation += map(origin, part.documents)
-        unanswered += map(origin, part.unanswered)
-        progress.add(part.bytes)
+            masks[split].write(mask)
+            learned = ids[mask == 1]
+            counts[split].update(trained=learned.size, trained_bytes=int(lengths[learned].sum()))
+        if split == "val":
+            validation += map(origin, started)
+        unanswered += map(origin, silent)
+        progress.add(size)
 
     for split in counts:
         counts[split]["sha256"] = files[split].close()
@@ -302,8 +294,7 @@ def batches(texts):
 def in_threads(function, items, threads):
     """map(function, items) in a few threads, which run side by side where the work is done in C, as in tokenizers.
 
-    The results come in the order of the items, so the number of threads changes nothing; no more than two items for
-    each thread are in memory.
+    The results come in the order of the items; no more than two items for each thread are in memory.
     """
     with ThreadPoolExecutor(threads) as pool:
         running = deque()
@@ -316,9 +307,9 @@ def in_threads(function, items, threads):
 
 
 def encode_batch(batch, tokenizer, dtype, chat):
-    """A list of what split_texts yields, as a Part. An end-of-text token stands before each document."""
+    """A list of what split_texts yields, as (ids, mask, names of the conversations without an answer)."""
     end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
-    ids, mask, unanswered = [], [], []
+    ids, mask, silent = [], [], []
     for _, document, starts, text in batch:
         if starts:
             ids.append(end)
@@ -330,21 +321,19 @@ def encode_batch(batch, tokenizer, dtype, chat):
         except UserError as error:
             raise UserError(f"{document.name}: {error.fact}", error.fix) from None
         ids.append(np.array(spoken))
-        mask += [[0], learned]
+        mask += [0, *learned]
         if not any(learned):
-            unanswered.append(document.name)
-    return Part(split=batch[0][0], ids=packed(ids, dtype, tokenizer.vocab_size),
-                mask=np.concatenate(mask, dtype=np.uint8, casting="unsafe") if chat else None,
-                documents=[document.name for _, document, starts, _ in batch if starts],
-                bytes=sum(len(text.encode()) for *_, text in batch), unanswered=unanswered)
+            silent.append(document.name)
+    return packed(ids, dtype, tokenizer.vocab_size), np.array(mask, dtype=np.uint8), silent
 
 
 def packed(ids, dtype, vocab_size):
-    """Arrays of ids as one of the type that is written. An id beyond the vocabulary is a mistake of ours."""
-    largest = max((int(part.max()) for part in ids if part.size), default=0)
-    if largest >= vocab_size:  # numpy would wrap 70000 to 4464 in uint16 without a word
+    """Arrays of ids as one of the type that is written."""
+    ids = np.concatenate(ids)
+    largest = ids.max(initial=0)
+    if largest >= vocab_size:  # a mistake of ours; numpy would wrap 70000 to 4464 in uint16 without a word
         raise ValueError(f"id {largest} does not fit into a vocabulary of {vocab_size}")
-    return np.concatenate(ids, dtype=dtype, casting="unsafe")
+    return ids.astype(dtype)
 
 
 def check_counts(counts, plan, chat):
@@ -368,16 +357,15 @@ def prepare(sources, settings):
     check_limits(settings, {"min_words num_proc": (0, 1 << 30), "val_fraction": (1e-9, 0.999),
                             "character_coverage": (0.98, 1)})
     out = folder_to_write(sources, settings)
-    new = contents(sources, settings.format == "chat")
-    missing = not os.path.exists(out)
+    new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        with locked(out, wait=missing):  # of two processes that need the same new data, the second waits
+        with locked(out, wait=missing):  # of two commands that need the same new data, the second waits
             held = held_by(out)
             if held and held != new and not settings.overwrite:
                 raise UserError(f"{out} holds {held}; {new} would replace it", "--overwrite, or --out=data/ANOTHER_NAME")
             if held and missing:
-                note(f"{out} is complete: another process has just written it, with the settings of its own")
+                note(f"{out} has just been written by another process, with settings of its own")
                 return out, datasets.read_meta(out)
             if held:
                 note(f"{out} holds {held} and is going to be replaced; a run that was trained on it can be resumed "
@@ -493,54 +481,52 @@ def report(plan, about_overlap, tokenizer, counts, unanswered):
 
 
 def next_command(out, meta, settings):
-    """What to type after preparing: a recipe, with a context and a number of steps that fit the text."""
+    """What to type next: a recipe, with a context and a number of steps that fit the text."""
     # 1) The data, and a run of their own.
     inside = os.path.abspath(out).startswith(os.path.abspath("data") + os.sep)
     name = os.path.relpath(out, "data") if inside else os.path.abspath(out)
     run = f"out/{os.path.basename(out)}"
     if os.path.exists(run):
         run += "-2"
-    arguments = [] if name == "stdlib" else [f"--dataset={name}", f"--out_dir={run}"]
+    target = [] if name == "stdlib" else [f"--dataset={name}", f"--out_dir={run}"]
 
-    # 2) The recipe, which depends on the model whose tokenizer was taken.
-    model, chat = settings.tokenizer, meta.get("chat", False)
-    is_run = os.path.exists(os.path.join(model, "best.pt"))
-    is_hf = any(os.path.exists(os.path.join(model, "model.safetensors" + end)) for end in ("", ".index.json"))
-    is_lora = read_header(os.path.join(model, "log.jsonl")).get("settings", {}).get("lora_rank")
+    # 2) Where to start: at the weights of the model whose tokenizer was taken, if it was one.
+    model, start = settings.tokenizer, "nothing"
+    if os.path.exists(os.path.join(model, "best.pt")):
+        header = read_header(os.path.join(model, "log.jsonl"))
+        start = "large" if header.get("settings", {}).get("lora_rank") else "small"
+    elif any(os.path.exists(os.path.join(model, "model.safetensors" + end)) for end in ("", ".index.json")):
+        start = "large"
+    init = [] if start == "nothing" else [f"--init_from={model}"]
+    if start == "nothing" and settings.format == "chat":
+        note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
+        init = ["--init_from=scratch"]
+    elif start == "nothing" and meta["vocab_size"] > LARGE_VOCABULARY:
+        note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
+             "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
+
+    # 3) The recipe.
     longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
     block = [] if longest >= 256 else [f"--block_size={1 << max(longest.bit_length() - 1, 0)}"]
-    recipes = []
-    if is_run or is_hf:
-        arguments.insert(0, f"--init_from={model}")
-    if chat and is_run and not is_lora:
-        recipes = ["config/finetune_chat.py"]
-    elif chat and (is_run or is_hf):
-        recipes = ["config/finetune_lora.py"]
-    elif chat:
-        note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
-        recipes = [SMALL_RECIPE, "config/finetune_chat.py"]
-        arguments.insert(0, "--init_from=scratch")
-    elif is_run:
-        arguments += ["--learning_rate=1e-3", "--warmup_iters=5"]
-    elif is_hf:  # its context may be long
-        arguments += block or ["--block_size=256"]
-        arguments.append("--learning_rate=1e-4")
-    else:
-        recipes = [SMALL_RECIPE]
-        arguments += block
-        if meta["vocab_size"] > LARGE_VOCABULARY:
-            note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
-                 "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
+    recipes, more = {
+        ("text", "nothing"): ([SMALL_RECIPE], block),
+        ("text", "small"): ([], ["--learning_rate=1e-3", "--warmup_iters=5"]),
+        ("text", "large"): ([], [*(block or ["--block_size=256"]), "--learning_rate=1e-4"]),
+        ("chat", "nothing"): ([SMALL_RECIPE, "config/finetune_chat.py"], []),
+        ("chat", "small"): (["config/finetune_chat.py"], []),
+        ("chat", "large"): (["config/finetune_lora.py"], []),
+    }[settings.format, start]
 
-    # 3) Fewer steps for a short text: one that is read more than 10 times (conversations 5 times) is learned by heart.
-    recipe = runpy.run_path(os.path.join(os.path.dirname(__file__), (recipes or [SMALL_RECIPE])[-1]))
-    per_step = recipe["batch_size"] * recipe.get("block_size", 256)
-    steps = max(round((5 if chat else 10) * meta["train"]["tokens"] / per_step), 10 if chat else 50)
+    # 4) Fewer steps for a short text: read more than 10 times (conversations 5 times), it is learned by heart.
+    epochs, fewest = (10, 50) if settings.format == "text" else (5, 10)
+    recipe = runpy.run_path(os.path.join(os.path.dirname(__file__), [SMALL_RECIPE, *recipes][-1]))
+    tokens_per_step = recipe["batch_size"] * recipe.get("block_size", 256)
+    steps = max(round(epochs * meta["train"]["tokens"] / tokens_per_step), fewest)
     if steps < recipe["max_iters"]:
-        arguments += [f"--max_iters={steps}", f"--eval_interval={steps // 5}"]
-        if chat:
-            arguments.append(f"--warmup_iters={steps // 10}")
-    return shlex.join(["python", "train.py", *recipes, *arguments])
+        more += [f"--max_iters={steps}", f"--eval_interval={steps // 5}"]
+        if settings.format == "chat":
+            more.append(f"--warmup_iters={steps // 10}")
+    return shlex.join(["python", "train.py", *recipes, *init, *target, *more])
 
 
 def main(argv):
