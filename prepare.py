@@ -74,8 +74,6 @@ MANY = 200  # from this many documents on, validation takes whole documents; wit
 # A word is a run of letters and digits; in scripts without spaces (Thai to Myanmar, Khmer, kana, Chinese), one of them.
 UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(f"[^\\W_{UNSPACED}]+|[{UNSPACED}]")
-SMALL_RECIPE = "config/train_small.py"
-LARGE_VOCABULARY = 20_000  # tokens, from which on a small model is mostly vocabulary
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The plan: which documents are kept, and in which split
@@ -99,7 +97,6 @@ class Plan:
 
 
 def read(sources, settings):
-    """The documents of all sources: texts, or conversations."""
     if settings.format == "chat":
         return chats.conversations(sources)
     return documents(sources, settings.text_field)
@@ -418,7 +415,7 @@ def contents(sources, chat):
 
 
 def write(sources, settings, out):
-    """Everything goes into the folder `out`.part first, so that what bears the name is complete. Returns meta.json."""
+    """Write all files into `out`.part, then rename it. Returns what meta.json says."""
     started, part = time.monotonic(), out + ".part"
     existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
     kinds = chats.KINDS if settings.format == "chat" else KINDS
@@ -446,7 +443,7 @@ def write(sources, settings, out):
     with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
 
-    # 3) The name, by two renames.
+    # 3) The old data go when the new are complete.
     shutil.rmtree(out + ".old", ignore_errors=True)
     if os.path.exists(out):
         os.replace(out, out + ".old")
@@ -482,51 +479,52 @@ def report(plan, about_overlap, tokenizer, counts, unanswered):
 
 def next_command(out, meta, settings):
     """What to type next: a recipe, with a context and a number of steps that fit the text."""
-    # 1) The data, and a run of their own.
+    # 1) Where to start: at the weights of the model whose tokenizer was taken, if there are any.
+    model, start = settings.tokenizer, "nothing"
+    has = [name for name in ("best.pt", "model.safetensors", "model.safetensors.index.json")
+           if os.path.exists(os.path.join(model, name))]
+    if has:
+        run = read_header(os.path.join(model, "log.jsonl")).get("settings", {})
+        start = "large" if "best.pt" not in has or run.get("lora_rank") else "small"
+    if start == "nothing" and settings.format == "chat":
+        note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
+        model = "scratch"
+
+    # 2) The recipe, with a context that fits the text.
+    longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
+    block = [] if longest >= 256 else [f"--block_size={1 << max(longest.bit_length() - 1, 0)}"]
+    recipes, more = {
+        ("text", "nothing"): (["config/train_small.py"], block),
+        ("text", "small"): ([], ["--learning_rate=1e-3", "--warmup_iters=5"]),
+        ("text", "large"): ([], [*(block or ["--block_size=256"]), "--learning_rate=1e-4"]),
+        ("chat", "nothing"): (["config/train_small.py", "config/finetune_chat.py"], []),
+        ("chat", "small"): (["config/finetune_chat.py"], []),
+        ("chat", "large"): (["config/finetune_lora.py"], []),
+    }[settings.format, start]
+    arguments = list(recipes)
+    if has or settings.format == "chat":
+        arguments.append(f"--init_from={model}")
+
+    # 3) The data, and a run of their own.
     inside = os.path.abspath(out).startswith(os.path.abspath("data") + os.sep)
     name = os.path.relpath(out, "data") if inside else os.path.abspath(out)
     run = f"out/{os.path.basename(out)}"
     if os.path.exists(run):
         run += "-2"
-    target = [] if name == "stdlib" else [f"--dataset={name}", f"--out_dir={run}"]
-
-    # 2) Where to start: at the weights of the model whose tokenizer was taken, if it was one.
-    model, start = settings.tokenizer, "nothing"
-    if os.path.exists(os.path.join(model, "best.pt")):
-        header = read_header(os.path.join(model, "log.jsonl"))
-        start = "large" if header.get("settings", {}).get("lora_rank") else "small"
-    elif any(os.path.exists(os.path.join(model, "model.safetensors" + end)) for end in ("", ".index.json")):
-        start = "large"
-    init = [] if start == "nothing" else [f"--init_from={model}"]
-    if start == "nothing" and settings.format == "chat":
-        note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
-        init = ["--init_from=scratch"]
-    elif start == "nothing" and meta["vocab_size"] > LARGE_VOCABULARY:
-        note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
-             "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
-
-    # 3) The recipe.
-    longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
-    block = [] if longest >= 256 else [f"--block_size={1 << max(longest.bit_length() - 1, 0)}"]
-    recipes, more = {
-        ("text", "nothing"): ([SMALL_RECIPE], block),
-        ("text", "small"): ([], ["--learning_rate=1e-3", "--warmup_iters=5"]),
-        ("text", "large"): ([], [*(block or ["--block_size=256"]), "--learning_rate=1e-4"]),
-        ("chat", "nothing"): ([SMALL_RECIPE, "config/finetune_chat.py"], []),
-        ("chat", "small"): (["config/finetune_chat.py"], []),
-        ("chat", "large"): (["config/finetune_lora.py"], []),
-    }[settings.format, start]
+    if name != "stdlib":
+        arguments += [f"--dataset={name}", f"--out_dir={run}"]
+    arguments += more
 
     # 4) Fewer steps for a short text: read more than 10 times (conversations 5 times), it is learned by heart.
     epochs, fewest = (10, 50) if settings.format == "text" else (5, 10)
-    recipe = runpy.run_path(os.path.join(os.path.dirname(__file__), [SMALL_RECIPE, *recipes][-1]))
+    recipe = runpy.run_path(os.path.join(os.path.dirname(__file__), ["config/train_small.py", *recipes][-1]))
     tokens_per_step = recipe["batch_size"] * recipe.get("block_size", 256)
     steps = max(round(epochs * meta["train"]["tokens"] / tokens_per_step), fewest)
     if steps < recipe["max_iters"]:
-        more += [f"--max_iters={steps}", f"--eval_interval={steps // 5}"]
+        arguments += [f"--max_iters={steps}", f"--eval_interval={steps // 5}"]
         if settings.format == "chat":
-            more.append(f"--warmup_iters={steps // 10}")
-    return shlex.join(["python", "train.py", *recipes, *init, *target, *more])
+            arguments.append(f"--warmup_iters={steps // 10}")
+    return shlex.join(["python", "train.py", *arguments])
 
 
 def main(argv):

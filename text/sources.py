@@ -92,11 +92,10 @@ LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "publ
 
 
 def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
-    """Find the files of all sources, and download what is not here yet. Returns (files, origins).
+    """Find the files of all sources, and download what is not here yet. Returns (pairs as from `files`, origins).
 
-    files: pairs (name of a data set or None, path), as `documents` wants them; origins: what meta.json says about
-    where the texts are from. inputs: files to take for a name instead of downloading it. mirror: "https://host" to
-    download from, in place of the host that a name has.
+    origins: where the texts are from, for meta.json. inputs: files to take for a name instead of downloading it.
+    mirror: "https://host" to download from, in place of the host that a name has.
     """
     if inputs and (len(sources) != 1 or sources[0] not in NAMES):
         raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
@@ -151,10 +150,8 @@ def public(address):
 
 
 def origin(source):
-    """What is written down of where a text is from: no secrets of an address, no folders of this machine.
-
-    Of an absolute path, that is its last part, and a number that tells one folder from another.
-    """
+    """What is written down of where a text is from: no secrets of an address, no folders of this machine. An absolute
+    path becomes its last part, and a number that tells one folder from another."""
     if not os.path.isabs(source):
         return public(source)
     folder, name = os.path.split(os.path.normpath(source))
