@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Forensics: planted duplicates and leaks are found, and the fast arrays count what a plain loop counts."""
+"""Leaks: planted duplicates and leaks are found, and the fast arrays count what a plain loop counts."""
 import json
 import random
 
@@ -7,7 +7,7 @@ import numpy as np
 from conftest import error, words
 
 import dataset as datasets
-from text import leaks as forensics
+from text import leaks
 import prepare
 from text.leaks import Census, hashed, histogram, overlap, repeated_runs, slices
 
@@ -16,7 +16,7 @@ END, UINT16 = 0, np.dtype(np.uint16)
 
 
 def test_hashes_of_runs_are_those_of_a_plain_loop(here, monkeypatch):
-    monkeypatch.setattr(forensics, "SLICE", 100)
+    monkeypatch.setattr(leaks, "SLICE", 100)
     ids = np.random.default_rng(0).integers(0, 3, 1234).astype(np.uint16)  # three tokens: many runs of 8 are equal
     ids.tofile("ids")
     ids[:7].tofile("few")
@@ -47,7 +47,7 @@ def test_repeated_runs_are_those_of_a_plain_loop(here, monkeypatch):
     for name, documents in (("train", train), ("val", val), ("few", [[1] * (k - 1)])):
         np.array([i for document in documents for i in [END, *document]], np.uint16).tofile(name)
     for size in (*range(30, 90), 1 << 18):
-        monkeypatch.setattr(forensics, "SLICE", size)
+        monkeypatch.setattr(leaks, "SLICE", size)
         assert list(zip(*repeated_runs("train", "val", UINT16, END, k))) == due
     assert [n.tolist() for n in repeated_runs("train", "few", UINT16, END, k)] == [[0], [0]]
 
@@ -92,7 +92,7 @@ def prepare_side(text):
 
 
 def test_where_there_is_too_much_an_even_sample_is_looked_up(here, monkeypatch):
-    monkeypatch.setattr(forensics, "SAMPLE", 1000)
+    monkeypatch.setattr(leaks, "SAMPLE", 1000)
     val = np.random.default_rng(0).integers(1, 100, (50, 1000), dtype=np.uint16)
     val[:, 0] = END
     val[:25].tofile("train.bin")
