@@ -71,6 +71,7 @@ class PrepareConfig:
 
 
 MANY = 200  # from this many documents on, validation takes whole documents; with fewer, the end of each
+LARGE_VOCABULARY = 20_000  # tokens, beyond which they are most of a small model
 # A word is a run of letters and digits; in scripts without spaces (Thai to Myanmar, Khmer, kana, Chinese), one of them.
 UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(f"[^\\W_{UNSPACED}]+|[{UNSPACED}]")
@@ -250,7 +251,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     progress = Progress("encoding", plan.bytes)
 
     def work(batch):
-        return batch, *encode_batch(batch, tokenizer, dtype, chat)
+        return encode_batch(batch, tokenizer, dtype, chat)
 
     for batch, ids, mask, silent in in_threads(work, batches(texts), threads):
         split = batch[0][0]
@@ -304,7 +305,8 @@ def in_threads(function, items, threads):
 
 
 def encode_batch(batch, tokenizer, dtype, chat):
-    """A list of what split_texts yields, as (ids, mask, names of the conversations without an answer)."""
+    """(batch, its ids, their mask, names of conversations without an answer); batch: a list of what split_texts yields.
+    """
     end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
     ids, mask, silent = [], [], []
     for _, document, starts, text in batch:
@@ -321,7 +323,7 @@ def encode_batch(batch, tokenizer, dtype, chat):
         mask += [0, *learned]
         if not any(learned):
             silent.append(document.name)
-    return packed(ids, dtype, tokenizer.vocab_size), np.array(mask, dtype=np.uint8), silent
+    return batch, packed(ids, dtype, tokenizer.vocab_size), np.array(mask, dtype=np.uint8), silent
 
 
 def packed(ids, dtype, vocab_size):
@@ -489,6 +491,9 @@ def next_command(out, meta, settings):
     if start == "nothing" and settings.format == "chat":
         note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
         model = "scratch"
+    elif start == "nothing" and meta["vocab_size"] > LARGE_VOCABULARY:
+        note(f"{meta['vocab_size']:,} tokens of 256 numbers each are {meta['vocab_size'] * 256 / 1e6:.0f} million "
+             "parameters, most of this recipe's model: --tokenizer=bpe suits a small one better")
 
     # 2) The recipe, with a context that fits the text.
     longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
@@ -516,7 +521,7 @@ def next_command(out, meta, settings):
     arguments += more
 
     # 4) Fewer steps for a short text: read more than 10 times (conversations 5 times), it is learned by heart.
-    epochs, fewest = (10, 50) if settings.format == "text" else (5, 10)
+    epochs, fewest = (5, 10) if settings.format == "chat" else (10, 50)
     recipe = runpy.run_path(os.path.join(os.path.dirname(__file__), ["config/train_small.py", *recipes][-1]))
     tokens_per_step = recipe["batch_size"] * recipe.get("block_size", 256)
     steps = max(round(epochs * meta["train"]["tokens"] / tokens_per_step), fewest)

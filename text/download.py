@@ -21,8 +21,7 @@ from runtime.files import file_sha256, locked
 from text.sources import public
 
 STALL_SECONDS = 30  # a connection that is silent for so long is given up
-TRIES = 5  # failures without PROGRESS_BYTES of progress, before the download is given up
-PROGRESS_BYTES = 1 << 20
+TRIES = 5
 RETRY_SECONDS = 2  # waits 2, 4, 6, ... seconds before the next attempt
 STOPPED = "the connection ended or stalled"
 CHECK = "check the network, and the address: it must be that of the file itself"
@@ -30,7 +29,7 @@ MIRROR = "--mirror=ANOTHER_HOST"
 
 
 class Interrupted(Exception):
-    """Another attempt may help. Arguments: what happened, and how many bytes are there."""
+    """Why an attempt failed, where another one may help."""
 
 
 def download(address, path, size=0, sha256=""):
@@ -45,7 +44,16 @@ def download(address, path, size=0, sha256=""):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with locked(path):
-            part = attempts(address, path, size, sha256)
+            for attempt in range(1, TRIES + 1):
+                try:
+                    part = receive(address, path, size, sha256)
+                    break
+                except Interrupted as stop:
+                    why = f"{url}: {stop}, {attempt} times"
+                if attempt == TRIES:
+                    raise UserError(why, "run the same command again: it continues where it stopped")
+                say(f"{why}; trying again")
+                time.sleep(RETRY_SECONDS * attempt)
             if sha256 and file_sha256(part) != sha256:
                 os.remove(part)
                 raise UserError(f"{url} is not the file that it should be: its sha256 is not {sha256[:12]}...", MIRROR)
@@ -55,25 +63,6 @@ def download(address, path, size=0, sha256=""):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
     return path
-
-
-def attempts(address, path, size, sha256):
-    """Try until all bytes are there. Returns the path of the part."""
-    failures = most = 0
-    while True:
-        try:
-            return receive(address, path, size, sha256)
-        except Interrupted as stop:
-            why, have = stop.args
-        failures += 1
-        if have >= most + PROGRESS_BYTES:
-            failures = 1
-            most = have
-        if failures == TRIES:
-            raise UserError(f"{public(address)}: {why}, {TRIES} times; {have:,} bytes are there",
-                            "run the same command again: it continues after them")
-        say(f"{public(address)}: {why}; trying again after {have:,} bytes")
-        time.sleep(RETRY_SECONDS * failures)
 
 
 def receive(address, path, size, sha256):
@@ -129,7 +118,7 @@ def receive(address, path, size, sha256):
         file.flush()
         os.fsync(file.fileno())
     if stopped or have < total:
-        raise Interrupted(STOPPED, have)
+        raise Interrupted(f"{STOPPED} after {have:,} bytes")
     if not have:
         raise UserError(f"{url}: the server sent nothing", CHECK)
     return part
@@ -142,7 +131,7 @@ def get(address, headers={}):
     try:
         response = requests.get(address, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests.ReadTimeout:
-        raise Interrupted(STOPPED, 0) from None
+        raise Interrupted(STOPPED) from None
     except ValueError:  # its text repeats the address, secrets and all
         raise UserError(f"{url} cannot be reached: it is no address", "https://HOST/FILE.txt") from None
     except requests.RequestException as error:
@@ -152,7 +141,7 @@ def get(address, headers={}):
 
     status = f"the server answers {response.status_code} {response.reason}"
     if response.status_code >= 500 or response.status_code == 429:
-        raise Interrupted(status, 0)
+        raise Interrupted(status)
     if response.status_code not in (200, 206):
         raise UserError(f"{url}: {status}", CHECK)
     for hop in [*response.history, response]:
