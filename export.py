@@ -46,11 +46,11 @@ from runtime import machine
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
 from runtime.files import check_like
-from runtime.console import UserError, command_line, note, say
+from runtime.console import UserError, command_line, note, say, origin
 from runtime.settings import load
 from model import KVCache, quantize
 from evaluation.perplexity import measure_text, read_text
-from text.sources import LICENCES, origin
+from text.sources import LICENCES
 
 # How far a logit may be off, since others add float32 numbers in another order; RELATIVE is that to the largest logit.
 TOLERANCE, RELATIVE = 1e-4, 1e-5

@@ -51,7 +51,7 @@ import numpy as np
 
 from text import pretrained
 from text.pretrained import read
-from runtime.console import UserError, command_line, needs, note, say, show
+from runtime.console import UserError, command_line, needs, note, say, show, public
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
@@ -397,7 +397,6 @@ class TokenizerConfig:
 
 def main(argv):
     # What reads texts is loaded where texts are read: nobody else who imports this file needs the downloader.
-    from text.download import public
     from text.sources import fetch
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})

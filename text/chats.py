@@ -41,19 +41,18 @@ def conversations(sources):
     Its text is what is said, a line end between the messages. Raises UserError for what is no conversation.
     """
     for source in sources:
-        path = source[1] if isinstance(source, tuple) else source
-        for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
-            yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
+        for name, path in files(source, KINDS):
+            for where, messages, held_out in stdlib_chats() if name == "stdlib" else file_chats(path):
+                yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 def file_chats(path):
-    """(where, messages, None) for each row of a file, or of those of a folder."""
-    for file in files(path, KINDS):
-        for where, row in rows(file):
-            yield where, read(row, where), None
+    """(where, messages, None) for each row of a file."""
+    for where, row in rows(path):
+        yield where, read(row, where), None
 
 
 def rows(path):

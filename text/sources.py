@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Sources: where texts come from. Files, folders, names that everyone trains on, and addresses on the web.
+Sources: where texts come from. Files, folders, well-known data sets, and addresses on the web.
 
     sources, origins = fetch(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"])
     for document in documents(sources):
@@ -12,8 +12,7 @@ Sources: where texts come from. Files, folders, names that everyone trains on, a
     .json                SQuAD's layout: every paragraph's `context` is one
     .gz of these         the same; a folder is searched to the bottom, for all but .json, which may be anything
 
-Nothing is read before it is needed, nothing is kept after it was given, and what is wrong with a file is said with
-the place where it is wrong.
+Files are read lazily, a block at a time. An error names the file, and the place in it.
 """
 import codecs
 import glob
@@ -29,9 +28,8 @@ from shlex import quote
 from typing import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from runtime.files import file_sha256, open_file
 from runtime.console import UserError, note, origin, public
-from text.download import download
+from runtime.files import file_sha256, open_file
 from text.rows import field, json_lines, records, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
@@ -46,15 +44,15 @@ class Document:
 
     name: str
     blocks: Callable[[], Iterator[str]]
-    held_out: bool | None = None  # None: prepare.py's split decides
+    held_out: bool | None = None  # for validation? None: prepare.py decides
     messages: list | None = None  # of a conversation (text/chats.py): [{"role", "content"}, ...]; None: a text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
-# Modules of the standard library that are held out: chosen once, before any model was trained, from every corner and
-# size of it, among those that Python 3.10 to 3.14 all have. About 5%.
+# The validation split of the standard library: about 5%, chosen once, before any model was trained, from every corner
+# and size of it, among the modules that Python 3.10 to 3.14 all have.
 HELD_OUT = """asyncio/queues.py calendar.py concurrent/futures/thread.py copy.py csv.py email/message.py
     functools.py heapq.py html/parser.py http/cookies.py importlib/util.py json/decoder.py logging/config.py
     multiprocessing/pool.py random.py sched.py shelve.py textwrap.py tkinter/dialog.py unittest/suite.py
@@ -63,6 +61,105 @@ HELD_OUT = """asyncio/queues.py calendar.py concurrent/futures/thread.py copy.py
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "encodings", "lib2to3",
             "distutils", "pydoc_data", "turtledemo", "ensurepip", "__pycache__", "_pydecimal.py", "_pyio.py",
             "_pydatetime.py", "_pylong.py", "_pyrepl", "entities.py", "_vendor"}
+
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+NAMES = {  # what is downloaded: address, bytes, sha256
+    "shakespeare": [(SHAKESPEARE + "input.txt", 1_115_394,
+                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
+    # Both versions, as in the original OpenLLM: v2.0 repeats nearly all paragraphs of v1.1, and each counts once.
+    "squad": [(SQUAD + "train-v1.1.json", 30_288_272,
+               "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+              (SQUAD + "dev-v1.1.json", 4_854_279,
+               "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
+              (SQUAD + "train-v2.0.json", 42_123_633,
+               "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002"),
+              (SQUAD + "dev-v2.0.json", 4_370_528,
+               "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8")],
+    "tinystories": [(STORIES + "TinyStories-train.txt", 1_924_281_556,
+                     "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"),
+                    (STORIES + "TinyStories-valid.txt", 19_447_282,
+                     "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")],
+}
+LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "public domain", "squad": "CC BY-SA 4.0",
+            "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
+
+
+def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
+    """Find the files of all sources, and download what is not here yet. Returns (pairs as from `files`, origins).
+
+    origins: where the texts are from, for meta.json. inputs: files to take for a name instead of downloading it.
+    mirror: "https://host" to download from, in place of the host that a name has.
+    """
+    if inputs and (len(sources) != 1 or sources[0] not in NAMES):
+        raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
+    found, origins = [], []
+    for source in sources:
+        about = origin(source)
+        if source in NAMES and not os.path.exists(source):
+            if kinds != KINDS:
+                raise UserError(f"{source} is text, not conversations",
+                                "leave out --format=chat, or give a .jsonl file")
+            found += [(source, path) for path in inputs or downloads(source, mirror)]
+            known = {sha256 for _, _, sha256 in NAMES[source]}
+            for path in inputs:
+                if os.path.isfile(path) and file_sha256(path) not in known:
+                    note(f"{path} is none of the files that {source} is made of, by its sha256; it is taken as it is")
+        elif is_url(source):
+            path = download_url(source, kinds)
+            found.append((None, path))
+            about += f" (sha256 {file_sha256(path)})"
+        else:
+            found += files(source, kinds, follow_links)
+        origins.append(about)
+    return found, origins
+
+
+def downloads(name, mirror):
+    """The paths of all files of a data set."""
+    from text.download import download  # here, because most texts need no network
+
+    for url, size, sha256 in NAMES[name]:
+        where = urlsplit(url).path
+        url = mirror.rstrip("/") + where if mirror else url
+        yield download(url, os.path.join("data", "downloads", name, os.path.basename(where)), size, sha256)
+
+
+def download_url(url, kinds):
+    from text.download import download
+
+    name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(public(url)))) or "index"
+    check_kind(name, public(url), kinds)
+    folder = hashlib.sha256(url.encode()).hexdigest()[:8]
+    return download(url, os.path.join("data", "downloads", folder, name))
+
+
+def is_url(source):
+    return source.startswith(("http://", "https://"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+def documents(sources, text_field="text"):
+    """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
+
+    sources: paths, or what `fetch` returns. text_field: the field of a .jsonl line that holds the text.
+    """
+    for source in sources:
+        for name, path in files(source):
+            if name == "stdlib":
+                yield from stdlib_documents()
+            elif name == "tinystories":
+                yield from story_documents(path)
+            elif kind(path) == ".jsonl":
+                yield from jsonl_documents(path, text_field)
+            elif kind(path) == ".json":
+                yield from squad_documents(path)
+            else:
+                yield Document(path, lambda path=path: text_blocks(path))
 
 
 def stdlib_documents():
@@ -75,162 +172,77 @@ def stdlib_documents():
             yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
 
 
-@dataclass
-class Remote:
-    """A file of a name that downloads: its address, and what it must be."""
-
-    url: str
-    size: int
-    sha256: str
-
-
-SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
-TINY_STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
-NAMES = {
-    "shakespeare": [Remote("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                           1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
-    # Both versions, as the original OpenLLM: v2.0 repeats nearly all paragraphs of v1.1, and here each counts once.
-    "squad": [Remote(SQUAD + "train-v1.1.json", 30_288_272,
-                     "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
-              Remote(SQUAD + "dev-v1.1.json", 4_854_279,
-                     "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
-              Remote(SQUAD + "train-v2.0.json", 42_123_633,
-                     "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002"),
-              Remote(SQUAD + "dev-v2.0.json", 4_370_528,
-                     "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8")],
-    "tinystories": [Remote(TINY_STORIES + "TinyStories-train.txt", 1_924_281_556,
-                           "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"),
-                    Remote(TINY_STORIES + "TinyStories-valid.txt", 19_447_282,
-                           "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")],
-}
-LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "public domain", "squad": "CC BY-SA 4.0",
-            "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
-
-
-def is_url(source):
-    return source.startswith(("http://", "https://"))
-
-
-def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
-    """Resolve names, addresses and folders: (sources, origins), where every source is a pair (name or None, path).
-
-    inputs: files to take for a name instead of downloading it. mirror: "https://host" to fetch from in place of the
-    host that a name has. What is not there yet is downloaded. origins: what meta.json says about where texts are from.
-    """
-    if inputs and (len(sources) != 1 or sources[0] not in NAMES):
-        raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
-    resolved, origins, downloads = [], [], os.path.join("data", "downloads")
-    for source in sources:
-        known = source in NAMES and not os.path.exists(source)
-        if known and kinds != KINDS:
-            raise UserError(f"{source} is text, not conversations", "leave out --format=chat, or give a .jsonl file")
-        if known and inputs:
-            due = {remote.sha256 for remote in NAMES[source]}
-            for path in inputs:
-                if os.path.isfile(path) and file_sha256(path) not in due:
-                    note(f"{path} is none of the files that {source} is made of, by its sha256; it is taken as it is")
-                resolved.append((source, path))
-        elif known:
-            for remote in NAMES[source]:
-                where = urlsplit(remote.url).path
-                path = os.path.join(downloads, source, os.path.basename(where))
-                url = mirror.rstrip("/") + where if mirror else remote.url
-                resolved.append((source, download(url, path, remote.size, remote.sha256)))
-        elif is_url(source):
-            name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(public(source)))) or "index"
-            check_kind(name, public(source), kinds)
-            path = download(source, os.path.join(downloads, hashlib.sha256(source.encode()).hexdigest()[:8], name))
-            resolved.append((None, path))
-        elif os.path.isdir(source) and source != "stdlib":
-            resolved += [(None, path) for path in files(source, kinds, follow_links)]
-        else:
-            resolved.append((None, source))
-        origins.append(origin(source) + (f" (sha256 {file_sha256(path)})" if is_url(source) else ""))
-    return resolved, origins
-
-
-def documents(sources, text_field="text"):
-    """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
-
-    sources: paths, "stdlib", or what `fetch` returns. text_field: the field of a .jsonl line that holds the text.
-    """
-    for source in sources:
-        name, path = source if isinstance(source, tuple) else (None, source)
-        if path == "stdlib":
-            yield from stdlib_documents()
-            continue
-        for file in files(path):
-            if name == "tinystories":
-                yield from story_documents(file)
-            elif kind(file) == ".jsonl":
-                yield from jsonl_documents(file, text_field)
-            elif kind(file) == ".json":
-                yield from squad_documents(file)
-            else:
-                yield Document(file, lambda file=file: text_blocks(file))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 def kind(path):
     """The ending that says how to read a file: notes.txt.gz -> .txt, notes.gz -> .txt"""
     stem, ending = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] or ".txt" if ending == ".gz" else ending
+    if ending == ".gz":
+        ending = os.path.splitext(stem)[1] or ".txt"
+    return ending
 
 
 def check_kind(name, source, kinds):
-    if kind(name) not in (*kinds, ".json"):
-        fix = f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
-        if kinds != KINDS:
-            fix = "leave out --format=chat" if kind(name) in KINDS else f"{fix}, and leave out --format=chat"
-        raise UserError(f"{source} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
-                        fix)
+    if kind(name) in (*kinds, ".json"):
+        return
+    fix = f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
+    if kinds != KINDS:
+        fix += ", and leave out --format=chat"
+    raise UserError(f"{source} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
-    """The files that a path means: itself, all of these kinds below a folder, or what matches a pattern."""
+    """The files of a source, as pairs (name of a data set or None, path). A path stands for itself, for all files of
+    these kinds below a folder, or for what matches a pattern. What `fetch` has found stands for itself."""
+    if isinstance(source, tuple):
+        return [source]
+    if source == "stdlib":
+        return [("stdlib", source)]
     if os.path.isdir(source):
-        wanted, here, found = kinds, "holds no", walk(source, follow_links)
+        found, lacks = walk(source, follow_links), "holds no"
     elif os.path.exists(source):
         check_kind(source, source, kinds)
-        return [source]
+        return [(None, source)]
     else:
-        wanted = (*kinds, ".json") if ".json" in source else kinds
-        here = "does not exist, nor does a name or pattern of it match a"
-        found = matches(source, follow_links)
-    found = sorted(path for path in found if kind(path) in wanted)
-    if not found:
-        names = ["stdlib", *(NAMES if kinds == KINDS else ())]
-        raise UserError(f"{source} {here} {', '.join(wanted)} file (or .gz of these)",
+        found, lacks = matches(source, follow_links), "does not exist, nor does a name or pattern of it match a"
+        if ".json" in source:
+            kinds = (*kinds, ".json")
+    paths = sorted(path for path in found if kind(path) in kinds)
+    if not paths:
+        names = ["stdlib", *NAMES] if ".txt" in kinds else ["stdlib"]
+        raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
                         f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
-    return found
+    return [(None, path) for path in paths]
 
 
 def matches(pattern, follow_links):
-    """The files that a pattern matches. (Unlike glob, pathlib follows no links to folders, which may go in circles.)"""
-    root = os.path.splitdrive(pattern)[0] + os.sep if os.path.isabs(pattern) else ""
-    found = Path(root).glob(os.path.relpath(pattern, root) if root else pattern)
+    """The files that a pattern matches. (Unlike glob, pathlib follows no links to folders, which may form a circle.)"""
+    root = Path(Path(pattern).anchor)
+    found = root.glob(str(Path(pattern).relative_to(root)))
     return [str(path) for path in found if path.is_file() and (follow_links or not path.is_symlink())]
 
 
 def walk(folder, follow_links):
-    """The paths of all files below a folder. A link may lead anywhere, and is read with follow_links alone; then each
-    folder is read once, however links lead there."""
-    found, left_out, folders, seen = [], 0, [folder], {os.path.realpath(folder)}
-    while folders:
-        try:
-            for entry in os.scandir(folders.pop()):
-                if entry.is_file(follow_symlinks=follow_links):
-                    found.append(entry.path)
-                elif not entry.is_dir(follow_symlinks=follow_links):
-                    left_out += 1
-                elif (real := os.path.realpath(entry.path)) not in seen:
-                    seen.add(real)
-                    folders.append(entry.path)
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}",
-                            "change its permissions, or move it away") from None
+    """All files below a folder. A link may lead anywhere, so links are read only with follow_links; then each folder
+    is read once, even where links form a circle."""
+    def stop(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}",
+                        "change its permissions, or move it away") from None
+
+    found, left_out, seen = [], 0, set()
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=follow_links):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders.sort()
+        for path in [os.path.join(parent, name) for name in folders + names]:
+            ignored = os.path.islink(path) and not follow_links
+            if os.path.isfile(path) and not ignored:
+                found.append(path)
+            elif ignored or not os.path.isdir(path):
+                left_out += 1
     if left_out:
         note(f"{left_out:,} links, pipes and devices in {folder} are left out (prepare.py has --follow_links)")
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Forensics: planted duplicates and leaks are found, and the fast arrays count what a plain loop counts."""
+"""Leaks: planted duplicates and leaks are found, and the fast arrays count what a plain loop counts."""
 import json
 import random
 
@@ -7,7 +7,7 @@ import numpy as np
 from conftest import error, words
 
 import dataset as datasets
-from text import leaks as forensics
+from text import leaks
 import prepare
 from text.leaks import Census, hashed, histogram, overlap, repeated_runs, slices
 
@@ -16,7 +16,7 @@ END, UINT16 = 0, np.dtype(np.uint16)
 
 
 def test_hashes_of_runs_are_those_of_a_plain_loop(here, monkeypatch):
-    monkeypatch.setattr(forensics, "SLICE", 100)
+    monkeypatch.setattr(leaks, "SLICE", 100)
     ids = np.random.default_rng(0).integers(0, 3, 1234).astype(np.uint16)  # three tokens: many runs of 8 are equal
     ids.tofile("ids")
     ids[:7].tofile("few")
@@ -47,7 +47,7 @@ def test_repeated_runs_are_those_of_a_plain_loop(here, monkeypatch):
     for name, documents in (("train", train), ("val", val), ("few", [[1] * (k - 1)])):
         np.array([i for document in documents for i in [END, *document]], np.uint16).tofile(name)
     for size in (*range(30, 90), 1 << 18):
-        monkeypatch.setattr(forensics, "SLICE", size)
+        monkeypatch.setattr(leaks, "SLICE", size)
         assert list(zip(*repeated_runs("train", "val", UINT16, END, k))) == due
     assert [n.tolist() for n in repeated_runs("train", "few", UINT16, END, k)] == [[0], [0]]
 
@@ -72,7 +72,7 @@ def test_planted_duplicates_and_leaks(here, capsys):
     copies = rng.sample(documents, 60)
     (here / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents + copies))
     plan = prepare.make_plan(["a.jsonl"], prepare.PrepareConfig())
-    assert plan.duplicates == 60 and (plan.fate[2000:] == prepare.SKIP).all()  # the later ones: precision and recall 1
+    assert plan.duplicates == 60 and (plan.split_of[2000:] == prepare.SKIP).all()  # the later ones: precision and recall 1
 
     prepare.main(["a.jsonl", "--tokenizer=char", "--num_proc=2"])
     said = capsys.readouterr().err
@@ -92,7 +92,7 @@ def prepare_side(text):
 
 
 def test_where_there_is_too_much_an_even_sample_is_looked_up(here, monkeypatch):
-    monkeypatch.setattr(forensics, "SAMPLE", 1000)
+    monkeypatch.setattr(leaks, "SAMPLE", 1000)
     val = np.random.default_rng(0).integers(1, 100, (50, 1000), dtype=np.uint16)
     val[:, 0] = END
     val[:25].tofile("train.bin")
@@ -110,6 +110,7 @@ def test_census():
     census = Census()
     census.add("abc\u00e9 \u4e2d\u6587\0\x1b\u202e\ufffd\n\t\r \ue000")
     census.add("d\u00e9j\u00e0".encode().decode("cp1252"))
+    census.count()
     assert histogram(np.array([1, 2, 3, 4, 700, 800, 1023, 1024, 5000])) == "1: 1, 2: 2, 4: 1, 512: 3, 1k: 1, 4k: 1"
     report = "\n".join(census.report())
     assert "letters: Latin 80.00%, Cjk 20.00%" in report, report
@@ -118,6 +119,7 @@ def test_census():
     french = "\u00c9t\u00e9 \u00e0 l\u2019h\u00f4tel \u00ab fa\u00e7ade \u00bb \u2014 na\u00efve \u00c0 \u00c2ge"
     clean = Census()
     clean.add(french)
+    clean.count()
     assert clean.mojibake == 0 and "odd" not in "".join(clean.report())
 
 
