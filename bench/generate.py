@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from formats import huggingface
+from formats.quantized import quantize
 from runtime import machine
 from training import checkpoint as ckpt
 from bench.serve import load_model
@@ -28,7 +29,7 @@ from bench.learning import spread
 from runtime.console import UserError, note, say
 from runtime.settings import check_limits
 from serving.engine import Engine, Request
-from model import GPT, GPTConfig, quantize
+from model import GPT, GPTConfig
 from sample import Sampling, make_pick
 
 CHOICE = dict(temperature=0.8, top_k=40)

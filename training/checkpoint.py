@@ -26,12 +26,13 @@ import torch
 from torch.nn import functional as F
 
 from formats import huggingface
+from formats.quantized import quantize
 from training import lora
 import tokenizer as tokenizers
 from runtime.files import check_like, new_file, open_file
 from runtime.console import UserError, note, warn
 from training.log import read_header
-from model import GPT, GPTConfig, outline, quantize, resolve, round_up
+from model import GPT, GPTConfig, outline, resolve, round_up
 from training.muon import Muon
 from text.sources import origin
 
@@ -380,7 +381,7 @@ def read_run(run, which="best", depth=0):
 def load_run(run, which="best", device="cpu", int8=False):
     """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN.
 
-    int8: with matrices of 8-bit integers, see model.quantize; an export of that kind has them anyway.
+    int8: with matrices of 8-bit integers, see formats/quantized.py; an export of that kind has them anyway.
     """
     checkpoint, tokenizer = read_run(run, which)
     path = checkpoint["path"]
