@@ -2,23 +2,21 @@
 """
 Export: the model for other people's programs, each file proven before it is announced.
 
-    python export.py                                        # the newest run under out/, in all formats
-    python export.py out/small --format=hf                  # exports/small/hf/, for transformers, CTranslate2, ...
-    python export.py out/small --format=onnx --out=exports/mine
-    python export.py SmolLM2-135M --format=hf --dtype=bfloat16
-    python export.py out/small --format=int8                # a smaller and faster RUN, for sample.py and serve.py
+    python export.py                            # the newest run under out/, in all formats but int8
+    python export.py out/small --format=hf      # exports/small/hf/
+    python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
-hf            hf/          Hugging Face: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, with its tokenizer
+hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, with its tokenizer
 onnx          model.onnx   one graph with a cache of keys and values, in the naming of the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format, which comes after TorchScript
-int8          int8/        only if asked for: a run folder with rounded weights, which is not the same model any more
+int8          int8/        a RUN with rounded weights, smaller and faster, for sample.py and serve.py
 
-An export is a translation, and translations have mistakes: a transposed matrix, another epsilon, a length that
-was frozen when the graph was recorded. So each file is written into OUT/.part, read back in a process that has
-nothing of this project (formats/readback.py), and compared with the model: logits on real text, at several lengths
-and batch sizes, and 64 greedy tokens. Only then is it moved to its place. Exit code 1: a format differs by more
-than it may.
+An export is a translation, and translations have mistakes: a transposed matrix, another epsilon, a length
+that was frozen when the graph was recorded. So each file is written into OUT/.part, read back in a process
+that has nothing of this project (formats/readback.py), and compared with the model: logits on real text, at
+several lengths and batch sizes, and 64 greedy tokens. Only then is it moved to its place. Exit code 1: a
+format differs by more than it may.
 """
 import contextlib
 import copy
@@ -70,8 +68,7 @@ class ExportConfig:
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats. Each writer leaves out what recorders add: names of files and lines of code on this machine.
+# ---------- The formats. Each writer leaves out what recorders add: names of files and lines of code on this machine.
 
 
 def write_hf(path, model, tokenizer, run, dtype):
@@ -79,9 +76,9 @@ def write_hf(path, model, tokenizer, run, dtype):
 
 
 class GrowingCache(KVCache):
-    """A KVCache for a graph: nothing is written in place, keys and values are joined to new, longer ones.
+    """A KVCache for a graph: keys and values are joined to new, longer ones, and nothing is written in place.
 
-    A graph records one example, so that nothing may depend on a length by `if`: there is always a mask.
+    A graph is recorded from one example. So no `if` may depend on a length, and there is always a mask.
     """
 
     def __init__(self, past):
@@ -98,8 +95,7 @@ class GrowingCache(KVCache):
 
 
 class LogitsAndCache(torch.nn.Module):
-    """input_ids (B, T) and, for each layer, keys and values (B, n_kv_head, past, head_dim) -> the logits and the same
-    with past + T positions."""
+    """input_ids (B, T), and keys and values of each layer -> logits, and keys and values with T positions more."""
 
     def __init__(self, model):
         super().__init__()
@@ -174,11 +170,11 @@ print(pipeline("text-generation", "{folder}")({prompt!r}, max_length={length})[0
 ```
 
 In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
-    "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """in go `input_ids` (batch, length)
-and, per layer, `past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), float32, of length 0 at first.
-Out come `logits`, and `present.N.key` and `.value`, the next past. There is no mask for padding."""),
-    "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: logits of ids (B, T)'),
-    "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: logits of ids (B, T)'),
+    "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """`input_ids` (batch, length) and
+`past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), float32, of length 0 at first -> `logits`, and
+`present.N.key` and `.value`, the next past. There is no mask for padding."""),
+    "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: the logits'),
+    "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: the logits'),
     "int8": Format("int8", write_int8, (), "a RUN with rounded weights: `python sample.py FOLDER/int8`"),
 }
 
@@ -194,8 +190,7 @@ def quiet():
         logging.disable(logging.NOTSET)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The proof
+# ---------- The proof
 
 
 def validation_text(run):
@@ -262,7 +257,7 @@ def prove(path, asked):
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2][:300] or f"exit code {done.returncode}"
         raise UserError(f"{os.path.basename(path)} was written, but cannot be read back: {said}",
-                        "make room if the disk is full; else python -m bench doctor, and report this", code=1)
+                        "make room if the disk is full; else report this", code=1)
     return ckpt.load_file(answered)
 
 
@@ -273,7 +268,7 @@ def compare(model, questions, ours, theirs):
     what = f"logits within {difference:.1e} ({allowed:.1e} is allowed)"
     passes = difference <= allowed  # (a NaN is not)
 
-    # Their tokens, one after the other: how far is each below the likeliest after those before? (A tie may go both ways.)
+    # Their tokens, one after the other: how far is each below the likeliest after those before? (There can be ties.)
     prompt, tokens, n = questions["prompt"], theirs["tokens"], questions["n"]
     with torch.inference_mode():
         logits = model(torch.cat((prompt, tokens[None, :-1]), dim=1))[0, -n:]  # (n, vocab_size)
@@ -307,16 +302,16 @@ def prove_int8(path, model, text, questions, ours):
     return answers, difference, what, passes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model card
+# ---------- The model card
 
 HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"  # for the Hugging Face Hub
 
 
 def model_card(name, model, run, dtype, prompt, rows, folder="hf"):
-    """README.md of an export. rows: of the table, by file. folder: where hf is, seen from this README.md."""
+    """README.md of an export. rows: of the table, by file; folder: where hf is, seen from here."""
     config, settings = asdict(model.config), run["settings"]
-    sources = [f"{source} (licence: {LICENCES.get(source.split(' ')[0], 'not known here')})" for source in run["source"]]
+    licences = [LICENCES.get(source.split(" ")[0], "not known here") for source in run["source"]]
+    sources = [f"{source} (licence: {licence})" for source, licence in zip(run["source"], licences)]
     facts = {"parameters": f"{model.n_params():,}, {dtype}", "source": "; ".join(sources),
              "architecture": " ".join(f"{key}={value}" for key, value in config.items())}
     if settings.get("init_from", "auto") not in ("auto", "scratch", "resume"):
@@ -338,8 +333,8 @@ def model_card(name, model, run, dtype, prompt, rows, folder="hf"):
 |---|---|
 {facts}
 
-Each file was read back by the library that it is made for, without the program that wrote it, and compared with the
-model on real text, in float32. The last column is the largest difference of a logit.
+Each file was read back by the library that it is made for, and compared with the model on real text, in float32. The
+last column is the largest difference of a logit.
 
 {table(rows)}
 
@@ -359,8 +354,7 @@ def table_row(file, path, answers, difference):
     return f"| {file} | {size:,.1f} MB | {load_seconds:.2f} s | {rate:,.0f} | {difference} |"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
+# ---------- The program
 
 
 def choose_formats(settings, model, tokenizer):
@@ -399,17 +393,21 @@ def check_format(name, model, tokenizer):
 
 
 def earlier(out, files):
-    """What export.json in `out` says: the rows of the table, and a hash of the weights. Raises UserError where files
-    would be replaced in a folder without it, which no export has written."""
+    """What export.json in `out` says: the rows of the table, and a hash of the weights.
+
+    Raises UserError where one of the files is there, but not in export.json: no export has written it.
+    """
     path = os.path.join(out, "export.json")
+    before, ours = dict(rows={}), []
     if os.path.lexists(path):
         before = huggingface.read_json(path)
         check_like(before, dict(rows={}), path)
-        return before
+        ours = [*before["rows"], "README.md"]
     for file in [*files, "README.md"]:
-        if os.path.lexists(os.path.join(out, file)):
-            raise UserError(f"{os.path.join(out, file)} is there, and no export has written it", "--out=ANOTHER_FOLDER")
-    return dict(rows={})
+        found = os.path.join(out, file)
+        if file not in ours and os.path.lexists(found):
+            raise UserError(f"{found} is there, and no export has written it", "--out=ANOTHER_FOLDER")
+    return before
 
 
 def round_weights(model, dtype):
@@ -455,9 +453,6 @@ def main(argv):
         shutil.rmtree(part, ignore_errors=True)  # what a kill left
         os.makedirs(part)
         return export(model, tokenizer, run, formats, dtype, out, part, exports)
-    except ImportError as error:
-        raise UserError(f"a package that exports need is broken: {error}", "install it again, in a new environment") \
-            from None
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
                         "make room, or --out=ANOTHER_FOLDER; the same command begins again", code=1) from None

@@ -67,7 +67,7 @@ PRESETS = {  # the number behind each is n_params()
 
 
 class RMSNorm(nn.Module):
-    """x divided by its root mean square, times a learned weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """x / root mean square of x, times a learned weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -108,12 +108,12 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention (Vaswani 2017, arXiv 1706.03762), with grouped queries (Ainslie 2023, arXiv 2305.13245).
+    """Causal self-attention (Vaswani 2017, arXiv 1706.03762).
 
     Every position asks with a query, every position up to it answers with a key, and the values of
     the best matches are averaged: softmax(q k^T / sqrt(head_dim)) v. The division keeps the variance
     of the scores near 1, so that the softmax is neither flat nor picks one key alone. Several heads
-    look for several things.
+    look for several things; groups of them may share keys and values (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -135,8 +135,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, _ = x.shape
-        # 1. Queries, keys and values. Heads move next to the batch: each is a matrix product of its own.
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_dim)
+        # 1. Queries, keys and values. Heads move next to the batch: each is a product of its own.
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, n_head + 2 n_kv_head, head_dim)
+        heads = heads.transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_dim)
         q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -188,7 +189,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The norms stand before attention and MLP, so that the residual stream itself is never rescaled."""
+    """One layer. The norms stand inside the branches: the residual stream itself is never rescaled."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -288,11 +289,11 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats over the targets other than -1; of none, 0."""
+        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 where all targets are -1."""
         assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained; ask the model for logits"
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-        # Not in float16: the gradient of a frequent token's row is a sum over thousands of positions.
+        # Not float16: the gradient of a frequent token's row is a sum over thousands of positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
             total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
@@ -320,7 +321,7 @@ class GPT(nn.Module):
             yield new
 
     def dtype(self):
-        """The dtype in which attention computes: autocast's where it is on, else that of the weights."""
+        """The dtype of attention: autocast's where it is on, else that of the weights."""
         weight = self.lm_head.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
@@ -333,7 +334,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, T=None):
-        """Floating-point operations that training spends on a token of a context of T (PaLM, arXiv 2204.02311, B).
+        """Floating-point operations of training, per token of a context of T (PaLM, arXiv 2204.02311, B).
 
         A weight of a matrix costs a multiplication and an addition forward, and twice that backward:
         6, or 4 where it is not trained. Attention adds, per layer, q k^T and the average of v over T
@@ -347,22 +348,21 @@ class GPT(nn.Module):
         return attention + sum(n * (6 if trained else 4) for n, trained in matrices)
 
     def training_memory(self, batch_size, width, optimizer_bytes):
-        """About how many bytes training takes, by what for, where nothing is compiled (compiled code keeps less).
+        """About how many bytes training takes, by what for; compiled code keeps less.
 
-        batch_size: sequences of a micro-batch; width: bytes of a number in matrix products;
-        optimizer_bytes: per weight.
+        batch_size: of a micro-batch; width: bytes of a number in matrix products; optimizer_bytes: per weight.
         """
         c, T = self.config, self.config.block_size
         weights = sum(p.numel() for p in self.parameters())
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         copies = weights * width if width < 4 else 0  # of the weights, in the dtype of the products
-        # Backward needs of forward, per token and layer: what goes into and comes out of products and attention ...
+        # What backward needs of a token and layer: inputs and outputs of products and attention ...
         q, k = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         rotated = q + k if c.pos == "rope" else 0
         probabilities = c.n_head * T if batch_size * c.n_head * T * T <= MOST_SCORES else 0
         mlp = c.n_inner * (4 if c.mlp == "swiglu" else 2)
         rounded = 2 * c.n_embd + 3 * q + 2 * k + rotated + probabilities + mlp
-        # ... and in float32, what goes into the norms.
+        # ... and the inputs of the norms, in float32.
         full = (4 if c.norm == "rmsnorm" else 2) * c.n_embd + 3 * (q + k) * c.qk_norm
         tokens = batch_size * T
         return dict(
@@ -372,11 +372,11 @@ class GPT(nn.Module):
             scores=min(tokens * c.vocab_size, CHUNK_LOGITS) * (2 * width + 12))
 
 
-# The KV cache
+# ---------- The KV cache
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that a new token computes its own row of attention and no more.
+    """Keys and values of the tokens read so far, so that a new token computes only its own row of attention.
 
     Its capacity is fixed, so that nothing is allocated or copied as the text grows. Every layer writes
     after `length` positions, and GPT.trunk calls `advance` once all have written. (GPT uses nothing
@@ -407,7 +407,10 @@ class KVCache:
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
-        """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
+        """Attention of T new tokens to the past and themselves.
+
+        q: (B, n_head, T, head_dim); k, v: the same with n_kv_head heads.
+        """
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         T, shared = q.size(2), k.size(1) != q.size(1)
         if self.length == 0:
@@ -433,7 +436,7 @@ class KVCache:
 
 
 def look_back(q, k, v):
-    """Attention of one token to all before it, and itself. q: (B, n_head, 1, head_dim); k, v: n_kv_head heads."""
+    """Attention of one token to k and v (B, n_kv_head, T, head_dim). q: (B, n_head, 1, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
     # Heads that share keys ask like several tokens: (B, n_kv_head, n_head / n_kv_head, head_dim). With
@@ -442,9 +445,9 @@ def look_back(q, k, v):
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
 
 
-# Faster training on CPUs
+# ---------- Faster training on CPUs
 
-MOST_SCORES = 1 << 25  # B n_head T^2 of a layer: beyond it, their memory costs more than the formula's speed brings
+MOST_SCORES = 1 << 25  # B n_head T^2; with more, their memory costs more than the formula saves
 
 
 def attention(q, k, v, dropout=0.0):
@@ -467,12 +470,12 @@ def attention(q, k, v, dropout=0.0):
 def gelu(x, training):
     """GPT-2's GELU: x / 2 (1 + tanh(u)), where u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if training and x.device.type == "cpu" and torch.compiler.is_compiling():
-        # The same, by 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time of tanh.
+        # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time of tanh.
         return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
 
-# The loss in chunks
+# ---------- The loss in chunks
 
 CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 
@@ -525,7 +528,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits, targets):
-    """(sum of -ln p of the targets (N,) other than -1, its gradient with respect to the logits (N, vocab_size))."""
+    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient with respect to the logits)."""
     logprobs = logits.float().log_softmax(dim=-1)  # the sum of exp over the vocabulary needs float32
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
@@ -535,9 +538,9 @@ def chunk_loss(logits, targets):
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
 
 
-# Shapes. An assertion reads "fact; what to type", which callers show as the two lines of an error.
+# ---------- Shapes. An assertion reads "fact; what to type", which callers show as the two lines of an error.
 
-LARGEST = 1 << 24  # of the numbers in a shape: beyond any model there is, and no product of a few of them overflows
+LARGEST = 1 << 24  # of the numbers in a shape: beyond any model, and products of a few do not overflow
 
 
 def round_up(n, multiple):
@@ -546,7 +549,7 @@ def round_up(n, multiple):
 
 
 def resolve(config):
-    """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist at all."""
+    """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
@@ -583,7 +586,7 @@ def check_field(field, value):
 
 
 def outline(config, tensors):
-    """A GPT of this shape whose weights take no memory. Asserts that so many tensors can be enough for its layers."""
+    """A GPT of this shape whose weights take no memory. Asserts that so many tensors suffice for its layers."""
     config = resolve(config)
     assert config.n_layer <= tensors, f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors"
     with torch.device("meta"):

@@ -5,10 +5,10 @@ Hugging Face folders, both ways: the same models under other names.
     checkpoint, tokenizer = read("SmolLM2-135M")    # config.json and *.safetensors, as a checkpoint of this project
     write("exports/small/hf", model, tokenizer)     # a folder for AutoModelForCausalLM and AutoTokenizer
 
-Three architectures of the library transformers are this project's GPT with other names for its parts: GPT-2, Llama
-and Qwen3. So there are two things to translate, and one table or rule serves both directions: the settings (KINDS)
-and the tensors (`parts`). The tokenizer is read by text/pretrained.py and written by formats/tokenizer_json.py.
-What would not be exactly the same is refused.
+GPT-2, Llama and Qwen3 are this project's GPT with other names for its parts. So there are two things to
+translate, and one table or rule serves both directions: the settings (KINDS) and the tensors (`parts`). The
+tokenizer is read by text/pretrained.py and written by formats/tokenizer_json.py. What would not be exactly the
+same is refused.
 """
 import glob
 import json
@@ -23,8 +23,7 @@ from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
 from runtime.files import check_like, open_file
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The settings
+# ---------- The settings
 
 LLAMA = {  # their name of a setting: ours
     "max_position_embeddings": "block_size", "vocab_size": "vocab_size", "num_hidden_layers": "n_layer",
@@ -89,7 +88,7 @@ def translate(theirs):
             only[name] = shape[LLAMA[name]]
     else:
         bias = given.get("attention_bias", False)
-        only.update(mlp_bias=bias, attention_bias=shape.setdefault("bias", bias))
+        only.update(attention_bias=shape.setdefault("bias", bias), mlp_bias=bias)
         shape["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10000.0))
 
     # 2. What this model cannot do.
@@ -138,8 +137,7 @@ def their_config(config, dtype, ends):
     return dict(architectures=[KINDS[kind]["cls"]], model_type=kind, dtype=dtype, **ends, **theirs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tensors
+# ---------- The tensors
 
 LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
     "transformer.wte": ["model.embed_tokens"],
@@ -154,6 +152,7 @@ LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
+SOURCE = "take the folder's files from their source again, all of one model"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
 
 
@@ -203,19 +202,19 @@ def their_weights(model, dtype=torch.float32):
 def our_weights(theirs, config, where):
     """Their tensors {name: tensor} under our names, as a state_dict of GPT(config), in float32.
 
-    Raises UserError that names the first tensor that is missing, misshapen, of a type without a fraction, or unknown.
+    Raises UserError that names a tensor that is missing, misshapen, of a type without a fraction, or unknown.
     """
-    again = "take its files from their source again, all of one model"
     try:
         like = outline(config, len(theirs)).state_dict()  # it takes no memory, whatever config.json says
     except AssertionError as error:
-        raise UserError(f"{where} does not hold what its config.json says: {error}", again) from None
+        raise UserError(f"{where} does not hold what its config.json says: {error}", SOURCE) from None
     prefix = "transformer." if config.pos == "learned" else "model."
     if not any(name.startswith(prefix) for name in theirs):  # saved without the head that predicts: GPT-2's own file
         theirs = {name if name.startswith("lm_head.") else prefix + name: value for name, value in theirs.items()}
     if config.tie_weights:
         del like["lm_head.weight"]
-    weights, known = {}, {"lm_head.weight"}
+    weights = {}
+    known = {"lm_head.weight"}
     for name, empty in like.items():
         for part, view in parts(name, empty, config):
             check_like(theirs.get(part), view, where, part)
@@ -225,7 +224,7 @@ def our_weights(theirs, config, where):
             view.copy_(theirs[part])
     unknown = [name for name in theirs if name not in known and not name.endswith(BUFFERS)]
     if unknown:
-        raise UserError(f"{where}: {', '.join(unknown[:20])}: tensors that its config.json does not know of", again)
+        raise UserError(f"{where}: {', '.join(unknown[:20])}: tensors that its config.json does not know of", SOURCE)
     if config.tie_weights:
         weights["lm_head.weight"] = tied = weights["transformer.wte.weight"]
         head = theirs.get("lm_head.weight", tied[:config.vocab_size])
@@ -235,15 +234,12 @@ def our_weights(theirs, config, where):
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder
-
-SOURCE = "take the folder's files from their source again"
+# ---------- A folder
 
 
 def is_folder(path):
-    """Is this a Hugging Face folder, rather than a run? It has their weights, or a config.json with a model_type."""
-    if any(os.path.exists(os.path.join(path, "model.safetensors" + end)) for end in ("", ".index.json")):
+    """Is this a Hugging Face folder, and no run? It has their weights, or a config.json with a model_type."""
+    if glob.glob(os.path.join(glob.escape(path), "model.safetensors*")):
         return True
     try:
         return "model_type" in read_json(os.path.join(path, "config.json"))
@@ -252,7 +248,7 @@ def is_folder(path):
 
 
 def read_json(path, missing=None):
-    """The dict in a JSON file. Raises UserError where it is none; `missing` stands for a file that does not exist."""
+    """The dict in a JSON file, or `missing` where there is no file. Raises UserError where it is none."""
     if missing is not None and not os.path.exists(path):
         return missing
     try:
@@ -266,9 +262,9 @@ def read_json(path, missing=None):
 
 
 def read(folder):
-    """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is a dict like ours, in float32, on the CPU.
+    """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is like ours, in float32, on the CPU.
 
-    Beside what a checkpoint has: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
+    It has two parts more: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
     """
     theirs = read_json(os.path.join(folder, "config.json"))
     config = our_config(theirs)
@@ -313,9 +309,9 @@ def read_tensors(folder):
 
 
 def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=False):
-    """Write a folder from which AutoModelForCausalLM and AutoTokenizer load this model. Raises UserError, OSError.
+    """Write a folder for AutoModelForCausalLM and AutoTokenizer. Raises UserError, OSError.
 
-    generation: the settings for sampling, if there are some already. chat: does the model know a chat format?
+    generation: settings for sampling, if there are some already. chat: does the model know a chat format?
     """
     safetensors = needs("safetensors", "Hugging Face folders")
     from safetensors.torch import save_file
