@@ -491,7 +491,8 @@ class CrossEntropy(torch.autograd.Function):
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
 
-    (torch.nn.functional.linear_cross_entropy has the same idea. @@@)
+    (torch.nn.functional.linear_cross_entropy has the same idea. In torch 2.13, on a CPU, it takes 1.6 to
+    3.6 times as long, and of bfloat16 numbers the loss itself is rounded to bfloat16: docs/lab-notes.md.)
     """
 
     @staticmethod
