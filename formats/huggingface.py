@@ -156,34 +156,27 @@ SOURCE = "take the folder's files from their source again, all of one model"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
 
 
-def their_names(name, config):
-    """The names of their tensors that stand one above the other in our tensor `name`.
+def parts(name, tensor, config):
+    """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
 
-    GPT-2's are ours. Llama and Qwen3 keep apart what is one product here: q, k and v; gate and value of the MLP.
+    The padding of the vocabulary is left out. GPT-2 has our names, but its linear layers are stored transposed:
+    (in, out), as in the TensorFlow original. Llama and Qwen3 keep apart what is one product here: q, k and v; gate
+    and value of the MLP.
     """
+    if name in ("transformer.wte.weight", "lm_head.weight"):
+        tensor = tensor[:config.vocab_size]
     if config.pos == "learned":
-        return [name]
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        return [(name, tensor.T if linear else tensor)]
     stem, what = name.rsplit(".", 1)  # weight or bias
     before = ""
     if stem.startswith("transformer.h."):
         layer, stem = stem.removeprefix("transformer.h.").split(".", 1)
         before = f"model.layers.{layer}."
-    return [f"{before}{theirs}.{what}" for theirs in LLAMA_NAMES[stem]]
-
-
-def parts(name, tensor, config):
-    """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
-
-    The padding of the vocabulary is left out. GPT-2's linear layers are stored transposed: (in, out), as in the
-    TensorFlow original.
-    """
-    if name in ("transformer.wte.weight", "lm_head.weight"):
-        tensor = tensor[:config.vocab_size]
-    names = their_names(name, config)
     q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    sizes = {1: [tensor.size(0)], 2: [config.n_inner] * 2, 3: [q_width, kv_width, kv_width]}[len(names)]
-    transposed = config.pos == "learned" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return [(theirs, view.T if transposed else view) for theirs, view in zip(names, tensor.split(sizes))]
+    sizes = {"attn.c_attn": [q_width, kv_width, kv_width], "mlp.c_fc": [config.n_inner] * 2}
+    views = tensor.split(sizes.get(stem, [len(tensor)]))
+    return [(f"{before}{theirs}.{what}", view) for theirs, view in zip(LLAMA_NAMES[stem], views)]
 
 
 def their_weights(model, dtype=torch.float32):
@@ -239,7 +232,7 @@ def our_weights(theirs, config, where):
 
 def is_folder(path):
     """Is this a Hugging Face folder, and no run? It has their weights, or a config.json with a model_type."""
-    if glob.glob(os.path.join(glob.escape(path), "model.safetensors*")):
+    if glob.glob("model.safetensors*", root_dir=path):
         return True
     try:
         return "model_type" in read_json(os.path.join(path, "config.json"))
@@ -284,17 +277,17 @@ def read_tensors(folder):
     safetensors = needs("safetensors", "Hugging Face folders")
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
-    if os.path.exists(index) and not os.path.exists(os.path.join(folder, *files)):
+    if not os.path.exists(os.path.join(folder, *files)):
+        if not os.path.exists(index):
+            pickles = glob.glob("*.bin", root_dir=folder)
+            if pickles:
+                raise UserError(f"{folder} has no model.safetensors, only {', '.join(pickles[:3])}",
+                                "take a folder with safetensors; transformers writes it with save_pretrained")
+            raise UserError(f"{folder} has no model.safetensors", SOURCE)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map of file names", SOURCE)
         files = sorted({os.path.basename(name) for name in weight_map.values()})
-    elif not os.path.exists(os.path.join(folder, *files)):
-        pickles = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
-        if pickles:
-            raise UserError(f"{folder} has no model.safetensors, only {', '.join(pickles[:3])}",
-                            "take a folder with safetensors; transformers writes it with save_pretrained")
-        raise UserError(f"{folder} has no model.safetensors", SOURCE)
     tensors = {}
     for name in files:
         path = os.path.join(folder, name)

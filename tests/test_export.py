@@ -361,7 +361,7 @@ def files(folder):
 
 
 def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkeypatch):
-    """A row for each format; what a kill left goes."""
+    """A row for each format; what a kill left goes, and what is not in export.json is not replaced."""
     with contextlib.chdir(tiny_run):
         run = ["out/words", f"--out={here}/x"]
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
@@ -372,6 +372,8 @@ def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkey
         (here / "x/.part/hf").mkdir(parents=True)
         assert export.main([*run, "--format=hf"]) == 0
         assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "model.ts"]
+        (here / "x/model.pt2").write_text("mine")
+        assert "model.pt2 is there, and no export has written it" in error(export.main, *run, "--format=pt2")[0]
         (here / "x/export.json").write_text("{}")
         assert "export.json: rows is missing" in error(export.main, *run, "--format=hf")[0]
 
