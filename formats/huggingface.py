@@ -68,6 +68,7 @@ def our_config(theirs):
 
 
 def translate(theirs):
+    """The same; what is wrong is a ValueError that goes on after "config.json"."""
     # 1. The shape.
     if theirs.get("quantization_config"):
         raise ValueError("has a quantization_config: the model is quantized")
@@ -82,7 +83,7 @@ def translate(theirs):
     # transformers 5 keeps everything about rope in rope_parameters; 4 had rope_theta and rope_scaling.
     rope = given.get("rope_parameters", {})
     if model_type == "gpt2":
-        shape.update(mlp=GELU[theirs["activation_function"]], bias=True)
+        shape.update(mlp=GELU[given["activation_function"]], bias=True)
         # transformers prefers these names where a file has both.
         for name in ("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"):
             only[name] = shape[LLAMA[name]]
@@ -93,7 +94,7 @@ def translate(theirs):
 
     # 2. What this model cannot do.
     layers = [dict(layer_type=value) for value in given.get("layer_types", [])]
-    for settings in (theirs, rope, given.get("rope_scaling", {}), *layers):
+    for settings in (given, rope, given.get("rope_scaling", {}), *layers):
         for name, value in only.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"says {name}={settings[name]}; this model has only {value}")
