@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.measure import copy_peer, peer_weights, ratio, spread, start_from, table, take_turns
 from bench.serve import load_model
 from formats import huggingface
-from model import GPT, GPTConfig, quantize
+from formats.quantized import quantize
+from model import GPT, GPTConfig
 from runtime import machine
 from runtime.console import UserError, note
 from sample import Sampling, make_pick

@@ -5,10 +5,10 @@ Hugging Face folders, both ways: the same models under other names.
     checkpoint, tokenizer = read("SmolLM2-135M")    # config.json and *.safetensors, as a checkpoint of this project
     write("exports/small/hf", model, tokenizer)     # a folder for AutoModelForCausalLM and AutoTokenizer
 
-Three architectures of the library transformers are this project's GPT with other names for its parts: GPT-2, Llama and
-Qwen3. So there are two things to translate, each by one table or rule that serves both directions: the settings (KINDS)
-and the tensors (`their_names`, `parts`). The third, the tokenizer, is read by text/pretrained.py and written by
-formats/tokenizer_json.py. What would not be exactly the same is refused.
+GPT-2, Llama and Qwen3 are this project's GPT with other names for its parts. So there are two things to
+translate, and one table or rule serves both directions: the settings (KINDS) and the tensors (`parts`). The
+tokenizer is read by text/pretrained.py and written by formats/tokenizer_json.py. What would not be exactly the
+same is refused.
 """
 import glob
 import json
@@ -19,91 +19,94 @@ from dataclasses import asdict
 import torch
 
 import tokenizer as tokenizers
-from runtime.files import check_like, open_file
-from runtime.console import UserError, needs
 from model import GPTConfig, outline, resolve
-from formats.tokenizer_json import tokenizer_files
+from runtime.console import UserError, needs
+from runtime.files import check_like, open_file
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The settings
+# ---------- The settings
 
 LLAMA = {  # their name of a setting: ours
     "max_position_embeddings": "block_size", "vocab_size": "vocab_size", "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd",
     "head_dim": "head_dim", "intermediate_size": "n_inner", "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_weights"}
+GPT2 = {
+    "n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_weights"}
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu")
-# By model_type: the class of transformers; its settings; what they are where config.json leaves them out; the switches
-# of ours that make it; and what config.json may not say otherwise, because this model does not have it.
-KINDS = {
+KINDS = {  # by model_type: the class, its settings, what they are if config.json leaves them out, and our switches
     "gpt2": dict(
-        cls="GPT2LMHeadModel",
-        names={"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
-               "n_embd": "n_embd", "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps",
-               "tie_word_embeddings": "tie_weights"},
-        default=dict(n_inner=0, tie_word_embeddings=True),
-        ours=dict(pos="learned", norm="layernorm", qk_norm=False),
-        only=dict(is_causal=True, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                  add_cross_attention=False)),
+        cls="GPT2LMHeadModel", names=GPT2, default=dict(n_inner=0, tie_word_embeddings=True),
+        ours=dict(pos="learned", norm="layernorm", qk_norm=False)),
     "llama": dict(
         cls="LlamaForCausalLM", names=LLAMA,
         default=dict(num_key_value_heads=0, head_dim=0, tie_word_embeddings=False),
-        ours=dict(MODERN, qk_norm=False),
-        only=dict(is_causal=True, hidden_act="silu")),
+        ours=dict(MODERN, qk_norm=False)),
     "qwen3": dict(
         cls="Qwen3ForCausalLM", names=LLAMA,
         default=dict(num_key_value_heads=0, head_dim=128, tie_word_embeddings=False),
-        ours=dict(MODERN, qk_norm=True, bias=False),
-        only=dict(is_causal=True, hidden_act="silu", attention_bias=False, use_sliding_window=False)),
+        ours=dict(MODERN, qk_norm=True, bias=False)),
 }
-GPT2_ALIASES = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",  # what transformers prefers,
-                "num_attention_heads": "n_head", "hidden_size": "n_embd"}  # where a file has both
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # theirs: ours; the first is GPT-2's
+ONLY = dict(  # what this model cannot do: their setting, and the one value that it may have
+    is_causal=True, hidden_act="silu", use_sliding_window=False, layer_type="full_attention", rope_type="default",
+    type="default", partial_rotary_factor=1.0, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False)
 
 
 def our_config(theirs):
     """The GPTConfig for a config.json (a dict). Raises UserError for what this model does not have."""
-    def refuse(settings, **only):
+    try:
+        return translate(theirs)
+    except ValueError as error:
+        fact = f"config.json {error}"
+    except KeyError as error:
+        fact = f"config.json lacks or has an unknown {error}"
+    except (AssertionError, TypeError, AttributeError) as error:
+        fact = f"config.json describes no model that can be built: {error}"
+    raise UserError(fact, "use another model")
+
+
+def translate(theirs):
+    """The same; what is wrong is a ValueError that goes on after "config.json"."""
+    # 1. The shape.
+    if theirs.get("quantization_config"):
+        raise ValueError("has a quantization_config: the model is quantized")
+    model_type = theirs.get("model_type")
+    if model_type not in list(KINDS):
+        raise ValueError(f"says model_type={model_type}, which is none of {', '.join(KINDS)}")
+    kind = KINDS[model_type]
+    given = {name: value for name, value in theirs.items() if value is not None}
+    both = kind["default"] | given
+    shape = {ours: both[name] for name, ours in kind["names"].items()} | kind["ours"]
+    only = dict(ONLY)
+    # transformers 5 keeps everything about rope in rope_parameters; 4 had rope_theta and rope_scaling.
+    rope = given.get("rope_parameters", {})
+    if model_type == "gpt2":
+        shape.update(mlp=GELU[given["activation_function"]], bias=True)
+        # transformers prefers these names where a file has both.
+        for name in ("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"):
+            only[name] = shape[LLAMA[name]]
+    else:
+        bias = given.get("attention_bias", False)
+        only.update(attention_bias=shape.setdefault("bias", bias), mlp_bias=bias)
+        shape["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+
+    # 2. What this model cannot do.
+    layers = [dict(layer_type=value) for value in given.get("layer_types", [])]
+    for settings in (given, rope, given.get("rope_scaling", {}), *layers):
         for name, value in only.items():
             if settings.get(name, value) != value:
-                raise UserError(f"config.json says {name}={settings[name]}; this model has only {value}",
-                                "use another model")
-
-    kind = KINDS.get(str(theirs.get("model_type")))
-    if kind is None:
-        raise UserError(f"config.json says model_type={theirs.get('model_type')}, which is none of {', '.join(KINDS)}",
-                        "use a model of one of these")
-    if theirs.get("quantization_config"):
-        raise UserError("the model is quantized: config.json has a quantization_config", "use one that is not")
-    refuse(theirs, **kind["only"])
-    try:
-        both = {**kind["default"], **{name: value for name, value in theirs.items() if value is not None}}
-        shape = {ours: both[name] for name, ours in kind["names"].items()}
-        shape.update(kind["ours"])
-        if shape["pos"] == "learned":
-            refuse(theirs, **{alias: theirs[name] for alias, name in GPT2_ALIASES.items() if alias in theirs})
-            shape.update(mlp=GELU[theirs["activation_function"]], bias=True)
-        else:
-            # transformers 5 keeps everything about rope in rope_parameters; 4 had rope_theta and rope_scaling.
-            rope, scaling = (theirs.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
-            for settings in (rope, scaling):
-                refuse(settings, rope_type="default", type="default", partial_rotary_factor=1.0)
-            refuse({"layer_types": set(theirs.get("layer_types") or ["full_attention"])},
-                   layer_types={"full_attention"})
-            shape["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-            shape["bias"] = theirs.get("attention_bias", False)
-            refuse(theirs, mlp_bias=shape["bias"])
-        return resolve(GPTConfig(**shape))
-    except KeyError as error:
-        raise UserError(f"config.json lacks or has an unknown {error}", "use another model") from None
-    except (AssertionError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json describes no model that can be built: {error}", "use another model") from None
+                raise ValueError(f"says {name}={settings[name]}; this model has only {value}")
+    return resolve(GPTConfig(**shape))
 
 
 def their_kind(config):
-    """gpt2, llama or qwen3, by the switches of a GPTConfig. Raises UserError that names the one that none of them has.
-    """
-    kind = "gpt2" if config.pos == "learned" else "qwen3" if config.qk_norm else "llama"
+    """gpt2, llama or qwen3, by the switches of a GPTConfig. Raises UserError for one that none of them has."""
+    if config.pos == "learned":
+        kind = "gpt2"
+    else:
+        kind = "qwen3" if config.qk_norm else "llama"
     needed = dict(KINDS[kind]["ours"])
     if kind == "gpt2":
         needed.update(n_kv_head=config.n_head, head_dim=config.n_embd // config.n_head)
@@ -124,19 +127,18 @@ def their_config(config, dtype, ends):
     kind = their_kind(config)
     theirs = {name: getattr(config, ours) for name, ours in KINDS[kind]["names"].items()}
     if kind == "gpt2":
-        theirs["activation_function"] = next(name for name, ours in GELU.items() if ours == config.mlp)
+        theirs["activation_function"] = "gelu_new" if config.mlp == "gelu" else "gelu"
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:
-        theirs.update(hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
-                      rope_theta=config.rope_theta,  # (where transformers 4 and others look for it)
-                      attention_bias=config.bias)
+        rope = dict(rope_type="default", rope_theta=config.rope_theta)
+        theirs.update(hidden_act="silu", attention_bias=config.bias, rope_parameters=rope,
+                      rope_theta=config.rope_theta)  # (where transformers 4 and others look for it)
     if kind == "llama":
         theirs["mlp_bias"] = config.bias
     return dict(architectures=[KINDS[kind]["cls"]], model_type=kind, dtype=dtype, **ends, **theirs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tensors
+# ---------- The tensors
 
 LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
     "transformer.wte": ["model.embed_tokens"],
@@ -151,38 +153,31 @@ LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
+SOURCE = "take the folder's files from their source again, all of one model"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
-
-
-def their_names(name, config):
-    """The names of their tensors that stand one above the other in our tensor `name`.
-
-    GPT-2's are ours. Llama and Qwen3 keep apart what is one product here: q, k and v; gate and value of the MLP.
-    """
-    if config.pos == "learned":
-        return [name]
-    stem, what = name.rsplit(".", 1)  # weight or bias
-    if not stem.startswith("transformer.h."):
-        return [f"{theirs}.{what}" for theirs in LLAMA_NAMES[stem]]
-    layer, stem = stem.removeprefix("transformer.h.").split(".", 1)
-    return [f"model.layers.{layer}.{theirs}.{what}" for theirs in LLAMA_NAMES[stem]]
 
 
 def parts(name, tensor, config):
     """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
 
-    The padding of the vocabulary is left out. GPT-2's linear layers are stored transposed: (in, out), as in the
-    TensorFlow original.
+    The padding of the vocabulary is left out. GPT-2 has our names, but its linear layers are stored transposed:
+    (in, out), as in the TensorFlow original. Llama and Qwen3 keep apart what is one product here: q, k and v; gate
+    and value of the MLP.
     """
     if name in ("transformer.wte.weight", "lm_head.weight"):
         tensor = tensor[:config.vocab_size]
-    names, sizes = their_names(name, config), [tensor.size(0)]
-    if len(names) == 3:
-        sizes = [config.n_head * config.head_dim] + [config.n_kv_head * config.head_dim] * 2
-    elif len(names) == 2:
-        sizes = [config.n_inner] * 2
-    transposed = config.pos == "learned" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return [(theirs, view.T if transposed else view) for theirs, view in zip(names, tensor.split(sizes))]
+    if config.pos == "learned":
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        return [(name, tensor.T if linear else tensor)]
+    stem, what = name.rsplit(".", 1)  # weight or bias
+    before = ""
+    if stem.startswith("transformer.h."):
+        layer, stem = stem.removeprefix("transformer.h.").split(".", 1)
+        before = f"model.layers.{layer}."
+    q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    sizes = {"attn.c_attn": [q_width, kv_width, kv_width], "mlp.c_fc": [config.n_inner] * 2}
+    views = tensor.split(sizes.get(stem, [len(tensor)]))
+    return [(f"{before}{theirs}.{what}", view) for theirs, view in zip(LLAMA_NAMES[stem], views)]
 
 
 def their_weights(model, dtype=torch.float32):
@@ -201,48 +196,44 @@ def their_weights(model, dtype=torch.float32):
 def our_weights(theirs, config, where):
     """Their tensors {name: tensor} under our names, as a state_dict of GPT(config), in float32.
 
-    Raises UserError that names the first tensor that is missing, misshapen, of a type without a fraction, or unknown.
+    Raises UserError that names a tensor that is missing, misshapen, of a type without a fraction, or unknown.
     """
     try:
-        ours = outline(config, len(theirs)).state_dict()
+        like = outline(config, len(theirs)).state_dict()  # it takes no memory, whatever config.json says
     except AssertionError as error:
-        raise UserError(f"{where} does not hold what its config.json says: {error}",
-                        "take its files from their source again, all of one model") from None
+        raise UserError(f"{where} does not hold what its config.json says: {error}", SOURCE) from None
     prefix = "transformer." if config.pos == "learned" else "model."
     if not any(name.startswith(prefix) for name in theirs):  # saved without the head that predicts: GPT-2's own file
         theirs = {name if name.startswith("lm_head.") else prefix + name: value for name, value in theirs.items()}
-    seen = set()
-    for name, tensor in ours.items():
-        for part, view in parts(name, tensor, config):
-            if name == "lm_head.weight" and config.tie_weights and part not in theirs:
-                continue
-            seen.add(part)
-            check_like(theirs.get(part), view, where, part)
-    unknown = [name for name in theirs if name not in seen and not name.endswith(BUFFERS)]
-    if unknown:
-        raise UserError(f"{where}: {', '.join(unknown[:20])}: tensors that its config.json does not know of",
-                        "take its files from their source again, all of one model")
-    weights = {}
-    for name, tensor in ours.items():
-        weights[name] = torch.zeros(tensor.shape)  # the padding of the vocabulary stays zero
-        for part, view in parts(name, weights[name], config):
-            if part in theirs:
-                view.copy_(theirs[part])
     if config.tie_weights:
-        tied = weights["transformer.wte.weight"]
-        if "lm_head.weight" in theirs and not torch.equal(weights["lm_head.weight"], tied):
+        del like["lm_head.weight"]
+    weights = {}
+    known = {"lm_head.weight"}
+    for name, empty in like.items():
+        for part, view in parts(name, empty, config):
+            check_like(theirs.get(part), view, where, part)
+            known.add(part)
+        weights[name] = torch.zeros(empty.shape)  # the padding of the vocabulary stays zero
+        for part, view in parts(name, weights[name], config):
+            view.copy_(theirs[part])
+    unknown = [name for name in theirs if name not in known and not name.endswith(BUFFERS)]
+    if unknown:
+        raise UserError(f"{where}: {', '.join(unknown[:20])}: tensors that its config.json does not know of", SOURCE)
+    if config.tie_weights:
+        weights["lm_head.weight"] = tied = weights["transformer.wte.weight"]
+        head = theirs.get("lm_head.weight", tied[:config.vocab_size])
+        if not torch.equal(head.float(), tied[:config.vocab_size]):
             raise UserError(f"{where}: config.json says that lm_head.weight is the embedding, and it is not",
                             'set "tie_word_embeddings" to false there, if the file is right')
-        weights["lm_head.weight"] = tied
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder
+# ---------- A folder
+
 
 def is_folder(path):
-    """Is this a Hugging Face folder, rather than a run? It has their weights, or a config.json with a model_type."""
-    if any(os.path.exists(os.path.join(path, "model.safetensors" + end)) for end in ("", ".index.json")):
+    """Is this a Hugging Face folder, and no run? It has their weights, or a config.json with a model_type."""
+    if glob.glob("model.safetensors*", root_dir=path):
         return True
     try:
         return "model_type" in read_json(os.path.join(path, "config.json"))
@@ -251,7 +242,7 @@ def is_folder(path):
 
 
 def read_json(path, missing=None):
-    """The dict in a JSON file. Raises UserError where it is none; `missing` stands for a file that does not exist."""
+    """The dict in a JSON file, or `missing` where there is no file. Raises UserError where it is none."""
     if missing is not None and not os.path.exists(path):
         return missing
     try:
@@ -261,79 +252,77 @@ def read_json(path, missing=None):
             raise ValueError("no object {...}")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
-                        "take the folder's files from their source again") from None
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", SOURCE) from None
 
 
 def read(folder):
-    """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is a dict like ours, in float32, on the CPU.
+    """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is like ours, in float32, on the CPU.
 
-    Beside what a checkpoint has: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
+    It has two parts more: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
     """
     theirs = read_json(os.path.join(folder, "config.json"))
     config = our_config(theirs)
     tensors = read_tensors(folder)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
     weights = our_weights(tensors, config, folder)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     tokenizer = tokenizers.load_from(folder)
-    generation = read_json(os.path.join(folder, "generation_config.json"), missing={
-        name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs})
+    ends = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
+    generation = read_json(os.path.join(folder, "generation_config.json"), missing=ends)
     return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder], generation=generation,
-                dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32",
+                dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 
 
 def read_tensors(folder):
     """All tensors {name: tensor} of model.safetensors, or of the files that model.safetensors.index.json names."""
     safetensors = needs("safetensors", "Hugging Face folders")
-    index, single = os.path.join(folder, "model.safetensors.index.json"), os.path.join(folder, "model.safetensors")
-    if os.path.exists(single):
-        files = ["model.safetensors"]
-    elif os.path.exists(index):
+    index = os.path.join(folder, "model.safetensors.index.json")
+    files = ["model.safetensors"]
+    if not os.path.exists(os.path.join(folder, *files)):
+        if not os.path.exists(index):
+            pickles = glob.glob("*.bin", root_dir=folder)
+            if pickles:
+                raise UserError(f"{folder} has no model.safetensors, only {', '.join(pickles[:3])}",
+                                "take a folder with safetensors; transformers writes it with save_pretrained")
+            raise UserError(f"{folder} has no model.safetensors", SOURCE)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index} has no weight_map of file names", "take it from the folder's source again")
-        files = sorted(set(weight_map.values()))
-    else:
-        has = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
-        raise UserError(f"{folder} has no model.safetensors" + (f", only {', '.join(has[:3])}" if has else ""),
-                        "take a folder with safetensors; transformers writes it with save_pretrained" if has
-                        else "take the folder's files from their source again")
+            raise UserError(f"{index} has no weight_map of file names", SOURCE)
+        files = sorted({os.path.basename(name) for name in weight_map.values()})
     tensors = {}
     for name in files:
-        path = os.path.join(folder, os.path.basename(name))
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing, one of {len(files)} files", SOURCE)
         try:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing, one of {len(files)} files", "take it from the folder's source") \
-                from None
         except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {error}", "take it from the folder's source again") from None
+            raise UserError(f"{path} is damaged: {error}", SOURCE) from None
     return tensors
 
 
 def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=False):
-    """Write a folder from which AutoModelForCausalLM and AutoTokenizer load this model. Raises UserError, OSError.
+    """Write a folder for AutoModelForCausalLM and AutoTokenizer. Raises UserError, OSError.
 
-    generation: the settings for sampling, if there are some already. chat: does the model know a chat format?
+    generation: settings for sampling, if there are some already. chat: does the model know a chat format?
     """
     safetensors = needs("safetensors", "Hugging Face folders")
     from safetensors.torch import save_file
+    from formats.tokenizer_json import tokenizer_files  # (whoever only reads a folder does without it)
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
-    start, stop = ((tokenizer.special.get(tokenizer.settings.get(name), end))
-                   for name in ("bos_token", "eos_token"))
-    ends = dict(bos_token_id=start, eos_token_id=stop)
-    config = their_config(model.config, str(dtype).removeprefix("torch."), ends)
+    settings = tokenizer.settings
+    start = tokenizer.special.get(settings.get("bos_token"), end)
+    stop = tokenizer.special.get(settings.get("eos_token"), end)
+    config = their_config(model.config, str(dtype).removeprefix("torch."), dict(bos_token_id=start, eos_token_id=stop))
     files = tokenizer_files(tokenizer, model.config.block_size, chat)
-    if chat:  # an answer ends otherwise than a text
-        ends = dict(ends, eos_token_id=sorted(tokenizers.ends(tokenizer)))
-    generation = generation or dict(ends, pad_token_id=stop, do_sample=True, temperature=0.8, top_k=50)
-    os.makedirs(folder, exist_ok=True)
+    if not generation:
+        ends = sorted(tokenizers.ends(tokenizer)) if chat else stop  # an answer ends otherwise than a text
+        generation = dict(bos_token_id=start, eos_token_id=ends, pad_token_id=stop, do_sample=True, temperature=0.8,
+                          top_k=50)
     for name, value in {"config.json": config, "generation_config.json": generation}.items():
         files[name] = json.dumps(value, indent=1).encode()
+    os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)

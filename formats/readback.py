@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Reading an export back: what other people's programs do with it. Nothing of this project is imported here.
+Reading an export back: how other people's programs do it, one function per format.
 
     step = open_onnx("exports/small/model.onnx")
     ids = greedy(step, torch.tensor([[1, 2, 3]]), 50)       # the 50 likeliest tokens after these three
 
-Here one can look up how each format is read: one function per format. And export.py runs this file after writing one,
-in a process of its own that cannot see this folder (python -I), and compares the answers with those of the model.
+Nothing of this project is imported here. export.py runs this file in a process of its own that cannot see this
+folder (python -I), and compares its answers with those of the model.
 
 Each function returns a step: step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids
-that come after the past; the past is None at the beginning, and afterwards whatever the step before returned.
+that come after the past. The past is None at first, and then whatever the step before returned.
 """
 import sys
 import time
@@ -33,7 +33,7 @@ def open_onnx(path):
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]  # input_ids, past_key_values.0.key, ...
-    heads, head_dim = (session.get_inputs()[1].shape[i] for i in (1, 3))
+    _, heads, _, head_dim = session.get_inputs()[1].shape
 
     def step(idx, past):
         if past is None:  # a past of length 0
@@ -75,9 +75,9 @@ OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the fi
 
 @torch.no_grad()
 def answer(path, questions):
-    """questions: batches [idx (B, T)], their positions [(n,)] at which logits are asked for; prompt, n; lines of text.
+    """questions: batches [idx (B, T)], the positions [(n,)] of the logits to compare; prompt, n; lines of text.
 
-    Returns a dict: logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids, of the lines.
+    Returns a dict: logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids of the lines.
     """
     ending = path.rpartition(".")[2]
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def answer(path, questions):
     prompt, n = questions["prompt"], questions["n"]
     tokens = greedy(step, prompt, n)
     started = time.perf_counter()
-    greedy(step, prompt, n)  # once more: the first time, some of them still compile something
+    greedy(step, prompt, n)  # the second time counts: some of them compile something in the first
     rate = n / (time.perf_counter() - started)
     ids = None
     if ending not in OPEN:

@@ -55,19 +55,18 @@ def random_shape(rng):
 def test_random_models_survive_every_format_that_can_hold_them(here, seed):
     shape = random_shape(random.Random(seed))
     model = random_model(seed, **shape)
-    run = dict(settings={}, tokenizer_sha256="")
-    questions, ours = export.ask(model, run, CHARACTERS)
+    questions, ours = export.ask(model, CHARACTERS, None)
     assert {idx.size(1) for idx in questions["batches"]} == {1, 7, shape["block_size"]}
     assert ours["logits"][0].std() > 0.1
     formats = ["hf", "pt2", "torchscript"] + ["onnx"] * (seed % 2)  # (onnx takes its time)
     for name in formats:
-        path = str(here / export.FILES[name])
+        path = str(here / export.FORMATS[name].file)
         try:
             if name == "hf":
                 huggingface.write(path, model, CHARACTERS)
             else:
                 with export.quiet():
-                    export.WRITE[name](model, path)
+                    export.FORMATS[name].write(path, model)
         except export.UserError as refusal:
             assert name == "hf"
             switch, value = re.match(r"(\w+)=(\w+): ", refusal.fact).groups()
@@ -137,10 +136,10 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
                   cwd=tiny_run).stdout.rstrip("\n")
     model, tokenizer, run = ckpt.load_run(str(tiny_run / "out/words"))
     prompt = torch.tensor([tokenizer.encode("the")])
-    for name, file in export.FILES.items():
+    for name, format in export.FORMATS.items():
         if name == "int8":  # only if asked for: test_int8.py
             continue
-        path = str(out / file)
+        path = str(out / format.file)
         reader = readback.OPEN.get(path.rpartition(".")[2], readback.open_hugging_face)
         with torch.no_grad():
             ids = readback.greedy(reader(path), prompt, 25)
@@ -248,13 +247,13 @@ def test_ctranslate2_accepts_the_folder(here, family):
 
 def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys):
     """A mistake in one format (an epsilon): exit code 1, that file is not there, the others are."""
-    write = export.WRITE["pt2"]
+    pt2 = export.FORMATS["pt2"]
 
-    def mistaken(model, path):
+    def mistaken(path, model, *_):
         model.transformer.ln_f.eps, eps = 1e-2, model.transformer.ln_f.eps
-        write(model, path)
+        pt2.write(path, model)
         model.transformer.ln_f.eps = eps
-    monkeypatch.setitem(export.WRITE, "pt2", mistaken)
+    monkeypatch.setitem(export.FORMATS, "pt2", pt2._replace(write=mistaken))
     with contextlib.chdir(tiny_run):
         assert export.main(["out/words", "--format=pt2,torchscript", f"--out={here}/x"]) == 1
     assert sorted(os.listdir("x")) == ["README.md", "export.json", "model.ts"]
@@ -263,7 +262,7 @@ def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys):
 
 def test_other_ids_and_other_tokens_are_noticed():
     model = random_model()
-    questions, ours = export.ask(model, dict(settings={}, tokenizer_sha256=""), CHARACTERS)
+    questions, ours = export.ask(model, CHARACTERS, None)
     same = dict(ours, tokens=torch.cat(list(model.generate(questions["prompt"], 16)), dim=1)[0])
     what, passes = export.compare(model, questions, ours, same)[1:]
     assert "the same 16 greedy tokens" in what and passes
@@ -341,7 +340,7 @@ def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
         export.ExportConfig(format=["onnx"]), model, tokenizer))[0]
 
 
-@pytest.mark.parametrize("format", export.FILES)
+@pytest.mark.parametrize("format", export.FORMATS)
 def test_a_full_disk(tiny_run, here, format):
     """Wherever the writing stops, there is one error, what was there before stays, and nothing else is left."""
     with contextlib.chdir(tiny_run):
@@ -362,7 +361,7 @@ def files(folder):
 
 
 def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkeypatch):
-    """A row for each format; what a kill left goes, and nothing that no export has written is replaced."""
+    """A row for each format; what a kill left goes, and what is not in export.json is not replaced."""
     with contextlib.chdir(tiny_run):
         run = ["out/words", f"--out={here}/x"]
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
@@ -373,9 +372,8 @@ def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkey
         (here / "x/.part/hf").mkdir(parents=True)
         assert export.main([*run, "--format=hf"]) == 0
         assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "model.ts"]
-        (here / "x/hf/tokenizer/thesis.txt").write_text("x")
-        assert "thesis.txt is there, and no export has written it" in error(export.main, *run, "--format=hf")[0]
-        assert (here / "x/hf/tokenizer/thesis.txt").read_text() == "x"
+        (here / "x/model.pt2").write_text("mine")
+        assert "model.pt2 is there, and no export has written it" in error(export.main, *run, "--format=pt2")[0]
         (here / "x/export.json").write_text("{}")
         assert "export.json: rows is missing" in error(export.main, *run, "--format=hf")[0]
 

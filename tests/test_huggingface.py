@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, ROOT, error, nasty, random_model, script, turns, words
 
 from text import pretrained
-from formats import huggingface
+from formats import huggingface, tokenizer_json
 import prepare
 from training import checkpoint as ckpt
 import sample
@@ -351,7 +351,7 @@ def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
         tokenizer = pretrained.from_hugging_face("source")
     else:
         tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
-    files = huggingface.tokenizer_files(tokenizer, 64)
+    files = tokenizer_json.tokenizer_files(tokenizer, 64)
     library = tokenizers_library.Tokenizer.from_str(files["tokenizer.json"].decode())
     for line in TEXTS:
         assert library.encode(line, add_special_tokens=False).ids == tokenizer.encode(line), repr(line)
@@ -390,7 +390,7 @@ def small_encoding(kind):
 
 def huggingface_files(folder, tokenizer):
     folder.mkdir(exist_ok=True)
-    files = huggingface.tokenizer_files(tokenizer, 64)
+    files = tokenizer_json.tokenizer_files(tokenizer, 64)
     spec = json.loads(files["tokenizer.json"])
     spec["model"]["ignore_merges"] = False
     spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if token not in ("000", "niqu")}
@@ -402,10 +402,10 @@ def huggingface_files(folder, tokenizer):
 def test_tokenizers_that_cannot_be_the_same_are_refused(monkeypatch):
     encoding = small_encoding("cl100k")
     encoding.name = "another"
-    assert "the regular expression of another" in error(lambda _: huggingface.tokenizer_files(encoding, 64))[0]
+    assert "the regular expression of another" in error(lambda _: tokenizer_json.tokenizer_files(encoding, 64))[0]
     monkeypatch.setattr(tokenizers, "round_scores", lambda tokenizer: tokenizer.model)
     old = tokenizers.train("unigram", [words(5000)], 300)
-    assert "cannot be added exactly" in error(lambda _: huggingface.tokenizer_files(old, 64))[0]
+    assert "cannot be added exactly" in error(lambda _: tokenizer_json.tokenizer_files(old, 64))[0]
 
 
 def test_the_quick_start_of_the_original_project(here):

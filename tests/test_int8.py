@@ -20,11 +20,11 @@ from torch import nan
 
 import evaluate
 import export
+from formats.quantized import Int8Linear, int8_top, quantize
 from training import checkpoint as ckpt
 import sample
 import train
 from serving.engine import Engine, Request
-from model import Int8Linear, int8_top, quantize
 from sample import Sampling, filter_logits, make_pick
 
 FLOAT = 2.0**-24  # half of the last bit of a float32 number that is 1: what an operation may be off
@@ -160,10 +160,11 @@ def test_a_row_that_is_no_number_spoils_no_other(at, value):
             assert torch.allclose(y[others], good[others], atol=1e-4), (K, place)
 
 
-EXTREMES = """import torch, model, sys
-if sys.argv[1:]: model.int8_top = lambda: float(sys.argv[1])
-layer = model.Int8Linear(torch.ones(3, 512))
-print(model.int8_top(), [layer(torch.full((1, 512), x)).mean().item() for x in (1.0, -1.0)])"""
+EXTREMES = """import torch, sys
+from formats import quantized
+if sys.argv[1:]: quantized.int8_top = lambda: float(sys.argv[1])
+layer = quantized.Int8Linear(torch.ones(3, 512))
+print(quantized.int8_top(), [layer(torch.full((1, 512), x)).mean().item() for x in (1.0, -1.0)])"""
 
 
 def test_sums_of_16_bits_do_not_overflow():
@@ -327,7 +328,7 @@ def test_int8_is_written_when_it_is_asked_for(tiny_run):
 
     def formats(*asked):
         return export.choose_formats(export.ExportConfig(format=list(asked)), model, tokenizer)
-    others = [name for name in export.FILES if name != "int8"]
+    others = [name for name in export.FORMATS if name != "int8"]
     assert formats("int8") == ["int8"] and formats("pt2,int8") == ["pt2", "int8"]
     for package in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
@@ -338,7 +339,7 @@ def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
     os.symlink(tiny_run / "data", "data")
     shutil.copytree(exported[0] / "int8", "int8")
     has = "int8/best.pt has weights of 8 bits"
-    for format in export.FILES:
+    for format in export.FORMATS:
         fact, fix = error(export.main, "int8", f"--format={format}", "--out=x")
         assert has in fact and "the run that it was made from" in fix and not os.path.exists("x")
     argv = ["--dataset=words", *TINY, "--max_iters=1", "--warmup_iters=0", "--out_dir=a"]
@@ -383,14 +384,6 @@ def test_both_folders_can_be_replaced_at_once(tiny_run, here, monkeypatch):
     for _ in range(2):
         assert export.main(["out/words", f"--out={here}/x", "--format=hf,int8"]) == 0
     assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "int8"]
-
-
-def test_what_somebody_put_into_the_folder_stays(tiny_run, here, monkeypatch):
-    monkeypatch.chdir(tiny_run)
-    argv = ["out/words", f"--out={here}/x", "--format=int8"]
-    assert export.main(argv) == 0
-    (here / "x/int8/thesis.txt").write_text("x")
-    assert "thesis.txt is there, and no export has written it" in error(export.main, *argv)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

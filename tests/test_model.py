@@ -227,15 +227,15 @@ def test_a_compiled_gelu_is_gelu(monkeypatch):
     torch.testing.assert_close((y, *torch.autograd.grad(y.square().sum(), x)), (due, due_grad), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("scores", [1, 700, 1 << 24])  # a chunk of one token, of some (the last one shorter), of all
+@pytest.mark.parametrize("logits", [1, 700, 1 << 24])  # a chunk of one token, of some (the last one shorter), of all
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_the_loss_in_chunks_is_the_loss(monkeypatch, scores, tie_weights):
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, logits, tie_weights):
     gpt = random_model(vocab_size=101, tie_weights=tie_weights).train()
     idx, targets = torch.randint(101, (3, 23)), torch.randint(101, (3, 23))
     targets[0, :7] = targets[2] = -1  # where nothing is learned
     expected = F.cross_entropy(gpt(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
     wanted = torch.autograd.grad(expected, list(gpt.parameters()))
-    monkeypatch.setattr(model, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(model, "CHUNK_LOGITS", logits)
     loss = gpt(idx, targets)
     assert abs(loss - expected) < 1e-6
     for found, right in zip(torch.autograd.grad(loss, list(gpt.parameters())), wanted):
@@ -283,9 +283,9 @@ def test_the_gradient_of_a_frequent_token_fits_into_float16():
     assert torch.isfinite(found).all() and (found - wanted).abs().max() < 0.01 * wanted.abs().max()
 
 
-def test_the_scores_of_all_tokens_never_exist_at_once(monkeypatch):
+def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     gpt, sizes = random_model(vocab_size=101).train(), []
-    monkeypatch.setattr(model, "CHUNK_SCORES", 7 * 101)
-    gpt.chunk_loss = lambda scores, targets: (sizes.append(scores.numel()), model.chunk_loss(scores, targets))[1]
+    monkeypatch.setattr(model, "CHUNK_LOGITS", 7 * 101)
+    gpt.chunk_loss = lambda logits, targets: (sizes.append(logits.numel()), model.chunk_loss(logits, targets))[1]
     gpt(torch.randint(101, (3, 23)), torch.randint(101, (3, 23))).backward()
     assert sum(sizes) == 3 * 23 * 101 and max(sizes) <= 7 * 101

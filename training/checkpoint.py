@@ -24,7 +24,8 @@ from shlex import quote
 import torch
 
 import tokenizer as tokenizers
-from model import GPT, GPTConfig, outline, quantize
+from formats.quantized import quantize
+from model import GPT, GPTConfig, outline
 from runtime.console import UserError, origin, warn
 from runtime.files import check_like, foreign, locked, replace_file
 from training import lora
@@ -370,7 +371,7 @@ def read_run(run, which="best", depth=0):
 def load_run(run, which="best", device="cpu", int8=False):
     """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN.
 
-    int8: with matrices of 8-bit integers, see model.quantize; an export of that kind has them anyway.
+    int8: with matrices of 8-bit integers, see formats/quantized.py; an export of that kind has them anyway.
     """
     checkpoint, tokenizer = read_run(run, which)
     path, stored = checkpoint["path"], bool(checkpoint.get("int8"))

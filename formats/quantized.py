@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""
+8 bits: a trained model whose matrices are integers, for CPUs.
+
+    model = quantize(model)     # in place; it generates text as before, but is not trained any further
+
+Decoding one token at a time is bound by memory: every weight is read for every token. A quarter of the
+bytes is up to four times the speed. Row n of a matrix becomes integers up to 127 and a scale of its own,
+which fits its largest weight. So does every row of x, when it comes: `top` is its largest number, and
+
+    y[n] = top / 127 scale[n] (sum over k of round(127 x[k] / top) weight[n, k]) + bias[n]
+
+The sum, where the work is, is one of integers. It is exact, so that a row does not depend on the rows that
+are computed with it. Int8Linear is the layer, int8_product the kernel.
+"""
+import functools
+import warnings
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def quantize(model):
+    """Turn the matrices of a trained GPT into 8-bit integers, in place; vectors and learned positions stay. Returns it.
+
+    A tied head stays tied: the row that predicts a token is, with its one scale, also the row that reads it.
+    """
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer.weight, layer.bias))
+    tied = model.config.tie_weights
+    model.transformer.wte = Int8Embedding(model.lm_head if tied else Int8Linear(model.transformer.wte.weight))
+    return model
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of 8-bit integers: x (B, ..., K) -> y (B, ..., N) in float32."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (N,)
+        self.weight = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.compute = None  # made when first needed, and again when the weights are others or elsewhere
+
+    def forward(self, x):
+        if self.compute is None:
+            self.compute = int8_linear(self.weight, self.scale, self.bias)
+        return self.compute(x)
+
+    def _apply(self, *args, **kw):  # what .to() and .cuda() call
+        self.compute = None
+        return super()._apply(*args, **kw)
+
+    def _load_from_state_dict(self, *args):
+        self.compute = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self):  # what copy and pickle ask for
+        return self.__dict__ | {"compute": None}
+
+
+class Int8Embedding(nn.Module):
+    """The same for an embedding: idx (B, T) -> its rows (B, T, C) in float32."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.register_buffer("scale", linear.scale)
+
+    def forward(self, idx):
+        return F.embedding(idx, self.weight).float() * F.embedding(idx, self.scale[:, None])
+
+
+def int8_linear(weight, scale, bias):
+    """The function x -> y of an Int8Linear, with the weights laid out as the kernel reads them. For one thread."""
+    product = int8_product(weight)
+
+    def compute(x):
+        x = x.float()
+        top = x.abs().amax(dim=-1, keepdim=True)  # (B, ..., 1)
+        y = product(x, top).mul_(scale)
+        return y.mul_(top) if bias is None else torch.addcmul(bias, y, top)
+    return compute
+
+
+def int8_product(weight):
+    """A function (x, top) -> x / top, rounded to 8 bits, times the integers of weight (N, K).
+
+    x: (B, ..., K); top: (B, ..., 1), so that x / top is between -1 and 1.
+
+    The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster than its successors
+    (docs/lab-notes.md has the times). It rounds x itself, to 256 steps between the lowest and the highest
+    number of all rows. So that no row changes another's rounding, each row of x gets two numbers more, the
+    ends of the range, and the matrix two columns of zeros.
+    """
+    end = int8_top() if weight.device.type == "cpu" else None
+    if end is None:  # a GPU, or a PyTorch without the kernel: the same weights, and x in steps of 1 / 127
+        return lambda x, top: F.linear((x / top * 127).nan_to_num_(0.0).round(), weight.float()) / 127
+    padded = F.pad(weight, (0, 2))  # (N, K + 2)
+    kernel = torch.fbgemm_pack_quantized_matrix(padded)
+    shape = weight.new_zeros(1, 1).expand(padded.shape)  # the kernel asks the matrix for nothing but its shape
+    sums = padded.sum(dim=1, dtype=torch.int32)
+    zeros = torch.zeros(len(weight))
+    ends = torch.tensor([-1.0, end])
+
+    def buffer(*rows):
+        """Memory for x with the ends of the range behind it, (rows, K + 2), and a view of its first K columns."""
+        with torch.inference_mode(False):
+            whole = torch.cat((torch.zeros(*rows, weight.size(1)), ends.expand(*rows, 2)), dim=-1)
+            return whole, whole[..., :-2]
+    kept = functools.lru_cache(maxsize=4)(buffer)
+
+    def product(x, top):
+        # One token after the other uses the same memory. (A long prompt would keep megabytes for each matrix.)
+        whole, scaled = (kept if top.numel() <= 64 else buffer)(*x.shape[:-1])
+        torch.div(x, top, out=scaled)
+        whole.nan_to_num_(0.0)  # 0 / 0. (Where x had a NaN, top is one as well, and so is y.)
+        # x, the matrix, packed, the sums of its rows, its scale, its zero point, bias
+        return torch.fbgemm_linear_int8_weight_fp32_activation(whole, shape, kernel, sums, 1.0, 0, zeros)
+    return product
+
+
+@functools.cache
+def int8_top():
+    """The upper end of the kernel's range: 1, 3, or None where there is no such kernel.
+
+    Processors without VNNI add two products in 16 bits. 2 x 127 x 255 is too much for them, and they answer 32,767
+    without an error. In a range from -1 to 3, a 1 is step 128 and not step 255: 2 x 127 x 128 just fits.
+    """
+    K = 64
+    largest = torch.full((1, K + 2), 127, dtype=torch.int8)
+    largest[:, K:] = 0
+    sums = torch.tensor([K * 127], dtype=torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch has announced for years that it will remove these functions
+        for top in (1.0, 3.0):
+            x = torch.tensor([[1.0] * K + [-1.0, top]])
+            try:
+                kernel = torch.fbgemm_pack_quantized_matrix(largest)
+                y = torch.fbgemm_linear_int8_weight_fp32_activation(x, largest, kernel, sums, 1.0, 0, torch.zeros(1))
+            except (AttributeError, RuntimeError):
+                return None
+            if abs(y.item() / (K * 127) - 1) < 0.01:
+                return top
