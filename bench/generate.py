@@ -29,7 +29,7 @@ from runtime.console import UserError, note, say
 from runtime.settings import check_limits
 from serving.engine import Engine, Request
 from model import GPT, GPTConfig, quantize
-from sample import Sampling, make_pick
+from sample import Sampler, Sampling
 
 CHOICE = dict(temperature=0.8, top_k=40)
 MANY = 8  # requests at once
@@ -42,13 +42,14 @@ KINDS = {  # operations of PyTorch by what they are for; the rest is norms, roun
 def ours(model, prompt, new):
     """Seconds that GPT.generate takes."""
     started = time.perf_counter()
-    list(model.generate(torch.tensor([prompt]), new, make_pick(Sampling(**CHOICE), prompt, 0)))
+    list(model.generate(torch.tensor([prompt]), new, Sampler(Sampling(**CHOICE), prompt, 0)))
     return time.perf_counter() - started
 
 
 def engine_of(engine, n, prompt, new):
     """Seconds that the engine takes for n requests at once."""
-    engine.held = {row: [] for row in engine.held}  # or it would not read what it has read before
+    for slot in engine.slots:
+        slot.cached = []  # or it would not read what it has read before
     requests = [Request(ids=prompt[i:] + prompt[:i], max_tokens=new, seed=i, ignore_eos=True, **CHOICE)
                 for i in range(n)]
     started = time.perf_counter()

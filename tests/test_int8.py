@@ -25,7 +25,7 @@ import sample
 import train
 from serving.engine import Engine, Request
 from model import Int8Linear, int8_top, quantize
-from sample import Sampling, filter_logits, make_pick
+from sample import Sampler, Sampling, filter_logits
 
 FLOAT = 2.0**-24  # half of the last bit of a float32 number that is 1: what an operation may be off
 
@@ -398,7 +398,7 @@ def test_what_somebody_put_into_the_folder_stays(tiny_run, here, monkeypatch):
 
 
 def draws(logits, n=4000, **settings):
-    pick = make_pick(Sampling(**settings), [], seed=1)
+    pick = Sampler(Sampling(**settings), [], seed=1)
     return [pick(logits).item() for _ in range(n)]
 
 
