@@ -73,7 +73,7 @@ class SampleConfig(Sampling, ModelConfig):
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
 
 
-# What a request may ask for, inclusive; here and of the server (serving/api.py).
+# The ranges of settings, inclusive: here, and of a request to the server (serving/api.py).
 RANGES = {
     "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1)}
@@ -132,9 +132,9 @@ def is_greedy(settings):
 def sample_tokens(logits, settings, generators):
     """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    Each row has a generator of its own, so that its tokens do not depend on the others. The inverse of the cumulative
-    distribution (cdf) turns a uniform number into a token. (torch.multinomial would take one generator for all rows,
-    and a random number for each token of the vocabulary: seven times as long for 32,768 of them.)
+    Each row has a generator of its own, so that its tokens do not depend on the others. A uniform number becomes a
+    token by the inverse of the cumulative distribution (cdf). (torch.multinomial takes one generator for all rows, and
+    a random number for each token of the vocabulary: seven times as long for 32,768 of them.)
     """
     if is_greedy(settings):  # of equals the lowest id
         best = logits.max(dim=-1)
@@ -155,8 +155,7 @@ def sample_tokens(logits, settings, generators):
 
 
 class Sampler:
-    """Chooses the tokens of one text: the `pick` of GPT.generate. It has random numbers of its own, and remembers what
-    was written, for the penalties.
+    """Chooses the tokens of one text: the `pick` of GPT.generate, with random numbers and penalties of its own.
 
     settings: a Sampling. prompt: ids. bias: {id: what to add to its logit}.
     """
@@ -166,8 +165,8 @@ class Sampler:
         self.generator, self.written = torch.Generator().manual_seed(seed), []
         self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
         self.changes = self.penalties != (1, 0, 0) or bool(bias)
-        # Texts of one group are best sampled together. (Where all of a large vocabulary is sorted into a cdf, one row
-        # after the other stays in the cache of the processor: half the time of 8 rows of 32,768 together.)
+        # Texts of one group are sampled together. (A cdf of the whole vocabulary is made for one row at a time, which
+        # stays in the processor's cache: half the time of 8 rows of 32,768 together.)
         if self.changes or not (settings.top_k or is_greedy(settings)):
             self.group = id(self)
         else:

@@ -9,8 +9,8 @@ The server: a trained model over HTTP, with nothing but the standard library.
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
 
 There are three kinds of threads. One accepts connections. Every connection has one of its own, which reads a request,
-checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. They
-share two queues: requests go one way, events come back the other.
+checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. Requests
+go to it through one queue, events come back through another.
 
     serving/web.py      connections: everything that can be wrong with HTTP, and a limit on everything
     serving/api.py      what a request may say, and what the answers look like
@@ -18,8 +18,8 @@ share two queues: requests go one way, events come back the other.
     serving/page.html   the page at /
     serve.py            this file: the settings, the paths, the life of a request and of the process
 
-A request ends early when its client hangs up, which is looked for five times a second, or when its time is over. The
-process ends by a signal, after which what is running may finish, or with a model that fails whatever it is given.
+A request ends early when its client hangs up, or when its time is over. The process ends by a signal, after which what
+is running may finish, or with a model that fails whatever it is given.
 """
 import base64
 import contextlib
@@ -28,7 +28,6 @@ import math
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -70,7 +69,7 @@ LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0
           "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
           "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
+BUCKETS = ("0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "+Inf")  # seconds, of the histograms
 TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
 PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
@@ -124,7 +123,7 @@ class Server:
     def __init__(self, settings, load):
         self.settings, self.load, self.served, self.failure = settings, load, None, None
         self.draining, self.ended = False, threading.Event()
-        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), Histogram(), Histogram()
+        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), new_histogram(), new_histogram()
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
@@ -168,7 +167,7 @@ class Server:
             self.engine.run()
 
     def guard(self, function, *arguments):
-        """Run what the server cannot do without: whatever ends it is why the server is dead."""
+        """Run what the server cannot do without. Whatever ends it, the server is dead."""
         try:
             function(*arguments)
         except BaseException as error:  # (a panic of Rust code is no Exception)
@@ -178,7 +177,7 @@ class Server:
         self.ended.set()
 
     def stop(self, drain=0):
-        """Give running requests `drain` seconds, end those that are left, hang up on everyone, and close the port."""
+        """Give running requests `drain` seconds, end those that are left, and close all connections."""
         self.draining = True
         if not self.failure:
             self.web.wait_until_idle(drain)
@@ -208,8 +207,8 @@ class Server:
             served.engine.submit(*job.requests)
         except Full:
             raise Refuse(503, "too many requests are waiting", code="overloaded") from None
-        # The engine keeps to the request's own deadline; this one is for a client that takes its answer too slowly.
-        connection.limit(self.settings.request_timeout + self.settings.write_timeout, socket.SHUT_RDWR)
+        # The engine keeps to the deadline; this limit is for a client that takes its answer too slowly.
+        connection.limit(self.settings.request_timeout + self.settings.write_timeout)
         try:
             if job.stream:
                 return self.stream(connection, job)
@@ -293,52 +292,46 @@ class Server:
         """
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
-            self.answers[route, status] += 1
+            self.answers[f'{{route="{route}",status="{status}"}}'] += 1
             for request in requests:
                 if request.first:
-                    self.first.add(request.first - request.submitted)
-                    self.took.add(now - request.submitted)
+                    count(self.first, request.first - request.submitted)
+                    count(self.took, now - request.submitted)
         if route != "/health":  # for which somebody asks every few seconds
             command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
             tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
             say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
 
     def metrics(self, connection):
-        """For Prometheus: a line per number."""
-        lines, engine = [], self.engine
-
-        def add(name, kind, values):
-            lines.append(f"# TYPE openllm_{name} {kind}")
-            lines.extend(f"openllm_{name}{labels} {value}" for labels, value in values.items())
-
+        """For Prometheus: a line per number. The histograms are of every choice of an answer."""
+        engine = self.engine
         with self.lock:
-            add("requests_total", "counter", {f'{{route="{route}",status="{status}"}}': n
-                                              for (route, status), n in sorted(self.answers.items())})
-            add("first_token_seconds", "histogram", self.first.values())  # of every choice of an answer
-            add("request_seconds", "histogram", self.took.values())
-        add("connections", "gauge", {"": len(self.web.connections)})
-        add("requests_running", "gauge", {"": len(engine.running) if engine else 0})
-        add("requests_waiting", "gauge", {"": len(engine.waiting) if engine else 0})
-        for name in "steps", "cancelled", "prompt_tokens", "completion_tokens":
-            add(f"{name}_total", "counter", {"": getattr(engine, name, 0)})
-        add("resident_memory_bytes", "gauge", {"": resident_memory()})
-        connection.respond(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
+            families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
+                        ("first_token_seconds", "histogram", dict(self.first)),
+                        ("request_seconds", "histogram", dict(self.took))]
+        gauges = {"connections": len(self.web.connections), "resident_memory_bytes": resident_memory(),
+                  "requests_running": len(engine.running) if engine else 0,
+                  "requests_waiting": len(engine.waiting) if engine else 0}
+        families += [(name, "gauge", {"": value}) for name, value in gauges.items()]
+        families += [(f"{name}_total", "counter", {"": getattr(engine, name, 0)})
+                     for name in ("steps", "cancelled", "prompt_tokens", "completion_tokens")]
+        lines = []
+        for name, kind, values in families:
+            lines.append(f"# TYPE openllm_{name} {kind}\n")
+            lines += [f"openllm_{name}{labels} {value}\n" for labels, value in values.items()]
+        connection.respond(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
-class Histogram:
-    """How many of the values were at most so large, for each of BUCKETS; as Prometheus has it."""
+def new_histogram():
+    """{what stands behind its name in /metrics: value}: how many values were at most so large, for each of BUCKETS."""
+    return dict.fromkeys([*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), "_sum", "_count"], 0)
 
-    def __init__(self):
-        self.counts, self.sum = Counter(), 0.0
 
-    def add(self, value):
-        self.counts.update(bound for bound in BUCKETS if value <= bound)
-        self.sum += value
-
-    def values(self):
-        """{what stands behind the name: value}"""
-        buckets = {f'_bucket{{le="{str(bound).replace("inf", "+Inf")}"}}': self.counts[bound] for bound in BUCKETS}
-        return buckets | {"_sum": self.sum, "_count": self.counts[math.inf]}
+def count(histogram, value):
+    for bound in BUCKETS:
+        histogram[f'_bucket{{le="{bound}"}}'] += value <= float(bound)
+    histogram["_sum"] += value
+    histogram["_count"] += 1
 
 
 def resident_memory():
@@ -366,7 +359,7 @@ def read_key(settings):
 
 
 def read_page():
-    """serving/page.html, and the policy under which a browser runs nothing but what stands in it, known by its hash."""
+    """The page, and the policy under which a browser runs nothing but its style and script, known by their hashes."""
     with open(PAGE, "rb") as file:
         page = file.read()
 

@@ -7,16 +7,17 @@ The contract of the server: from the JSON of a client to requests for the engine
     job.chunks(event)            # what a streaming client gets for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, so that programs that were written
-for it work here. What would change an answer and is not supported is refused, not ignored.
+Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, for programs that were written for
+it. What would change an answer and is not supported is refused, not ignored.
 
-Everything that comes in is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that
-names the field. A token id beyond the vocabulary would end a process with a GPU for good.
+Everything is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that names the
+field. (A token id beyond the vocabulary would end a process with a GPU for good.)
 """
 import codecs
 import difflib
 import json
 import queue
+import re
 import secrets
 import time
 
@@ -29,7 +30,7 @@ MAX_PROMPTS, MAX_CHOICES, MAX_MESSAGES, MAX_BIASES = 8, 4, 2048, 300
 MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # in one answer: a short request must not fill the memory
 UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the value that changes nothing
     "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
-MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # one field; of the answer alone
+MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
 FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request"),
     "timeout": (503, "the request took too long", None, "timeout")}
@@ -43,33 +44,38 @@ def short(value):
         return "an object"
     if isinstance(value, int) and abs(value) > 10**20:
         return "a number of very many digits"  # (Python refuses to print more than some 4,000 of them)
-    return json.dumps(value)[:40]
+    return json.dumps(value[:40] if isinstance(value, str) else value)[:40]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The fields of a request: for each, a function (value, name) that returns the value, or raises Refuse
 
 
+def need(condition, name, message, code=None):
+    """Refuse a request whose field `name` does not meet a condition."""
+    if not condition:
+        raise Refuse(400, message, name, code)
+
+
 def number(kind, lowest, highest):
+    what = f"{'a whole number' if kind is int else 'a number'} from {lowest} to {highest}"
+
     def check(value, name):
         # (type and not isinstance: true is an int to Python. A NaN is not between anything.)
-        if type(value) not in (int, kind) or not lowest <= value <= highest:
-            what = "a whole number" if kind is int else "a number"
-            raise Refuse(400, f"{name} must be {what} from {lowest} to {highest}, not {short(value)}", name)
+        fits = type(value) in (int, kind) and lowest <= value <= highest
+        need(fits, name, f"{name} must be {what}, not {short(value)}")
         return kind(value)
     return check
 
 
 def flag(value, name):
-    if type(value) is not bool:
-        raise Refuse(400, f"{name} must be true or false, not {short(value)}", name)
+    need(type(value) is bool, name, f"{name} must be true or false, not {short(value)}")
     return value
 
 
 def text(value, name):
     """A text that can be written as UTF-8: JSON can say half a surrogate pair, which is no character."""
-    if type(value) is not str:
-        raise Refuse(400, f"{name} must be a text, not {short(value)}", name)
+    need(type(value) is str, name, f"{name} must be a text, not {short(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -79,21 +85,19 @@ def text(value, name):
 
 def stops(value, name):
     found = value if type(value) is list else [value]
-    if len(found) > MAX_STOPS:
-        raise Refuse(400, f"{name} may be {MAX_STOPS} texts, not {len(found)}", name)
+    need(len(found) <= MAX_STOPS, name, f"{name} may be {MAX_STOPS} texts, not {len(found)}")
     for stop in found:
-        if not 1 <= len(text(stop, name)) <= STOP_LENGTH:
-            raise Refuse(400, f"a stop text has 1 to {STOP_LENGTH} characters, not {len(stop)}", name)
+        size = len(text(stop, name))
+        need(1 <= size <= STOP_LENGTH, name, f"a stop text has 1 to {STOP_LENGTH} characters, not {size}")
     return found
 
 
 def logit_bias(value, name):
-    """{id: bias}. Does the model have the ids? The engine's requests are checked for that; see Job.request."""
-    if type(value) is not dict or len(value) > MAX_BIASES:
-        raise Refuse(400, f"{name} must be an object of at most {MAX_BIASES} token ids", name)
+    """{id: bias}. (Job.request looks whether the model has the ids.)"""
+    fits = type(value) is dict and len(value) <= MAX_BIASES
+    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} token ids")
     for key in value:
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise Refuse(400, f"{name} has {short(key)}, which is no token id", name)
+        need(re.fullmatch("[0-9]{1,9}", key), name, f"{name} has {short(key)}, which is no token id")
     check = number(float, -100, 100)
     return {int(key): check(bias, name) for key, bias in value.items()}
 
@@ -103,8 +107,7 @@ FIELDS = {name: number(type(getattr(Sampling, name)), *RANGES[name]) for name in
 
 
 def token_ids(value, name, vocab_size):
-    if type(value) is not list:
-        raise Refuse(400, f"{name} must be a list of token ids, not {short(value)}", name)
+    need(type(value) is list, name, f"{name} must be a list of token ids, not {short(value)}")
     for i in value:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise Refuse(400, f"{name} holds {short(i)}, but token ids go from 0 to {vocab_size - 1}", name)
@@ -112,13 +115,12 @@ def token_ids(value, name, vocab_size):
 
 
 def check_size(what, size, most_bytes, name):
-    if size > most_bytes:
-        raise Refuse(400, f"{what} has {size} bytes; more than {most_bytes} are too many", name,
-                     "context_length_exceeded")
+    need(size <= most_bytes, name, f"{what} has {size} bytes; more than {most_bytes} are too many",
+         "context_length_exceeded")
 
 
 def encode(value, name, tokenizer, most_bytes):
-    """The ids of a text, which is not looked at if it is too long: the time of the processor belongs to all."""
+    """The ids of a text; one that is too long is not even encoded, since all share the processor."""
     check_size(name, len(text(value, name).encode()), most_bytes, name)
     try:
         return tokenizer.encode(value)
@@ -128,32 +130,27 @@ def encode(value, name, tokenizer, most_bytes):
 
 def prompt_ids(value, served):
     """A prompt, a text or a list of token ids, as ids."""
-    if type(value) not in (str, list):
-        raise Refuse(400, f"prompt must be a text or a list of token ids, not {short(value)}", "prompt")
+    what = f"prompt must be a text or a list of token ids, not {short(value)}"
+    need(type(value) in (str, list), "prompt", what)
     ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
-    if not ids:
-        raise Refuse(400, "prompt is empty; to start from nothing, give the id of the end-of-text token", "prompt")
+    need(ids, "prompt", "prompt is empty; to start from nothing, give the id of the end-of-text token")
     return ids
 
 
 def check_messages(value, most_bytes):
     """OpenAI's messages as [{"role", "content"}], the content a text."""
-    name = "messages"
-    if type(value) is not list or not 1 <= len(value) <= MAX_MESSAGES:
-        raise Refuse(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", name)
-    found = []
+    name, found = "messages", []
+    fits = type(value) is list and 1 <= len(value) <= MAX_MESSAGES
+    need(fits, name, f"messages must be a list of 1 to {MAX_MESSAGES} messages")
     for message in value:
-        if type(message) is not dict or message.get("role") not in ("system", "user", "assistant"):
-            raise Refuse(400, "a message must have a role, one of system, user, assistant", name)
+        fits = type(message) is dict and message.get("role") in ("system", "user", "assistant")
+        need(fits, name, "a message must have a role, one of system, user, assistant")
         content = message.get("content")
-        if type(content) is list:  # of parts; only texts are understood here
-            if not all(type(part) is dict and part.get("type") == "text" for part in content):
-                raise Refuse(400, "the content of a message must be a text, or parts of the type text", name)
-            content = "".join(text(part.get("text"), name) for part in content)
+        if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
+            content = "".join(text(part.get("text"), name) for part in content)  # other parts are not understood here
         found.append(dict(role=message["role"], content=text(content, name)))
     check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes, name)
-    if found[-1]["role"] == "assistant":
-        raise Refuse(400, "the last message must not be the assistant's", name)
+    need(found[-1]["role"] != "assistant", name, "the last message must not be the assistant's")
     return found
 
 
@@ -194,9 +191,8 @@ class Job:
         self.body = None  # it takes memory, and all of it has been read
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        if logprobs > MAX_LOGPROBS:
-            raise Refuse(400, f"the answer could have {logprobs:,} log-probabilities; more than {MAX_LOGPROBS:,} are "
-                         "too many: give a lower max_tokens, or ask for fewer alternatives", "logprobs")
+        need(logprobs <= MAX_LOGPROBS, "logprobs", f"the answer could have {logprobs:,} log-probabilities, more than "
+             f"{MAX_LOGPROBS:,}: give a lower max_tokens, or ask for fewer alternatives")
 
     def get(self, name, default=None):
         """The value of a field. None, JSON's null, always means the default."""
@@ -204,8 +200,7 @@ class Job:
         return default if value is None else self.fields[name](value, name)
 
     def request(self, ids, logprobs, name="prompt", lowest=1, **more):
-        """A request of the engine with the prompt `ids`, which came in the field `name`, and the settings of the body.
-        """
+        """A request of the engine: the prompt `ids`, which came in the field `name`, and the settings of the body."""
         token_ids(ids, name, self.served.vocab_size)  # (the model may have fewer than the tokenizer)
         settings = {field: self.get(field, default) for field, default in self.defaults.items()}
         for field in vars(Sampling()):
@@ -220,24 +215,21 @@ class Job:
     def fit(self, ids, name, lowest):
         """How many tokens the answer may have. Raises Refuse where they do not fit behind the prompt."""
         size = self.served.context
-        limit, *others = [field for field in MAX_TOKENS if self.body.get(field) is not None] or ["max_tokens"]
-        for other in others:
-            if self.body[other] != self.body[limit]:
-                raise Refuse(400, f"{limit} and {other} are the same field, and have two values", other)
-        asked = self.body.get(limit)
-        if asked is not None:
-            asked = number(int, lowest, RANGES["max_new_tokens"][1])(asked, limit)
+        given = {field: self.body[field] for field in MAX_TOKENS if self.body.get(field) is not None}
+        for field, value in given.items():
+            number(int, lowest, RANGES["max_new_tokens"][1])(value, field)
+        *_, last = [MAX_TOKENS[0], *given]
+        need(len(set(given.values())) < 2, last, f"{' and '.join(given)} are the same field, and have two values")
+        limit, asked = next(iter(given.items()), ("max_tokens", None))
         left = size - len(ids)
         if self.echo and left == 0:
             left = 1  # a prompt that fills the context can be scored, and its one next token needs no position
-        if left < 1:
-            raise Refuse(400, f"{name} takes {len(ids)}/{size} tokens of the context, and leaves no room for an answer",
-                         name, "context_length_exceeded")
+        what = f"{name} takes {len(ids)}/{size} tokens of the context, and leaves none for an answer"
+        need(left > 0, name, what, "context_length_exceeded")
         if asked is None:
             return min(self.max_tokens or left, left)
-        if asked > left:
-            raise Refuse(400, f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; "
-                         f"{limit}={left} would fit", limit, "context_length_exceeded")
+        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; {left} would fit"
+        need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
     def token(self, i, logprob):
@@ -294,7 +286,7 @@ class Generate(Job):
 
 
 class Choice:
-    """One of the texts of an answer, and what a stream has to remember of it from a chunk to the next."""
+    """One of the texts of an answer, and what its stream has to remember from a chunk to the next."""
 
     def __init__(self, index, prompt):
         self.index, self.prompt = index, prompt  # prompt: what is repeated of it
@@ -316,8 +308,7 @@ class Completions(Job):
         prompts = self.body.get("prompt")
         if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
             prompts = [prompts]
-        if len(prompts) > MAX_PROMPTS:
-            raise Refuse(400, f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}", "prompt")
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}")
         self.echo, logprobs = self.get("echo", False), self.get("logprobs")
         prompts = [(prompt_ids(prompt, self.served), prompt) for prompt in prompts]
         scored = 0 if self.echo and logprobs is not None else None
@@ -333,11 +324,11 @@ class Completions(Job):
         """The fields that OpenAI's two endpoints share."""
         for name, harmless in UNSUPPORTED.items():
             value = self.body.get(name)
-            if value is not None and (type(value) is not type(harmless) or value != harmless):
-                raise Refuse(400, f"{name} is not supported here", name, "unsupported")
+            fits = value is None or type(value) is type(harmless) and value == harmless
+            need(fits, name, f"{name} is not supported here", "unsupported")
         options = self.body.get("stream_options")
-        if options is not None and (not self.stream or type(options) is not dict):
-            raise Refuse(400, "stream_options is an object, and goes with stream=true alone", "stream_options")
+        fits = options is None or self.stream and type(options) is dict
+        need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
         wanted = (options or {}).get("include_usage")
         self.usage_wanted = wanted is not None and flag(wanted, "include_usage")
         self.id = self.prefix + secrets.token_hex(12)
@@ -422,10 +413,8 @@ class Chat(Completions):
         self.read_common()
         messages = check_messages(self.body.get("messages"), self.served.most_bytes)
         wanted, top = self.get("logprobs", False), self.get("top_logprobs", 0)
-        if top and not wanted:
-            raise Refuse(400, "top_logprobs goes with logprobs=true alone", "top_logprobs")
-        if not self.served.chat:
-            raise Refuse(400, "this checkpoint has no chat format", "messages", "no_chat_format")
+        need(wanted or not top, "top_logprobs", "top_logprobs goes with logprobs=true alone")
+        need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
         try:
             ids = self.tokenizer.chat(messages)
         except UserError as error:

@@ -7,22 +7,19 @@ The engine: many requests at once, one model.
     engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-Decoding one token reads every weight of the model once, and is bound by memory. Sixteen texts can share that reading:
-this is why a server puts requests together. Texts begin and end at different times, so the engine has a fixed number of
-slots, each with its own row of the cache of keys and values; a request takes a free slot and gives it back when it ends
-(continuous batching; Orca, Yu 2022). One step of the engine:
+Decoding one token reads every weight of the model, and is bound by memory; sixteen texts can share that reading. Texts
+begin and end at different times, so the engine has a fixed number of slots, each with its own row of the cache of keys
+and values: a request takes a free slot, and gives it back when it ends (continuous batching; Orca, Yu 2022). A step:
 
 1. admit: requests that were cancelled or are late leave, waiting ones take the free slots;
 2. decode: every slot that is writing gets its next token, all in one batch through the model;
-3. prefill: at most CHUNK prompt tokens are read, so that a long prompt delays the others by a moment only. Whatever
-   begins like a prompt that a slot has read, now or earlier, is copied from there.
+3. prefill: at most CHUNK prompt tokens are read, so that a long prompt delays the others by a moment only. What begins
+   like a prompt that a slot has read, now or earlier, is copied from there.
 
-What a request gets does not depend on its neighbours (batch invariance). Prompts are read alone, in parts that are cut
-at the same places every time; attention works on each row alone; every request has random numbers of its own. There
-remain the matrix products of decoding: their kernels may add in another order for 3 rows than for 5, and change the
-last bits. So the engine finds out at its start which batch sizes give the same bits, and uses no others.
-
-A prompt and its answer have to fit into the context together; `submit` refuses what does not.
+What a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts cut at the
+same places every time; attention works on each row alone; every request has random numbers of its own. The matrix
+products of decoding remain: a kernel may add in another order for 3 rows than for 5, and change the last bits. So the
+engine finds out at its start which batch sizes give the same bits, and uses no others.
 """
 import contextlib
 import queue
@@ -46,12 +43,12 @@ from runtime.console import UserError, note, print_error
 from sample import Sampler, Sampling, TextStream, sample_tokens
 
 CHUNK = 128  # prompt tokens that are read in one step
-EVENTS = 100  # a second, for all streams together: waking a thread for every token would cost a tenth of all tokens
-REFERENCE = 16  # the batch size whose bits are the right ones: engines with more or fewer rows write the same texts
+EVENTS = 100  # a second, for all streams together: to wake a thread for every token would cost a tenth of all tokens
+REFERENCE = 16  # the batch size whose bits count: engines with more or fewer rows write the same texts
 
 
 class Token(NamedTuple):
-    """A token and what the model thought of it, before temperature and filters: natural logarithms of probabilities."""
+    """A token and its log-probability (natural, before temperature and filters)."""
     id: int
     logprob: float | None  # None for the first of a text, which nothing predicts
     top: list  # the likeliest ones, [(id, logprob), ...]
@@ -107,20 +104,16 @@ class Slot:
         self.sent_text = self.sent_tokens = 0  # how much of the answer the events have told
         self.sent_at = 0.0
 
-    def send(self, reason=""):
-        """An event with what is new."""
-        request = self.request
-        text, tokens = request.text[self.sent_text:], request.tokens[self.sent_tokens:]
-        if text or tokens or reason:
-            request.events.put(Event(request, text, tokens, reason))
-            self.sent_text, self.sent_tokens, self.sent_at = len(request.text), len(request.tokens), time.monotonic()
+    def unsent(self):
+        """(text, tokens) of the answer of which no event has told; from now on, one has."""
+        text, tokens = self.request.text[self.sent_text:], self.request.tokens[self.sent_tokens:]
+        self.sent_text, self.sent_tokens = len(self.request.text), len(self.request.tokens)
+        self.sent_at = time.monotonic()
+        return text, tokens
 
 
 class Rows:
-    """Rows of a cache as one, for a batch of one new token each: every row attends to its own past.
-
-    memory: the cache; caches: those of its rows that take part, see KVCache.row.
-    """
+    """Some rows of a KVCache as one, for a batch of one new token each: every row attends to its own past."""
 
     def __init__(self, memory, caches):
         self.memory, self.caches = memory, caches
@@ -128,11 +121,13 @@ class Rows:
         places = [(cache.number, cache.length) for cache in caches]
         # (B,) each: which row of the memory, and where in it the new token goes
         self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)
-        # keys[layer][row]: (1, n_kv_head, length + 1, head_dim), a view of the memory, whose last place is still empty.
-        # (Made here for all layers: done layer by layer and row by row, it would take a twentieth of a step.)
         self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
 
     def views(self, whole, places):
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view of the memory, whose last place is still empty.
+
+        (For all layers at once: one by one would take a twentieth of a step.)
+        """
         return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
     def positions(self, T):
@@ -157,10 +152,9 @@ class Rows:
 def batch_invariant_sizes(model, rows):
     """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
 
-    First the whole model is tried, with random tokens. Then each shape of a matrix, with numbers that cancel: half of
-    them are the negative of the other half, shuffled, so that a sum is nothing but its rounding error, and shows the
-    order in which it was added up. (Ordinary numbers hide it: rounded to bfloat16, the results of two orders are
-    nearly always the same.) [1] where even the place in a batch matters: then rows are computed one by one.
+    The whole model is tried, with random tokens, and each shape of a matrix, with numbers that cancel: a sum is then
+    nothing but its rounding error, and shows the order in which it was added up. (Ordinary numbers hide it: rounded to
+    bfloat16, two orders nearly always give the same.) [1] where even the place in a batch matters: one row at a time.
     """
     rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
@@ -174,14 +168,10 @@ def batch_invariant_sizes(model, rows):
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
         N, K = layer.weight.shape
-        shuffled = torch.randperm(K // 2, generator=generator)
-
-        def cancelling(n):
-            half = torch.randn(n, K // 2, generator=generator)
-            return half, half[:, shuffled]
-        (w, w_again), (x, x_again) = cancelling(N), cancelling(rows)
-        w = F.pad(torch.cat((w, w_again), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
-        x = F.pad(torch.cat((x, -x_again), dim=1), (0, K % 2)).to(layer.weight)  # (rows, K)
+        again = torch.randperm(K // 2, generator=generator)  # the second half: the first one, shuffled and negated
+        w, x = (torch.randn(n, K // 2, generator=generator) for n in (N, rows))
+        w = F.pad(torch.cat((w, w[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
+        x = F.pad(torch.cat((x, -x[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (rows, K)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
         trials.append((partial(machine.linear, SimpleNamespace(weight=w, bias=bias)), x))
 
@@ -288,15 +278,14 @@ class Engine:
                 self.failures += 1
                 if self.failures == 3 or self.device.type == "cuda":
                     self.end()
-                    self.leave(lambda request: "error")
+                    self.leave("error")
                     raise
-        self.leave(lambda request: "cancelled")
+        self.leave("cancelled")
 
     @torch.inference_mode()
     def step(self):
         # 1. Admit
-        now = time.monotonic()
-        self.leave(lambda request: "cancelled" if request.cancelled else "timeout" * (now > request.deadline))
+        self.leave()
         while self.free and self.waiting:
             slot = self.free.popleft()
             with self.changed:
@@ -325,19 +314,24 @@ class Engine:
                 left -= len(part)
         self.steps += 1
 
-    def leave(self, reason_of):
-        """End every request for which reason_of(request) has a reason."""
+    def leave(self, reason=""):
+        """End the requests that were cancelled or are late; with a reason, all."""
+        now = time.monotonic()
+
+        def why(request):
+            if request.cancelled:
+                return "cancelled"
+            return "timeout" if now > request.deadline else reason
+
         with self.changed:
-            ended = [(request, reason) for request in self.waiting if (reason := reason_of(request))]
-            for request, _ in ended:
+            ended = [request for request in self.waiting if why(request)]
+            for request in ended:
                 self.waiting.remove(request)
-        for request, reason in ended:
-            self.cancelled += reason == "cancelled"
-            request.finish_reason = reason
-            request.events.put(Event(request, "", [], reason))
+        for request in ended:
+            self.tell_end(request, "", [], why(request))
         for slot in [*self.running]:
-            if reason := reason_of(slot.request):
-                self.finish(slot, reason)
+            if why(slot.request):
+                self.finish(slot, why(slot.request))
 
     @contextlib.contextmanager
     def or_fail(self, slots):
@@ -453,7 +447,9 @@ class Engine:
         elif request.n == request.max_tokens:
             self.finish(slot, "length")
         elif request.streams and now - slot.sent_at > len(self.running) / EVENTS:
-            slot.send()
+            text, tokens = slot.unsent()
+            if text or tokens:
+                request.events.put(Event(request, text, tokens, ""))
 
     def finish(self, slot, reason):
         """The last event of a request; its slot is free again."""
@@ -466,9 +462,12 @@ class Engine:
         request.text += slot.stream.finish()
         if slot.stream.stopped and reason == "length":  # the stop string was complete with the last bytes
             reason = "stop"
+        self.tell_end(request, *slot.unsent(), reason)
+
+    def tell_end(self, request, text, tokens, reason):
         self.cancelled += reason == "cancelled"
         request.finish_reason = reason
-        slot.send(reason)
+        request.events.put(Event(request, text, tokens, reason))
 
 
 def score(logits, ids, top):

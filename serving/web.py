@@ -5,14 +5,14 @@ HTTP that believes nothing: the standard library's server, with a bound on every
     web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
     web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
 
-Python's http.server is a teaching tool by its own account, and believes what it is sent: a length of -1, a body that
-hides a second request, a header that never ends. Here everything has a limit: the number of connections, the size of a
-body, and the time for each step: to send headers, to send a body, to take the answer. A request that is beyond its
-limit, or ambiguous about where the next one begins, gets one short answer, and the connection is closed.
+Python's http.server believes what it is sent: a length of -1, a body that hides a second request, a header that never
+ends. Here everything has a limit: the number of connections, the size of a body, and the time for each step: to send
+headers, to send a body, to take the answer. A request that is beyond its limit, or ambiguous about where the next one
+begins, gets one short answer, and the connection is closed.
 
 Every connection has a thread, which spends its life waiting; a hundred of them are cheap. When all are taken, a new
-connection replaces one that is waiting for its client: nobody can keep others out by opening connections and saying
-nothing. Nothing here knows what is served: that is serve.py.
+connection replaces one that is waiting for its client: nobody can keep others out by saying nothing. What is served is
+not known here: that is serve.py.
 """
 import contextlib
 import email.errors
@@ -20,7 +20,6 @@ import hashlib
 import hmac
 import http.client
 import json
-import math
 import re
 import select
 import socket
@@ -37,7 +36,7 @@ from runtime.console import UserError, print_error
 JSON = "application/json"
 MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
 PARSERS = 4  # bodies that are parsed at once: each can become 30 times its bytes in Python objects
-SPARE = 8  # connections beyond max_connections: they get an answer from /health, and else hear that the server is busy
+SPARE = 8  # connections beyond max_connections: they can ask for /health, and else are told that the server is busy
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
 MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
@@ -45,7 +44,7 @@ MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHe
 
 
 class Refuse(Exception):
-    """An answer other than the one that was asked for: a status, and the fields of an error as OpenAI has them."""
+    """An answer other than the one that was asked for: a status, and an error as OpenAI has it."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
         super().__init__(message)
@@ -75,13 +74,13 @@ def digest(key):
     return hashlib.sha256(key.encode("latin-1")).digest()  # in which http.server reads headers
 
 
-def hang_up(connection, how=socket.SHUT_RDWR):
+def hang_up(connection):
     with contextlib.suppress(OSError):  # the client may have been faster
-        connection.shutdown(how)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class Head:
-    """The file from which the lines of a request are read, with a limit on all of them together."""
+    """The file that a request is read from, with a limit on all lines together."""
 
     def __init__(self, file):
         self.file = file
@@ -118,8 +117,8 @@ class Web(ThreadingHTTPServer):
         self.local = settings.host in LOOPBACK
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
-        self.connections, self.deadlines = set(), {}  # {connection: (time, what to shut down then)}
-        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients to send something
+        self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
+        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
@@ -132,10 +131,9 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        freed = len(self.connections) >= self.settings.max_connections and self.close_silent()
-        if not self.places.acquire(timeout=1 if freed else 0):  # (the thread of a closed connection ends at once)
-            self.refuse(connection)
-            return
+        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
+        if not self.places.acquire(timeout=1 if closed else 0):  # (the thread of a closed connection ends at once)
+            return self.shutdown_request(connection)
         self.connections.add(connection)
         self.silent[connection] = address[0], time.monotonic()
         try:
@@ -144,24 +142,9 @@ class Web(ThreadingHTTPServer):
             self.forget(connection)
             self.shutdown_request(connection)
 
-    def refuse(self, connection):
-        """Say that the server is busy, without waiting: this is the thread that accepts connections."""
-        body = dump(Refuse(503, "too many connections").body)
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n" \
-            "Retry-After: 1\r\nConnection: close\r\n\r\n"
-        with contextlib.suppress(OSError):
-            connection.setblocking(False)
-            connection.send(head.encode() + body)
-            connection.shutdown(socket.SHUT_WR)
-            connection.recv(1 << 16)  # to close with something unread would take back what was sent
-        self.shutdown_request(connection)
-
     def close_silent(self):
-        """Close the connection that has been silent for the longest time, of the address with the most of them.
-
-        So a crowd from one address does not push out the others. (A limit for each address would limit a proxy.)
-        Returns whether there was one.
-        """
+        """Close the connection that has been silent for the longest time, of the address with the most of them: a crowd
+        does not push out the others. (A limit for each address would limit a proxy.) Returns whether there was one."""
         silent = self.silent.copy()
         crowds = Counter(address for address, _ in silent.values())
         for connection in sorted(silent, key=lambda c: (-crowds[silent[c][0]], silent[c][1])):
@@ -187,13 +170,10 @@ class Web(ThreadingHTTPServer):
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
-        """Called at every turn of serve_forever: a connection that is late is shut down, or read from no more.
-
-        (A timeout of the socket would not do: it begins anew with every byte.)
-        """
-        for connection, (deadline, how) in self.deadlines.copy().items():
+        """At every turn of serve_forever: close what is late. (A socket's own timeout begins anew with every byte.)"""
+        for connection, deadline in self.deadlines.copy().items():
             if time.monotonic() > deadline:
-                hang_up(connection, how)
+                hang_up(connection)
 
     def handle_error(self, connection, address):
         if not isinstance(sys.exc_info()[1], OSError):  # a client that hung up is no error
@@ -224,12 +204,9 @@ class Connection(BaseHTTPRequestHandler):
         super().setup()
         self.rfile = Head(self.rfile)
 
-    def limit(self, seconds, how=socket.SHUT_RD):
-        """From now on, the other side has so many seconds."""
-        self.server.deadlines[self.connection] = time.monotonic() + seconds, how
-
-    def is_late(self):
-        return time.monotonic() > self.server.deadlines.get(self.connection, (math.inf, 0))[0]
+    def limit(self, seconds):
+        """From now on, the client has so many seconds; then the connection is closed."""
+        self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     def wait_for_client(self):
         """From now on, this connection may be closed when its place is needed."""
@@ -324,9 +301,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def check_headers(self):
         headers = self.headers
-        if self.is_late():
-            raise Refuse(408, "the headers took too long")
-        # Behind a line that is no header, the parser drops all others, a Content-Length too.
+        # After a line that is no header, the parser drops all others, a Content-Length too.
         defects = any(isinstance(defect, MALFORMED) for defect in headers.defects)
         if defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
             raise Refuse(400, "malformed headers")
@@ -334,7 +309,7 @@ class Connection(BaseHTTPRequestHandler):
         host = headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
-        # The name of any site can be made to mean 127.0.0.1, so that its page reaches us from its visitor's browser.
+        # Any site can make its name mean 127.0.0.1, so that its page reaches us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
             raise Refuse(403, "this server answers to localhost alone")
 
@@ -367,8 +342,7 @@ class Connection(BaseHTTPRequestHandler):
         return int(lengths[0])
 
     def read_body(self, use):
-        """use(the JSON object that was sent), which should keep no more of it than it needs: few are parsed at once.
-        """
+        """use(the JSON object that was sent). It should keep no more of it than it needs: few are held at once."""
         self.body_read = False
         size = self.body_size()
         if self.headers.get("Expect", "").lower() == "100-continue":
@@ -379,8 +353,7 @@ class Connection(BaseHTTPRequestHandler):
         self.wait_for_client()
         data = self.rfile.read(size)
         self.begin_work()
-        if len(data) < size and self.is_late():
-            raise Refuse(408, "the body took too long")
+        self.server.deadlines.pop(self.connection, None)  # from here on, we are the slow side
         if len(data) < size:
             raise Refuse(400, "the body is shorter than its Content-Length")
         self.body_read = True
@@ -404,7 +377,7 @@ class Connection(BaseHTTPRequestHandler):
     def respond(self, status, content, headers=()):
         """Send an answer. content: an object, which becomes JSON; or bytes."""
         data = content if type(content) is bytes else dump(content)
-        self.limit(self.server.settings.write_timeout, socket.SHUT_RDWR)
+        self.limit(self.server.settings.write_timeout)
         self.send_head(status, {"Content-Type": JSON, "Content-Length": str(len(data)), **dict(headers)})
         self.wfile.write(b"" if self.command == "HEAD" else data)
         self.wfile.flush()
@@ -451,17 +424,17 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def finish(self):
-        """The end of the connection. After an answer that came early, read on for a moment: the system would throw the
-        answer away if its cause was left unread."""
+        """After an answer that came before the whole request was read, read on for a moment: the system would discard
+        the answer if something was left unread."""
         if not self.body_read:
             with contextlib.suppress(OSError):
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_WR)
-                self.limit(1, socket.SHUT_RDWR)
+                self.limit(1)
                 left = 4 * self.server.settings.max_body
                 while left > 0 and (data := self.connection.recv(1 << 16)):
                     left -= len(data)
         super().finish()
 
     def log_message(self, *_):
-        """Nothing: http.server's own lines have whatever the client sent. Web.answered writes ours."""
+        """Nothing: http.server's lines have whatever the client sent. Web.answered writes ours."""
