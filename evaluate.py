@@ -29,7 +29,6 @@ import os
 import shlex
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 import torch
 
@@ -44,14 +43,14 @@ from runtime.settings import check_limits, load
 from dataset import Dataset, fold
 from serving.engine import Engine, Request
 from evaluation.perplexity import measure_text, read_text
-from sample import read_prompt
+from sample import ModelConfig, read_prompt
 
 TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluation", "tasks")
 BUNDLED = sorted(name[:-6] for name in os.listdir(TASKS) if name.endswith(".jsonl"))
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelConfig):
     # text
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (held-out side), files, or none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line that holds the text
@@ -77,10 +76,6 @@ class EvaluateConfig:
     # how
     rows: int = 16  # texts that are written at the same time
     seed: int = 1337
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens samples": (0, 1e9), "megabytes": (0, 1e6),
@@ -371,7 +366,7 @@ def main(argv):
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), machine.Processes()
     device = machine.choose_device(settings.device, processes)
-    runs = runs or [ckpt.find_run()]
+    runs = runs or [ckpt.choose_run(runs, settings)]
     for run in runs:
         if not os.path.exists(run):
             raise UserError(f"there is no run {run}", "python train.py config/train_small.py trains one into out/small")

@@ -48,6 +48,7 @@ import tokenizer as tokenizers
 from runtime.files import check_like
 from runtime.console import UserError, command_line, note, say
 from runtime.settings import load
+from sample import RunConfig
 from model import KVCache, quantize
 from evaluation.perplexity import measure_text, read_text
 from text.sources import LICENCES, origin
@@ -59,15 +60,11 @@ PACKAGES = {"hf": ("transformers", "safetensors"), "onnx": ("onnx", "onnxscript"
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(RunConfig):
     format: list[str] = field(default_factory=list)  # hf,onnx,torchscript,pt2,int8; default: all but int8
     out: str = ""  # the folder to write into; exports/NAME of the run by default
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
     # keep weights of 16 bits as float32 numbers)
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
-    out_dir: str = ""  # the RUN; by default the newest below out/
-    init_from: str = ""  # the RUN as well
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
 
 
 # ---------------------------------------------------------------------------------------------------------------------

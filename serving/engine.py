@@ -55,14 +55,11 @@ class Token(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What came since the last event of a request. finish_reason stands in the last one alone:
-
-    stop (an end-of-text token or a stop string), length (max_tokens), timeout (deadline), cancelled or error.
-    """
+    """What came since the last event of a request."""
     request: "Request"
     text: str
     tokens: list
-    finish_reason: str
+    finish_reason: str  # of the last one: stop (end of text, a stop string), length, timeout, cancelled or error
 
 
 @dataclass(eq=False)
@@ -190,8 +187,7 @@ def batch_invariant_sizes(model, rows):
 class Engine:
     """Requests on the rows of one model, which is the engine's from here on.
 
-    context: cut the model's own to so many tokens. Any thread may submit, end, and set Request.cancelled. step, run and
-    complete are for one alone. Raises UserError where there is too little memory.
+    context: cut the model's own to so many tokens. Raises UserError where there is too little memory.
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
@@ -199,18 +195,14 @@ class Engine:
         self.device, self.max_queue = model.lm_head.weight.device, max_queue
         self.fit_into_memory(rows, context)
         self.batch_sizes = batch_invariant_sizes(model, self.rows)
-        try:
-            self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
-        except (MemoryError, RuntimeError) as error:
-            raise UserError(f"{self.rows} rows of {self.context:,} tokens do not fit into memory: {error}",
-                            f"--rows={(self.rows + 1) // 2} --block_size={self.context // 2}") from None
+        self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
         self.slots = [Slot(self.memory.row(i)) for i in range(self.rows)]
         self.spare = self.memory.row(self.rows)  # it only fills up batches
         self.free, self.running, self.waiting = deque(self.slots), [], deque()  # slots, slots, requests
-        self.changed = threading.Condition()  # guards `waiting` and `stopping`
         self.stopping = False
+        self.changed = threading.Condition()  # guards `waiting` and `stopping`
         self.failures = 0  # in a row
-        self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
+        self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for /metrics
 
     def fit_into_memory(self, rows, context):
         """Keys and values may take half of the free memory: first there are fewer rows, then the context is cut."""
@@ -220,9 +212,10 @@ class Engine:
         wanted = min(context or c.block_size, c.block_size)
         self.context = min(wanted, budget // 2)  # at least one row, and one more that fills up batches
         self.rows = max(1, min(rows, budget // wanted - 1))
-        why = f"a token can take {size:,} bytes, and all tokens half of the free memory, {budget * size / 1e6:,.0f} MB"
-        if self.context < min(wanted, CHUNK):
-            raise UserError(f"there is no memory for a context of {min(wanted, CHUNK)} tokens: {why}",
+        least = min(wanted, CHUNK)
+        why = f"a token takes {size:,} bytes, and all tokens half of the free memory, {budget * size / 1e6:,.0f} MB"
+        if self.context < least:
+            raise UserError(f"there is no memory for a context of {least} tokens: {why}",
                             "end other programs, or take a smaller model")
         if self.rows < rows:
             note(f"rows={self.rows} instead of {rows}: {why}")
@@ -236,8 +229,7 @@ class Engine:
         """
         size, vocab_size = self.context, self.model.config.vocab_size
         for request in requests:
-            # The last token of an answer is never read, so one fits behind a full context. (serving/api.py allows it
-            # for scoring alone: to a user, prompt and answer fit or they do not.)
+            # (+ 1: the last token of an answer is never read, so one fits behind a full context.)
             if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
             if not all(0 <= i < vocab_size for i in (*request.ids, *request.logit_bias)):
@@ -355,10 +347,8 @@ class Engine:
         self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
     def reuse_prefix(self, slot):
-        """Copy the beginning of a prompt from a slot that has read the same: the same examples, the chat so far.
-
-        Only whole parts that would be read as one: then their bits are those that reading would give.
-        """
+        """Copy the beginning of a prompt from a slot that has read the same: the same examples, the chat so far. Only
+        whole parts of CHUNK tokens: their bits are those that reading would give."""
         ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is always read: it predicts the first token
         if slot.request.prompt_logprobs is not None:
             most = min(most, slot.request.prompt_logprobs - 1)
@@ -401,7 +391,7 @@ class Engine:
                 self.choose([slot], self.model.logits(x[:, -1]).float())
 
     def choose(self, slots, logits):
-        """The next token of each slot, by its row of logits (B, vocab_size). Whatever fails here fails one request."""
+        """The next token of each slot, by its row of logits (B, vocab_size). What fails here fails one request."""
         for i, (slot, token) in enumerate(zip(slots, self.sample(slots, logits))):
             try:
                 if token < 0:

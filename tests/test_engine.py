@@ -262,17 +262,6 @@ def test_the_context_is_cut_to_what_fits(monkeypatch, capsys):
     assert "no memory for a context of 128 tokens" in error(lambda _: make(rows=1, block_size=1000))[0]
 
 
-def test_an_allocation_that_fails(monkeypatch):
-    """The system may have less than it says."""
-    def no_memory(*arguments):
-        raise RuntimeError("can't allocate memory")
-    model = random_model()
-    monkeypatch.setattr(engine, "batch_invariant_sizes", lambda *_: [1])
-    monkeypatch.setattr(engine, "KVCache", no_memory)
-    fact, fix = error(lambda _: Engine(model, Numbers(), rows=8))
-    assert "8 rows of 24 tokens do not fit into memory" in fact and "--rows=4 --block_size=12" in fix
-
-
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():
     rng, rows = random.Random(0), make(block_size=300)
     ids = [rng.randrange(100) for _ in range(CHUNK + 40)]
