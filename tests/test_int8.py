@@ -108,7 +108,7 @@ def test_rows_of_zeros_and_rows_with_an_outlier(step):
 
 def test_a_row_has_the_same_bits_among_any_others():
     if int8_top() is None:
-        pytest.skip("there is no FBGEMM here: sums of float32 numbers depend on the number of rows (see engine.steady)")
+        pytest.skip("no FBGEMM here: sums of float32 numbers depend on the batch (see engine.batch_invariant_sizes)")
     for K in (1, 7, 8, 32, 53, 512):
         torch.manual_seed(K)
         layer, x = Int8Linear(torch.randn(19, K), torch.randn(19)), torch.randn(17, K)
