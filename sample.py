@@ -107,21 +107,24 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
-def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0):
-    """Make tokens that were used less likely. logits: (..., V); prompt, written: ids.
+def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
+    """Make tokens that were used less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
 
     repetition divides the logits above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
     1909.05858). presence is taken from the logit of what was written, frequency for each time (OpenAI's API).
     """
     if repetition != 1.0 and (prompt or written):
         ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
-        used = logits[..., ids]
-        logits = logits.index_copy(-1, ids, torch.where(used > 0, used / repetition, used * repetition))
-    if (presence or frequency) and written:
-        counts = Counter(written)
-        ids = torch.tensor(list(counts), device=logits.device)
-        less = torch.tensor([presence + frequency * n for n in counts.values()], device=logits.device)
-        logits = logits.index_add(-1, ids, -less.expand(*logits.shape[:-1], -1))
+        used = logits[:, ids]
+        logits = logits.index_copy(1, ids, torch.where(used > 0, used / repetition, used * repetition))
+    added = dict(bias or {})
+    if presence or frequency:
+        for i, n in Counter(written).items():
+            added[i] = added.get(i, 0.0) - (presence + frequency * n)
+    if added:
+        ids = torch.tensor(list(added), device=logits.device)
+        amounts = torch.tensor([list(added.values())], dtype=torch.float32, device=logits.device)  # (1, number of ids)
+        logits = logits.index_add(1, ids, amounts)
     return logits
 
 
@@ -161,8 +164,9 @@ class Sampler:
     """
 
     def __init__(self, settings, prompt, seed, bias=None):
-        self.settings, self.prompt, self.bias = settings, prompt, bias or {}
-        self.generator, self.written = torch.Generator().manual_seed(seed), []
+        self.settings, self.prompt, self.bias = settings, prompt, bias
+        self.generator = torch.Generator().manual_seed(seed)
+        self.written = []
         self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
         self.changes = self.penalties != (1, 0, 0) or bool(bias)
         # Texts of one group are sampled together. (A cdf of the whole vocabulary is made for one row at a time, which
@@ -174,12 +178,7 @@ class Sampler:
 
     def change(self, logits):
         """Logits (1, V) with penalties and bias."""
-        logits = penalize(logits, self.prompt, self.written, *self.penalties)
-        if self.bias:
-            ids = torch.tensor(list(self.bias), device=logits.device)
-            more = torch.tensor([list(self.bias.values())], dtype=torch.float32, device=logits.device)
-            logits = logits.index_add(-1, ids, more)
-        return logits
+        return penalize(logits, self.prompt, self.written, *self.penalties, self.bias)
 
     def __call__(self, logits):
         """Logits (1, V) -> a token (1,)."""
@@ -200,7 +199,8 @@ class TextStream:
     """Puts text together from tokens as they come. What push and finish return, joined, is the text of the whole."""
 
     def __init__(self, tokenizer, stops=()):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.tokenizer = tokenizer
+        self.stops = [stop for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
         self.pending = ""  # text that may be the beginning of a stop string
         self.stopped = False  # a stop string has come: what follows is not part of the text
@@ -221,7 +221,8 @@ class TextStream:
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
         if ends:  # of several the one that is complete first, however the text came in tokens; then the longest
-            self.stopped, self.pending = True, ""
+            self.stopped = True
+            self.pending = ""
             return text[:min(ends)[1]]
         beginnings = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)

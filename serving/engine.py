@@ -103,8 +103,10 @@ class Slot:
 
     def unsent(self):
         """(text, tokens) of the answer of which no event has told; from now on, one has."""
-        text, tokens = self.request.text[self.sent_text:], self.request.tokens[self.sent_tokens:]
-        self.sent_text, self.sent_tokens = len(self.request.text), len(self.request.tokens)
+        text = self.request.text[self.sent_text:]
+        tokens = self.request.tokens[self.sent_tokens:]
+        self.sent_text += len(text)
+        self.sent_tokens += len(tokens)
         self.sent_at = time.monotonic()
         return text, tokens
 
@@ -166,7 +168,8 @@ def batch_invariant_sizes(model, rows):
     for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
         N, K = layer.weight.shape
         again = torch.randperm(K // 2, generator=generator)  # the second half: the first one, shuffled and negated
-        w, x = (torch.randn(n, K // 2, generator=generator) for n in (N, rows))
+        w = torch.randn(N, K // 2, generator=generator)
+        x = torch.randn(rows, K // 2, generator=generator)
         w = F.pad(torch.cat((w, w[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
         x = F.pad(torch.cat((x, -x[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (rows, K)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
