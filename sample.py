@@ -151,9 +151,9 @@ def sample_tokens(logits, settings, generators):
     uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     # A point in (0, total] falls on the first token whose end is not before it: never on one of probability 0.
     total = cdf[:, -1:]  # (B, 1); 1 but for rounding. nan and inf, which are among the likeliest, make it nan
-    tokens = torch.searchsorted(cdf, (1 - uniform) * total).clamp(max=cdf.size(-1) - 1)  # (B, 1)
+    tokens = torch.searchsorted(cdf, (1 - uniform) * total)  # (B, 1)
     if ids is not None:
-        tokens = ids.gather(-1, tokens)
+        tokens = ids.gather(-1, tokens.clamp(max=ids.size(-1) - 1))
     return torch.where(total.isfinite(), tokens, -1)[:, 0]
 
 

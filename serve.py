@@ -121,9 +121,13 @@ class Server:
     """
 
     def __init__(self, settings, load):
-        self.settings, self.load, self.served, self.failure = settings, load, None, None
-        self.draining, self.ended = False, threading.Event()
-        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), new_histogram(), new_histogram()
+        self.settings, self.load = settings, load
+        self.served = self.failure = None  # a Served, when it is loaded; the error that ended a thread
+        self.draining = False
+        self.ended = threading.Event()
+        self.lock = threading.Lock()  # guards what /metrics tells
+        self.answers = Counter()
+        self.first, self.took = new_histogram(), new_histogram()
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
@@ -137,8 +141,8 @@ class Server:
             **{path: {"POST": self.generate} for path in DIALECTS}}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
-        self.threads = [threading.Thread(target=self.guard, args=arguments, daemon=True)
-                        for arguments in ((self.work,), (self.web.serve_forever, 0.1))]
+        self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
+        self.web_thread = threading.Thread(target=self.guard, args=[self.web.serve_forever, 0.1], daemon=True)
 
     @property
     def engine(self):
@@ -155,8 +159,8 @@ class Server:
     # The life of the process
 
     def start(self):
-        for thread in self.threads:
-            thread.start()
+        self.engine_thread.start()
+        self.web_thread.start()
 
     def work(self):
         """The engine's thread: load the model, then compute whenever there is something to compute."""
@@ -186,7 +190,7 @@ class Server:
             self.web.wait_until_idle(1)  # each request gets its last words
         self.web.close()
         if self.engine:
-            self.threads[0].join(10)
+            self.engine_thread.join(10)
 
     def ready(self):
         """The model; raises Refuse while there is none."""

@@ -205,7 +205,10 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
 def test_f14_the_silent_make_room(sent):
     """Whoever has sent nothing, or half of something, gives way to who comes: the oldest of the largest crowd."""
     with serving(ScriptModel(), max_connections=8, header_timeout=30, body_timeout=30) as client:
-        idle = [client.wire(sent) for _ in range(8)]
+        idle = []
+        for _ in range(8):
+            idle.append(client.wire(sent))
+            time.sleep(0.02)  # so that its thread has read what there is before the next one comes
         assert until(lambda: len(client.server.web.connections) == 8)
         for _ in range(3):
             assert client.post("/generate", prompt="x").status == 200
