@@ -25,7 +25,6 @@ import shlex
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 import torch
 
@@ -39,7 +38,7 @@ from runtime.console import UserError, command_line, note, say, warn
 from runtime.files import replace_file
 from runtime.processes import Processes
 from runtime.settings import check_limits, load
-from sample import read_prompt
+from sample import ModelConfig, read_prompt
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
 
@@ -48,7 +47,7 @@ BUNDLED = sorted(name.removesuffix(".jsonl") for name in os.listdir(TASKS) if na
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelConfig):
     # text
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line that holds the text
@@ -74,10 +73,6 @@ class EvaluateConfig:
     # how
     rows: int = 16  # texts that are written at the same time
     seed: int = 1337
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens samples": (0, 1e9), "megabytes": (0, 1e6),
@@ -399,7 +394,7 @@ def main(argv):
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
-    runs = runs or [ckpt.find_run()]
+    runs = runs or [ckpt.choose_run(runs, settings)]
     folders = check_runs(runs, settings.checkpoint)
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")

@@ -49,6 +49,7 @@ from runtime import machine
 from runtime.console import UserError, command_line, note, origin, say
 from runtime.files import check_like, replace_file
 from runtime.settings import load
+from sample import RunConfig
 from text.sources import LICENCES
 from training import checkpoint as ckpt
 
@@ -57,15 +58,11 @@ TOLERANCE, RELATIVE = 1e-4, 1e-5
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(RunConfig):
     format: list[str] = field(default_factory=list)  # hf,onnx,torchscript,pt2,int8; default: all but int8
     out: str = ""  # the folder to write into; exports/NAME of the run by default
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came (graphs
     # keep weights of 16 bits as float32 numbers)
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
-    out_dir: str = ""  # the RUN; by default the newest below out/
-    init_from: str = ""  # the RUN as well
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
 
 
 # ---------- The formats. Each writer leaves out what recorders add: names of files and lines of code on this machine.

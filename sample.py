@@ -8,15 +8,14 @@ Sampling: let a trained model write, in the terminal.
     python sample.py out/chat --chat                        # a conversation with a model that was tuned to answer
     python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder
 
-The text goes to standard output as it is written, everything else to standard error. A model gives a score to every
-token of its vocabulary, and there are two steps from there to text, which make up this file:
+The text goes to standard output as it is written, everything else to standard error. A model gives a logit to every
+token of its vocabulary. This file is the way from there to text:
 
-1. From scores to a token: filter_logits takes away what is too unlikely; one of the rest is drawn by its probability.
+1. From logits to a token: filter_logits drops what is too unlikely, sample_tokens samples one of the rest.
 2. From tokens to text: a token is bytes, and maybe only a part of a character; TextStream gives out whole characters,
    and nothing that may yet turn out to be the beginning of a stop string.
 """
 import codecs
-import math
 import os
 import sys
 import time
@@ -27,60 +26,71 @@ from typing import Literal
 
 import torch
 
-from text import pretrained
-from runtime import machine
-from training import checkpoint as ckpt
 import tokenizer as tokenizers
+from runtime import machine
 from runtime.console import UserError, command_line, note, say, show
 from runtime.settings import check_limits, load
+from text import pretrained
+from training import checkpoint as ckpt
 
 
-@dataclass(eq=False)  # (compared as objects: serving/engine.py tells requests apart that ask for the same)
+@dataclass
+class RunConfig:
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
+    out_dir: str = ""  # the RUN; by default the newest below out/
+    init_from: str = ""  # the RUN as well
+    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
+
+
+@dataclass
+class ModelConfig(RunConfig):
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
+
+
+@dataclass(eq=False)  # two requests of the engine are never the same, whatever they ask for
 class Sampling:
-    # how tokens are chosen from their scores, and where a text ends
+    # how tokens are chosen from their logits, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
     top_k: int = 50  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
     min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1: tokens that were used, in the prompt too, get less likely
-    presence_penalty: float = 0.0  # taken from the score of every token that was written already; OpenAI's
+    presence_penalty: float = 0.0  # taken from the logit of every token that was written already; OpenAI's
     frequency_penalty: float = 0.0  # the same, once for each time that it was written
     stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
     ignore_eos: bool = False  # go on after the end-of-text token
 
 
 @dataclass
-class SampleConfig(Sampling):
+class SampleConfig(Sampling, ModelConfig):
     prompt: str = ""  # the text to continue, as it stands; FILE:path reads it from a file
     start: str = ""  # the same, by nanoGPT's name
     num_samples: int = 1  # how many texts to write, one after the other
     max_new_tokens: int = 128  # longest text, in tokens
     chat: bool = False  # the prompt is a message to a chat model, in its format; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
-    out_dir: str = ""  # the RUN; by default the newest below out/
-    init_from: str = ""  # the RUN as well
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
+
+
+# The ranges of settings, inclusive: here, and of a request to the server (serving/api.py).
+RANGES = {
+    "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1)}
+MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. From scores to a token
+# 1. From logits to a token
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Scores (..., V) -> scores whose softmax is the distribution to draw from; -inf for what is left out.
+    """Logits (..., V) -> logits whose softmax is the distribution to sample from; -inf for what is left out.
 
-    In this order: temperature divides the scores; top_k keeps the k highest (and what equals the last of them); min_p
+    In this order: temperature divides the logits; top_k keeps the k highest (and what equals the last of them); min_p
     keeps what has at least min_p times the highest probability (arXiv 2407.01082); top_p keeps the smallest set that
-    has at least this probability together (nucleus sampling, arXiv 1904.09751). The likeliest token always stays;
-    temperature 0 keeps it alone.
+    has at least this probability together (nucleus sampling, arXiv 1904.09751). The likeliest token always stays.
     """
-    if temperature < 1e-6:  # the limit of ever smaller ones, which float32 could not divide by
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: nothing can overflow
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[..., -1:]
@@ -97,85 +107,88 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
-def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0):
-    """Make tokens that were used less likely. logits: (..., V); prompt, written: ids.
+def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
+    """Make tokens that were used less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
 
-    repetition divides the scores above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
-    1909.05858). presence is taken from the score of what was written, frequency for each time (OpenAI's API).
+    repetition divides the logits above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
+    1909.05858). presence is taken from the logit of what was written, frequency for each time (OpenAI's API).
     """
     if repetition != 1.0 and (prompt or written):
         ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
-        scores = logits[..., ids]
-        logits = logits.index_copy(-1, ids, torch.where(scores > 0, scores / repetition, scores * repetition))
-    if (presence or frequency) and written:
-        counts = Counter(written)
-        ids = torch.tensor(list(counts), device=logits.device)
-        less = torch.tensor([presence + frequency * n for n in counts.values()], device=logits.device)
-        logits = logits.index_add(-1, ids, -less.expand(*logits.shape[:-1], -1))
+        used = logits[:, ids]
+        logits = logits.index_copy(1, ids, torch.where(used > 0, used / repetition, used * repetition))
+    added = dict(bias or {})
+    if presence or frequency:
+        for i, n in Counter(written).items():
+            added[i] = added.get(i, 0.0) - (presence + frequency * n)
+    if added:
+        ids = torch.tensor(list(added), device=logits.device)
+        amounts = torch.tensor([list(added.values())], dtype=torch.float32, device=logits.device)  # (1, number of ids)
+        logits = logits.index_add(1, ids, amounts)
     return logits
 
 
-def lay(logits):
-    """Lay the probabilities of all tokens side by side on a line: scores (B, V) -> where each of them ends, (B, V).
-
-    (In float64, since 50,000 additions in float32 would lose the rare.)
-    """
-    return logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-
-
-def draw(line, generator):
-    """One token of each row (B, V) by its probability: the one on which a random point of the line falls, (B,).
-
-    A point in (0, length], with a length that is 1 but for rounding, and the first token whose end is not before it: a
-    token of probability 0 has no length, so it is never met.
-    """
-    point = (1 - torch.rand(line.size(0), 1, dtype=torch.float64, generator=generator)) * line[:, -1:]
-    return torch.searchsorted(line, point)[:, 0]
-
-
 def is_greedy(settings):
-    """Is the choice always the likeliest token?"""
     return settings.temperature < 1e-6 or settings.top_k == 1
 
 
-def chances(logits, settings):
-    """What a token of each row is drawn from: the line of its probabilities, and the ids of the tokens on it.
+def sample_tokens(logits, settings, generators):
+    """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    logits: (B, V). With top_k, (B, top_k) of both, and all that follows is done with so few; else (B, V), and None for
-    ids that are in their order.
+    Each row has a generator of its own, so that its tokens do not depend on the others. A uniform number becomes a
+    token by the inverse of the cumulative distribution (cdf). (torch.multinomial takes one generator for all rows, and
+    a random number for each token of the vocabulary: seven times as long for 32,768 of them.)
     """
-    ids, top_k = None, settings.top_k
-    if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)
-    return lay(filter_logits(logits, settings.temperature, 0, settings.top_p, settings.min_p)), ids
+    if is_greedy(settings):  # of equals the lowest id
+        best = logits.max(dim=-1)
+        return torch.where(best.values.isfinite(), best.indices, -1).cpu()
+    ids = None
+    if 0 < settings.top_k < logits.size(-1):  # all that follows is done with k numbers, not V
+        best = logits.topk(settings.top_k)
+        logits, ids = best.values, best.indices.cpu()  # (B, k)
+    kept = filter_logits(logits.cpu(), settings.temperature, 0, settings.top_p, settings.min_p)
+    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # 50,000 float32 additions would lose the rare
+    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    # A point in (0, total] falls on the first token whose end is not before it: never on one of probability 0.
+    total = cdf[:, -1:]  # (B, 1); 1 but for rounding. nan and inf, which are among the likeliest, make it nan
+    tokens = torch.searchsorted(cdf, (1 - uniform) * total)  # (B, 1)
+    if ids is not None:
+        tokens = ids.gather(-1, tokens.clamp(max=ids.size(-1) - 1))
+    return torch.where(total.isfinite(), tokens, -1)[:, 0]
 
 
-def make_pick(settings, prompt, seed, bias=None):
-    """The `pick` of GPT.generate for one text: it has its own random numbers and remembers what was written.
+class Sampler:
+    """Chooses the tokens of one text: the `pick` of GPT.generate, with random numbers and penalties of its own.
 
-    settings: a Sampling. bias: {id: what to add to its score}. pick also takes `known`: the `chances` of
-    these scores, if somebody has computed them already, as the engine does for many texts at once. (They are of no use
-    where penalties or a bias change the scores.)
+    settings: a Sampling. prompt: ids. bias: {id: what to add to its logit}.
     """
-    generator, written = torch.Generator().manual_seed(seed), []
-    changes = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty or bias
 
-    def pick(logits, known=None):
-        logits = logits.cpu() if known is None or changes else logits
-        if changes:
-            known = None
-            logits = penalize(logits, prompt, written, settings.repetition_penalty, settings.presence_penalty,
-                              settings.frequency_penalty)
-        if bias:
-            logits = logits.index_add(-1, torch.tensor(list(bias)), torch.tensor([[*bias.values()]]).float())
-        line, ids = (None, None) if is_greedy(settings) else known or chances(logits, settings)
-        if not math.isfinite(logits.amax() if line is None else line[0, -1]):  # (nan and inf are among the likeliest)
-            raise UserError("the model returned scores that are not finite", "--device=cpu --dtype=float32")
-        token = logits.argmax(dim=-1) if line is None else draw(line, generator)  # (1,); greedy: of equals the lowest
-        token = token if ids is None else ids[0, token]
-        written.append(token.item())
+    def __init__(self, settings, prompt, seed, bias=None):
+        self.settings, self.prompt, self.bias = settings, prompt, bias
+        self.generator = torch.Generator().manual_seed(seed)
+        self.written = []
+        self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
+        self.changes = self.penalties != (1, 0, 0) or bool(bias)
+        # Texts of one group are sampled together. (A cdf of the whole vocabulary is made for one row at a time, which
+        # stays in the processor's cache: half the time of 8 rows of 32,768 together.)
+        if self.changes or not (settings.top_k or is_greedy(settings)):
+            self.group = id(self)
+        else:
+            self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
+
+    def change(self, logits):
+        """Logits (1, V) with penalties and bias."""
+        return penalize(logits, self.prompt, self.written, *self.penalties, self.bias)
+
+    def __call__(self, logits):
+        """Logits (1, V) -> a token (1,)."""
+        if self.changes:
+            logits = self.change(logits)
+        token = sample_tokens(logits, self.settings, [self.generator])
+        if token.item() < 0:
+            raise UserError("the model returned logits that are not finite", "--device=cpu --dtype=float32")
+        self.written.append(token.item())
         return token
-    return pick
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,88 +199,45 @@ class TextStream:
     """Puts text together from tokens as they come. What push and finish return, joined, is the text of the whole."""
 
     def __init__(self, tokenizer, stops=()):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.tokenizer = tokenizer
+        self.stops = [stop for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
-        self.held = ""  # text that may be the beginning of a stop string
+        self.pending = ""  # text that may be the beginning of a stop string
         self.stopped = False  # a stop string has come: what follows is not part of the text
 
     def push(self, token):
         """The text that is certain now that `token` has come; often the token's own, sometimes none."""
-        return self.give(self.decoder.decode(self.tokenizer.token_bytes(token)))
+        return self.add(self.decoder.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self):
         """The rest, when no more tokens come; half a character becomes U+FFFD."""
-        text = self.give(self.decoder.decode(b"", final=True)) + self.held
-        self.held = ""
+        text = self.add(self.decoder.decode(b"", final=True)) + self.pending
+        self.pending = ""
         return text
 
-    def give(self, new):
+    def add(self, new):
         if self.stopped:
             return ""
-        text = self.held + new
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
-        if found:  # of several the one that is complete first, however the text came in tokens; then the longest
-            self.stopped, self.held = True, ""
-            return text[:min(found)[1]]
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.held = text[len(text) - keep:]
-        return text[:len(text) - keep]
+        text = self.pending + new
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        if ends:  # of several the one that is complete first, however the text came in tokens; then the longest
+            self.stopped = True
+            self.pending = ""
+            return text[:min(ends)[1]]
+        beginnings = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        certain = len(text) - max(beginnings, default=0)
+        self.pending = text[certain:]
+        return text[:certain]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The terminal
 
 
-def write(model, tokenizer, ids, settings, seed):
-    """Print the continuation of the prompt `ids` as it comes. Returns (the text, the number of tokens)."""
-    size, ends = model.config.block_size, tokenizers.ends(tokenizer)
-    if len(ids) > size:
-        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size:,} are ignored")
-        ids = ids[-size:]
-    stream, n = TextStream(tokenizer, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]), 0
-    text = []
-
-    def write_on(new, end=""):
-        text.append(new)
-        show(new, end)
-
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    for token in model.generate(idx, settings.max_new_tokens, make_pick(settings, ids, seed)):
-        n += 1
-        if token.item() in ends and not settings.ignore_eos:
-            break
-        write_on(stream.push(token.item()))
-        if stream.stopped:
-            break
-    write_on(stream.finish(), end="\n")
-    return "".join(text), n
-
-
-def begin(prompt, tokenizer):
-    """Print the prompt; the ids that the model goes on from: nothing goes before a prompt."""
-    show(prompt, end="")
-    nothing = tokenizer.special.get(tokenizers.END_OF_TEXT)  # what stands before every document
-    return tokenizer.encode(prompt) or ([nothing] if nothing is not None else tokenizer.encode("\n"))
-
-
-def fit(messages, tokenizer, room):
-    """The ids of a conversation, in at most `room` tokens if that is possible: its oldest questions and answers are
-    taken out of `messages`, whole ones. A system message stays, and the last question."""
-    first, ids = int(messages[0]["role"] == "system"), tokenizer.chat(messages)
-    while len(ids) > room and len(messages) > first + 1:
-        del messages[first:first + 2]
-        ids = tokenizer.chat(messages)
-    return ids
-
-
-LIMITS = {"num_samples max_new_tokens": (1, 1e9), "top_k": (0, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1),
-          "min_p": (0, 1), "repetition_penalty": (0.01, 100), "presence_penalty frequency_penalty": (-100, 100),
-          "seed": (0, 2**62)}
-
-
 def read_prompt(prompt):
+    """The text of --prompt: itself, or of FILE:path."""
     if not prompt.startswith("FILE:"):
-        if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are none
             raise UserError(f"the prompt {prompt!r} is not UTF-8", "--prompt=FILE:path of a UTF-8 text")
         return prompt
     try:
@@ -281,64 +251,135 @@ def read_prompt(prompt):
                         "--prompt='some text', or --prompt=FILE:path of a UTF-8 text") from None
 
 
-def main(argv):
-    settings, _, runs = load(SampleConfig, argv)
-    check_limits(settings, LIMITS)
-    prompt = read_prompt(settings.prompt or settings.start)
-    device = machine.choose_device(settings.device)
-    named, int8 = ckpt.choose_run(runs, settings), settings.quantize == "int8"
-    model, tokenizer, run = ckpt.load_run(named, settings.checkpoint, device, int8)
-    say(f"{run['path']}: {model.n_params():,} parameters, " + (
-        "a Hugging Face model" if os.path.isdir(run["path"]) else
-        f"{run['step']} updates on {', '.join(run['source'])}") + (", in 8 bits" if run["int8"] else ""))
-    seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
-    machine.use_linear(model, machine.choose_dtype(settings.dtype, device)[0])
+def fit(messages, tokenizer, capacity):
+    """The ids of a conversation, at most `capacity` of them if that is possible: its oldest questions and answers are
+    taken out of `messages`, whole ones. A system message stays, and the last question."""
+    oldest = int(messages[0]["role"] == "system")
+    ids = tokenizer.chat(messages)
+    while len(ids) > capacity and len(messages) > oldest + 1:
+        del messages[oldest:oldest + 2]
+        ids = tokenizer.chat(messages)
+    return ids
 
-    said, outgrown, size = [], False, model.config.block_size  # said: the conversation so far, with --chat
-    if settings.chat and not run["chat"]:
-        folder = run["path"] if os.path.isdir(run["path"]) else os.path.dirname(run["path"]) or "."
-        prepare_first = (f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={quote(folder)}, then "
-                         f"train.py with --init_from={quote(folder)}")
-        raise UserError(f"{run['path']} has no chat format",
-                        prepare_first if tokenizers.END in tokenizer.special else pretrained.CHAT_FIX)
 
-    def answer(prompt, seed):
-        nonlocal outgrown
-        messages = [*said, dict(role="user", content=prompt)]
-        for i in range(settings.num_samples):
-            ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2)) if settings.chat else \
-                begin(prompt, tokenizer)
-            if len(messages) <= len(said) and not outgrown:
-                note(f"the conversation outgrows the context of {size:,} tokens: the model forgets the oldest messages")
-                outgrown = True
+def write(model, tokenizer, ids, settings, seed):
+    """Print the continuation of the prompt `ids` as it comes. Returns (the text, the number of tokens)."""
+    size, ends = model.config.block_size, tokenizers.ends(tokenizer)
+    if len(ids) > size:
+        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size:,} are ignored")
+        ids = ids[-size:]
+    stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
+    stream, text, n = TextStream(tokenizer, stops), "", 0
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
+    for token in model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed)):
+        n += 1
+        if token.item() in ends and not settings.ignore_eos:
+            break
+        new = stream.push(token.item())
+        text += new
+        show(new, end="")
+        if stream.stopped:
+            break
+    rest = stream.finish()
+    show(rest)
+    return text + rest, n
+
+
+class Writer:
+    """Answers prompts: each with a text that goes on from it or, with --chat, all in one conversation."""
+
+    def __init__(self, model, tokenizer, settings, seed):
+        self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
+        self.messages = []  # the conversation so far
+        self.has_forgotten = False  # is it longer than the context?
+
+    def begin(self, prompt):
+        """Print the prompt; its ids. Without one, the text begins as every document does."""
+        show(prompt, end="")
+        start = self.tokenizer.special.get(tokenizers.END_OF_TEXT)
+        return self.tokenizer.encode(prompt) or ([start] if start is not None else self.tokenizer.encode("\n"))
+
+    def fit(self, messages):
+        """The ids of a conversation, with space for an answer behind them."""
+        size, n = self.model.config.block_size, len(messages)
+        ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
+        if len(messages) < n and not self.has_forgotten:
+            note(f"the conversation outgrows the context of {size:,} tokens: the model forgets the oldest messages")
+            self.has_forgotten = True
+        return ids
+
+    def answer(self, prompt):
+        messages = [*self.messages, dict(role="user", content=prompt)]
+        for _ in range(self.settings.num_samples):
+            seed, self.seed = self.seed, self.seed + 1
+            ids = self.fit(messages) if self.settings.chat else self.begin(prompt)
             started = time.perf_counter()
-            text, n = write(model, tokenizer, ids, settings, seed + i)
-            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed + i}]")
-        said[:] = [*messages, dict(role="assistant", content=text)]
+            text, n = write(self.model, self.tokenizer, ids, self.settings, seed)
+            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
+        self.messages = [*messages, dict(role="assistant", content=text)]
 
-    if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        answer(prompt, seed)
-        return
+
+def ask(writer):
+    """Answer what is typed, until Ctrl-D. One bad prompt does not end it."""
     say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
     while True:
         try:
             prompt = input("> ")
             prompt.encode()  # (in some locales, what is not UTF-8 comes as half a character)
         except EOFError:
-            say()
-            return
+            return say()
         except UnicodeError:
             say("error: a prompt has to be UTF-8")
             continue
-        if settings.chat and not prompt.strip():
+        if writer.settings.chat and not prompt.strip():
             continue
         try:
-            answer(prompt, seed)
+            writer.answer(prompt)
         except UserError as error:
-            say(f"error: {error.fact}")  # one bad prompt need not end the conversation
+            say(f"error: {error.fact}")
         except KeyboardInterrupt:
             say("\n(stopped; Ctrl-D ends)")
-        seed += settings.num_samples
+
+
+def load_model(settings, runs):
+    """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
+    device = machine.choose_device(settings.device)
+    run = ckpt.choose_run(runs, settings)
+    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+
+
+def check_chat(run, tokenizer):
+    """Raises UserError where the model has no chat format."""
+    if run["chat"]:
+        return
+    path = run["path"]
+    folder = quote(path if os.path.isdir(path) else os.path.dirname(path) or ".")
+    fix = (f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={folder}, then train.py with "
+           f"--init_from={folder}")
+    raise UserError(f"{path} has no chat format", fix if tokenizers.END in tokenizer.special else pretrained.CHAT_FIX)
+
+
+def main(argv):
+    settings, _, runs = load(SampleConfig, argv)
+    check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
+    if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
+        raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='some text'")
+    prompt = read_prompt(settings.prompt or settings.start)
+    model, tokenizer, run = load_model(settings, runs)
+    source = f"{run['step']} updates on {', '.join(run['source'])}"
+    if os.path.isdir(run["path"]):
+        source = "a Hugging Face model"
+    say(f"{run['path']}: {model.n_params():,} parameters, {source}{', in 8 bits' if run['int8'] else ''}")
+    if settings.chat:
+        check_chat(run, tokenizer)
+    dtype, _ = machine.choose_dtype(settings.dtype, str(model.lm_head.weight.device))
+    machine.use_linear(model, dtype)
+    seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
+    writer = Writer(model, tokenizer, settings, seed)
+    if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        writer.answer(prompt)
+    else:
+        ask(writer)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ The server: a trained model over HTTP, with nothing but the standard library.
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
 
 There are three kinds of threads. One accepts connections. Every connection has one of its own, which reads a request,
-checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. They
-share two queues: requests go one way, events come back the other.
+checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. Requests
+go to it through one queue, events come back through another.
 
     serving/web.py      connections: everything that can be wrong with HTTP, and a limit on everything
     serving/api.py      what a request may say, and what the answers look like
     serving/engine.py   many requests at once on one model
-    serving/page.html  the page at /
-    serve.py    this file: the settings, the paths, the life of a request and of the process
+    serving/page.html   the page at /
+    serve.py            this file: the settings, the paths, the life of a request and of the process
 
-A request ends early when its client hangs up, which is looked for five times a second, or when its time is over. The
-process ends by a signal, after which what is running may finish, or with a model that fails whatever it is given.
+A request ends early when its client hangs up, or when its time is over. The process ends by a signal, after which what
+is running may finish, or with a model that fails whatever it is given.
 """
 import base64
 import contextlib
@@ -28,26 +28,26 @@ import math
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import traceback
 import urllib.parse
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from queue import Empty, Full
-from typing import Literal
 
-from serving import api
+from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
 from runtime.settings import check_limits, load
+from sample import ModelConfig, Sampling, load_model
+from serving import api
+from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
-
-# (torch takes seconds to import. What needs it is imported by the engine's thread, when the port is open already.)
+from training import log
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # the address to listen on; this one can be reached from this machine alone
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
@@ -63,20 +63,13 @@ class ServeConfig:
     api_key_file: str = ""  # the key that clients have to send is the first line of this file; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key: whoever reaches the port can use it
     cors_origin: str = ""  # the pages of this origin may use the server from a browser: https://example.org
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
-    out_dir: str = ""  # the RUN; by default the newest below out/
-    init_from: str = ""  # the RUN as well
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
-          "block_size": (0, 1e9),
-          "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6), "drain": (0, 1e6)}
+          "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
+          "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of the histograms in /metrics
+BUCKETS = ("0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "+Inf")  # seconds, of the histograms
 TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
 PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
@@ -86,35 +79,38 @@ class Served:
     """The model that is served, and what there is to say about it."""
 
     def __init__(self, settings, model, tokenizer, run):
-        from training import log
-        from runtime import machine
-        from serving.engine import Engine
-        path, c = run.get("path", "model"), model.config
-        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name = os.path.basename(os.path.normpath(folder))
+        path, device = run.get("path", "model"), str(model.lm_head.weight.device)
+        self.folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        self.name = os.path.basename(os.path.normpath(self.folder))
         self.tokenizer, self.chat = tokenizer, run.get("chat", False)
-        device, parameters = model.lm_head.weight.device, model.n_params()
-        dtype, _ = machine.choose_dtype(settings.dtype, str(device))
+        dtype, _ = machine.choose_dtype(settings.dtype, device)
+        parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
         self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
-        self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, c.vocab_size)
+        self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, model.config.vocab_size)
         # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
-        curve = [*log.read_rows(os.path.join(folder, "log.jsonl"))]
-        here = next((row for row in curve if row["step"] == run.get("step") and "val_bpb" in row), {})
-        self.info = dict(
-            name=self.name, parameters=parameters, step=run.get("step") or None,
-            source=[] if os.path.isdir(path) else [  # (of a Hugging Face folder nobody knows); names without places
-                re.split(r"[/\\]", source.partition("?")[0])[-1] for source in run.get("source", [])],
-            val_loss=run.get("val_loss", here.get("val_loss")), val_bpb=here.get("val_bpb"), context=self.context,
-            vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            family=f"{c.pos} {c.norm} {c.mlp}", device=str(device),
-            dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
-            tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")), chat=self.chat,
-            rows=self.engine.rows,
-            defaults=api.generate_defaults(), curve=[
-                (row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(curve)
-                if "val_loss" in row or i % math.ceil(len(curve) / 500) == 0])
+        dtype = "int8" if run.get("int8") else str(dtype).removeprefix("torch.")
+        self.info = self.facts(model.config, run) | dict(parameters=parameters, device=device, dtype=dtype)
+
+    def facts(self, config, run):
+        """What /model-info says of a run; of files it gives names, and no places."""
+        rows = [*log.read_rows(os.path.join(self.folder, "log.jsonl"))]
+        measured = [row for row in rows if row["step"] == run.get("step") and "val_bpb" in row]
+        row = measured[0] if measured else {}
+        every = math.ceil(len(rows) / 500)
+        sources = [] if run.get("path") == self.folder else run.get("source", [])  # nobody knows a Hugging Face model's
+        defaults = {field.name: field.default for field in fields(Sampling) if field.name in api.RANGES}
+        return dict(
+            name=self.name, step=run.get("step") or None, chat=self.chat, rows=self.engine.rows, context=self.context,
+            source=[re.split(r"[/\\]", source.partition("?")[0])[-1] for source in sources],
+            val_loss=run.get("val_loss", row.get("val_loss")), val_bpb=row.get("val_bpb"),
+            vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+            family=f"{config.pos} {config.norm} {config.mlp}",
+            tokenizer=dict(kind=self.tokenizer.kind, sha256=run.get("tokenizer_sha256")),
+            defaults=defaults | {"max_tokens": api.Generate.max_tokens},
+            curve=[(row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(rows)
+                   if "val_loss" in row or i % every == 0])
 
 
 class Server:
@@ -125,9 +121,13 @@ class Server:
     """
 
     def __init__(self, settings, load):
-        self.settings, self.load, self.served, self.failure = settings, load, None, None
-        self.draining, self.ended = False, threading.Event()
-        self.lock, self.answers, self.first, self.took = threading.Lock(), Counter(), Histogram(), Histogram()
+        self.settings, self.load = settings, load
+        self.served = self.failure = None  # a Served, when it is loaded; the error that ended a thread
+        self.draining = False
+        self.ended = threading.Event()
+        self.lock = threading.Lock()  # guards what /metrics tells
+        self.answers = Counter()
+        self.first, self.took = new_histogram(), new_histogram()
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
@@ -141,8 +141,8 @@ class Server:
             **{path: {"POST": self.generate} for path in DIALECTS}}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
-        self.threads = [threading.Thread(target=self.guard, args=arguments, daemon=True)
-                        for arguments in ((self.work,), (self.web.serve_forever, 0.1))]
+        self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
+        self.web_thread = threading.Thread(target=self.guard, args=[self.web.serve_forever, 0.1], daemon=True)
 
     @property
     def engine(self):
@@ -152,13 +152,15 @@ class Server:
     def state(self):
         if self.failure:
             return "dead"
-        return "draining" if self.draining else "ok" if self.served else "loading"
+        if self.draining:
+            return "draining"
+        return "ok" if self.served else "loading"
 
     # The life of the process
 
     def start(self):
-        for thread in self.threads:
-            thread.start()
+        self.engine_thread.start()
+        self.web_thread.start()
 
     def work(self):
         """The engine's thread: load the model, then compute whenever there is something to compute."""
@@ -169,7 +171,7 @@ class Server:
             self.engine.run()
 
     def guard(self, function, *arguments):
-        """Run what the server cannot do without: whatever ends it is why the server is dead."""
+        """Run what the server cannot do without. Whatever ends it, the server is dead."""
         try:
             function(*arguments)
         except BaseException as error:  # (a panic of Rust code is no Exception)
@@ -179,7 +181,7 @@ class Server:
         self.ended.set()
 
     def stop(self, drain=0):
-        """Give running requests `drain` seconds, end those that are left, hang up on everyone, and close the port."""
+        """Give running requests `drain` seconds, end those that are left, and close all connections."""
         self.draining = True
         if not self.failure:
             self.web.wait_until_idle(drain)
@@ -188,7 +190,7 @@ class Server:
             self.web.wait_until_idle(1)  # each request gets its last words
         self.web.close()
         if self.engine:
-            self.threads[0].join(10)
+            self.engine_thread.join(10)
 
     def ready(self):
         """The model; raises Refuse while there is none."""
@@ -199,24 +201,25 @@ class Server:
     # The life of a request for tokens
 
     def generate(self, connection):
-        route = connection.find_route()
         served = self.ready()
         deadline = time.monotonic() + self.settings.request_timeout  # for all that follows
-        job = connection.job = connection.read_body(lambda body: DIALECTS[route](body, served, deadline))
+        dialect = DIALECTS[connection.route]
+        job = connection.job = connection.read_body(lambda body: dialect(body, served, deadline))
         if len(job.requests) > served.engine.rows + self.settings.max_queue:
             raise Refuse(400, f"{len(job.requests)} texts at once are more than this server can ever take", "n")
         try:
             served.engine.submit(*job.requests)
         except Full:
             raise Refuse(503, "too many requests are waiting", code="overloaded") from None
-        # The engine keeps to the request's own deadline; this one is for a client that takes its answer too slowly.
-        connection.limit(self.settings.request_timeout + self.settings.write_timeout, socket.SHUT_RDWR)
+        # The engine keeps to the deadline; this limit is for a client that takes its answer too slowly.
+        connection.limit(self.settings.request_timeout + self.settings.write_timeout)
         try:
             if job.stream:
                 return self.stream(connection, job)
-            for event in (event for events in self.wait(connection, job) for event in events):
-                if refuse := job.failure(event.finish_reason):
-                    raise refuse
+            for events in self.wait(connection, job):
+                for event in events:
+                    if refuse := job.failure(event.finish_reason):
+                        raise refuse
             connection.respond(200, job.answer())
         finally:
             for request in job.requests:
@@ -224,10 +227,11 @@ class Server:
 
     def wait(self, connection, job):
         """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
-        left, looked, events = len(job.requests), 0.0, []
+        left, looked = len(job.requests), 0.0
         while left:
+            events = []
             with contextlib.suppress(Empty):
-                events = [job.events.get(timeout=0.2)]
+                events.append(job.events.get(timeout=0.2))
             while not job.events.empty():
                 events.append(job.events.get())
             if time.monotonic() - looked > 0.2:
@@ -236,7 +240,6 @@ class Server:
                     raise ConnectionError
             left -= sum(bool(event.finish_reason) for event in events)
             yield events
-            events = []
 
     def stream(self, connection, job):
         connection.start_events()
@@ -244,11 +247,12 @@ class Server:
             chunks = []
             for event in events:
                 if refuse := job.failure(event.finish_reason):
-                    connection.end_events(*chunks, *job.chunks(event._replace(finish_reason="")), refuse.body)
+                    chunks += job.chunks(event._replace(finish_reason=""))
+                    connection.send_events(*chunks, refuse.body, end=True)
                     return refuse.status
                 chunks += job.chunks(event)
             connection.send_events(*chunks)
-        connection.end_events(*job.last())
+        connection.send_events(*job.last(), end=True)
 
     # The other paths
 
@@ -269,21 +273,16 @@ class Server:
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
-
-        def answer(body):
-            ids = list(map(int, api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES)))
-            return {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]}
-        connection.respond(200, connection.read_body(answer))
+        ids = connection.read_body(lambda body: api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES))
+        ids = list(map(int, ids))
+        connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
 
     def detokenize(self, connection):
         tokenizer = self.ready().tokenizer
-
-        def answer(body):
-            ids = api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size)
-            size = sum(len(tokenizer.token_bytes(i)) for i in ids)
-            api.check_size("the text of ids", size, TOKENIZE_BYTES, "ids")
-            return {"text": tokenizer.decode(ids)}
-        connection.respond(200, connection.read_body(answer))
+        ids = connection.read_body(lambda body: api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size))
+        size = sum(len(tokenizer.token_bytes(i)) for i in ids)
+        api.check_size("the text of ids", size, TOKENIZE_BYTES, "ids")
+        connection.respond(200, {"text": tokenizer.decode(ids)})
 
     def playground(self, connection):
         connection.respond(200, self.page, {
@@ -297,52 +296,46 @@ class Server:
         """
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
-            self.answers[route, status] += 1
-            for first, submitted in ((request.first, request.submitted) for request in requests):
-                if first:
-                    self.first.add(first - submitted)
-                    self.took.add(now - submitted)
+            self.answers[f'{{route="{route}",status="{status}"}}'] += 1
+            for request in requests:
+                if request.first:
+                    count(self.first, request.first - request.submitted)
+                    count(self.took, now - request.submitted)
         if route != "/health":  # for which somebody asks every few seconds
             command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
             tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
             say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
 
     def metrics(self, connection):
-        """For Prometheus: a line per number."""
-        lines, engine = [], self.engine
-
-        def add(name, kind, *values):
-            lines.append(f"# TYPE openllm_{name} {kind}")
-            lines.extend(f"openllm_{name}{labels} {value}" for labels, value in values)
-
+        """For Prometheus: a line per number. The histograms are of every choice of an answer."""
+        engine = self.engine
         with self.lock:
-            add("requests_total", "counter", *((f'{{route="{route}",status="{status}"}}', n)
-                                               for (route, status), n in sorted(self.answers.items())))
-            add("first_token_seconds", "histogram", *self.first.lines())  # of every choice of an answer
-            add("request_seconds", "histogram", *self.took.lines())
-        add("connections", "gauge", ("", len(self.web.connections)))
-        add("requests_running", "gauge", ("", len(engine.running) if engine else 0))
-        add("requests_waiting", "gauge", ("", len(engine.waiting) if engine else 0))
-        for name, what in (("steps", "steps"), ("cancelled", "n_cancelled"), ("prompt_tokens", "prompt_tokens"),
-                           ("completion_tokens", "completion_tokens")):
-            add(f"{name}_total", "counter", ("", getattr(engine, what) if engine else 0))
-        add("resident_memory_bytes", "gauge", ("", resident_memory()))
-        connection.respond(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
+            families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
+                        ("first_token_seconds", "histogram", dict(self.first)),
+                        ("request_seconds", "histogram", dict(self.took))]
+        gauges = {"connections": len(self.web.connections), "resident_memory_bytes": resident_memory(),
+                  "requests_running": len(engine.running) if engine else 0,
+                  "requests_waiting": len(engine.waiting) if engine else 0}
+        families += [(name, "gauge", {"": value}) for name, value in gauges.items()]
+        families += [(f"{name}_total", "counter", {"": getattr(engine, name, 0)})
+                     for name in ("steps", "cancelled", "prompt_tokens", "completion_tokens")]
+        lines = []
+        for name, kind, values in families:
+            lines.append(f"# TYPE openllm_{name} {kind}\n")
+            lines += [f"openllm_{name}{labels} {value}\n" for labels, value in values.items()]
+        connection.respond(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
-class Histogram:
-    """How many of the values were at most so large, for each of BUCKETS; as Prometheus has it."""
+def new_histogram():
+    """{what stands behind its name in /metrics: value}: how many values were at most so large, for each of BUCKETS."""
+    return dict.fromkeys([*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), "_sum", "_count"], 0)
 
-    def __init__(self):
-        self.counts, self.sum = [0] * len(BUCKETS), 0.0
 
-    def add(self, value):
-        self.counts, self.sum = [n + (value <= bound) for n, bound in zip(self.counts, BUCKETS)], self.sum + value
-
-    def lines(self):
-        names = ["+Inf" if bound == math.inf else bound for bound in BUCKETS]
-        return [*((f'_bucket{{le="{name}"}}', n) for name, n in zip(names, self.counts)),
-                ("_sum", self.sum), ("_count", self.counts[-1])]
+def count(histogram, value):
+    for bound in BUCKETS:
+        histogram[f'_bucket{{le="{bound}"}}'] += value <= float(bound)
+    histogram["_sum"] += value
+    histogram["_count"] += 1
 
 
 def resident_memory():
@@ -370,7 +363,7 @@ def read_key(settings):
 
 
 def read_page():
-    """serving/page.html, and the policy under which a browser runs nothing but what stands in it, known by its hash."""
+    """The page, and the policy under which a browser runs nothing but its style and script, known by their hashes."""
     with open(PAGE, "rb") as file:
         page = file.read()
 
@@ -386,15 +379,7 @@ def read_page():
 def main(argv):
     settings, _, runs = load(ServeConfig, argv)
     check_limits(settings, LIMITS)
-
-    def load_model():
-        from runtime import machine
-        from training import checkpoint as ckpt
-        device = machine.choose_device(settings.device)
-        return ckpt.load_run(ckpt.choose_run(runs, settings), settings.checkpoint, device,
-                                settings.quantize == "int8")
-
-    server, signals = Server(settings, load_model), []
+    server, signals = Server(settings, lambda: load_model(settings, runs)), []
 
     def on_signal(number, frame):
         if signals:

@@ -31,7 +31,7 @@ from formats.quantized import quantize
 from model import GPT, GPTConfig
 from runtime import machine
 from runtime.console import UserError, note
-from sample import Sampling, make_pick
+from sample import Sampler, Sampling
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
 
@@ -117,10 +117,11 @@ def ours(model, tokenizer, prompt, new):
                "float32": Engine(copy.deepcopy(model), tokenizer, rows=MANY)}
 
     def alone(model):
-        list(model.generate(torch.tensor([prompt]), new, make_pick(Sampling(**CHOICE), prompt, 0)))
+        list(model.generate(torch.tensor([prompt]), new, Sampler(Sampling(**CHOICE), prompt, 0)))
 
     def in_engine(engine, n):
-        engine.held = {row: [] for row in engine.held}  # or it would not read what it has read before
+        for slot in engine.slots:
+            slot.cached = []  # or it would not read what it has read before
         engine.complete([Request(ids=prompt[i:] + prompt[:i], max_tokens=new, seed=i, ignore_eos=True, **CHOICE)
                          for i in range(n)])
 

@@ -2,74 +2,80 @@
 """
 The contract of the server: from the JSON of a client to requests for the engine, and from their tokens back to JSON.
 
-    job = Generate({"prompt": "def ", "max_tokens": 20}, served)
+    job = Generate({"prompt": "def ", "max_tokens": 20}, served, deadline)
     job.requests                 # for engine.submit; their events come in job.events
     job.chunks(event)            # what a streaming client gets for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, so that programs that were written
-for it work here (as far as they go: whatever would change an answer and is not supported is refused, not ignored).
+Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, for programs that were written for
+it. What would change an answer and is not supported is refused, not ignored.
 
-Everything that comes in is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that
-names the field. A token id beyond the vocabulary would end a process with a GPU for good.
+Everything is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that names the
+field. (A token id beyond the vocabulary would end a process with a GPU for good.)
 """
 import codecs
-import dataclasses
 import difflib
 import json
 import queue
+import re
 import secrets
 import time
 
 from runtime.console import UserError
+from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling
+from serving.engine import Request
 from serving.web import Refuse
 
-MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_MESSAGES = 8, 4, 4, 2048
+MAX_PROMPTS, MAX_CHOICES, MAX_MESSAGES, MAX_BIASES = 8, 4, 2048, 300
 MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # in one answer: a short request must not fill the memory
-RANGES = {  # name: (lowest, highest), inclusive
-    "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}
-UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the values that change nothing
-    "tools": ([],), "functions": ([],), "suffix": ("",), "best_of": (1,), "response_format": ({"type": "text"},)}
-MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_length", "max_completion_tokens")  # one field; the answer alone
+UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the value that changes nothing
+    "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
+MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
+FAILURES = {  # finish_reason: the Refuse that stands for it
+    "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request"),
+    "timeout": (503, "the request took too long", None, "timeout")}
 
 
 def short(value):
     """A value as an error may show it: a scalar, and not much of it."""
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
     if isinstance(value, int) and abs(value) > 10**20:
         return "a number of very many digits"  # (Python refuses to print more than some 4,000 of them)
-    return json.dumps(value)[:40]
+    return json.dumps(value[:40] if isinstance(value, str) else value)[:40]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading fields. None, JSON's null, always means the default.
+# The fields of a request: for each, a function (value, name) that returns the value, or raises Refuse
 
 
-def number(body, name, default, kind=float, low=None, high=None):
-    low, high = RANGES[name] if low is None else (low, high)
-    value = body.get(name)
-    if value is None:
-        return default
-    # (type and not isinstance: true is an int to Python. A NaN is not between anything.)
-    if type(value) not in (int, kind) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise Refuse(400, f"{name} must be {what} from {low} to {high}, not {short(value)}", name)
-    return kind(value)
+def need(condition, name, message, code=None):
+    """Refuse a request whose field `name` does not meet a condition."""
+    if not condition:
+        raise Refuse(400, message, name, code)
 
 
-def flag(body, name):
-    value = body.get(name)
-    if value is not None and type(value) is not bool:
-        raise Refuse(400, f"{name} must be true or false, not {short(value)}", name)
-    return bool(value)
+def number(kind, lowest, highest):
+    what = f"{'a whole number' if kind is int else 'a number'} from {lowest} to {highest}"
+
+    def check(value, name):
+        # (type and not isinstance: true is an int to Python. A NaN is not between anything.)
+        fits = type(value) in (int, kind) and lowest <= value <= highest
+        need(fits, name, f"{name} must be {what}, not {short(value)}")
+        return kind(value)
+    return check
+
+
+def flag(value, name):
+    need(type(value) is bool, name, f"{name} must be true or false, not {short(value)}")
+    return value
 
 
 def text(value, name):
     """A text that can be written as UTF-8: JSON can say half a surrogate pair, which is no character."""
-    if type(value) is not str:
-        raise Refuse(400, f"{name} must be a text, not {short(value)}", name)
+    need(type(value) is str, name, f"{name} must be a text, not {short(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -77,49 +83,44 @@ def text(value, name):
     return value
 
 
-def stops(body):
-    value = body.get("stop")
-    found = [] if value is None else value if type(value) is list else [value]
-    if len(found) > MAX_STOPS:
-        raise Refuse(400, f"stop may be {MAX_STOPS} texts, not {len(found)}", "stop")
+def stops(value, name):
+    found = value if type(value) is list else [value]
+    need(len(found) <= MAX_STOPS, name, f"{name} may be {MAX_STOPS} texts, not {len(found)}")
     for stop in found:
-        if not 1 <= len(text(stop, "stop")) <= 256:
-            raise Refuse(400, f"a stop text has 1 to 256 characters, not {len(stop)}", "stop")
+        size = len(text(stop, name))
+        need(1 <= size <= STOP_LENGTH, name, f"a stop text has 1 to {STOP_LENGTH} characters, not {size}")
     return found
 
 
+def logit_bias(value, name):
+    """{id: bias}. (Job.request looks whether the model has the ids.)"""
+    fits = type(value) is dict and len(value) <= MAX_BIASES
+    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} token ids")
+    for key in value:
+        need(re.fullmatch("[0-9]{1,9}", key), name, f"{name} has {short(key)}, which is no token id")
+    check = number(float, -100, 100)
+    return {int(key): check(bias, name) for key, bias in value.items()}
+
+
+FIELDS = {name: number(type(getattr(Sampling, name)), *RANGES[name]) for name in RANGES if hasattr(Sampling, name)} | {
+    "seed": number(int, *RANGES["seed"]), "stop": stops, "ignore_eos": flag, "logit_bias": logit_bias, "stream": flag}
+
+
 def token_ids(value, name, vocab_size):
-    if type(value) is not list:
-        raise Refuse(400, f"{name} must be a list of token ids, not {short(value)}", name)
+    need(type(value) is list, name, f"{name} must be a list of token ids, not {short(value)}")
     for i in value:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise Refuse(400, f"{name} holds {short(i)}, but token ids go from 0 to {vocab_size - 1}", name)
     return value
 
 
-def logit_bias(body, vocab_size):
-    value, found = body.get("logit_bias"), {}
-    if value is None:
-        return found
-    if type(value) is not dict or len(value) > 300:
-        raise Refuse(400, "logit_bias must be an object of at most 300 token ids", "logit_bias")
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
-            raise Refuse(400, f"logit_bias has {short(key)}, but token ids go from 0 to {vocab_size - 1}", "logit_bias")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise Refuse(400, f"logit_bias of {key} must be a number from -100 to 100, not {short(bias)}", "logit_bias")
-        found[int(key)] = float(bias)
-    return found
-
-
 def check_size(what, size, most_bytes, name):
-    if size > most_bytes:
-        raise Refuse(400, f"{what} has {size} bytes; more than {most_bytes} are too many", name,
-                     "context_length_exceeded")
+    need(size <= most_bytes, name, f"{what} has {size} bytes; more than {most_bytes} are too many",
+         "context_length_exceeded")
 
 
 def encode(value, name, tokenizer, most_bytes):
-    """The ids of a text, which is not looked at if it is too long: the time of the processor belongs to all."""
+    """The ids of a text; one that is too long is not even encoded, since all share the processor."""
     check_size(name, len(text(value, name).encode()), most_bytes, name)
     try:
         return tokenizer.encode(value)
@@ -129,30 +130,27 @@ def encode(value, name, tokenizer, most_bytes):
 
 def prompt_ids(value, served):
     """A prompt, a text or a list of token ids, as ids."""
-    if type(value) not in (str, list):
-        raise Refuse(400, f"prompt must be a text or a list of token ids, not {short(value)}", "prompt")
+    what = f"prompt must be a text or a list of token ids, not {short(value)}"
+    need(type(value) in (str, list), "prompt", what)
     ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
-    if not ids:
-        raise Refuse(400, "prompt is empty; to start from nothing, give the id of the end-of-text token", "prompt")
+    need(ids, "prompt", "prompt is empty; to start from nothing, give the id of the end-of-text token")
     return ids
 
 
 def check_messages(value, most_bytes):
     """OpenAI's messages as [{"role", "content"}], the content a text."""
-    if type(value) is not list or not 1 <= len(value) <= MAX_MESSAGES:
-        raise Refuse(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
-    found = []
+    name, found = "messages", []
+    fits = type(value) is list and 1 <= len(value) <= MAX_MESSAGES
+    need(fits, name, f"messages must be a list of 1 to {MAX_MESSAGES} messages")
     for message in value:
-        if type(message) is not dict or message.get("role") not in ("system", "user", "assistant"):
-            raise Refuse(400, "a message must have a role, one of system, user, assistant", "messages")
+        fits = type(message) is dict and message.get("role") in ("system", "user", "assistant")
+        need(fits, name, "a message must have a role, one of system, user, assistant")
         content = message.get("content")
-        if type(content) is list:  # of parts; only texts are understood here
-            parts = [part.get("text") for part in content if type(part) is dict and part.get("type") == "text"]
-            content = "".join(text(part, "messages") for part in parts) if len(parts) == len(content) else None
-        found.append(dict(role=message["role"], content=text(content, "messages")))
-    check_size("messages", sum(len(message["content"].encode()) for message in found), most_bytes, "messages")
-    if found[-1]["role"] == "assistant":
-        raise Refuse(400, "the last message must not be the assistant's", "messages")
+        if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
+            content = "".join(text(part.get("text"), name) for part in content)  # other parts are not understood here
+        found.append(dict(role=message["role"], content=text(content, name)))
+    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes, name)
+    need(found[-1]["role"] != "assistant", name, "the last message must not be the assistant's")
     return found
 
 
@@ -175,79 +173,72 @@ def finite(logprob):
     return max(logprob, -9999.0)  # JSON has no -inf
 
 
-def generate_defaults():
-    """What /generate takes where a request says nothing: the settings of sample.py."""
-    from sample import Sampling
-    return {"max_tokens": Job.max_tokens} | {field.name: field.default for field in dataclasses.fields(Sampling)
-                                             if field.name in RANGES}
-
-
 class Job:
-    """What the dialects share: the fields of sampling, the check that it fits, and the queue of events."""
+    """What the dialects share: reading the fields, the check that prompt and answer fit, and the queue of events."""
 
+    fields = FIELDS
     defaults = {}  # where they differ from those of sample.py
     max_tokens = 128  # by default; None: what is left of the context
+    failures = FAILURES
     echo = False
 
     def __init__(self, body, served, deadline):
         self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
         self.requests, self.events = [], queue.SimpleQueue()
-        self.stream, self.created, self.started = flag(body, "stream"), time.time(), time.monotonic()
+        self.created, self.started = time.time(), time.monotonic()
+        self.stream = self.get("stream", False)
         self.read()
         self.body = None  # it takes memory, and all of it has been read
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        if logprobs > MAX_LOGPROBS:
-            raise Refuse(400, f"the answer could have {logprobs:,} log-probabilities; more than {MAX_LOGPROBS:,} are "
-                         "too many: give a lower max_tokens, or ask for fewer alternatives", "logprobs")
+        need(logprobs <= MAX_LOGPROBS, "logprobs", f"the answer could have {logprobs:,} log-probabilities, more than "
+             f"{MAX_LOGPROBS:,}: give a lower max_tokens, or ask for fewer alternatives")
 
-    def request(self, ids, logprobs, lowest=1, **more):
-        """A request of the engine with the prompt `ids` and the settings of the body."""
-        from serving.engine import Request  # here, since torch takes seconds to import, and the port opens before that
-        body, values = self.body, {"stop": stops(self.body), "ignore_eos": flag(self.body, "ignore_eos")}
-        for field in dataclasses.fields(Request):
-            if field.name in RANGES and field.name not in ("max_tokens", "seed"):
-                default = self.defaults.get(field.name, field.default)
-                values[field.name] = number(body, field.name, default, type(field.default))
-        seed = number(body, "seed", secrets.randbits(32), int)
-        size, name = self.served.context, "messages" if "messages" in body else "prompt"
+    def get(self, name, default=None):
+        """The value of a field. None, JSON's null, always means the default."""
+        value = self.body.get(name)
+        return default if value is None else self.fields[name](value, name)
+
+    def request(self, ids, logprobs, name="prompt", lowest=1, **more):
+        """A request of the engine: the prompt `ids`, which came in the field `name`, and the settings of the body."""
         token_ids(ids, name, self.served.vocab_size)  # (the model may have fewer than the tokenizer)
-        limit, *others = [field for field in MAX_TOKENS if body.get(field) is not None] or ["max_tokens"]
-        for other in others:
-            if body[other] != body[limit]:
-                raise Refuse(400, f"{limit} and {other} are the same field, and have two values", other)
-        asked = number(body, limit, None, int, lowest, RANGES["max_tokens"][1])
-        # (A prompt that fills the context can still be scored, and its one next token needs no position of its own.)
-        left = size - len(ids) if not (self.echo and len(ids) == size) else 1
-        if left < 1:
-            raise Refuse(400, f"{name} takes {len(ids)}/{size} tokens of the context, and leaves no room for an answer",
-                         name, "context_length_exceeded")
-        if asked is not None and asked > left:
-            raise Refuse(400, f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; "
-                         f"{limit}={left} would fit", limit, "context_length_exceeded")
-        new = asked if asked is not None else min(self.max_tokens or left, left)
-        return Request(ids=ids, max_tokens=new, logprobs=logprobs, streams=self.stream, events=self.events,
-                       logit_bias=logit_bias(body, self.served.vocab_size), deadline=self.deadline,
-                       **{**values, "seed": seed, **more})
+        settings = {field: self.get(field, default) for field, default in self.defaults.items()}
+        for field in vars(Sampling()):
+            if self.body.get(field) is not None:
+                settings[field] = self.get(field)
+        bias = self.get("logit_bias", {})
+        token_ids(list(bias), "logit_bias", self.served.vocab_size)
+        return Request(ids=ids, max_tokens=self.fit(ids, name, lowest), logprobs=logprobs, logit_bias=bias,
+                       seed=self.get("seed", secrets.randbits(32)), deadline=self.deadline, streams=self.stream,
+                       events=self.events, **settings, **more)
 
-    def token(self, token, chat=False):
-        """A token and its alternatives as JSON."""
-        raw = {"token": spell(self.tokenizer, token.id), "logprob": finite(token.logprob),
-               "bytes": [*self.tokenizer.token_bytes(token.id)]}
-        top = [{"id": i, "token": spell(self.tokenizer, i), "logprob": finite(p)} for i, p in token.top]
-        if chat:
-            return raw | {"top_logprobs": [
-                {"token": t["token"], "logprob": t["logprob"], "bytes": [*self.tokenizer.token_bytes(t["id"])]}
-                for t in top]}
-        return {"id": token.id, **raw, "top": top}
+    def fit(self, ids, name, lowest):
+        """How many tokens the answer may have. Raises Refuse where they do not fit behind the prompt."""
+        size = self.served.context
+        given = {field: self.body[field] for field in MAX_TOKENS if self.body.get(field) is not None}
+        for field, value in given.items():
+            number(int, lowest, RANGES["max_new_tokens"][1])(value, field)
+        *_, last = [MAX_TOKENS[0], *given]
+        need(len(set(given.values())) < 2, last, f"{' and '.join(given)} are the same field, and have two values")
+        limit, asked = next(iter(given.items()), ("max_tokens", None))
+        left = size - len(ids)
+        if self.echo and left == 0:
+            left = 1  # a prompt that fills the context can be scored, and its one next token needs no position
+        what = f"{name} takes {len(ids)}/{size} tokens of the context, and leaves none for an answer"
+        need(left > 0, name, what, "context_length_exceeded")
+        if asked is None:
+            return min(self.max_tokens or left, left)
+        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; {left} would fit"
+        need(asked <= left, limit, what, "context_length_exceeded")
+        return asked
+
+    def token(self, i, logprob):
+        """A token as JSON."""
+        return {"token": spell(self.tokenizer, i), "logprob": finite(logprob), "bytes": [*self.tokenizer.token_bytes(i)]}
 
     def failure(self, reason):
         """The Refuse that stands for a finish_reason that is no answer, or None."""
-        if reason == "cancelled":
-            return Refuse(503, "the server is shutting down")
-        if reason == "timeout":
-            return Refuse(503, "the request took too long", code="timeout")
-        return Refuse(500, "the model failed on this request") if reason == "error" else None
+        return Refuse(*self.failures[reason]) if reason in self.failures else None
 
     def last(self):
         """Chunks after all requests have ended."""
@@ -257,38 +248,45 @@ class Job:
 class Generate(Job):
     """POST /generate"""
 
-    fields = {"prompt", "stream", "stop", "ignore_eos", "logprobs", "logit_bias", *MAX_TOKENS, *RANGES}
+    fields = FIELDS | {"logprobs": number(int, 0, 20)}
+    failures = {reason: refuse for reason, refuse in FAILURES.items() if reason != "timeout"}  # an answer, so far
 
     def read(self):
+        known = [*self.fields, "prompt", *MAX_TOKENS]
         for name in self.body:
-            if name not in self.fields:
-                near = difflib.get_close_matches(name[:40], sorted(self.fields), 1)
+            if name not in known:
+                near = difflib.get_close_matches(name[:40], known, 1)
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
-        top = number(self.body, "logprobs", 0, int, 0, 20)
-        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.served), top or None)]
-
-    def failure(self, reason):
-        return None if reason == "timeout" else super().failure(reason)  # here it is an answer, as far as it goes
+        logprobs = self.get("logprobs") or None
+        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.served), logprobs)]
 
     def numbers(self, request):
         return {"prompt_tokens": len(request.ids), "completion_tokens": request.n, "seed": request.seed,
                 "finish_reason": request.finish_reason, "time": round(time.monotonic() - self.started, 4)}
 
     def tokens(self, tokens):
-        return {"tokens": [self.token(token) for token in tokens]} if self.requests[0].logprobs else {}
+        if not self.requests[0].logprobs:
+            return {}
+        return {"tokens": [{"id": token.id, **self.token(token.id, token.logprob), "top": [
+            {"id": i, "token": spell(self.tokenizer, i), "logprob": finite(p)} for i, p in token.top]}
+            for token in tokens]}
 
     def answer(self):
         request, = self.requests
         return {"generated_text": request.text} | self.numbers(request) | self.tokens(request.tokens)
 
     def chunks(self, event):
-        chunks = [{"text": event.text} | self.tokens(event.tokens)] if event.text or event.tokens else []
-        return chunks + ([{"text": ""} | self.numbers(event.request)] if event.finish_reason else [])
+        chunks = []
+        if event.text or event.tokens:
+            chunks.append({"text": event.text} | self.tokens(event.tokens))
+        if event.finish_reason:
+            chunks.append({"text": ""} | self.numbers(event.request))
+        return chunks
 
 
 class Choice:
-    """What an answer with several texts has to remember of one, from a chunk of a stream to the next."""
+    """One of the texts of an answer, and what its stream has to remember from a chunk to the next."""
 
     def __init__(self, index, prompt):
         self.index, self.prompt = index, prompt  # prompt: what is repeated of it
@@ -299,48 +297,50 @@ class Choice:
 class Completions(Job):
     """POST /v1/completions: several prompts, several choices each, the prompt's own log-probabilities."""
 
+    fields = FIELDS | {"n": number(int, 1, MAX_CHOICES), "echo": flag, "logprobs": number(int, 0, 5)}
     defaults = {"temperature": 1.0, "top_k": 0}
     max_tokens, prefix = 16, "cmpl-"
     kind = chunk_kind = "text_completion"
+    opening = []  # what a stream says before the text
 
     def read(self):
-        self.common()
+        self.read_common()
         prompts = self.body.get("prompt")
         if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
             prompts = [prompts]
-        if len(prompts) > MAX_PROMPTS:
-            raise Refuse(400, f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}", "prompt")
-        self.echo = flag(self.body, "echo")
-        top = number(self.body, "logprobs", None, int, 0, 5)
-        self.texts = [text(p, "prompt") if type(p) is str else None for p in prompts]
-        self.choices([prompt_ids(p, self.served) for p in prompts], top, lowest=0 if self.echo else 1,
-                     prompt_logprobs=0 if self.echo and top is not None else None)
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}")
+        self.echo, logprobs = self.get("echo", False), self.get("logprobs")
+        prompts = [(prompt_ids(prompt, self.served), prompt) for prompt in prompts]
+        scored = 0 if self.echo and logprobs is not None else None
+        self.ask([ids for ids, _ in prompts], logprobs, lowest=0 if self.echo else 1, prompt_logprobs=scored)
+        if self.echo:
+            echoed = self.n * sum(len(self.tokenizer.token_bytes(i)) for ids, _ in prompts for i in ids)
+            check_size("the echo", echoed, ECHO_BYTES, "prompt")
+            for choice in self.choices.values():
+                ids, prompt = prompts[choice.index // self.n]
+                choice.prompt = prompt if type(prompt) is str else self.tokenizer.decode(ids)
 
-    def common(self):
+    def read_common(self):
         """The fields that OpenAI's two endpoints share."""
         for name, harmless in UNSUPPORTED.items():
             value = self.body.get(name)
-            if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
-                raise Refuse(400, f"{name} is not supported here", name, "unsupported")
+            fits = value is None or type(value) is type(harmless) and value == harmless
+            need(fits, name, f"{name} is not supported here", "unsupported")
         options = self.body.get("stream_options")
-        if options is not None and (not self.stream or type(options) is not dict):
-            raise Refuse(400, "stream_options is an object, and goes with stream=true alone", "stream_options")
-        self.usage_wanted = flag(options or {}, "include_usage")
-        self.no_usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
+        fits = options is None or self.stream and type(options) is dict
+        need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
+        wanted = (options or {}).get("include_usage")
+        self.usage_wanted = wanted is not None and flag(wanted, "include_usage")
         self.id = self.prefix + secrets.token_hex(12)
 
-    def choices(self, prompts, top, **more):
+    def ask(self, prompts, logprobs, **more):
         """n requests for each prompt. Choice j has the seed + j, for every prompt: each is what it would be alone."""
-        self.n = number(self.body, "n", 1, int, 1, MAX_CHOICES)
-        self.requests = [self.request(ids, top, **more) for ids in prompts for _ in range(self.n)]
-        if self.echo:
-            echoed = self.n * sum(len(self.tokenizer.token_bytes(i)) for ids in prompts for i in ids)
-            check_size("the echo", echoed, ECHO_BYTES, "prompt")
+        self.n = self.get("n", 1)
+        self.requests = [self.request(ids, logprobs, **more) for ids in prompts for _ in range(self.n)]
         for i, request in enumerate(self.requests):
             if self.body.get("seed") is not None:
                 request.seed = (request.seed + i % self.n) % 2**63
-        self.choice_of = {request: Choice(i, self.repeated(i // self.n, request))
-                          for i, request in enumerate(self.requests)}
+        self.choices = {request: Choice(i, "") for i, request in enumerate(self.requests)}
 
     def frame(self, kind, choices, **more):
         return {"id": self.id, "object": kind, "created": int(self.created), "model": self.served.name,
@@ -351,90 +351,84 @@ class Completions(Job):
         new = sum(request.n for request in self.requests)
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
 
-    def choice(self, request, ended, **more):
+    def choice(self, request, content, logprobs, ended=False):
         end = {"finish_reason": request.finish_reason, "seed": request.seed} if ended else {"finish_reason": None}
-        return {"index": self.choice_of[request].index, **more, **end}
-
-    def content(self, request):
-        return {"text": self.choice_of[request].prompt + request.text}
+        return {"index": self.choices[request].index, **content, "logprobs": logprobs, **end}
 
     def answer(self):
-        choices = [self.choice(request, True, **self.content(request),
-                               logprobs=self.logprobs(request, request.tokens)) for request in self.requests]
+        choices = []
+        for request, choice in self.choices.items():
+            content = self.content(choice.prompt + request.text)
+            logprobs = self.logprobs(request, request.prompt_tokens + request.tokens)
+            choices.append(self.choice(request, content, logprobs, ended=True))
         return self.frame(self.kind, choices, usage=self.usage())
 
-    def repeated(self, i, request):
-        """What the answer repeats of prompt i, with echo."""
-        if not self.echo:
-            return ""
-        return self.texts[i] if self.texts[i] is not None else self.tokenizer.decode(request.ids)
-
-    def logprobs(self, request, tokens):
-        """The older form: four lists. text_offset: where in the text of the choice a token begins."""
-        choice = self.choice_of[request]
-        if request.logprobs is None:
-            return None
-        if self.echo and not choice.begun:
-            tokens = request.prompt_tokens + tokens
-        offsets = []
-        for token in tokens:
-            offsets.append(choice.offset)
-            choice.offset += len(choice.decoder.decode(self.tokenizer.token_bytes(token.id)))
-        return {"tokens": [spell(self.tokenizer, token.id) for token in tokens],
-                "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
-                "top_logprobs": [None if token.logprob is None else
-                                 {spell(self.tokenizer, i): finite(p) for i, p in token.top} for token in tokens],
-                "text_offset": offsets}
-
     def chunks(self, event):
-        request, choice, chunks = event.request, self.choice_of[event.request], []
-        before = "" if choice.begun else choice.prompt
-        if before or event.text or event.tokens:
-            chunks.append(self.choice(request, False, text=before + event.text,
-                                      logprobs=self.logprobs(request, event.tokens)))
-        choice.begun = True
+        request, choice, chunks = event.request, self.choices[event.request], []
+        text, tokens = event.text, event.tokens
+        if not choice.begun:
+            choice.begun = True
+            text, tokens = choice.prompt + text, request.prompt_tokens + tokens
+            chunks += [self.choice(request, content, None) for content in self.opening]
+        if text or tokens:
+            chunks.append(self.choice(request, self.delta(text), self.logprobs(request, tokens)))
         if event.finish_reason:
-            chunks.append(self.choice(request, True, text="", logprobs=None))
-        return [self.frame(self.chunk_kind, [chunk], **self.no_usage) for chunk in chunks]
+            chunks.append(self.choice(request, self.delta(""), None, ended=True))
+        usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
+        return [self.frame(self.chunk_kind, [chunk], **usage) for chunk in chunks]
 
     def last(self):
         return [self.frame(self.chunk_kind, [], usage=self.usage())] if self.usage_wanted else []
+
+    def content(self, text):
+        return {"text": text}
+
+    delta = content
+
+    def logprobs(self, request, tokens):
+        """The older form: four lists. text_offset: where in the text of the choice a token begins."""
+        choice = self.choices[request]
+        if request.logprobs is None:
+            return None
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            unpredicted = token.logprob is None
+            found["tokens"].append(spell(self.tokenizer, token.id))
+            found["token_logprobs"].append(None if unpredicted else finite(token.logprob))
+            top = {spell(self.tokenizer, i): finite(p) for i, p in token.top}
+            found["top_logprobs"].append(None if unpredicted else top)
+            found["text_offset"].append(choice.offset)
+            choice.offset += len(choice.decoder.decode(self.tokenizer.token_bytes(token.id)))
+        return found
 
 
 class Chat(Completions):
     """POST /v1/chat/completions: messages, which the model's own chat format makes a prompt of."""
 
+    fields = Completions.fields | {"logprobs": flag, "top_logprobs": number(int, 0, 20)}
     max_tokens, prefix, kind, chunk_kind = None, "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    opening = [{"delta": {"role": "assistant", "content": ""}}]
 
     def read(self):
-        self.common()
+        self.read_common()
         messages = check_messages(self.body.get("messages"), self.served.most_bytes)
-        wanted = flag(self.body, "logprobs")
-        top = number(self.body, "top_logprobs", 0, int, 0, 20)
-        if top and not wanted:
-            raise Refuse(400, "top_logprobs goes with logprobs=true alone", "top_logprobs")
-        if not self.served.chat:
-            raise Refuse(400, "this checkpoint has no chat format", "messages", "no_chat_format")
+        wanted, top = self.get("logprobs", False), self.get("top_logprobs", 0)
+        need(wanted or not top, "top_logprobs", "top_logprobs goes with logprobs=true alone")
+        need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
         try:
             ids = self.tokenizer.chat(messages)
         except UserError as error:
             raise Refuse(400, error.fact, "messages") from None
-        self.choices([ids], top if wanted else None)
+        self.ask([ids], top if wanted else None, name="messages")
+
+    def content(self, text):
+        return {"message": {"role": "assistant", "content": text}}
+
+    def delta(self, text):
+        return {"delta": {"content": text} if text else {}}
 
     def logprobs(self, request, tokens):
-        return None if request.logprobs is None else {"content": [self.token(token, chat=True) for token in tokens]}
-
-    def content(self, request):
-        return {"message": {"role": "assistant", "content": request.text}}
-
-    def chunks(self, event):
-        request, choice, chunks = event.request, self.choice_of[event.request], []
-        if not choice.begun:
-            choice.begun = True
-            chunks.append(self.choice(request, False, delta={"role": "assistant", "content": ""}, logprobs=None))
-        if event.text or event.tokens:
-            chunks.append(self.choice(request, False, delta={"content": event.text},
-                                      logprobs=self.logprobs(request, event.tokens)))
-        if event.finish_reason:
-            chunks.append(self.choice(request, True, delta={}, logprobs=None))
-        return [self.frame(self.chunk_kind, [chunk], **self.no_usage) for chunk in chunks]
+        if request.logprobs is None:
+            return None
+        return {"content": [self.token(token.id, token.logprob) | {
+            "top_logprobs": [self.token(i, p) for i, p in token.top]} for token in tokens]}

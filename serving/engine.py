@@ -7,23 +7,19 @@ The engine: many requests at once, one model.
     engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-To make one token, a processor reads every weight of the model once, and spends its time on the reading. For sixteen
-texts it can read them once as well: that is why a server puts requests together. Texts begin and end at different
-times, so the engine has a fixed number of rows, each with its own cache of keys and values; a request takes a free row,
-and gives it back when it ends (continuous batching; Orca, Yu 2022). One step of the engine:
+Decoding one token reads every weight of the model, and is bound by memory; sixteen texts can share that reading. Texts
+begin and end at different times, so the engine has a fixed number of slots, each with its own row of the cache of keys
+and values: a request takes a free slot, and gives it back when it ends (continuous batching; Orca, Yu 2022). A step:
 
-1. requests that were cancelled or are late leave, waiting ones take the free rows;
-2. decode: every row that is writing gets its next token, all in one batch through the model;
-3. prefill: a bounded number of prompt tokens is read, so that a long prompt holds the writers up for a moment only.
-   What a row still holds of a prompt that begins alike, of now or of an earlier request, is copied.
+1. admit: requests that were cancelled or are late leave, waiting ones take the free slots;
+2. decode: every slot that is writing gets its next token, all in one batch through the model;
+3. prefill: at most CHUNK prompt tokens are read, so that a long prompt delays the others by a moment only. What begins
+   like a prompt that a slot has read, now or earlier, is copied from there.
 
-Whatever a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts that are
-cut at the same places every time; attention works on each row alone; every row has its own random numbers. What is left
-are the matrix products of step 2, where the same row may get other last bits among 3 rows than among 5, since another
-kernel adds in another order. So the engine finds out at its start which numbers of rows give the same bits, and uses no
-others: see `steady`.
-
-A prompt and its answer have to fit into the context together; `submit` refuses what does not.
+What a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts cut at the
+same places every time; attention works on each row alone; every request has random numbers of its own. The matrix
+products of decoding remain: a kernel may add in another order for 3 rows than for 5, and change the last bits. So the
+engine finds out at its start which batch sizes give the same bits, and uses no others.
 """
 import contextlib
 import queue
@@ -31,7 +27,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -41,42 +36,39 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime import machine
 import tokenizer as tokenizers
-from runtime.console import UserError, note, print_error
 from model import KVCache, look_back
-from sample import Sampling, TextStream, chances, is_greedy, make_pick
+from runtime import machine
+from runtime.console import UserError, note, print_error
+from sample import Sampler, Sampling, TextStream, sample_tokens
 
 CHUNK = 128  # prompt tokens that are read in one step
-EVENTS = 100  # a second, for all streams together: waking a thread for every token would cost a tenth of all tokens
-STANDARD = 16  # the number of rows whose bits are the right ones: whatever an engine's own number, texts are the same
+EVENTS = 100  # a second, for all streams together: to wake a thread for every token would cost a tenth of all tokens
+REFERENCE = 16  # the batch size whose bits count: engines with more or fewer rows write the same texts
 
 
 class Token(NamedTuple):
-    """A token and what the model thought of it, before temperature and filters: natural logarithms of probabilities."""
+    """A token and its log-probability (natural, before temperature and filters)."""
     id: int
     logprob: float | None  # None for the first of a text, which nothing predicts
     top: list  # the likeliest ones, [(id, logprob), ...]
 
 
 class Event(NamedTuple):
-    """News of a request: what came since the last event; finish_reason stands in the last one alone.
-
-    stop: an end-of-text token or a stop string; length: max_tokens; timeout: the deadline; cancelled; error.
-    """
+    """What came since the last event of a request."""
     request: "Request"
     text: str
     tokens: list
-    finish_reason: str
+    finish_reason: str  # of the last one: stop (end of text, a stop string), length, timeout, cancelled or error
 
 
-@dataclass(eq=False)  # (two requests are never the same, whatever they ask for)
+@dataclass(eq=False)
 class Request(Sampling):
-    """What is asked, what was answered, and, while it has a row, where the engine is with it."""
+    """What is asked, and what was answered so far."""
     ids: list[int] = field(default_factory=list)  # the prompt
     max_tokens: int = 128  # 0: only score the prompt
     seed: int = 0
-    logit_bias: dict = field(default_factory=dict)  # {id: what to add to its score}
+    logit_bias: dict = field(default_factory=dict)  # {id: what to add to its logit}
     logprobs: int | None = None  # keep each token with its log-probability, and so many of the likeliest
     prompt_logprobs: int | None = None  # those of the prompt, too, from this token on
     deadline: float = float("inf")  # of time.monotonic()
@@ -91,22 +83,36 @@ class Request(Sampling):
     finish_reason: str = ""
     submitted: float = 0.0  # time.monotonic()
     first: float | None = None  # when its first token was there
-    # the engine's own, from the moment on in which it gets a row
-    cache: KVCache | None = None
-    read: int = 0  # prompt tokens that are in the cache
-    next: int | None = None  # the last token, which is not in the cache yet
-    pick: Callable | None = None
-    stream: TextStream | None = None
-    new_text: str = ""  # of which no event has told
-    new_tokens: list[Token] = field(default_factory=list)
-    told: float = 0.0  # when the last event did
+
+
+class Slot:
+    """A row of the cache, and where the engine is with the request that has it."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.cached = []  # prompt ids whose keys and values are in the row; they stay when a request ends
+
+    def start(self, request, tokenizer):
+        self.request = request
+        self.sampler = Sampler(request, request.ids, request.seed, request.logit_bias)
+        self.stream = TextStream(tokenizer, request.stop)
+        self.read = 0  # prompt tokens that are in the cache
+        self.last = None  # the last token, which is not in the cache yet
+        self.sent_text = self.sent_tokens = 0  # how much of the answer the events have told
+        self.sent_at = 0.0
+
+    def unsent(self):
+        """(text, tokens) of the answer of which no event has told; from now on, one has."""
+        text = self.request.text[self.sent_text:]
+        tokens = self.request.tokens[self.sent_tokens:]
+        self.sent_text += len(text)
+        self.sent_tokens += len(tokens)
+        self.sent_at = time.monotonic()
+        return text, tokens
 
 
 class Rows:
-    """Rows of a cache as one, for a batch of one new token each: every row attends to its own past.
-
-    memory: the cache; caches: those of its rows that take part, see KVCache.row.
-    """
+    """Some rows of a KVCache as one, for a batch of one new token each: every row attends to its own past."""
 
     def __init__(self, memory, caches):
         self.memory, self.caches = memory, caches
@@ -114,10 +120,14 @@ class Rows:
         places = [(cache.number, cache.length) for cache in caches]
         # (B,) each: which row of the memory, and where in it the new token goes
         self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)
-        # keys[layer][row]: (1, n_kv_head, length + 1, head_dim), a part of the memory, whose last place is still empty.
-        # (Made here for all layers: done layer by layer and row by row, it would take a twentieth of a step.)
-        self.keys, self.values = (list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
-                                  for whole in (memory.k, memory.v))
+        self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
+
+    def views(self, whole, places):
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view of the memory, whose last place is still empty.
+
+        (For all layers at once: one by one would take a twentieth of a step.)
+        """
+        return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
     def positions(self, T):
         return self.ends[:, None]  # (B, 1)
@@ -134,44 +144,44 @@ class Rows:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same bits whatever the number of rows
+# The same bits whatever the batch size
 
 
 @torch.inference_mode()
-def steady(model, rows):
-    """The numbers of rows, up to `rows` or STANDARD, among which a row gets the same bits as among STANDARD ones.
+def batch_invariant_sizes(model, rows):
+    """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
 
-    Each shape of a matrix is tried on its own, with numbers that cancel: half of them are the negative of the other
-    half, shuffled, so that what is left of a sum is nothing but its rounding, and tells the order in which it was added
-    up. (Ordinary numbers hide it: rounded to bfloat16, the results of two orders are nearly always the same.) Then the
-    whole model, with random tokens. [1] where even the place in a batch matters: then rows are computed one by one.
+    The whole model is tried, with random tokens, and each shape of a matrix, with numbers that cancel: a sum is then
+    nothing but its rounding error, and shows the order in which it was added up. (Ordinary numbers hide it: rounded to
+    bfloat16, two orders nearly always give the same.) [1] where even the place in a batch matters: one row at a time.
     """
-    rows = max(rows, STANDARD)
+    rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator).to(device)
 
-    def scores(tokens):
+    def logits(tokens):
         memory = KVCache(config, len(tokens), 1, device, model.dtype())
         return model.logits(model.trunk(tokens, Rows(memory, [memory.row(i) for i in range(len(tokens))])))
 
-    trials = [(scores, tokens)]
+    trials = [(logits, tokens)]
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
         N, K = layer.weight.shape
-        shuffled = torch.randperm(K // 2, generator=generator)
-        w, x = torch.randn(N, K // 2, generator=generator), torch.randn(rows, K // 2, generator=generator)
-        w, x = torch.cat((w, w[:, shuffled]), dim=1), torch.cat((x, -x[:, shuffled]), dim=1)
-        w, x = (F.pad(tensor, (0, K % 2)).to(layer.weight) for tensor in (w, x))  # (N, K), (rows, K)
+        again = torch.randperm(K // 2, generator=generator)  # the second half: the first one, shuffled and negated
+        w = torch.randn(N, K // 2, generator=generator)
+        x = torch.randn(rows, K // 2, generator=generator)
+        w = F.pad(torch.cat((w, w[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
+        x = F.pad(torch.cat((x, -x[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (rows, K)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
         trials.append((partial(machine.linear, SimpleNamespace(weight=w, bias=bias)), x))
 
-    counts = set(range(1, rows + 1))
+    sizes = list(range(1, rows + 1))
     for compute, x in trials:
         if not torch.equal(compute(x.flip(0)).flip(0), compute(x)):
             return [1]
-        wanted = compute(x[:STANDARD])
-        counts = {n for n in counts if torch.equal(compute(x[:n])[:STANDARD], wanted[:n])}
-    return sorted(counts)
+        wanted = compute(x[:REFERENCE])
+        sizes = [n for n in sizes if torch.equal(compute(x[:n])[:REFERENCE], wanted[:n])]
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,60 +190,68 @@ def steady(model, rows):
 class Engine:
     """Requests on the rows of one model, which is the engine's from here on.
 
-    context: cut the model's own to so many tokens. Any thread may submit, end, and set Request.cancelled. step, run and
-    complete are for one alone. Raises UserError where there is too little memory.
+    context: cut the model's own to so many tokens. Raises UserError where there is too little memory.
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
         self.model, self.tokenizer, self.ends = machine.use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
-        self.device, self.max_queue, c = model.lm_head.weight.device, max_queue, model.config
-        # Keys and values may take half of the free memory: first there are fewer rows, then the context is cut.
-        size = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.dtype().itemsize  # of a token, in bytes
-        fit = int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)  # tokens
+        self.device, self.max_queue = model.lm_head.weight.device, max_queue
+        self.fit_into_memory(rows, context)
+        self.batch_sizes = batch_invariant_sizes(model, self.rows)
+        self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
+        self.slots = [Slot(self.memory.row(i)) for i in range(self.rows)]
+        self.spare = self.memory.row(self.rows)  # it only fills up batches
+        self.free, self.running, self.waiting = deque(self.slots), [], deque()  # slots, slots, requests
+        self.stopping = False
+        self.changed = threading.Condition()  # guards `waiting` and `stopping`
+        self.failures = 0  # in a row
+        self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for /metrics
+
+    def fit_into_memory(self, rows, context):
+        """Keys and values may take half of the free memory: first there are fewer rows, then the context is cut."""
+        c = self.model.config
+        size = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.model.dtype().itemsize  # of a token, in bytes
+        budget = int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)  # tokens
         wanted = min(context or c.block_size, c.block_size)
-        self.context = min(wanted, fit // 2)  # at least one row, and one more that fills up batches
-        self.rows = max(1, min(rows, fit // wanted - 1))
-        why = f"a token can take {size:,} bytes, and all tokens half of the free memory, {fit * size / 1e6:,.0f} MB"
-        if self.context < min(wanted, CHUNK):
-            raise UserError(f"there is no memory for a context of {min(wanted, CHUNK)} tokens: {why}",
+        self.context = min(wanted, budget // 2)  # at least one row, and one more that fills up batches
+        self.rows = max(1, min(rows, budget // wanted - 1))
+        least = min(wanted, CHUNK)
+        why = f"a token takes {size:,} bytes, and all tokens half of the free memory, {budget * size / 1e6:,.0f} MB"
+        if self.context < least:
+            raise UserError(f"there is no memory for a context of {least} tokens: {why}",
                             "end other programs, or take a smaller model")
         if self.rows < rows:
             note(f"rows={self.rows} instead of {rows}: {why}")
         if self.context < wanted:
             note(f"context {wanted:,} cut to {self.context:,} tokens: {why}")
-        rows = self.rows
-        self.counts = steady(model, rows)
-        try:
-            self.memory = KVCache(model.config, rows + 1, self.context, self.device, model.dtype())
-        except (MemoryError, RuntimeError) as error:
-            raise UserError(f"{rows} rows of {self.context:,} tokens do not fit into memory: {error}",
-                            f"--rows={(rows + 1) // 2} --block_size={self.context // 2}") from None
-        *each, self.spare = (self.memory.row(i) for i in range(rows + 1))  # one that only fills up a batch
-        self.free = deque(each)
-        self.held = {row: [] for row in self.free}  # the ids of a prompt whose keys and values are still in a row
-        self.waiting, self.running, self.news = deque(), [], threading.Condition()
-        self.failures = 0  # in a row
-        self.steps = self.n_cancelled = self.prompt_tokens = self.completion_tokens = 0  # for whoever watches
-        self.stopping = False
+
+    # For any thread
 
     def submit(self, *requests):
-        """Queue the requests, all or none. Raises ValueError where one cannot fit, queue.Full where there is no room.
+        """Queue the requests, all or none. Raises ValueError where one cannot fit, queue.Full where the queue is full.
         """
         size, vocab_size = self.context, self.model.config.vocab_size
         for request in requests:
-            # The last token of an answer is never read, so one fits behind a full context. (serving/api.py allows it
-            # for scoring alone: to a user, prompt and answer fit or they do not.)
+            # (+ 1: the last token of an answer is never read, so one fits behind a full context.)
             if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
                 raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
             if not all(0 <= i < vocab_size for i in (*request.ids, *request.logit_bias)):
                 raise ValueError(f"an id that is none of the {vocab_size} that the model knows")
-        with self.news:
+        with self.changed:
             if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
                 raise queue.Full
             for request in requests:
                 request.submitted = time.monotonic()
                 self.waiting.append(request)
-            self.news.notify()
+            self.changed.notify()
+
+    def end(self):
+        """Have run() return."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+
+    # For the thread that computes
 
     def complete(self, requests):
         """Submit the requests and work until all are done."""
@@ -246,201 +264,203 @@ class Engine:
         """Work until `end`; what is left then is cancelled. Raises where the model fails three times in a row (on a GPU
         at the first: after an error it does nothing more)."""
         while not self.stopping:
-            with self.news:
-                self.news.wait_for(lambda: self.waiting or self.running or self.stopping)
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.running or self.stopping)
             try:
                 self.step()
             except Exception:
                 print_error(traceback.format_exc())
                 self.failures += 1
                 if self.failures == 3 or self.device.type == "cuda":
-                    self.stop("error")
+                    self.end()
+                    self.leave("error")
                     raise
-        self.stop("cancelled")
-
-    def end(self):
-        """Have run() return. For any thread."""
-        with self.news:
-            self.stopping = True
-            self.news.notify()
-
-    def stop(self, reason):
-        """End every request; none is accepted any more."""
-        with self.news:
-            self.stopping = True
-            left = [*self.running, *self.waiting]
-        for request in left:
-            self.finish(request, reason)
+        self.leave("cancelled")
 
     @torch.inference_mode()
     def step(self):
-        # 1. Who leaves, who comes?
-        now = time.monotonic()
-        with self.news:
-            everyone = [*self.running, *self.waiting]
-        for request in everyone:
-            if request.cancelled or now > request.deadline:
-                self.finish(request, "cancelled" if request.cancelled else "timeout")
+        # 1. Admit
+        self.leave()
         while self.free and self.waiting:
-            with self.news:
-                request = self.waiting.popleft()
-            request.cache, request.stream = self.free.popleft(), TextStream(self.tokenizer, request.stop)
-            self.running.append(request)
-            request.pick = make_pick(request, request.ids, request.seed, request.logit_bias)
+            slot = self.free.popleft()
+            with self.changed:
+                slot.start(self.waiting.popleft(), self.tokenizer)
+                self.running.append(slot)
 
-        # 2. Decode: a token for every row that is writing.
-        writing = [request for request in self.running if request.next is not None]
-        for i in range(0, len(writing), self.counts[-1]):
-            batch = writing[i:i + self.counts[-1]]
+        # 2. Decode
+        writing = [slot for slot in self.running if slot.last is not None]
+        for i in range(0, len(writing), self.batch_sizes[-1]):
+            batch = writing[i:i + self.batch_sizes[-1]]
             with self.or_fail(batch):
-                self.write(batch)
+                self.decode(batch)
 
-        # 3. Prefill: some of the prompts, the oldest first.
-        room = CHUNK
-        for request in [request for request in self.running if request.read < len(request.ids)]:
-            if not room:
+        # 3. Prefill, the oldest first
+        left = CHUNK
+        for slot in [slot for slot in self.running if slot.read < len(slot.request.ids)]:
+            if not left:
                 break
-            with self.or_fail([request]):
-                if request.read == 0:  # (not sooner: a row before this one may be reading the same)
-                    self.recall(request)
-                part = request.ids[request.read:request.read + CHUNK]
-                if len(part) > room:
+            with self.or_fail([slot]):
+                if slot.read == 0:  # (not sooner: a slot before this one may be reading the same)
+                    self.reuse_prefix(slot)
+                part = slot.request.ids[slot.read:slot.read + CHUNK]
+                if len(part) > left:
                     break
-                self.read(request, part)
-                room -= len(part)
+                self.read(slot, part)
+                left -= len(part)
         self.steps += 1
 
+    def leave(self, reason=""):
+        """End the requests that were cancelled or are late; with a reason, all."""
+        now = time.monotonic()
+
+        def why(request):
+            if request.cancelled:
+                return "cancelled"
+            return "timeout" if now > request.deadline else reason
+
+        with self.changed:
+            ended = [request for request in self.waiting if why(request)]
+            for request in ended:
+                self.waiting.remove(request)
+        for request in ended:
+            self.tell_end(request, "", [], why(request))
+        for slot in [*self.running]:
+            if why(slot.request):
+                self.finish(slot, why(slot.request))
+
     @contextlib.contextmanager
-    def or_fail(self, requests):
-        """What goes wrong here ends these requests and no others."""
+    def or_fail(self, slots):
+        """An error ends the requests of these slots and no others."""
         try:
             yield
         except Exception:
-            for request in requests:
-                self.finish(request, "error")
+            for slot in slots:
+                self.finish(slot, "error")
             raise
         self.failures = 0
 
-    def write(self, requests):
-        """The next token of each request, from the one before it."""
-        n = next(count for count in self.counts if count >= len(requests))
-        fill = n - len(requests)  # rows that only make the number right
-        ids = [request.next for request in requests] + [0] * fill
-        caches = [request.cache for request in requests] + [self.spare] * fill
-        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (n, 1, C)
+    def decode(self, slots):
+        """The next token of each slot, from the one before it."""
+        size = next(size for size in self.batch_sizes if size >= len(slots))
+        fill = size - len(slots)
+        ids = [slot.last for slot in slots] + [0] * fill
+        caches = [slot.cache for slot in slots] + [self.spare] * fill
+        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (size, 1, C)
         self.spare.length = 0  # (it was advanced for every row that it filled up)
-        logits = self.model.logits(x)[:, 0].float()  # (n, vocab_size)
-        alike, known = {}, {}  # rows that ask for the same choice among the top_k get their `chances` together
-        for i, request in enumerate(requests):
-            if 0 < request.top_k < logits.size(1) and not is_greedy(request):
-                alike.setdefault((request.temperature, request.top_k, request.top_p, request.min_p), []).append(i)
-        best = {k: [x.cpu() for x in logits.topk(k)] for k in {top_k for _, top_k, _, _ in alike}}  # (n, k) each
-        for (_, top_k, _, _), rows in alike.items():
-            scores, ids = (x[rows] for x in best[top_k])
-            line, _ = chances(scores, requests[rows[0]])
-            known.update(zip(rows, zip(line.split(1), ids.split(1))))  # (1, k) each
-        for i, request in enumerate(requests):
-            self.choose(request, logits[i:i + 1], known.get(i))
+        self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
-    def recall(self, request):
-        """Copy the beginning of a prompt from a row that has read the same: the same examples, the chat so far.
+    def reuse_prefix(self, slot):
+        """Copy the beginning of a prompt from a slot that has read the same: the same examples, the chat so far. Only
+        whole parts of CHUNK tokens: their bits are those that reading would give."""
+        ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is always read: it predicts the first token
+        if slot.request.prompt_logprobs is not None:
+            most = min(most, slot.request.prompt_logprobs - 1)
 
-        Only parts that would be read as one: then their bits are those that reading would give.
-        """
-        ids, last = request.ids, len(request.ids) - 1  # the last token has to be read: it gives the first new one
-        last = last if request.prompt_logprobs is None else min(last, request.prompt_logprobs - 1)
-
-        def shared(held):
+        def shared(other):
             n = 0
-            while n + CHUNK <= last and ids[n:n + CHUNK] == held[n:n + CHUNK]:
+            while n + CHUNK <= most and ids[n:n + CHUNK] == other.cached[n:n + CHUNK]:
                 n += CHUNK
             return n
 
-        n, row = 0, request.cache
-        for other, held in self.held.items():
-            if shared(held) > n:
-                n, row = shared(held), other
-        self.held[request.cache] = []  # until all of it is there
-        for new, old in ((request.cache.k, row.k), (request.cache.v, row.v)):
+        source = max(self.slots, key=shared)
+        n = shared(source)
+        slot.cached = []  # until all of it is there
+        for new, old in ((slot.cache.k, source.cache.k), (slot.cache.v, source.cache.v)):
             new[..., :n, :] = old[..., :n, :]
-        request.cache.length = request.read = n
-        self.held[request.cache] = ids[:n]
+        slot.cache.length = slot.read = n
+        slot.cached = ids[:n]
         self.prompt_tokens += n
 
-    def read(self, request, part):
+    def read(self, slot, part):
         """The next part of a prompt; behind its end, the first token."""
-        x = self.model.trunk(torch.tensor([part], device=self.device), request.cache)  # (1, T, C)
-        request.read += len(part)
-        self.held[request.cache] = request.ids[:request.read]
+        request, start = slot.request, slot.read
+        x = self.model.trunk(torch.tensor([part], device=self.device), slot.cache)  # (1, T, C)
+        slot.read += len(part)
+        slot.cached = request.ids[:slot.read]
         self.prompt_tokens += len(part)
         if request.prompt_logprobs is not None:
-            before = request.read - len(part)
-            skip = min(len(part), max(0, request.prompt_logprobs - before - 1))  # nobody asks what followed these
-            known = request.ids[before + skip + 1:request.read + 1]  # what came next is in the prompt
-            logits = self.model.logits(x[0, skip:skip + len(known)]).float()  # (T, vocab_size)
+            skip = min(len(part), max(0, request.prompt_logprobs - start - 1))  # nobody asks what followed these
+            following = request.ids[start + skip + 1:slot.read + 1]
+            logits = self.model.logits(x[0, skip:skip + len(following)]).float()  # (T, vocab_size)
             if not torch.isfinite(logits.sum()):
-                return self.finish(request, "error")
-            request.prompt_tokens += [Token(request.ids[0], None, [])] if request.prompt_logprobs + before == 0 else []
-            request.prompt_tokens += score(logits, known, request.logprobs or 0)
-        if request.read == len(request.ids):
+                return self.finish(slot, "error")
+            if request.prompt_logprobs == start == 0:
+                request.prompt_tokens.append(Token(request.ids[0], None, []))
+            request.prompt_tokens += score(logits, following, request.logprobs or 0)
+        if slot.read == len(request.ids):
             if request.max_tokens == 0:
-                self.finish(request, "length")
+                self.finish(slot, "length")
             else:
-                self.choose(request, self.model.logits(x[:, -1]).float())
+                self.choose([slot], self.model.logits(x[:, -1]).float())
 
-    def choose(self, request, logits, known=None):
-        """One token from scores (1, vocab_size), and what follows from it. known: their `chances`, if there are any."""
-        try:
-            token = request.pick(logits, known).item()
-            ended = token in self.ends and not request.ignore_eos
-            text = "" if ended else request.stream.push(token)
-            new = [] if ended or request.logprobs is None else score(logits, [token], request.logprobs)
-        except Exception as error:  # scores that are not finite: this request's alone
-            print_error(f"a request failed: {getattr(error, 'fact', error)}")
-            return self.finish(request, "error")
-        request.first = request.first or time.monotonic()
+    def choose(self, slots, logits):
+        """The next token of each slot, by its row of logits (B, vocab_size). What fails here fails one request."""
+        for i, (slot, token) in enumerate(zip(slots, self.sample(slots, logits))):
+            try:
+                if token < 0:
+                    raise ValueError("the model returned logits that are not finite")
+                self.take(slot, token, logits[i:i + 1])
+            except Exception as error:
+                print_error(f"a request failed: {error}")
+                self.finish(slot, "error")
+
+    def sample(self, slots, logits):
+        """A token for each row of logits. Rows that ask for the same choice are sampled together."""
+        groups, tokens = {}, [0] * len(slots)
+        for i, slot in enumerate(slots):
+            groups.setdefault(slot.sampler.group, []).append(i)
+        for rows in groups.values():
+            samplers = [slots[i].sampler for i in rows]
+            part = logits[rows[0]:rows[-1] + 1]
+            if len(part) > len(rows):
+                part = logits[rows]
+            if samplers[0].changes:  # then it is alone
+                part = samplers[0].change(part)
+            found = sample_tokens(part, samplers[0].settings, [sampler.generator for sampler in samplers])
+            for i, token in zip(rows, found.tolist()):
+                tokens[i] = token
+        return tokens
+
+    def take(self, slot, token, logits):
+        """What follows from a token: its text, its log-probability, an event, the end."""
+        request = slot.request
+        ended = token in self.ends and not request.ignore_eos
+        text = "" if ended else slot.stream.push(token)
+        scored = [] if ended or request.logprobs is None else score(logits, [token], request.logprobs)
+        now = time.monotonic()
+        request.first = request.first or now
         request.n += 1
         self.completion_tokens += 1
-        if ended:
-            return self.finish(request, "stop")
-        request.next = token
-        self.add(request, text, new)
-        if request.stream.stopped or request.n == request.max_tokens:
-            self.finish(request, "stop" if request.stream.stopped else "length")
-        elif request.streams and time.monotonic() - request.told > len(self.running) / EVENTS:
-            self.tell(request)
-
-    def add(self, request, text, tokens=()):
-        """Text and tokens of an answer that were not there before."""
         request.text += text
-        request.tokens += tokens
-        request.new_text += text
-        request.new_tokens += tokens
+        request.tokens += scored
+        slot.sampler.written.append(token)
+        slot.last = token
+        if ended or slot.stream.stopped:
+            self.finish(slot, "stop")
+        elif request.n == request.max_tokens:
+            self.finish(slot, "length")
+        elif request.streams and now - slot.sent_at > len(self.running) / EVENTS:
+            text, tokens = slot.unsent()
+            if text or tokens:
+                request.events.put(Event(request, text, tokens, ""))
 
-    def finish(self, request, reason):
-        """The last event of a request; its row is free again."""
-        if request.finish_reason:
+    def finish(self, slot, reason):
+        """The last event of a request; its slot is free again."""
+        if slot not in self.running:  # it has ended already
             return
-        if request in self.running:
-            self.running.remove(request)
-            request.cache.length = 0
-            self.free.append(request.cache)
-            self.add(request, request.stream.finish())
-            if request.stream.stopped and reason == "length":  # (the stop string was complete with the last bytes)
-                reason = "stop"
-        else:
-            with self.news:
-                if request in self.waiting:
-                    self.waiting.remove(request)
-        self.n_cancelled += reason == "cancelled"
-        request.finish_reason = reason
-        self.tell(request, reason)
+        self.running.remove(slot)
+        slot.cache.length = 0
+        self.free.append(slot)
+        request = slot.request
+        request.text += slot.stream.finish()
+        if slot.stream.stopped and reason == "length":  # the stop string was complete with the last bytes
+            reason = "stop"
+        self.tell_end(request, *slot.unsent(), reason)
 
-    def tell(self, request, reason=""):
-        """An event with what is new."""
-        if request.new_text or request.new_tokens or reason:
-            request.events.put(Event(request, request.new_text, request.new_tokens, reason))
-            request.new_text, request.new_tokens, request.told = "", [], time.monotonic()
+    def tell_end(self, request, text, tokens, reason):
+        self.cancelled += reason == "cancelled"
+        request.finish_reason = reason
+        request.events.put(Event(request, text, tokens, reason))
 
 
 def score(logits, ids, top):
@@ -448,5 +468,5 @@ def score(logits, ids, top):
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.int64)].tolist()
     best = logprobs.topk(min(top, logprobs.size(-1)))
-    return [Token(i, p, list(zip(also, their))) for i, p, also, their in
-            zip(ids, chosen, best.indices.tolist(), best.values.tolist())]
+    alternatives = zip(best.indices.tolist(), best.values.tolist())
+    return [Token(i, p, list(zip(*others))) for i, p, others in zip(ids, chosen, alternatives)]

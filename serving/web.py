@@ -5,14 +5,14 @@ HTTP that believes nothing: the standard library's server, with a bound on every
     web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
     web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
 
-Python's http.server is a teaching tool by its own account, and believes what it is sent: a length of -1, a body that
-hides a second request, a header that never ends. Here everything has a limit: the number of connections, the size of a
-body, and the time for each step: to send headers, to send a body, to take the answer. Whatever is beyond its limit, or
-leaves a doubt where the next request begins, gets one short answer and is hung up on.
+Python's http.server believes what it is sent: a length of -1, a body that hides a second request, a header that never
+ends. Here everything has a limit: the number of connections, the size of a body, and the time for each step: to send
+headers, to send a body, to take the answer. A request that is beyond its limit, or ambiguous about where the next one
+begins, gets one short answer, and the connection is closed.
 
 Every connection has a thread, which spends its life waiting; a hundred of them are cheap. When all are taken, a new
-connection replaces one that is waiting for its client: nobody can keep others out by opening connections and saying
-nothing. Nothing here knows what is served: that is serve.py.
+connection replaces one that is waiting for its client: nobody can keep others out by saying nothing. What is served is
+not known here: that is serve.py.
 """
 import contextlib
 import email.errors
@@ -20,7 +20,6 @@ import hashlib
 import hmac
 import http.client
 import json
-import math
 import re
 import select
 import socket
@@ -31,29 +30,27 @@ import time
 import traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate
 
 from runtime.console import UserError, print_error
 
 JSON = "application/json"
 MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
-MAX_ELEMENTS, MAX_DEPTH = 200_000, 32  # of the JSON in a body: a megabyte of "{}," would become 30 of Python objects
-PARSERS = 4  # bodies that are parsed at once; more would not be faster, but take more memory
-SPARE = 8  # connections beyond max_connections: they get an answer from /health, and else hear that the server is busy
+PARSERS = 4  # bodies that are parsed at once: each can become 30 times its bytes in Python objects
+SPARE = 8  # connections beyond max_connections: they can ask for /health, and else are told that the server is busy
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
 MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
              email.errors.InvalidHeaderDefect)
-LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
 
 
 class Refuse(Exception):
-    """An answer other than the one that was asked for: a status, and the fields of an error as OpenAI has them."""
+    """An answer other than the one that was asked for: a status, and an error as OpenAI has it."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
         super().__init__(message)
-        kind = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
+        kinds = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
         self.status, self.headers = status, {"Retry-After": "1"} if status == 503 else dict(headers)
-        self.body = {"error": {"message": message[:300], "type": kind.get(status, "invalid_request_error"),
+        self.body = {"error": {"message": message[:300], "type": kinds.get(status, "invalid_request_error"),
                                "param": param, "code": code}}
 
 
@@ -63,16 +60,9 @@ def dump(content):
 
 
 def parse(data):
-    """The JSON object in a body. Its brackets and commas are counted first: they tell how much memory it will take."""
+    """The JSON object in a body."""
     try:
-        text = data.decode()
-        without_quotes = text.replace("\\\\", "").replace('\\"', "")
-        signs = re.sub('"[^"]*"|[^][{},"]+', "", without_quotes)
-        if len(signs) > MAX_ELEMENTS:
-            raise Refuse(400, f"the body has more than {MAX_ELEMENTS:,} brackets and commas")
-        if max(accumulate((sign in "[{") - (sign in "]}") for sign in signs), default=0) > MAX_DEPTH:
-            raise Refuse(400, f"the body has more than {MAX_DEPTH} levels")
-        body = json.loads(text)
+        body = json.loads(data.decode())
     except ValueError:
         raise Refuse(400, "the body is not JSON") from None
     if type(body) is not dict:
@@ -84,13 +74,13 @@ def digest(key):
     return hashlib.sha256(key.encode("latin-1")).digest()  # in which http.server reads headers
 
 
-BUSY = dump(Refuse(503, "too many connections").body)
-BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (len(BUSY), BUSY))
+def hang_up(connection):
+    with contextlib.suppress(OSError):  # the client may have been faster
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class Head:
-    """The file that the lines of a request are read from, with a limit on all of them together."""
+    """The file that a request is read from, with a limit on all lines together."""
 
     def __init__(self, file):
         self.file = file
@@ -125,10 +115,10 @@ class Web(ThreadingHTTPServer):
     def __init__(self, settings, routes, public, key, answered):
         self.settings, self.routes, self.public, self.key, self.answered = settings, routes, public, key, answered
         self.local = settings.host in LOOPBACK
-        self.room = threading.BoundedSemaphore(settings.max_connections + SPARE)
+        self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
-        self.connections, self.deadlines = set(), {}  # {connection: (time, what to shut down then)}
-        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients to send something
+        self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
+        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
@@ -141,13 +131,8 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        made_room = len(self.connections) >= self.settings.max_connections and self.make_room()
-        if not self.room.acquire(timeout=1 if made_room else 0):  # (a connection that was cut off is gone at once)
-            with contextlib.suppress(OSError):
-                connection.setblocking(False)  # nobody may hold up this thread
-                connection.send(BUSY)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(1 << 16)  # to close with something unread would take back what was sent
+        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
+        if not self.places.acquire(timeout=1 if closed else 0):  # (the thread of a closed connection ends at once)
             return self.shutdown_request(connection)
         self.connections.add(connection)
         self.silent[connection] = address[0], time.monotonic()
@@ -157,18 +142,14 @@ class Web(ThreadingHTTPServer):
             self.forget(connection)
             self.shutdown_request(connection)
 
-    def make_room(self):
-        """Hang up on the connection that has been silent for the longest time, of the address with the most of them.
-
-        So a crowd from one address does not push out the others. (A limit for each address would limit a proxy.)
-        Returns whether there was one.
-        """
+    def close_silent(self):
+        """Close the connection that has been silent for the longest time, of the address with the most of them: a crowd
+        does not push out the others. (A limit for each address would limit a proxy.) Returns whether there was one."""
         silent = self.silent.copy()
         crowds = Counter(address for address, _ in silent.values())
         for connection in sorted(silent, key=lambda c: (-crowds[silent[c][0]], silent[c][1])):
             if self.silent.pop(connection, None):  # (else its request has just come)
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                hang_up(connection)
                 return True
         return False
 
@@ -182,21 +163,17 @@ class Web(ThreadingHTTPServer):
         self.silent.pop(connection, None)
         self.deadlines.pop(connection, None)
         self.connections.discard(connection)
-        self.room.release()
+        self.places.release()
 
     def at_work(self):
         """The number of connections that are at work on a request."""
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
-        """Called at every turn of serve_forever: who is late is not read from any more (SHUT_RD), or cut off.
-
-        (A timeout of the socket would not do: it begins anew with every byte.)
-        """
-        for connection, (deadline, how) in self.deadlines.copy().items():
+        """At every turn of serve_forever: close what is late. (A socket's own timeout begins anew with every byte.)"""
+        for connection, deadline in self.deadlines.copy().items():
             if time.monotonic() > deadline:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(how)
+                hang_up(connection)
 
     def handle_error(self, connection, address):
         if not isinstance(sys.exc_info()[1], OSError):  # a client that hung up is no error
@@ -211,8 +188,7 @@ class Web(ThreadingHTTPServer):
         """Stop listening and hang up on everyone. Call it from another thread than that of serve_forever."""
         self.shutdown()
         for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            hang_up(connection)
         self.server_close()
 
 
@@ -228,12 +204,12 @@ class Connection(BaseHTTPRequestHandler):
         super().setup()
         self.rfile = Head(self.rfile)
 
-    def limit(self, seconds, how=socket.SHUT_RD):
-        """From now on, the other side has so many seconds."""
-        self.server.deadlines[self.connection] = time.monotonic() + seconds, how
+    def limit(self, seconds):
+        """From now on, the client has so many seconds; then the connection is closed."""
+        self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     def wait_for_client(self):
-        """From now on, this connection may be hung up on when its place is needed."""
+        """From now on, this connection may be closed when its place is needed."""
         self.server.silent[self.connection] = self.client_address[0], time.monotonic()
 
     def begin_work(self):
@@ -241,15 +217,12 @@ class Connection(BaseHTTPRequestHandler):
         if not self.server.silent.pop(self.connection, None):
             raise ConnectionError
 
-    def is_late(self):
-        return time.monotonic() > self.server.deadlines.get(self.connection, (math.inf, 0))[0]
-
     # 1. Reading a request. http.server reads the lines; what it lets pass is caught here.
 
     def handle_one_request(self):
-        self.body_read, self.command, self.path, self.requestline = True, "-", "-", ""
-        self.request_version, self.started, self.headers, self.job = "HTTP/1.1", time.monotonic(), {}, None
-        self.streaming = False
+        self.command, self.path, self.requestline, self.request_version = "-", "-", "", "HTTP/1.1"
+        self.started, self.headers, self.job = time.monotonic(), {}, None
+        self.body_read, self.streaming = True, False
         self.rfile.begin()
         self.limit(self.server.settings.header_timeout)
         super().handle_one_request()
@@ -271,27 +244,12 @@ class Connection(BaseHTTPRequestHandler):
         self.respond(code, Refuse(code, http.HTTPStatus(code).phrase).body)
         self.server.answered(self, "-", code)
 
-    def route(self):
-        """Every request whose first line and method http.server knows. The order of the checks is that of trust."""
-        route, status = "-", 200
+    def handle_request(self):
+        """Every request whose first line and method http.server knows."""
+        self.route, status = "-", 200
         try:
             self.begin_work()
-            self.check_headers()
-            if self.command == "OPTIONS" and "Origin" in self.headers:
-                status = self.preflight()
-                return
-            route = self.find_route()
-            if route != "/health" and self.server.at_work() > self.server.settings.max_connections:
-                self.close_connection = True
-                raise Refuse(503, "too many connections")
-            methods = self.server.routes[route]
-            function = methods.get("GET" if self.command == "HEAD" else self.command)
-            if function is None:
-                allow = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
-                raise Refuse(405, f"{route} takes {allow}", headers={"Allow": allow})
-            if route not in self.server.public:
-                self.check_key()
-            status = function(self) or 200
+            status = self.answer() or 200
         except OSError:  # the client has gone: 499 is nginx's number for an answer that nobody gets
             self.close_connection, status = True, 499
         except BaseException as error:  # (a panic of Rust code is no Exception)
@@ -301,30 +259,49 @@ class Connection(BaseHTTPRequestHandler):
             status = error.status
             with contextlib.suppress(OSError):
                 if self.streaming:
-                    self.end_events(error.body)
+                    self.send_events(error.body, end=True)
                 else:
                     self.respond(status, error.body, error.headers)
         finally:
-            self.server.answered(self, route, status)
+            self.server.answered(self, self.route, status)
             self.wait_for_client()
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
+
+    def answer(self):
+        """The order of the checks is that of trust. Returns the status, or None for 200."""
+        server = self.server
+        self.check_headers()
+        if self.command == "OPTIONS" and "Origin" in self.headers:  # a browser asks for a page of another origin
+            if not self.allowed_origin():
+                raise Refuse(403, "this origin is not allowed")
+            self.respond(204, b"")
+            return 204
+        self.route = self.find_route()
+        if self.route != "/health" and server.at_work() > server.settings.max_connections:
+            self.close_connection = True
+            raise Refuse(503, "too many connections")
+        methods = server.routes[self.route]
+        function = methods.get("GET" if self.command == "HEAD" else self.command)
+        if function is None:
+            allow = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
+            raise Refuse(405, f"{self.route} takes {allow}", headers={"Allow": allow})
+        if server.key and self.route not in server.public:
+            self.check_key()
+        return function(self)
 
     def find_route(self):
         """The key of the routes that the path means. An exact look-up: there are no files here to stray among."""
         path = self.path.partition("?")[0]
         below = path[:path.rfind("/") + 1]
-        if path in self.server.routes:
-            return path
-        if below != "/" and below in self.server.routes:
-            return below
+        for route in path, below:
+            if route in self.server.routes and (route == path or route != "/"):
+                return route
         raise Refuse(404, "there is no such path")
 
     def check_headers(self):
         headers = self.headers
-        if self.is_late():
-            raise Refuse(408, "the headers took too long")
-        # Behind a line that is no header, the parser drops all others, a Content-Length too.
+        # After a line that is no header, the parser drops all others, a Content-Length too.
         defects = any(isinstance(defect, MALFORMED) for defect in headers.defects)
         if defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
             raise Refuse(400, "malformed headers")
@@ -332,16 +309,9 @@ class Connection(BaseHTTPRequestHandler):
         host = headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
-        # The name of any site can be made to mean 127.0.0.1, so that its page reaches us from its visitor's browser.
+        # Any site can make its name mean 127.0.0.1, so that its page reaches us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
             raise Refuse(403, "this server answers to localhost alone")
-
-    def preflight(self):
-        """A browser asks whether a page of another origin may send what it wants to send."""
-        if not self.allowed_origin():
-            raise Refuse(403, "this origin is not allowed")
-        self.respond(204, b"")
-        return 204
 
     def allowed_origin(self):
         """The Origin of the page that asks, if it is the one that may."""
@@ -349,47 +319,49 @@ class Connection(BaseHTTPRequestHandler):
         return origin if origin and origin == self.server.settings.cors_origin.rstrip("/") else None
 
     def check_key(self):
-        if self.server.key:
-            scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-            given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
-            # Comparing digests takes the same time for every wrong key, and tells nothing of its length.
-            if not hmac.compare_digest(digest(given), digest(self.server.key)):
-                raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
+        # Comparing digests takes the same time for every wrong key, and tells nothing of its length.
+        if not hmac.compare_digest(digest(given), digest(self.server.key)):
+            raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
-    def read_body(self, use):
-        """use(the JSON object that was sent). Nothing is read before it is clear that it is wanted.
-
-        It is parsed and used when few others are: it can take thirty times the memory of its bytes, and `use` should
-        keep no more of it than it needs.
-        """
-        headers, settings = self.headers, self.server.settings
+    def body_size(self):
+        """The length of the body, which is read only when it is clear that it is wanted."""
+        headers, most = self.headers, self.server.settings.max_body
         lengths = headers.get_all("Content-Length", [])
-        self.body_read = False
         if headers.get("Transfer-Encoding") is not None:
             raise Refuse(400 if lengths else 501, "send a Content-Length, not a Transfer-Encoding")
         if not lengths:
             raise Refuse(411, "Content-Length is missing")
         if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0" and " 5"
             raise Refuse(400, "bad Content-Length")
-        size = int(lengths[0])
-        if size > settings.max_body:
-            raise Refuse(413, f"the body is larger than {settings.max_body} bytes")
+        if int(lengths[0]) > most:
+            raise Refuse(413, f"the body is larger than {most} bytes")
         if headers.get_content_type() != JSON:  # this keeps out the forms of other sites, too: they cannot send it
             raise Refuse(415, f"Content-Type must be {JSON}")
-        if headers.get("Expect", "").lower() == "100-continue":
+        return int(lengths[0])
+
+    def read_body(self, use):
+        """use(the JSON object that was sent). It should keep no more of it than it needs: few are held at once."""
+        self.body_read = False
+        size = self.body_size()
+        if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
             self.wfile.flush()
-        self.limit(settings.body_timeout)
+        self.limit(self.server.settings.body_timeout)
         self.wait_for_client()
         data = self.rfile.read(size)
         self.begin_work()
+        self.server.deadlines.pop(self.connection, None)  # from here on, we are the slow side
         if len(data) < size:
-            raise Refuse(*((408, "the body took too long") if self.is_late() else
-                           (400, "the body is shorter than its Content-Length")))
+            raise Refuse(400, "the body is shorter than its Content-Length")
         self.body_read = True
         with self.server.parsers:
-            return use(parse(data))
+            try:
+                return use(parse(data))
+            except RecursionError:
+                raise Refuse(400, "the body is nested too deeply") from None
 
     def is_gone(self):
         """Has the client hung up? (One that only says that it has nothing more to send has, too.) May raise OSError."""
@@ -403,19 +375,22 @@ class Connection(BaseHTTPRequestHandler):
     # 2. Answering
 
     def respond(self, status, content, headers=()):
-        """Send an answer. content: an object, which becomes JSON; or bytes; or None: the caller writes what follows."""
-        headers = {"Content-Type": JSON, "X-Content-Type-Options": "nosniff"} | dict(headers)
-        data = b"" if content is None else content if type(content) is bytes else dump(content)
-        if content is not None:
-            headers["Content-Length"] = str(len(data))
-            self.limit(self.server.settings.write_timeout, socket.SHUT_RDWR)
+        """Send an answer. content: an object, which becomes JSON; or bytes."""
+        data = content if type(content) is bytes else dump(content)
+        self.limit(self.server.settings.write_timeout)
+        self.send_head(status, {"Content-Type": JSON, "Content-Length": str(len(data)), **dict(headers)})
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+        self.wfile.flush()
+
+    def send_head(self, status, headers):
+        headers["X-Content-Type-Options"] = "nosniff"
         if self.server.settings.cors_origin:
             headers["Vary"] = "Origin"
         if origin := self.allowed_origin():
             headers["Access-Control-Allow-Origin"] = origin
             if self.command == "OPTIONS":
-                headers |= {"Access-Control-Allow-Methods": "GET, POST",
-                            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key"}
+                headers["Access-Control-Allow-Methods"] = "GET, POST"
+                headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
         if not self.body_read:  # what is left of the body would be taken for the next request
             self.close_connection = True
         if self.close_connection:
@@ -424,40 +399,42 @@ class Connection(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else data)
-        self.wfile.flush()
 
     def start_events(self):
         """Begin to send events: in chunks, or, to a client of HTTP/1.0, until the connection ends."""
-        self.chunked, self.streaming = self.request_version != "HTTP/1.0", True
-        self.close_connection |= not self.chunked
+        self.streaming, self.chunked = True, self.request_version != "HTTP/1.0"
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        self.respond(200, None, headers | ({"Transfer-Encoding": "chunked"} if self.chunked else {}))
+        if self.chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        else:
+            self.close_connection = True
+        self.send_head(200, headers)
+        self.wfile.flush()
 
-    def send_events(self, *contents):
+    def send_events(self, *contents, end=False):
         """An event for each: a line `data: JSON` and an empty one."""
-        data = b"".join(b"data: " + (c if type(c) is bytes else dump(c)) + b"\n\n" for c in contents)
-        if data:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-            self.wfile.flush()
-
-    def end_events(self, *contents):
-        self.send_events(*contents, b"[DONE]")
-        self.wfile.write(b"0\r\n\r\n" if self.chunked else b"")
+        data = b"".join(b"data: %b\n\n" % dump(content) for content in contents)
+        if end:
+            data += b"data: [DONE]\n\n"
+        if data and self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if end and self.chunked:
+            data += b"0\r\n\r\n"
+        self.wfile.write(data)
         self.wfile.flush()
 
     def finish(self):
-        """The end of the connection. After an answer that came early, read on for a moment: the system would throw the
-        answer away if its cause was left unread."""
+        """After an answer that came before the whole request was read, read on for a moment: the system would discard
+        the answer if something was left unread."""
         if not self.body_read:
             with contextlib.suppress(OSError):
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_WR)
-                self.limit(1, socket.SHUT_RDWR)
+                self.limit(1)
                 left = 4 * self.server.settings.max_body
                 while left > 0 and (data := self.connection.recv(1 << 16)):
                     left -= len(data)
         super().finish()
 
     def log_message(self, *_):
-        """Nothing: http.server's own lines have whatever the client sent. Web.answered writes ours."""
+        """Nothing: http.server's lines have whatever the client sent. Web.answered writes ours."""

@@ -27,7 +27,6 @@ from conftest import random_model
 from torch.nn import functional as F
 
 from runtime import console
-from runtime import settings as config
 from serving import engine
 import model as model_file
 import serve
@@ -482,7 +481,7 @@ class Log:
 def all_logs_fixture():
     log = Log()
     with pytest.MonkeyPatch.context() as patch:
-        for module in config, engine, serve, web:  # all that is written goes through print_error
+        for module in console, engine, serve, web:  # all that is written goes through print_error
             patch.setattr(module, "print_error", log.write)
         patch.setattr(threading, "excepthook", lambda args: log.write("".join(traceback.format_exception(
             args.exc_value))))

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from serving import engine
 from runtime import machine
 import tokenizer as tokenizers
-from serving.engine import CHUNK, Engine, Request, Rows, steady
+from serving.engine import CHUNK, Engine, Request, Rows, batch_invariant_sizes
 from model import GPT, KVCache
+from sample import Sampler
 
 
 class Numbers:
@@ -62,10 +63,10 @@ def test_a_text_does_not_depend_on_its_neighbours(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [32, 256, 512])
 def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
-    """What `steady` found with its own tokens holds for others, with a past."""
+    """What `batch_invariant_sizes` found with its own tokens holds for others, with a past."""
     model = random_model(n_embd=width, vocab_size=512, bias=width != 256)
     rows = Engine(model, Numbers(), 16, dtype=dtype)
-    assert rows.counts[-1] == 16 or rows.counts == [1]
+    assert rows.batch_sizes[-1] == 16 or rows.batch_sizes == [1]
     torch.manual_seed(1)
     ids, pasts = torch.randint(512, (16, 1)), torch.randint(512, (16, 9))
 
@@ -78,7 +79,7 @@ def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
 
     with torch.inference_mode():
         whole = scores(16)
-        assert all(torch.equal(scores(n), whole[:n]) for n in rows.counts if rows.counts != [1])
+        assert all(torch.equal(scores(n), whole[:n]) for n in rows.batch_sizes if rows.batch_sizes != [1])
 
 
 def test_who_asks_alike_is_served_together_and_gets_its_own():
@@ -119,7 +120,7 @@ def test_rows_that_differ_are_filled_up(monkeypatch):
     """Where only some numbers of rows give the same bits, no other is ever computed; nowhere: one row at a time."""
     sizes = []
     for counts in ([3, 6, 8], [8], [1]):
-        monkeypatch.setattr(engine, "steady", lambda *_: counts)
+        monkeypatch.setattr(engine, "batch_invariant_sizes", lambda *_: counts)
         rows = make()
         trunk = rows.model.trunk
         rows.model.trunk = lambda idx, cache: sizes.append(idx.size(0)) or trunk(idx, cache)
@@ -135,16 +136,16 @@ def test_the_engine_looks_at_the_bits(monkeypatch):
     model, trunk = machine.use_linear(random_model(), torch.float32), GPT.trunk
     number = lambda self, idx, cache: trunk(self, idx, cache) * (1 + 1e-6 * (idx.size(0) == 3))  # noqa: E731
     monkeypatch.setattr(GPT, "trunk", number)
-    assert 3 not in steady(model, 8) and 8 in steady(model, 8)
+    assert 3 not in batch_invariant_sizes(model, 8) and 8 in batch_invariant_sizes(model, 8)
     place = lambda self, idx, cache: trunk(self, idx, cache) + torch.arange(idx.size(0))[:, None, None]  # noqa: E731
     monkeypatch.setattr(GPT, "trunk", place)
-    assert steady(model, 8) == [1]
+    assert batch_invariant_sizes(model, 8) == [1]
 
 
 def greedy(model, request):
     """The text by GPT.generate, with the penalties of the request."""
-    pick = engine.make_pick(request, request.ids, request.seed)
-    ids = [token.item() for token in model.generate(torch.tensor([request.ids]), request.max_tokens, pick)]
+    sampler = Sampler(request, request.ids, request.seed)
+    ids = [token.item() for token in model.generate(torch.tensor([request.ids]), request.max_tokens, sampler)]
     return "".join(f"{i} " for i in ids)
 
 
@@ -181,9 +182,9 @@ def test_a_long_prompt_does_not_hold_up_the_others():
     rows.step()
     rows.submit(reader)
     for step in range(1, 5):
-        before, read = writer.n, reader.read
+        before, read = writer.n, rows.prompt_tokens
         rows.step()
-        assert writer.n == before + 1 and reader.read - read <= CHUNK
+        assert writer.n == before + 1 and rows.prompt_tokens - read <= CHUNK
         assert bool(reader.finish_reason) == (step == 4)
     short = [Request(ids=[3] * 40, max_tokens=1) for _ in range(5)]  # 3 x 40 fit into a step, and 40 more do not
     rows.submit(*short)
@@ -222,7 +223,8 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
         for request in requests:
             fresh = Request(ids=request.ids, max_tokens=5, seed=1, temperature=1.0, logprobs=2,
                             prompt_logprobs=request.prompt_logprobs)
-            other.held = {row: [] for row in other.held}
+            for slot in other.slots:
+                slot.cached = []
             other.complete([fresh])
             assert request.tokens == fresh.tokens and len(fresh.tokens) == 5
             assert request.prompt_tokens == fresh.prompt_tokens
@@ -258,17 +260,6 @@ def test_the_context_is_cut_to_what_fits(monkeypatch, capsys):
         assert rows.complete([Request(ids=[1] * (due - 9), max_tokens=10)])[0].finish_reason == "length"
     monkeypatch.setattr(machine, "free_memory", lambda device: 500 * token)
     assert "no memory for a context of 128 tokens" in error(lambda _: make(rows=1, block_size=1000))[0]
-
-
-def test_an_allocation_that_fails(monkeypatch):
-    """The system may have less than it says."""
-    def no_memory(*arguments):
-        raise RuntimeError("can't allocate memory")
-    model = random_model()
-    monkeypatch.setattr(engine, "steady", lambda *_: [1])
-    monkeypatch.setattr(engine, "KVCache", no_memory)
-    fact, fix = error(lambda _: Engine(model, Numbers(), rows=8))
-    assert "8 rows of 24 tokens do not fit into memory" in fact and "--rows=4 --block_size=12" in fix
 
 
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():
@@ -310,7 +301,7 @@ def test_ids_that_the_model_does_not_know_are_refused(wrong):
         make().submit(Request(ids=[1], max_tokens=3), Request(max_tokens=3, **wrong))
 
 
-@pytest.mark.parametrize("part", ["read", "recall", "score"])
+@pytest.mark.parametrize("part", ["read", "reuse_prefix", "score"])
 def test_who_fails_fails_alone(part, monkeypatch, capsys):
     """Whatever goes wrong with one request, and however often: its neighbours get what they asked for."""
     rows = make(rows=2)
@@ -320,7 +311,7 @@ def test_who_fails_fails_alone(part, monkeypatch, capsys):
     real = getattr(owner, name)
 
     def sometimes(*arguments):
-        if part == "score" or 7 in arguments[0].ids:
+        if part == "score" or 7 in arguments[0].request.ids:
             raise RuntimeError("one bad request")
         return real(*arguments)
     monkeypatch.setattr(owner, name, sometimes)
@@ -358,7 +349,7 @@ def test_cancelled_and_late_requests_leave():
     time.sleep(0.2)
     rows.step()
     assert running.finish_reason == queued.finish_reason == "cancelled" and late.finish_reason == "timeout"
-    assert queued.n == 0 and rows.n_cancelled == 2
+    assert queued.n == 0 and rows.cancelled == 2
     rows.complete([])
     assert fine.finish_reason == "length" and fine.n == 30 and len(rows.free) == 2
     events = [late.events.get() for _ in range(late.events.qsize())]
@@ -426,16 +417,6 @@ def kinds():
             tokenizers.train("unigram", [text], 4000)]
 
 
-class Script:
-    """Stands where a request's pick is: writes the ids that it was given."""
-
-    def __init__(self, ids):
-        self.ids = iter(ids)
-
-    def __call__(self, logits, known=None):
-        return torch.tensor([next(self.ids)])
-
-
 def test_text_is_put_together_right(kinds, monkeypatch):
     """Any ids, any script, any stop string: what is streamed is the whole, without half a character or half a stop."""
     rng = random.Random(0)
@@ -450,10 +431,11 @@ def test_text_is_put_together_right(kinds, monkeypatch):
         whole = [b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace") for ids in scripts]
         stops = [[text[a:a + rng.randint(1, 4)] for a in (rng.randrange(len(text)), rng.randrange(len(text)))]
                  if i % 2 and text else [] for i, text in enumerate(whole)]
-        plan = iter(scripts)
-        monkeypatch.setattr(engine, "make_pick", lambda *_: Script(next(plan)))
+        monkeypatch.setattr(rows, "sample", lambda slots, logits: [
+            script_of[slot.request][slot.request.n] for slot in slots])
         requests = [Request(ids=[1], max_tokens=len(ids), stop=stop, streams=True, logprobs=0)
                     for ids, stop in zip(scripts, stops)]
+        script_of = dict(zip(requests, scripts))
         rows.complete(requests)
         for request, ids, text, stop in zip(requests, scripts, whole, stops):
             events = [request.events.get() for _ in range(request.events.qsize())]

@@ -376,13 +376,7 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
     other("hf", block_size=150)
     ids = CHARACTERS.encode(" two and two\n#### 4\nQuestion: 5?\n#### 5")
 
-    class Script:
-        def __init__(self, *_):
-            self.ids = iter(ids)
-
-        def __call__(self, logits, known=None):
-            return torch.tensor([next(self.ids)])
-    monkeypatch.setattr(engine, "make_pick", Script)
+    monkeypatch.setattr(engine.Engine, "sample", lambda self, slots, logits: [ids[slot.request.n] for slot in slots])
     rows = [dict(question=f"{i}?", answer=f"so\n#### {i}.0") for i in (3, 4, 5)]
     found = evaluated("hf", task("x.jsonl", *rows), "--samples=0", "--max_new_tokens=38")["models"][0]["tasks"]["x"]
     assert [row["texts"] for row in found["items"]] == [[" two and two\n#### 4"]] * 3

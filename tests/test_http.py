@@ -65,23 +65,12 @@ def test_f2_deep_and_long(script, body):
 
 
 @pytest.mark.parametrize("body", [
-    {"prompt": "x", "max_tokens": [[[1]]], "max_new_tokens": [[[1]]]}, {"prompt": "x", "stop": "s"},
-    {"prompt": "[" * 50_000 + "," * 250_000 + '"\\"' * 50_000, "max_tokens": 1}], ids=["values", "text", "signs"])
-def test_f2_what_is_in_a_text_is_not_counted(script, body):
-    answer = script.raw(post(json.dumps(body).encode()))
-    assert answer.status in (200, 400) and "brackets" not in str(answer.body) and "levels" not in str(answer.body)
-
-
-@pytest.mark.parametrize("body, named", [
-    (b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}", "32 levels"),
-    (b'{"max_tokens": ' + b"[" * 400 + b"]" * 400 + b', "max_length": ' + b"[" * 400 + b"]" * 400 + b"}", "32 levels"),
-    (b'{"prompt": "\\\\", "a": ' + b'{"a":' * 40 + b"1" + b"}" * 41, "32 levels"),
-    (b'{"prompt": [' + b"{}," * 150_000 + b"1]}", "200,000 brackets and commas"),
-    (b'{"prompt": [' + b"1," * 250_000 + b"1]}", "200,000 brackets and commas")],
-    ids=["lists", "two fields", "behind a text", "objects", "numbers"])
-def test_f2_json_is_bounded(script, body, named):
-    answer = script.raw(post(body))
-    assert answer.status == 400 and named in answer.error["message"]
+    b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}",
+    b'{"prompt": "x", "max_tokens": ' + b"[" * 300 + b"]" * 300 + b', "max_length": ' + b"[" * 300 + b"]" * 300 + b"}",
+    b'{"prompt": [' + b"{}," * 300_000 + b"1]}", b'{"prompt": [' + b"1," * 400_000 + b"1]}"],
+    ids=["lists", "two fields", "objects", "numbers"])
+def test_f2_many_brackets(script, body):
+    assert script.raw(post(body)).status == 400
 
 
 def test_f2_few_bodies_are_parsed_at_once(script, monkeypatch):
@@ -207,7 +196,7 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
     for name, wire in wires.items():
         wire.socket.settimeout(0.5)
         answer = wire.file.read()  # to the end, which must have come
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), (name, answer)
+        assert answer == b"", (name, answer)
     assert all(wire.closed(0.5) for wire in idle)
     assert script.get("/health").status == 200
 
@@ -216,7 +205,10 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
 def test_f14_the_silent_make_room(sent):
     """Whoever has sent nothing, or half of something, gives way to who comes: the oldest of the largest crowd."""
     with serving(ScriptModel(), max_connections=8, header_timeout=30, body_timeout=30) as client:
-        idle = [client.wire(sent) for _ in range(8)]
+        idle = []
+        for _ in range(8):
+            idle.append(client.wire(sent))
+            time.sleep(0.02)  # so that its thread has read what there is before the next one comes
         assert until(lambda: len(client.server.web.connections) == 8)
         for _ in range(3):
             assert client.post("/generate", prompt="x").status == 200

@@ -25,7 +25,7 @@ from training import checkpoint as ckpt
 import sample
 import train
 from serving.engine import Engine, Request
-from sample import Sampling, filter_logits, make_pick
+from sample import Sampler, Sampling, filter_logits
 
 FLOAT = 2.0**-24  # half of the last bit of a float32 number that is 1: what an operation may be off
 
@@ -108,7 +108,7 @@ def test_rows_of_zeros_and_rows_with_an_outlier(step):
 
 def test_a_row_has_the_same_bits_among_any_others():
     if int8_top() is None:
-        pytest.skip("there is no FBGEMM here: sums of float32 numbers depend on the number of rows (see engine.steady)")
+        pytest.skip("no FBGEMM here: sums of float32 numbers depend on the batch (see engine.batch_invariant_sizes)")
     for K in (1, 7, 8, 32, 53, 512):
         torch.manual_seed(K)
         layer, x = Int8Linear(torch.randn(19, K), torch.randn(19)), torch.randn(17, K)
@@ -391,7 +391,7 @@ def test_both_folders_can_be_replaced_at_once(tiny_run, here, monkeypatch):
 
 
 def draws(logits, n=4000, **settings):
-    pick = make_pick(Sampling(**settings), [], seed=1)
+    pick = Sampler(Sampling(**settings), [], seed=1)
     return [pick(logits).item() for _ in range(n)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""From scores to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
+"""From logits to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
 import os
 import random
 import shutil
@@ -13,7 +13,7 @@ from conftest import ROOT, chat_run, error, script, turns
 from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
-from sample import TextStream, draw, filter_logits, lay, penalize
+from sample import Sampler, Sampling, TextStream, filter_logits, penalize, sample_tokens
 
 
 def kept(logits, **settings):
@@ -39,13 +39,12 @@ def test_filters_by_brute_force():
         warm = filter_logits(torch.tensor(logits), temperature=t).softmax(0)
         assert torch.allclose(warm, (torch.tensor(logits) / t).softmax(0), atol=1e-6)
         assert kept(logits, temperature=1e-39) >= {order[0]} and kept(logits, top_p=1e-300) == {order[0]}
-        assert kept(logits, temperature=0) == {order[0]}
         assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
 
 
 def test_filters_work_on_rows():
     logits = torch.randn(3, 20)
-    for settings in (dict(top_k=3), dict(top_p=0.5), dict(min_p=0.2), dict(temperature=0), dict(temperature=2.0)):
+    for settings in (dict(top_k=3), dict(top_p=0.5), dict(min_p=0.2), dict(temperature=2.0)):
         rows = torch.stack([filter_logits(row, **settings) for row in logits])
         assert torch.equal(filter_logits(logits, **settings), rows)
 
@@ -73,20 +72,35 @@ def test_penalties_by_brute_force():
         assert torch.allclose(found, torch.tensor([wanted]), atol=1e-5)
 
 
-def test_tokens_are_drawn_by_their_probability():
+def test_tokens_are_sampled_by_their_probability():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
+    settings, n = Sampling(temperature=1.0, top_k=0), 200_000
     generator = torch.Generator().manual_seed(0)
-    drawn = draw(lay(logits.expand(200_000, -1)), generator)
-    share = drawn.bincount(minlength=6) / len(drawn)
+    tokens = sample_tokens(logits.expand(n, -1), settings, [generator] * n)
+    share = tokens.bincount(minlength=6) / n
     assert torch.allclose(share, logits[0].softmax(0), atol=0.004)  # three standard deviations
     for point, wanted in ((0.0, 4), (1 - 2**-53, 1)):  # the ends of what torch.rand gives: no token of probability 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *size, **_: torch.full(size, point, dtype=torch.float64))
-            assert draw(lay(logits), None).tolist() == [wanted]
+            assert sample_tokens(logits, settings, [None]).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0), dict(top_k=1), dict(top_k=5), dict(top_k=0), dict(top_p=0.7, top_k=0)], ids=str)
+def test_rows_are_sampled_as_if_alone(settings):
+    """In a batch a row gets the token that it gets alone; one that is not finite is -1, and disturbs no other."""
+    logits, settings = torch.randn(6, 50), Sampling(**settings)
+    logits[1, 3], logits[4, 7] = torch.nan, torch.inf
+
+    def seeds(*rows):
+        return [torch.Generator().manual_seed(row) for row in rows]
+    together = sample_tokens(logits, settings, seeds(*range(6))).tolist()
+    assert together == [sample_tokens(logits[i:i + 1], settings, seeds(i)).item() for i in range(6)]
+    assert [i for i in range(6) if together[i] < 0] == [1, 4]
 
 
 def test_a_bias_decides():
-    pick = sample.make_pick(sample.SampleConfig(), [], 0, {3: 100.0})
+    pick = Sampler(Sampling(), [], 0, {3: 100.0})
     assert [pick(torch.randn(1, 9)).item() for _ in range(20)] == [3] * 20
 
 
@@ -132,7 +146,7 @@ def test_stop_strings_never_leak():
                 break
         assert whole == (text[:min(ends)] if ends else text), (text, stops)
         stream = TextStream(Bytes(), stops)  # and the same when it comes in larger pieces
-        pieces = [stream.give(text[i:i + 3]) for i in range(0, len(text), 3)]
+        pieces = [stream.add(text[i:i + 3]) for i in range(0, len(text), 3)]
         assert "".join(pieces) + stream.finish() == whole, (text, stops)
 
 
@@ -175,7 +189,7 @@ def test_settings_reach_the_text(tiny_run, monkeypatch, capsys):
 
 def test_end_of_text_ends_the_text(tiny_run, monkeypatch, capsys):
     monkeypatch.chdir(tiny_run)
-    monkeypatch.setattr(sample, "make_pick", lambda *_: lambda logits: torch.tensor([0]))  # always <|endoftext|>
+    monkeypatch.setattr(sample, "Sampler", lambda *_: lambda logits: torch.tensor([0]))  # always <|endoftext|>
     assert in_process(tiny_run, monkeypatch, capsys, "--prompt=the").out == "the\n"
     shown = in_process(tiny_run, monkeypatch, capsys, "--prompt=the", "--ignore_eos", "--max_new_tokens=7")
     assert shown.out == "the\n" and "[7 tokens" in shown.err
@@ -207,8 +221,10 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]
     for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0",
-                "--repetition_penalty=0"):
+                "--repetition_penalty=0", "--temperature=2.1", "--presence_penalty=-3.0"):
         assert bad.split("=")[0][2:] + "=" + bad.split("=")[1] in error(sample.main, bad)[0]
+    for stops in ["--stop="], ["--stop=" + "x" * 300], ["--stop=x"] * 5:
+        assert "stop may be 4 texts of 1 to 256 characters" in error(sample.main, *stops)[0]
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
@@ -242,10 +258,9 @@ def test_a_conversation_in_a_terminal(tiny_run):
     assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=3]" in said
 
 
-def test_scores_that_are_not_finite_are_refused():
-    settings = sample.SampleConfig()
+def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(Exception, match="not finite"):
-        sample.make_pick(settings, [], 0)(torch.full((1, 5), float("nan")))
+        Sampler(Sampling(), [], 0)(torch.full((1, 5), float("nan")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,7 +287,7 @@ def chatter(tiny_run, here, monkeypatch, capsys):
             patch.setattr("builtins.input", lambda _: next(says, None) or (_ for _ in ()).throw(EOFError))
             sample.main(["chat", "--chat", "--max_new_tokens=8", *argv])
         return capsys.readouterr()
-    monkeypatch.setattr(sample, "make_pick", pick)
+    monkeypatch.setattr(sample, "Sampler", pick)
     return tokenizer, asked, talk
 
 

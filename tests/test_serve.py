@@ -753,6 +753,19 @@ def test_c_accepted(tiny, case):
     assert send_case(tiny, *case[1:]).status == 200
 
 
+@pytest.mark.parametrize("name", sample.RANGES)
+def test_c_the_terminal_and_the_server_take_the_same(tiny, here, name):
+    """What is out of range for one is out of range for the other."""
+    lowest, highest = sample.RANGES[name]
+    step = 0.01 if isinstance(getattr(sample.SampleConfig, name), float) else 1
+    for value, fits in (lowest, True), (highest, True), (lowest - step, False), (highest + step, False):
+        fact, _ = error(sample.main, f"--{name}={value}")
+        assert ("there is no trained run" in fact) == fits and (f"{name}={value} is out of range" in fact) != fits
+        short = {} if name == "max_new_tokens" else {"max_tokens": 1}
+        answer = tiny.post(GENERATE, prompt="x", **short, **{name: value})
+        assert (answer.status == 400 and f"{name} must be" in answer.error["message"]) != fits
+
+
 def test_c6_one_stop_or_a_list(script):
     script.model.say("hello")
     assert script.text(stop="l") == script.text(stop=["l"]) == "he"
