@@ -6,12 +6,12 @@ Grading: from a file of questions to prompts, and from answers to scores.
     ids = prompt_ids(items[0], items[1:5], tokenizer)       # with four examples before it
     f1("in the garden", "The garden!"), number("... #### 1,234")
 
-There are three kinds of questions, told apart by their fields:
+The fields of a row tell which of three kinds of question it is:
 
-choice   {"prompt", "choices", "answer": 2}   The model writes nothing: its answer is the most probable choice.
-words    {"context", "question", "answers"}   It writes, and its first line is compared with each right answer, exactly
-         {"prompt", "answers"}                and by the words that both share (F1). SQuAD's .json is of this kind.
-number   {"question", "answer": "... #### N"} It writes, and the number after #### counts. GSM8K's layout.
+choice   {"prompt", "choices", "answer": 2}   The answer is the most probable choice. Nothing is written.
+words    {"context", "question", "answers"}   The first line of what the model writes is compared with each right
+         {"prompt", "answers"}                answer: exactly, and by the words that both share (F1). SQuAD's kind.
+number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
 
 The first wrong row is an error: a question that is left out changes the score.
 """
@@ -25,18 +25,17 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 
 from runtime.console import UserError
-from text.rows import SQUAD, check, field, json_lines, kind_of, squad
+from text import rows
+from text.rows import SQUAD, json_lines, kind_of
 from text.sources import decoded, kind
 
-LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"context": "...", "question": '
-           '"...", "answers": ["..."]}, {"prompt": "...", "answers": ["..."]} or {"question": "...", "answer": '
-           '"... #### 12"}')
-FIELDS = [{"prompt", "choices", "answer"}, {"question", "answers"}, {"prompt", "answers"}, {"question", "answer"}]
+LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
+           '["..."]} or {"question": "...", "answer": "... #### 12"}')
 MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 STEPS = "Let's think step by step."  # these words alone make models reason (Kojima 2022, arXiv 2205.11916)
 SAMPLE_WORDS = 50  # of a sample that are counted
-INSTRUCTIONS = {  # for a chat, which has to be told what is wanted; a text shows it by its form
+INSTRUCTIONS = {  # for a chat; a text shows by its form what is wanted
     "choice": "",
     "words": "Answer the question with as few words as possible, taken from the text.\n\n",
     "number": "Solve the problem. At the end, write #### and the answer as a number.\n\n"}
@@ -44,124 +43,100 @@ INSTRUCTIONS = {  # for a chat, which has to be told what is wanted; a text show
 
 @dataclass
 class Item:
-    """A question, in the words of a text and of a chat, and its right answers."""
+    """A question and its right answers."""
     kind: str  # choice, words, number
     where: str  # its file and line
     prompt: str  # what a text says up to the answer
     question: str  # what a user says in a chat
-    right: list[str]  # the right answers; of a choice, the right one
+    right: list[str]
     choices: list[str]
-    steps: str = ""  # the way to the answer, where the file has it
+    steps: str = ""  # the way to the answer
     group: str = ""  # the text that it is about: questions on the same text are not independent
 
     def shown(self, cot):
-        """The answer as an example shows it; cot: with the way to it."""
+        """The answer in an example; cot: with the way to it."""
         if self.kind != "number":
             return self.right[0]
         steps = self.steps + "\n" if cot and self.steps else ""
         return f"{steps}#### {self.right[0]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def read_task(path):
     """The items of a file, at least one and all of one kind."""
-    if kind(path) == ".json":
-        items = list(squad_items(path))
-    else:
-        items = [item_of(row, where) for where, row in json_lines(path, decoded(path), LAYOUTS)]
+    found = squad_rows(path) if kind(path) == ".json" else json_lines(path, decoded(path), LAYOUTS)
+    items = [item_of(row, where) for where, row in found]
     if not items:
         raise UserError(f"{path} holds no question", LAYOUTS)
     for item in items:
         if item.kind != items[0].kind:
-            raise UserError(f"{item.where} is a question of the kind {item.kind}, those before it are of the kind "
-                            f"{items[0].kind}", "one kind in a file, so that its score means one thing")
+            raise UserError(f"{item.where} is of the kind {item.kind}, the first question of the kind {items[0].kind}",
+                            "a file for each kind")
     return items
 
 
 def item_of(row, where):
     """A row as an Item of the kind that its fields say."""
     fields = set(row) if isinstance(row, dict) else set()
-    layout = next((layout for layout in FIELDS if layout <= fields), None)
-    if layout is None:
-        has = f"the fields {', '.join(sorted(fields))}" if fields else kind_of(row)
-        raise UserError(f"{where}: no question, but {has}", LAYOUTS)
-    unused = fields & {"context"}.union(*FIELDS) - layout
-    if "answers" in layout:
-        unused.discard("context")
-    if unused:
-        raise UserError(f"{where}: `{min(unused)}` has no place beside {', '.join(sorted(layout))}", LAYOUTS)
-    if "choices" in layout:
-        return choice_item(row, where)
-    return words_item(row, where) if "answers" in layout else number_item(row, where)
+    if {"prompt", "choices", "answer"} <= fields:
+        item = choice_item(row, where)
+    elif "answers" in fields and fields & {"question", "prompt"}:
+        item = words_item(row, where)
+    elif {"question", "answer"} <= fields:
+        item = number_item(row, where)
+    else:
+        raise UserError(f"{where}: no question, but {', '.join(sorted(fields)) or kind_of(row)}", LAYOUTS)
+    if not item.prompt.strip():
+        raise UserError(f"{where}: `prompt` is empty", LAYOUTS)
+    return item
 
 
-def filled(row, name, where):
-    """A field that is a text and not empty."""
-    value = field(row, name, str, where, LAYOUTS)
-    if not value.strip():
-        raise UserError(f"{where}: `{name}` is empty", LAYOUTS)
-    return value
+def text(row, name, where):
+    return rows.field(row, name, str, where, LAYOUTS)
 
 
-def texts(row, name, least, where):
-    """A field that is a list of so many texts or more."""
-    values = row[name]
-    if not isinstance(values, list) or len(values) < least:
-        raise UserError(f"{where}: `{name}` is not a list of {least} or more texts", LAYOUTS)
-    return [check(value, f"{name}[{i}]", str, where, LAYOUTS) for i, value in enumerate(values)]
+def texts(row, name, where):
+    values = rows.field(row, name, list, where, LAYOUTS)
+    return [rows.check(value, f"{name}[{i}]", str, where, LAYOUTS) for i, value in enumerate(values)]
 
 
 def choice_item(row, where):
-    choices, answer, prompt = texts(row, "choices", 2, where), row["answer"], filled(row, "prompt", where)
+    prompt = text(row, "prompt", where).rstrip()  # a space is put before each choice
+    choices, answer = [choice.strip() for choice in texts(row, "choices", where)], row["answer"]
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise UserError(f"{where}: `answer` is {answer!r}, not the number of a choice, 0 to {len(choices) - 1}",
-                        LAYOUTS)
-    different = {choice.strip() for choice in choices} - {""}
-    if different != set(choices) or len(different) < len(choices):
-        raise UserError(f"{where}: `choices` has an empty one, one with spaces round it, or one twice", LAYOUTS)
-    if prompt[-1].isspace():
-        raise UserError(f"{where}: `prompt` ends with white space, and a space is put before each choice",
-                        "end it with its last word")
+        raise UserError(f"{where}: `answer` is {answer!r}, not the number of a choice, counted from 0", LAYOUTS)
     return Item("choice", where, prompt, prompt, [choices[answer]], choices)
 
 
 def words_item(row, where):
-    context = filled(row, "context", where).strip() + "\n\n" if "context" in row else ""
-    answers = texts(row, "answers", 1, where)
+    context = text(row, "context", where).strip() + "\n\n" if row.get("context") else ""
+    answers = texts(row, "answers", where)
+    answers = [answer for answer in answers if normalize(answer)] or answers or [""]  # as SQuAD's script does
     if "question" in row:
-        return question_item(context, filled(row, "question", where), answers, where)
-    prompt = context + filled(row, "prompt", where)
-    return Item("words", where, prompt, prompt, answers, [], group=context)
-
-
-def question_item(context, question, answers, where):
-    answers = [answer for answer in answers if normalize(answer)] or [""]  # as SQuAD's script does
-    question = f"{context}Question: {question.strip()}"
-    return Item("words", where, f"{question}\nAnswer:", question, answers, [], group=context)
+        question = f"{context}Question: {text(row, 'question', where).strip()}"
+        prompt = question + "\nAnswer:"
+    else:
+        question = prompt = context + text(row, "prompt", where)
+    return Item("words", where, prompt, question, answers, [], group=context)
 
 
 def number_item(row, where):
-    question = filled(row, "question", where).strip()
-    steps, mark, end = filled(row, "answer", where).rpartition("####")
-    if not MARKED.fullmatch(mark + end.rstrip()) or number(mark + end) is None:
+    question = text(row, "question", where).strip()
+    steps, mark, end = text(row, "answer", where).rpartition("####")
+    if not MARKED.fullmatch(mark + end.rstrip()):
         raise UserError(f"{where}: `answer` does not end with #### and a number", LAYOUTS)
     steps = re.sub(r"<<[^<>]*>>", "", steps).strip()  # GSM8K's <<3*4=12>> are for a calculator
     return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [], steps)
 
 
-def squad_items(path):
-    """The questions of a file in SQuAD's layout. In version 2.0, to some of them the right answer is nothing."""
-    for where, context, paragraph in squad(path):
-        for k, qa in enumerate(field(paragraph, "qas", list, where, SQUAD)):
-            here = f"{where}.qas[{k}]"
-            answers = [field(answer, "text", str, f"{here}.answers[{n}]", SQUAD)
-                       for n, answer in enumerate(field(qa, "answers", list, here, SQUAD))]
-            if not answers and qa.get("is_impossible") is not True:
-                raise UserError(f"{here}: `answers` is empty", SQUAD)
-            yield question_item(f"{context}\n\n", field(qa, "question", str, here, SQUAD), answers, here)
+def squad_rows(path):
+    """(where, row) for every question of a file in SQuAD's layout. In version 2.0, some have no answer."""
+    for where, context, paragraph in rows.squad(path):
+        for i, qa in enumerate(rows.field(paragraph, "qas", list, where, SQUAD)):
+            here = f"{where}.qas[{i}]"
+            question = rows.field(qa, "question", str, here, SQUAD)
+            answers = [rows.field(answer, "text", str, here, SQUAD)
+                       for answer in rows.field(qa, "answers", list, here, SQUAD)]
+            yield here, dict(context=context, question=question, answers=answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,26 +152,26 @@ def prompt_text(item, examples, cot=False):
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
     """The ids of that, as a text or in the chat format.
 
-    cot: show the way to the answer in examples, and ask for it (chain of thought; Wei 2022, arXiv 2201.11903).
+    cot: chain of thought; show the way to a number in the examples, and ask for it (Wei 2022, arXiv 2201.11903).
     """
-    think = STEPS if cot and item.kind == "number" else ""
+    cot = cot and item.kind == "number"
     if not chat:
-        text = prompt_text(item, examples, cot)
-        return tokenizer.encode(f"{text} {think}" if think and not examples else text)
-    messages, before = [], INSTRUCTIONS[item.kind]
+        think = f" {STEPS}" if cot and not examples else ""
+        return tokenizer.encode(prompt_text(item, examples, cot) + think)
+    think = f"\n{STEPS}" if cot else ""
+    messages = []
     for one in (*examples, item):
-        question = f"{one.question}\n{think}" if think else one.question
-        messages.append(dict(role="user", content=before + question))
+        messages.append(dict(role="user", content=one.question + think))
         messages.append(dict(role="assistant", content=one.shown(cot)))
-        before = ""
+    messages[0]["content"] = INSTRUCTIONS[item.kind] + messages[0]["content"]
     return tokenizer.chat(messages[:-1])
 
 
 def choice_ids(item, examples, tokenizer, chat=False):
     """For each choice, (the ids of prompt and choice, how many of them are the choice's).
 
-    In a text, a space joins them. Both are encoded together, since a token may begin with this space; the choice's
-    tokens are those behind as many as the prompt alone has (as in lm-evaluation-harness).
+    In a text, both are encoded together, since a token may begin with the space between them. The prompt has as many
+    as it has alone, and the choice has the others (as in lm-evaluation-harness).
     """
     before = prompt_ids(item, examples, tokenizer, chat=chat)
     for choice in item.choices:
@@ -210,13 +185,13 @@ def choice_ids(item, examples, tokenizer, chat=False):
 
 
 def normalize(text):
-    """SQuAD's: lower case, without punctuation and without articles, one space between words."""
+    """As SQuAD does it: lower case, no punctuation, no articles, one space between words."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def f1(answer, right):
-    """The harmonic mean of precision and recall of the words that both have: 0 to 1. Of nothing and nothing it is 1."""
+    """The harmonic mean of precision and recall of the shared words."""
     ours, theirs = normalize(answer).split(), normalize(right).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -225,7 +200,7 @@ def f1(answer, right):
 
 
 def number(text):
-    """The number that an answer gives, None for none: the one after ####, else the last one. A Decimal: 18.00 is 18."""
+    """The number after ####, else the last one, or None. As a Decimal: 18.00 is 18."""
     marked = MARKED.search(text)
     found = [marked[1]] if marked else NUMBER.findall(text)
     try:
@@ -235,10 +210,9 @@ def number(text):
 
 
 def vote(answers):
-    """(the most frequent answer, its share of all); of equally frequent ones the first. None is no answer.
+    """(the most frequent answer that is not None, its share of all).
 
-    Self-consistency: several ways of thinking that end in the same place are more likely right (Wang 2022, arXiv
-    2203.11171), and their share says how sure to be.
+    Self-consistency: what several ways of thinking lead to is more likely right (Wang 2022, arXiv 2203.11171).
     """
     counts = Counter(answer for answer in answers if answer is not None)
     answer, n = counts.most_common(1)[0] if counts else (None, 0)
@@ -246,15 +220,15 @@ def vote(answers):
 
 
 def score_text(item, texts):
-    """Score what was written, several texts by their vote. The first of the `marks` is the one that counts most."""
+    """Score what was written, several texts by their vote. The first of the `marks` counts most."""
     if item.kind == "number":
         answer, share = vote([number(text) for text in texts])
         right = answer is not None and answer == number("#### " + item.right[0])
-        in_format = sum(bool(MARKED.search(text)) for text in texts) / len(texts)
-        scores = dict(accuracy=float(right), format=in_format)
+        in_format = [bool(MARKED.search(text)) for text in texts]
+        scores = dict(accuracy=float(right), format=sum(in_format) / len(texts))
         answer = "" if answer is None else str(answer)
     else:
-        lines = [text.strip().split("\n")[0] for text in texts]  # the first is the answer; what follows, talk
+        lines = [text.strip().split("\n")[0] for text in texts]
         chosen, share = vote([normalize(line) for line in lines])
         answer = next(line for line in lines if normalize(line) == chosen)  # as it was written
         scores = dict(f1=max(f1(answer, right) for right in item.right),
@@ -264,28 +238,22 @@ def score_text(item, texts):
 
 def score_choice(item, logprobs):
     """Score the likeliest choice, and the likeliest per byte, which is fair to long ones. logprobs: in nats."""
-    per_byte = [logprob / len(choice.encode()) for logprob, choice in zip(logprobs, item.choices)]
-    highest = max(logprobs)
-    best = item.choices[logprobs.index(highest)]
-    best_per_byte = item.choices[per_byte.index(max(per_byte))]
+    per_byte = [logprob / max(1, len(choice.encode())) for logprob, choice in zip(logprobs, item.choices)]
+    best, best_per_byte = (item.choices[np.argmax(values)] for values in (logprobs, per_byte))
     scores = dict(accuracy=float(best == item.right[0]), per_byte=float(best_per_byte == item.right[0]))
-    confidence = 1 / sum(math.exp(logprob - highest) for logprob in logprobs)  # the softmax of the highest
-    return dict(marks=scores, answer=best, confidence=confidence)
+    confidence = 1 / np.exp(np.array(logprobs) - max(logprobs)).sum()  # the softmax of the highest
+    return dict(marks=scores, answer=best, confidence=float(confidence))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scores of many questions say
-
-
-def mean(values, groups=None):
+def mean(values, groups):
     """{"value", "error"}: the mean of scores, and its standard error, None where all are of one group.
 
-    groups: what each belongs to; by default all are independent. Five questions on one text tell less than five on
-    five, so their deviations are added up before they are squared (Miller 2024, arXiv 2411.00640): with G groups of n
-    scores in all, error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2.
+    groups: what each belongs to. Five questions on one text tell less than five on five, so their deviations are added
+    up before they are squared (Miller 2024, arXiv 2411.00640): with G groups of n scores in all,
+    error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2.
     """
     scores = np.array(values, dtype=float)
-    group_of = np.unique(list(groups or range(len(scores))), return_inverse=True)[1]
+    group_of = np.unique(list(groups), return_inverse=True)[1]
     deviations = np.bincount(group_of, scores - scores.mean())  # (G,)
     G, error = len(deviations), None
     if G > 1:
@@ -296,25 +264,24 @@ def mean(values, groups=None):
 def differences(models):
     """Every model beside the first one, question by question: the mean difference and its standard error.
 
-    What makes a question hard for both falls out of the difference, so its error is smaller (Miller 2024).
+    A question that is hard for both adds nothing to the difference, so the error is smaller (Miller 2024).
     """
     rows = []
     for model in models[1:]:
         for name, task in model["tasks"].items():
-            if name not in models[0]["tasks"]:
-                continue
-            metric, others = next(iter(task["metrics"])), models[0]["tasks"][name]["items"]
-            differ = [row["marks"][metric] - other["marks"][metric] for row, other in zip(task["items"], others)]
-            groups = [row["group"] for row in task["items"]]
-            rows.append(dict(model=model["model"], task=name, metric=metric, **mean(differ, groups)))
+            if first := models[0]["tasks"].get(name):
+                metric, pairs = next(iter(task["metrics"])), zip(task["items"], first["items"])
+                differ = [row["marks"][metric] - other["marks"][metric] for row, other in pairs]
+                groups = [row["group"] for row in task["items"]]
+                rows.append(dict(model=model["model"], task=name, metric=metric, **mean(differ, groups)))
     return rows
 
 
-def calibration(confidences, scores, bins=10):
-    """(bins, the expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)
+def calibration(confidences, scores):
+    """(10 bins, the expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)
     """
     confidences, scores = np.array(confidences), np.array(scores)
-    bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
+    bin_of = np.minimum(confidences * 10, 9).astype(int)
     table = []
     for i in np.unique(bin_of):
         here = bin_of == i
@@ -324,7 +291,7 @@ def calibration(confidences, scores, bins=10):
 
 
 def words_of(text):
-    """The words of a text for counting: letters and digits that stand together, and every other sign alone."""
+    """The words of a text, and its signs as words of one character."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 

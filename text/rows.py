@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Rows: how a line of JSON becomes checked fields. Texts, conversations and questions are read with it.
+Rows: how a line of JSON becomes checked fields, for texts, conversations and questions.
 
     for where, row in json_lines("a.jsonl", decoded("a.jsonl"), fix):   # "a.jsonl, line 1", {"text": "..."}
         text = field(row, "text", str, where, fix)
 
-A row may be anything that JSON can say. What is wrong with it is one UserError that names file, line and field, and
-says with `fix` what a right row looks like.
+What is wrong is one UserError that names file, line and field. `fix` says what a right row looks like.
 """
 from runtime.console import UserError
 from runtime.files import parse_json, read_json
 
-RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
+RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
 KINDS = {str: "a text", list: "a list", dict: "an object"}
 SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
-         '[{"text": "..."}]}]}]}]}; give other rows as a .jsonl file, one a line')
+         '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one a line')
 
 
-def field(row, name, kind, where, fix, parent=""):
-    """row[name], which has to be of this kind. parent: what the error writes before the name, as "messages[0]."."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: no field `{parent}{name}`, but {kind_of(row)}", fix)
-    if name not in row:
-        raise UserError(f"{where}: no field `{parent}{name}`, but {', '.join(row) or 'none'}", fix)
-    return check(row[name], parent + name, kind, where, fix)
+def field(row, name, kind, where, fix):
+    """row[name], which has to be of this kind."""
+    if not isinstance(row, dict) or name not in row:
+        found = ", ".join(row) or "none" if isinstance(row, dict) else kind_of(row)
+        raise UserError(f"{where}: no field `{name}`, but {found}", fix)
+    return check(row[name], name, kind, where, fix)
 
 
 def check(value, name, kind, where, fix):
@@ -52,7 +50,7 @@ def json_lines(path, blocks, fix):
 
 
 def records(path, blocks, separator):
-    """The texts between the separators of a file, one after the other, without the separators."""
+    """The texts between the separators of a file."""
     rest, number = "", 0
     for block in blocks:
         *ended, rest = (rest + block).split(separator)
