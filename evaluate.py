@@ -9,8 +9,8 @@ Evaluation: how good is a model, and which of two is better?
     python evaluate.py out/small --json=results.json --html=results.html
     torchrun --standalone --nproc_per_node=2 evaluate.py ...    # the same numbers, sooner where each has a GPU
 
-1. How well does it predict text? (evaluation/perplexity.py) Bits per byte compare all models, with the same context.
-2. How does it answer? (evaluation/grading.py) Scores have a standard error, and models are compared by question.
+1. How well does it predict text? Bits per byte compare all models (evaluation/perplexity.py).
+2. How does it answer? Scores have a standard error (evaluation/grading.py).
 3. How does it write? Samples are kept, with how much they repeat themselves, beside the same of real text.
 """
 import gc
@@ -19,7 +19,6 @@ import json
 import os
 import shlex
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -45,7 +44,7 @@ BUNDLED = sorted(name.removesuffix(".jsonl") for name in os.listdir(TASKS) if na
 @dataclass
 class EvaluateConfig:
     # text
-    data: list[str] = field(default_factory=list)  # a,b: of data/NAME the validation split, files, or none; default: the run's
+    data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line
     megabytes: float = 0.0  # only so much of each text; 0: all
     block_size: int = 0  # the context, in tokens; 0: that of the model
@@ -55,7 +54,7 @@ class EvaluateConfig:
     tasks: list[str] = field(default_factory=list)  # a,b: names of evaluation/tasks, files, or none; default: all
     limit: int = 0  # at most so many questions of each; 0: all
     shots: int = 0  # examples before each question
-    examples: str = ""  # the file of the examples; default: those that follow the question in its own file
+    examples: str = ""  # the file of the examples; default: the questions that follow
     cot: bool = False  # chain of thought: ask for the way to a number, and show it in the examples
     chat: bool = False  # ask in the chat format, where a model has one
     votes: int = 1  # write so many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
@@ -77,26 +76,23 @@ class EvaluateConfig:
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens samples": (0, 1e9), "megabytes": (0, 1e6),
           "shots": (0, 1000), "votes": (1, 1000), "rows": (1, 1024), "seed": (0, 2**62)}
-SAMPLE_TOKENS = 128
 LONGEST = {"number": 256, "words": 32}  # an answer, in tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
 
 
 def read_tasks(settings):
     """{name: (items, the examples of each)} of --tasks."""
-    tasks, names = {}, ",".join(settings.tasks or BUNDLED).split(",")
-    for name in [] if names == ["none"] else names:
+    tasks = {}
+    for name in ",".join(settings.tasks or BUNDLED).split(","):
+        if name == "none":
+            continue
         path = os.path.join(TASKS, f"{name}.jsonl") if name in BUNDLED else name
         if not os.path.isfile(path):
             raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         items = grading.read_task(path)
         pool = grading.read_task(settings.examples) if settings.examples else items
         if pool[0].kind != items[0].kind:
-            raise UserError(f"{settings.examples} has questions of the kind {pool[0].kind}, {name} of the kind "
-                            f"{items[0].kind}", "one --tasks, and examples of its kind")
+            raise UserError(f"{settings.examples} has {pool[0].kind} to answer, {name} has {items[0].kind}",
+                            "--tasks and --examples of one kind")
         asked = items[:settings.limit or None]
         examples = [choose_examples(i, items, pool, settings.shots) for i in range(len(asked))]
         tasks[os.path.splitext(name)[0]] = asked, examples
@@ -104,10 +100,7 @@ def read_tasks(settings):
 
 
 def choose_examples(i, items, pool, shots):
-    """The examples before question i: the first of their own file, or those that follow it, round the end of the file.
-
-    Neither the question itself nor one on the same passage.
-    """
+    """The first of --examples, or those that follow question i: not itself, and none on the same passage."""
     item, start = items[i], i + 1 if pool is items else 0
     allowed = (other for other in pool[start:] + pool[:start]
                if other.prompt != item.prompt and (not item.group or other.group != item.group))
@@ -121,7 +114,7 @@ def choose_examples(i, items, pool, shots):
 def requests_for(item, examples, seeds, settings, engine, chat):
     """(requests to score each choice, or to write an answer for each seed; was a prompt cut?).
 
-    What does not fit into the context is cut at its beginning, where the examples are.
+    A prompt that does not fit is cut at its beginning, where the examples are.
     """
     size = engine.context
     if item.kind == "choice":
@@ -142,22 +135,20 @@ def requests_for(item, examples, seeds, settings, engine, chat):
 
 
 def work(engine, requests, name):
-    """Let the engine answer. It goes through all that wait at every step, so it gets a few at a time."""
-    tell, waiting = now_and_then(name), deque(requests)
-    while waiting or engine.waiting or engine.running:
-        while waiting and len(engine.waiting) < engine.rows:
-            engine.submit(waiting.popleft())
+    """Let the engine answer."""
+    tell = now_and_then(name)
+    engine.submit(*requests)
+    while engine.waiting or engine.running:
         engine.step()
-        tell(len(requests) - len(waiting), len(requests))
+        tell(len(requests) - len(engine.waiting), len(requests))
     if any(request.finish_reason == "error" for request in requests):
         raise UserError("its logits are not finite numbers", "--dtype=float32, or another checkpoint")
 
 
 def row_of(item, requests, cut, tokenizer):
     """A question and its answer, as a row of the report."""
-    prompt = requests[0].ids[:requests[0].prompt_logprobs]
-    row = dict(where=item.where, group=item.group or item.where, right=item.right, cut=cut,
-               prompt=tokenizer.decode(prompt))
+    prompt = tokenizer.decode(requests[0].ids[:requests[0].prompt_logprobs])
+    row = dict(where=item.where, group=item.group or item.where, right=item.right, cut=cut, prompt=prompt)
     if item.kind == "choice":
         logprobs = [sum(token.logprob for token in request.prompt_tokens) for request in requests]
         return row | dict(choices=item.choices, logprobs=logprobs, **grading.score_choice(item, logprobs))
@@ -198,14 +189,14 @@ def run_task(engine, items, examples, settings, processes, name, chat):
 
 
 def measure_samples(engine, settings, name):
-    """(the samples with their numbers, tokens per second of one text alone, the best of three)."""
+    """(the samples with their numbers, tokens per second of one text alone)."""
     tokenizer = engine.tokenizer
     ids, end = tokenizer.encode(settings.prompt), tokenizer.special.get(tokenizers.END_OF_TEXT)
     if not ids:
         ids = tokenizer.encode("\n") if end is None else [end]
-    longest = min(SAMPLE_TOKENS, engine.context - len(ids))
+    longest = min(128, engine.context - len(ids))
     if longest < 1:
-        raise UserError(f"--prompt has {len(ids)} tokens, the context is {engine.context}", "a shorter --prompt")
+        raise UserError(f"--prompt has {len(ids)} tokens, the context is {engine.context}", "a shorter one")
     requests = [Request(ids=ids, max_tokens=longest, ignore_eos=True, seed=fold("sample", settings.seed, i))
                 for i in range(settings.samples)]
     work(engine, requests, name)
@@ -219,25 +210,22 @@ def measure_samples(engine, settings, name):
 
 
 def real_text(text, samples):
-    """The numbers of as many pieces of real text, from all over it, of the mean length of the samples."""
+    """The numbers of pieces of real text, as many as the samples and of their mean length."""
     words, n = grading.words_of("\n".join(text.documents)), len(samples["texts"])
     length = samples["words"] // n
-    step = max(len(words) // n, length)  # so that no two have the same words
+    step = max(len(words) // n, length)
     pieces = [" ".join(words[i * step:i * step + length]) for i in range(n)]
     return dict(name=text.name, **grading.variety(pieces))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-
-def evaluate(run, name, settings, device, texts, tasks, processes, results, save):
+def evaluate(run, settings, device, texts, tasks, processes, results, save):
     """Append one model to the results. What it cannot do, such as a character without a token, is a warning."""
     # 1. The model
+    name = os.path.normpath(run)
     model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
-    dtype = torch.float32 if about["int8"] else getattr(torch, settings.dtype)  # of what is not in 8 bits
-    row = dict(model=name, path=about["path"], parameters=model.n_params(),
-               texts={}, tasks={}, quality=None, tokens_per_second=None, missing={})
+    dtype = torch.float32 if about["int8"] else getattr(torch, settings.dtype)
+    row = dict(model=name, parameters=model.n_params(), texts={}, tasks={}, quality=None, tokens_per_second=None,
+               missing={})
     results["models"].append(row)
 
     def attempt(what, measure, *args):
@@ -279,9 +267,8 @@ def evaluate(run, name, settings, device, texts, tasks, processes, results, save
         found = attempt(task, run_task, engine, items, examples, settings, processes, f"{name}: {task}", chat)
         if found:
             row["tasks"][task] = found
-            scores = ", ".join(f"{report.HEADINGS[metric]} {report.percent(score)}"
-                               for metric, score in found["metrics"].items())
-            say(f"{name}: {task}: {scores}; {found['n']} questions, {found['seconds']:.0f} s")
+            score = next(iter(found["metrics"].values()))
+            say(f"{name}: {task}: {report.percent(score)} of {found['n']} questions, {found['seconds']:.0f} s")
         save()
 
 
@@ -297,36 +284,24 @@ def now_and_then(name):
     return tell
 
 
-def names_of(runs):
-    """A short name for each RUN: that of its folder, or all of the path where two have the same."""
-    folders = [os.path.dirname(run) if os.path.isfile(run) else run for run in map(os.path.abspath, runs)]
-    names = list(map(os.path.basename, folders))
-    return [name if names.count(name) == 1 else os.path.normpath(run) for name, run in zip(names, runs)]
-
-
 def data_of(checkpoint):
-    """The folder of the data that a run was trained on, "" if it does not say."""
-    name = checkpoint["settings"].get("dataset")
-    return os.path.join("data", name) if name else ""
+    """The folder of the data that a run was trained on."""
+    return os.path.join("data", checkpoint["settings"].get("dataset") or "")
 
 
 def check_runs(runs, which):
-    """Read every run, before an hour of work on another one. Returns the folders of their data."""
-    folders = []
-    for run in runs:
-        if not huggingface.is_folder(run):
-            folders.append(data_of(ckpt.read_run(run, which)[0]))
-    return folders
+    """The folders of their data. Reads every run, before an hour of work on another one."""
+    return [data_of(ckpt.read_run(run, which)[0]) for run in runs if not huggingface.is_folder(run)]
 
 
 def read_texts(settings, folders):
     """The texts of --data, by default that of the first folder that is there and holds no conversations."""
     sources = ",".join(settings.data).split(",")
     if not settings.data:
-        here = (folder for folder in folders if folder and os.path.exists(os.path.join(folder, "meta.json")))
+        here = (folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json")))
         sources = [next((folder for folder in here if not Dataset.open(folder).chat), "none")]
         if sources == ["none"]:
-            note("no run names a text that is here: --data=FILE for bits per byte and perplexity")
+            note("no run names a text that is here: --data=FILE for bits per byte")
     return [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
 
 
@@ -339,7 +314,7 @@ def write(path, text):
 
 
 def main(argv):
-    # 1. Check all that is asked for, before anything is measured
+    # 1. Check what is asked for
     settings, _, runs = load(EvaluateConfig, argv)
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), machine.Processes()
@@ -371,10 +346,10 @@ def main(argv):
     # 3. One model after the other
     save()  # can the files be written?
     try:
-        for run, name in zip(runs, names_of(runs)):
-            evaluate(run, name, settings, device, texts, tasks, processes, results, save)
-            gc.collect()  # the engine and its model name each other, and large ones should not wait for their end
-    finally:  # what there is, is shown, whatever comes in between
+        for run in runs:
+            evaluate(run, settings, device, texts, tasks, processes, results, save)
+            gc.collect()  # an engine and its model name each other
+    finally:  # whatever comes in between
         if processes.rank == 0 and results["models"]:
             print(report.tables(results), flush=True)
     return 0

@@ -9,8 +9,8 @@ Grading: from a file of questions to prompts, and from answers to scores.
 The fields of a row tell which of three kinds of question it is:
 
 choice   {"prompt", "choices", "answer": 2}   The answer is the most probable choice. Nothing is written.
-words    {"context", "question", "answers"}   The first line of what the model writes is compared with each right
-         {"prompt", "answers"}                answer: exactly, and by the words that both share (F1). SQuAD's kind.
+words    {"context", "question", "answers"}   The first line that the model writes is compared with each right answer,
+         {"prompt", "answers"}                exactly and by shared words (F1). SQuAD's kind.
 number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
 
 The first wrong row is an error: a question that is left out changes the score.
@@ -25,18 +25,17 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 
 from runtime.console import UserError
-from text import rows
-from text.rows import SQUAD, json_lines, kind_of
+from text.rows import SQUAD, check, field, json_lines, kind_of, squad
 from text.sources import decoded, kind
 
-LAYOUTS = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
-           '["..."]} or {"question": "...", "answer": "... #### 12"}')
+LAYOUTS = [{"prompt": str, "choices": list, "answer": int}, {"question": str, "answers": list},
+           {"prompt": str, "answers": list}, {"question": str, "answer": str}]
+FIX = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
+       '["..."]} or {"question": "...", "answer": "... #### 12"}')
 MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-STEPS = "Let's think step by step."  # these words alone make models reason (Kojima 2022, arXiv 2205.11916)
-SAMPLE_WORDS = 50  # of a sample that are counted
+STEPS = "Let's think step by step."  # Kojima 2022, arXiv 2205.11916
 INSTRUCTIONS = {  # for a chat; a text shows by its form what is wanted
-    "choice": "",
     "words": "Answer the question with as few words as possible, taken from the text.\n\n",
     "number": "Solve the problem. At the end, write #### and the answer as a number.\n\n"}
 
@@ -51,7 +50,7 @@ class Item:
     right: list[str]
     choices: list[str]
     steps: str = ""  # the way to the answer
-    group: str = ""  # the text that it is about: questions on the same text are not independent
+    group: str = ""  # the text that it is about
 
     def shown(self, cot):
         """The answer in an example; cot: with the way to it."""
@@ -63,84 +62,66 @@ class Item:
 
 def read_task(path):
     """The items of a file, at least one and all of one kind."""
-    found = squad_rows(path) if kind(path) == ".json" else json_lines(path, decoded(path), LAYOUTS)
+    found = squad_rows(path) if kind(path) == ".json" else json_lines(path, decoded(path), FIX)
     items = [item_of(row, where) for where, row in found]
-    if not items:
-        raise UserError(f"{path} holds no question", LAYOUTS)
-    for item in items:
-        if item.kind != items[0].kind:
-            raise UserError(f"{item.where} is of the kind {item.kind}, the first question of the kind {items[0].kind}",
-                            "a file for each kind")
+    kinds = {item.kind for item in items}
+    if len(kinds) != 1:
+        raise UserError(f"{path} holds {len(items)} questions of {len(kinds)} kinds", f"some of one kind; {FIX}")
     return items
 
 
 def item_of(row, where):
     """A row as an Item of the kind that its fields say."""
-    fields = set(row) if isinstance(row, dict) else set()
-    if {"prompt", "choices", "answer"} <= fields:
-        item = choice_item(row, where)
-    elif "answers" in fields and fields & {"question", "prompt"}:
-        item = words_item(row, where)
-    elif {"question", "answer"} <= fields:
-        item = number_item(row, where)
-    else:
-        raise UserError(f"{where}: no question, but {', '.join(sorted(fields)) or kind_of(row)}", LAYOUTS)
-    if not item.prompt.strip():
-        raise UserError(f"{where}: `prompt` is empty", LAYOUTS)
-    return item
+    # 1. The fields and their types
+    fields = row.keys() if isinstance(row, dict) else set()
+    layout = next((layout for layout in LAYOUTS if layout.keys() <= fields), None)
+    if layout is None:
+        raise UserError(f"{where}: no question, but {', '.join(sorted(fields)) or kind_of(row)}", FIX)
+    for name, wanted in layout.items():
+        check(row[name], name, wanted, where, FIX)
+        for i, value in enumerate(row[name] if wanted is list else []):
+            check(value, f"{name}[{i}]", str, where, FIX)
+    if "prompt" in layout and not row["prompt"].strip():
+        raise UserError(f"{where}: `prompt` is empty", FIX)
 
+    # 2. A choice
+    if "choices" in layout:
+        prompt, answer = row["prompt"].rstrip(), row["answer"]  # a space is put before each choice
+        choices = [choice.strip() for choice in row["choices"]]
+        if not 0 <= answer < len(choices):
+            raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
+        return Item("choice", where, prompt, prompt, [choices[answer]], choices)
 
-def text(row, name, where):
-    return rows.field(row, name, str, where, LAYOUTS)
+    # 3. Words
+    if "answers" in layout:
+        context = check(row.get("context") or "", "context", str, where, FIX).strip()
+        before = context + "\n\n" if context else ""
+        answers = [answer for answer in row["answers"] if normalize(answer)]
+        answers = answers or row["answers"] or [""]  # as SQuAD's script does
+        if "prompt" in layout:
+            question = prompt = before + row["prompt"]
+        else:
+            question = f"{before}Question: {row['question'].strip()}"
+            prompt = question + "\nAnswer:"
+        return Item("words", where, prompt, question, answers, [], group=context)
 
-
-def texts(row, name, where):
-    values = rows.field(row, name, list, where, LAYOUTS)
-    return [rows.check(value, f"{name}[{i}]", str, where, LAYOUTS) for i, value in enumerate(values)]
-
-
-def choice_item(row, where):
-    prompt = text(row, "prompt", where).rstrip()  # a space is put before each choice
-    choices, answer = [choice.strip() for choice in texts(row, "choices", where)], row["answer"]
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise UserError(f"{where}: `answer` is {answer!r}, not the number of a choice, counted from 0", LAYOUTS)
-    return Item("choice", where, prompt, prompt, [choices[answer]], choices)
-
-
-def words_item(row, where):
-    context = text(row, "context", where).strip() + "\n\n" if row.get("context") else ""
-    answers = texts(row, "answers", where)
-    answers = [answer for answer in answers if normalize(answer)] or answers or [""]  # as SQuAD's script does
-    if "question" in row:
-        question = f"{context}Question: {text(row, 'question', where).strip()}"
-        prompt = question + "\nAnswer:"
-    else:
-        question = prompt = context + text(row, "prompt", where)
-    return Item("words", where, prompt, question, answers, [], group=context)
-
-
-def number_item(row, where):
-    question = text(row, "question", where).strip()
-    steps, mark, end = text(row, "answer", where).rpartition("####")
+    # 4. A number
+    question = row["question"].strip()
+    steps, mark, end = row["answer"].rpartition("####")
     if not MARKED.fullmatch(mark + end.rstrip()):
-        raise UserError(f"{where}: `answer` does not end with #### and a number", LAYOUTS)
+        raise UserError(f"{where}: `answer` does not end with #### and a number", FIX)
     steps = re.sub(r"<<[^<>]*>>", "", steps).strip()  # GSM8K's <<3*4=12>> are for a calculator
     return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [], steps)
 
 
 def squad_rows(path):
     """(where, row) for every question of a file in SQuAD's layout. In version 2.0, some have no answer."""
-    for where, context, paragraph in rows.squad(path):
-        for i, qa in enumerate(rows.field(paragraph, "qas", list, where, SQUAD)):
+    for where, context, paragraph in squad(path):
+        for i, qa in enumerate(field(paragraph, "qas", list, where, SQUAD)):
             here = f"{where}.qas[{i}]"
-            question = rows.field(qa, "question", str, here, SQUAD)
-            answers = [rows.field(answer, "text", str, here, SQUAD)
-                       for answer in rows.field(qa, "answers", list, here, SQUAD)]
+            question = field(qa, "question", str, here, SQUAD)
+            answers = [field(answer, "text", str, here, SQUAD) for answer in field(qa, "answers", list, here, SQUAD)]
             yield here, dict(context=context, question=question, answers=answers)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
 
 
 def prompt_text(item, examples, cot=False):
@@ -150,10 +131,7 @@ def prompt_text(item, examples, cot=False):
 
 
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
-    """The ids of that, as a text or in the chat format.
-
-    cot: chain of thought; show the way to a number in the examples, and ask for it (Wei 2022, arXiv 2201.11903).
-    """
+    """The ids of that, as a text or in the chat format. cot: with the way to a number (Wei 2022, arXiv 2201.11903)."""
     cot = cot and item.kind == "number"
     if not chat:
         think = f" {STEPS}" if cot and not examples else ""
@@ -163,15 +141,15 @@ def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
     for one in (*examples, item):
         messages.append(dict(role="user", content=one.question + think))
         messages.append(dict(role="assistant", content=one.shown(cot)))
-    messages[0]["content"] = INSTRUCTIONS[item.kind] + messages[0]["content"]
+    messages[0]["content"] = INSTRUCTIONS.get(item.kind, "") + messages[0]["content"]
     return tokenizer.chat(messages[:-1])
 
 
 def choice_ids(item, examples, tokenizer, chat=False):
     """For each choice, (the ids of prompt and choice, how many of them are the choice's).
 
-    In a text, both are encoded together, since a token may begin with the space between them. The prompt has as many
-    as it has alone, and the choice has the others (as in lm-evaluation-harness).
+    In a text, both are encoded together, since a token may begin with the space between them. The choice's are those
+    beyond as many as the prompt alone has, as in lm-evaluation-harness.
     """
     before = prompt_ids(item, examples, tokenizer, chat=chat)
     for choice in item.choices:
@@ -185,7 +163,7 @@ def choice_ids(item, examples, tokenizer, chat=False):
 
 
 def normalize(text):
-    """As SQuAD does it: lower case, no punctuation, no articles, one space between words."""
+    """As SQuAD does it: no capitals, punctuation, articles or extra spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -220,12 +198,12 @@ def vote(answers):
 
 
 def score_text(item, texts):
-    """Score what was written, several texts by their vote. The first of the `marks` counts most."""
+    """Score the texts by their vote. The first of the `marks` counts most."""
     if item.kind == "number":
         answer, share = vote([number(text) for text in texts])
         right = answer is not None and answer == number("#### " + item.right[0])
-        in_format = [bool(MARKED.search(text)) for text in texts]
-        scores = dict(accuracy=float(right), format=sum(in_format) / len(texts))
+        in_format = np.mean([bool(MARKED.search(text)) for text in texts])
+        scores = dict(accuracy=float(right), format=float(in_format))
         answer = "" if answer is None else str(answer)
     else:
         lines = [text.strip().split("\n")[0] for text in texts]
@@ -237,7 +215,7 @@ def score_text(item, texts):
 
 
 def score_choice(item, logprobs):
-    """Score the likeliest choice, and the likeliest per byte, which is fair to long ones. logprobs: in nats."""
+    """Score the likeliest choice, and the likeliest per byte, which is fair to long ones."""
     per_byte = [logprob / max(1, len(choice.encode())) for logprob, choice in zip(logprobs, item.choices)]
     best, best_per_byte = (item.choices[np.argmax(values)] for values in (logprobs, per_byte))
     scores = dict(accuracy=float(best == item.right[0]), per_byte=float(best_per_byte == item.right[0]))
@@ -248,9 +226,8 @@ def score_choice(item, logprobs):
 def mean(values, groups):
     """{"value", "error"}: the mean of scores, and its standard error, None where all are of one group.
 
-    groups: what each belongs to. Five questions on one text tell less than five on five, so their deviations are added
-    up before they are squared (Miller 2024, arXiv 2411.00640): with G groups of n scores in all,
-    error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2.
+    groups: what each belongs to. Five questions on one text tell less than five on five. With G groups of n scores in
+    all, error^2 = G / (G - 1) sum_g (sum_{i in g} (score_i - mean))^2 / n^2 (Miller 2024, arXiv 2411.00640).
     """
     scores = np.array(values, dtype=float)
     group_of = np.unique(list(groups), return_inverse=True)[1]
@@ -264,7 +241,7 @@ def mean(values, groups):
 def differences(models):
     """Every model beside the first one, question by question: the mean difference and its standard error.
 
-    A question that is hard for both adds nothing to the difference, so the error is smaller (Miller 2024).
+    A question that is hard for both adds nothing, so the error is smaller than theirs (Miller 2024).
     """
     rows = []
     for model in models[1:]:
@@ -278,8 +255,7 @@ def differences(models):
 
 
 def calibration(confidences, scores):
-    """(10 bins, the expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)
-    """
+    """(10 bins, expected calibration error): is what is 80% sure right 80% of the time? (Guo 2017, arXiv 1706.04599)"""
     confidences, scores = np.array(confidences), np.array(scores)
     bin_of = np.minimum(confidences * 10, 9).astype(int)
     table = []
@@ -296,19 +272,17 @@ def words_of(text):
 
 
 def variety(texts):
-    """How varied texts are, each cut after 50 words: the shares below fall as a text gets longer.
+    """How varied the first 50 words of texts are: the shares below depend on the length.
 
     distinct_n: different n-grams among all (Li 2016, arXiv 1510.03055); repetition: 4-grams that stood in the same
-    text before (Welleck 2019, arXiv 1908.04319). None where there are none.
+    text before (Welleck 2019, arXiv 1908.04319).
     """
-    texts = [words_of(text)[:SAMPLE_WORDS] for text in texts]
+    texts = [words_of(text)[:50] for text in texts]
 
     def grams(n):
-        """The n-grams of each text."""
         return [list(zip(*(words[i:] for i in range(n)))) for words in texts]
 
     def distinct(groups):
-        """The share of different n-grams within the groups."""
         total = sum(map(len, groups))
         return sum(len(set(group)) for group in groups) / total if total else None
 

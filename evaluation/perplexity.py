@@ -5,15 +5,15 @@ Perplexity: how well does a model predict a text?
     text = read_text("data/stdlib")                         # its validation split; or a file
     measure_text(model, tokenizer, text, block_size=256, stride=64)["bits_per_byte"]
 
-A model gives a probability to every token that could come next. -log2 of the one that did come is its surprise, in
-bits. The sum of all surprises is how long the text would be if the model were used to compress it. It is divided by
+-log2 of the probability that a model gave to a token is its surprise, in bits. The sum over a text is its length after
+compression with the model. It is divided by
 
-the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose among so many tokens. The
-             longer a tokenizer's tokens, the harder each is to guess: different ones cannot be compared.
+the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose among so many tokens. It
+             depends on the tokenizer: the longer its tokens, the harder each is to guess.
 the words    the same for words between spaces, whatever the tokenizer; of no use in Chinese.
-the bytes    bits per byte: for every language and every tokenizer.
+the bytes    bits per byte, for every language and every tokenizer.
 
-Every token but the first is predicted exactly once, in one pass. block_size and stride say how much context it has.
+Every token but the first is predicted exactly once. block_size and stride say how much context it has.
 """
 import math
 import os
@@ -34,7 +34,7 @@ from text.sources import documents
 
 @dataclass
 class Text:
-    """What is to be predicted. apart: end-of-text stands before the first document too, as in prepared data."""
+    """What is to be predicted. apart: with end-of-text before the first document too, as in prepared data."""
     name: str
     documents: list[str]
     apart: bool = False
@@ -56,7 +56,7 @@ class Text:
 
 
 def read_text(source, megabytes=0.0, text_field="text"):
-    """The Text of data/NAME, its validation split, or of a file. megabytes: only so much of it; 0: all."""
+    """The Text of data/NAME, its validation split, or of a file. megabytes: 0 for all."""
     for folder in (source, os.path.join("data", source)):
         if os.path.exists(os.path.join(folder, "meta.json")):
             data = Dataset.open(folder)
@@ -70,8 +70,7 @@ def read_text(source, megabytes=0.0, text_field="text"):
 def split_documents(data):
     """The documents of the validation split, each as a list of one block of text."""
     if data.chat:
-        raise UserError(f"{data.folder} holds conversations, not a text", "--data=A_TEXT; the log.jsonl of the run has "
-                        "its loss on conversations")
+        raise UserError(f"{data.folder} holds conversations, not a text", "--data=A_TEXT")
     tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
     for part in np.split(ids, borders)[1:]:
@@ -99,16 +98,15 @@ def cut(found, megabytes):
 def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambda done, total: None):
     """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
 
-    A window of block_size tokens moves on by `stride`. The first one predicts all of its tokens, every other one the
-    `stride` new ones, which have at least block_size - stride tokens before them: a small stride is fairer to the
-    model, and takes longer. tell: is called with the number of windows that are done, and of all.
+    A window of block_size tokens moves on by `stride`, and predicts the new ones. They have at least
+    block_size - stride tokens before them: a small stride is fairer to the model, and takes longer.
     """
     ids, device = np.asarray(ids), model.lm_head.weight.device
     windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
 
     def window(number):
         part = ids[number * stride:][:block_size + 1]
-        seen = block_size - stride if number > 0 else 0  # the window before has predicted these
+        seen = block_size - stride if number > 0 else 0
         return part, np.arange(len(part) - 1) >= seen
 
     def batch(number):
@@ -116,7 +114,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambd
         return to_batch([window(n) for n in range(first, min(first + batch_size, windows))], block_size)
 
     def loss_of(idx, targets):
-        """The mean in float64, by way of the logits, which 8-bit models have too; of what is predicted alone."""
+        """The mean in float64, by way of the logits, which 8-bit models have too."""
         predicted = targets >= 0
         x = model.trunk(idx.to(device))[predicted.to(device)]  # (n, C)
         targets = targets[predicted].to(device)  # (n,)
@@ -133,17 +131,16 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambd
 
 def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None,
                  tell=lambda done, total: None):
-    """The numbers of a model on a Text. block_size: of 0, all of its context; stride: of 0, block_size.
+    """The numbers of a model on a Text. block_size: 0 for its context; stride: 0 for block_size.
 
     Raises UserError where the text is too short, the context too long, or a character has no token.
     """
     started, counts, context = time.perf_counter(), text.counts(), model.config.block_size
     block_size = block_size or context
     stride = stride or block_size
-    if block_size > context:
-        raise UserError(f"block_size={block_size}, but its context is {context}", f"--block_size={context}")
-    if stride > block_size:
-        raise UserError(f"stride={stride} is more than block_size={block_size}", f"--stride={block_size}")
+    if not stride <= block_size <= context:
+        raise UserError(f"stride={stride}, block_size={block_size}, context={context}: none may exceed the next",
+                        f"--block_size={context}, or a smaller --stride")
     ids = text.ids(tokenizer)
     if len(ids) < 2 or not counts["bytes"]:
         raise UserError(f"{text.name} has {counts['bytes']} bytes, {len(ids)} tokens", "a longer text")

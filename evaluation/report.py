@@ -10,7 +10,7 @@ import os
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
 HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
-TASK_NOTES = {  # of a model's result: how it is said
+TASK_NOTES = {
     "calibration_error": "calibration error {calibration_error:.2f} ({who})",
     "cut": "{cut} prompts cut at their beginning, to fit ({who})",
     "chat": "in the chat format ({who})"}
@@ -21,10 +21,7 @@ def cell(value, form):
 
 
 def large(number):
-    """A number of any size in four digits or so."""
-    if number is None or number < 100:
-        return cell(number, ".2f")
-    return cell(number, ",.0f" if number < 1e6 else ".1e")
+    return cell(number, ",.0f" if number and number >= 100 else ".2f")
 
 
 def percent(score):
@@ -44,7 +41,7 @@ def variety(found):
 
 
 def columns(results):
-    """The models as rows {heading: cell} of two tables: what counts most, and the rest, with real text beside it."""
+    """The models as rows {heading: cell} of two tables: what counts most, and the rest."""
     texts, models = results["texts"], results["models"]
     first, rest = [], []
     for model in models:
@@ -74,12 +71,12 @@ def columns(results):
 
 
 def every_task(results):
-    """{name: what the first model that could do the task has of it}"""
+    """{name: the result of the first model that could do the task}"""
     return {name: task for model in reversed(results["models"]) for name, task in model["tasks"].items()}
 
 
 def tables(results):
-    """Everything as text: the table of models, what it was measured on, and the differences to the first model."""
+    """Everything as text."""
     first, rest = columns(results)
     parts = [table(first)]
     if len(rest[0]) > 1:
@@ -101,12 +98,12 @@ def table(rows):
 
 
 def notes(results):
-    """What was measured, how and on what, in lines."""
-    versions = results["versions"]
+    """How it was measured, in lines."""
+    settings, versions = results["settings"], results["versions"]
     lines = [text_note(name, results) for name in results["texts"]]
-    lines += [task_note(name, task, results) for name, task in every_task(results).items()]
-    lines.append(f"{results['settings']['dtype']} on {versions['device']}, {versions['threads']} threads, torch "
-                 f"{versions['torch']}, Python {versions['python']}; {results['seconds'] / 60:.1f} minutes")
+    lines += [task_note(name, task, results["models"]) for name, task in every_task(results).items()]
+    lines.append(f"shots={settings['shots']}, cot={settings['cot']}, votes={settings['votes']}; {settings['dtype']} on "
+                 f"{versions['device']}, {versions['threads']} threads; {results['seconds'] / 60:.1f} minutes")
     for model in results["models"]:
         lines += [f"{model['model']}: {what}: {why}" for what, why in model["missing"].items()]
     return lines
@@ -121,19 +118,13 @@ def text_note(name, results):
     return "; ".join(parts)
 
 
-def task_note(name, task, results):
-    """How a task was given, and what happened that a score does not tell."""
-    settings = results["settings"]
-    how = [f"{name}: {task['n']} questions, {settings['shots']} examples"]
-    if settings["cot"] and task["kind"] == "number":
-        how.append("step by step")
-    if settings["votes"] > 1 and task["kind"] != "choice":
-        how.append(f"{settings['votes']} votes")
-    parts = [", ".join(how), "percent ± standard error"]
+def task_note(name, task, models):
+    """What a score does not tell."""
+    parts = [f"{name}: {task['n']} questions", "percent ± standard error"]
     if "chance" in task:
         parts.append(f"by chance {100 * task['chance']:.1f}")
     for key, form in TASK_NOTES.items():
-        for model in results["models"]:
+        for model in models:
             found = model["tasks"].get(name, {})
             if found.get(key):
                 parts.append(form.format(who=model["model"], **found))

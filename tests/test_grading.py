@@ -201,9 +201,9 @@ WRONG = [
         ({"prompt": ...}, "no question, but answer, choices"), ({"choices": "ab"}, "`choices` is not a list but str"),
         ({"choices": []}, "`answer` is 1, not the"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
         ({"answer": 2}, "`answer` is 2, not the number of a choice"), ({"answer": -1}, "`answer` is -1"),
-        ({"answer": True}, "`answer` is True"), ({"answer": 1.0}, "`answer` is 1.0"), ({"answer": "1"}, "is '1', not"),
-        ({"answer": None}, "`answer` is None"), ({"prompt": 5}, "`prompt` is not a text but int"),
-        ({"prompt": " \n"}, "`prompt` is empty"), ({"prompt": "\ud800"}, "`prompt` has half a character, \\ud800"),
+        ({"answer": 1.0}, "`answer` is not a number but float"), ({"answer": "1"}, "`answer` is not a number but str"),
+        ({"answer": None}, "`answer` is not a number but null"), ({"prompt": 5}, "`prompt` is not a text but int"),
+        ({"prompt": " \n"}, "`prompt` is empty"), ({"prompt": "\ud800"}, "`prompt` has half a character, '\\ud800'"),
         ({"choices": ["a", "\udc00b"]}, "`choices[1]` has half a character")]),
     *((READ, change, part) for change, part in [
         ({"answers": "a"}, "`answers` is not a list but str"), ({"answers": [["a"]]}, "`answers[0]` is not a text but"),
@@ -229,7 +229,7 @@ def test_a_wrong_row_is_named(here, wrong):
 
 @pytest.mark.parametrize("content, part", [
     ("", "t.json: not JSON"), ("[]", "t.json: no field `data`, but list"), ('{"data": {}}', "`data` is not a list"),
-    ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`, but"), ('{"data": []}', "no question"),
+    ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`, but"), ('{"data": []}', "holds 0 questions"),
     ('{"data": ["x"]}', "data[0]: no field `paragraphs`, but str"), (squad(context=1), "`context` is not a text but"),
     (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json: not to be read"),
     ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0].paragraphs[0]: no field `context`"),
@@ -256,12 +256,12 @@ def test_files_that_are_right(here):
     with gzip.open("t.json.gz", "wb") as file:
         file.write(squad({"question": " why? ", "answers": [], "is_impossible": True}).encode())
     one, two = grading.read_task("t.json.gz")
-    assert (two.kind, two.right, two.group, two.prompt) == ("words", [""], "c\n\n", "c\n\nQuestion: why?\nAnswer:")
+    assert (two.kind, two.right, two.group, two.prompt) == ("words", [""], "c", "c\n\nQuestion: why?\nAnswer:")
     for content in ("", "\n \n"):
         (here / "t.jsonl").write_text(content)
-        assert error(lambda _: grading.read_task("t.jsonl"))[0] == "t.jsonl holds no question"
+        assert error(lambda _: grading.read_task("t.jsonl"))[0] == "t.jsonl holds 0 questions of 0 kinds"
     fact, _ = error(lambda _: grading.read_task(written(here / "t.jsonl", READ, READ, SUM, CHOICE)))
-    assert fact.endswith("t.jsonl, line 3 is of the kind number, the first question of the kind words")
+    assert fact.endswith("t.jsonl holds 4 questions of 3 kinds")
     one, two, three = grading.read_task(written(here / "t.jsonl", {**READ, "answers": []}, {**READ, "context": None},
                                                 {"question": "q", "answers": ["the"]}))
     assert (one.right, two.group, two.prompt, three.right) == ([""], "", "Question: q\nAnswer:", ["the"])

@@ -153,10 +153,10 @@ def test_tables_and_notes():
         "a.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         "b.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         *notes[2:5],
-        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; 1.5 minutes",
+        "shots=0, cot=False, votes=1; float32 on cpu, 2 threads; 1.5 minutes",
         "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
     assert re.sub(r"0\.\d\d ", "", notes[2]) == (
-        "pick: 12 questions, 0 examples; percent \u00b1 standard error; by chance 50.0; calibration error (alpha); "
+        "pick: 12 questions; percent \u00b1 standard error; by chance 50.0; calibration error (alpha); "
         "calibration error (beta); calibration error (gamma); in the chat format (gamma)")
     assert notes[3].endswith("standard error; 7 prompts cut at their beginning, to fit (gamma)")
     assert "| gamma | pick | 0.0 \u00b1 0.0 " in said

@@ -5,11 +5,11 @@ Chats: where conversations come from, for a model that is to answer and then to 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small    # about Python's library
 
-Every line of a .jsonl file, or element of the list in a .json, is a row in one of these layouts. A field `system`
-becomes the system message. Other fields are ignored.
+A row, a line of a .jsonl or an element of a .json, has one of these layouts. `system` beside it becomes the system
+message. Other fields are ignored.
 
-    messages                       [{"role": "system", "user" or "assistant", "content": "..."}, ...]
-    conversations                  ShareGPT's: [{"from": "system", "human" or "gpt", "value": "..."}]
+    messages                       [{"role": "user" or "assistant", "content": "..."}, ...]
+    conversations                  ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]
     prompt, completion
     instruction, input, output     Alpaca's; input may be missing or empty
     question, answer               GSM8K's
@@ -29,14 +29,14 @@ from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
 FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
        'text/chats.py has the other layouts')
-KINDS = (".jsonl",)  # of a folder; a .json there may be anything
-LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
-         "conversations": ("from", "value", dict(system="system", human="user", gpt="assistant"))}
+KINDS = (".jsonl",)  # of a folder
+LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant")
 PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answer")]
 
 
 def conversations(sources):
-    """The conversations of all sources (as for sources.documents), each a Document with `messages`, in a fixed order."""
+    """The conversations of all sources, as for sources.documents: each a Document with `messages`."""
     for source in sources:
         path = source[1] if isinstance(source, tuple) else source
         for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
@@ -56,7 +56,7 @@ def file_chats(path):
 
 
 def read(row, where):
-    """The messages of a row, with our names for the roles."""
+    """The messages of a row."""
     def text(name):
         return field(row, name, str, where, FIX)
 
@@ -75,18 +75,18 @@ def read(row, where):
 
 
 def read_list(row, name, where):
-    """The messages of a row that has them as a list."""
-    role_field, content_field, roles = LISTS[name]
+    """The messages of a row with a list of them."""
+    role_field, content_field = LISTS[name]
     messages = []
     for i, message in enumerate(field(row, name, list, where, FIX)):
         here = f"{where}: {name}[{i}]"
         role = field(message, role_field, str, here, FIX)
         content = field(message, content_field, str, here, FIX)
         if message.get("tool_calls") or message.get("weight", 1) != 1:
-            raise UserError(f"{here} has tool_calls or a weight, which cannot be learned here", FIX)
-        if role not in roles:
-            raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, none of {', '.join(roles)}", FIX)
-        messages.append(dict(role=roles[role], content=content))
+            raise UserError(f"{here} has tool_calls or a weight, which is not supported", FIX)
+        if role not in ROLES:
+            raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, none of {', '.join(ROLES)}", FIX)
+        messages.append(dict(role=ROLES[role], content=content))
     if not messages:
         raise UserError(f"{where}: `{name}` is empty", FIX)
     return messages
@@ -107,7 +107,7 @@ THEN = {"what": ["And what does it do?", "What is it for?", "Explain it."],
         "call": ["And how do I call it?", "How is it called?", "What does a call of it look like?"]}
 PLANS = ["what", "call", "where", "what call", "call what", "where what", "where call"]  # what is asked, in turn
 SENTENCE = re.compile(r"[A-Z].{8,198}?\.(?= [A-Z]|$)")  # short: a small model reads 256 tokens
-HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  # these leave a call as it is written
+HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  # these do not change a call
 
 
 def stdlib_chats():
@@ -127,7 +127,7 @@ def stdlib_chats():
 
 @functools.cache  # takes seconds, and prepare.py reads everything two or three times
 def library():
-    """[(module, name in it, held_out, {"what": ..., "call": ..., "where": ...})]: all that has a public name."""
+    """[(module, name in it, held_out, {"what": ..., "call": ..., "where": ...})] of all public names."""
     found = []
     for document in stdlib_documents():
         module = re.sub(r"[/\\]", ".", document.name.removesuffix(".py")).removesuffix(".__init__")
@@ -145,7 +145,7 @@ def library():
 
 
 def inside(parent, module, prefix=""):
-    """(name, answers) for all functions and classes of a module or class, and what is in these."""
+    """(name, answers) for all functions and classes of a module or class, and inside these."""
     for node in parent.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             short, answers = prefix + node.name, {}

@@ -11,7 +11,7 @@ from runtime.console import UserError
 from runtime.files import parse_json, read_json
 
 RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
-KINDS = {str: "a text", list: "a list", dict: "an object"}
+KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
 SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
          '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one a line')
 
@@ -25,14 +25,14 @@ def field(row, name, kind, where, fix):
 
 
 def check(value, name, kind, where, fix):
-    """`value`, if it is of this kind. A text must also be one that can be written in UTF-8."""
+    """`value`, if it is of this kind and, as a text, can be written in UTF-8."""
     if not isinstance(value, kind):
         raise UserError(f"{where}: `{name}` is not {KINDS[kind]} but {kind_of(value)}", fix)
     if kind is str:
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell one half of a pair, as in "\ud83d"
-            half = f"\\u{ord(value[error.start]):04x}"
+        except UnicodeEncodeError as error:  # JSON can spell half of a pair, "\ud83d"
+            half = ascii(value[error.start])
             raise UserError(f"{where}: `{name}` has half a character, {half}", fix) from None
     return value
 
@@ -42,7 +42,7 @@ def kind_of(value):
 
 
 def json_lines(path, blocks, fix):
-    """(where, row) for every line of a .jsonl file that is not empty. blocks: its text, cut anywhere."""
+    """(where, row) for every line that is not empty. blocks: the text of a .jsonl file, cut anywhere."""
     for number, line in enumerate(records(path, blocks, "\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -57,15 +57,15 @@ def records(path, blocks, separator):
         yield from ended
         number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
-            raise UserError(f"{path}: number {number + 1} of the texts between {separator!r} has more than "
-                            f"{RECORD_CHARACTERS >> 20} million characters", "split it, or give it as a .txt file")
+            raise UserError(f"{path}: text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} "
+                            "characters", "split it, or give it as a .txt file")
     yield rest
 
 
 def squad(path, questions=True):
     """(where, context, paragraph) for every paragraph of a .json in SQuAD's layout (Rajpurkar 2016, arXiv 1606.05250).
 
-    Its questions are four fifths of the file: where they are not wanted, they are dropped while it is being read.
+    questions: False drops them while reading; they are four fifths of the file.
     """
     def without_questions(fields):
         fields.pop("qas", None)
