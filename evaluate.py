@@ -3,11 +3,10 @@
 Evaluation: how good is a model, and which of two is better?
 
     python evaluate.py                                      # the newest run under out/: its validation text, our tasks
-    python evaluate.py out/small out/other SmolLM2-135M-Instruct --data=data/stdlib
+    python evaluate.py out/small out/other SmolLM2-135M-Instruct --data=data/stdlib --html=results.html
     python evaluate.py out/small --data=notes.txt --stride=64 --tasks=none
     python evaluate.py SmolLM2-135M-Instruct --chat --tasks=gsm8k_test.jsonl --limit=100 --cot --votes=5
-    python evaluate.py out/small --json=results.json --html=results.html
-    torchrun --standalone --nproc_per_node=2 evaluate.py ...    # the same numbers, sooner where each has a GPU
+    torchrun --standalone --nproc_per_node=2 evaluate.py ...    # the same numbers
 
 1. How well does it predict text? Bits per byte compare all models (evaluation/perplexity.py).
 2. How does it answer? Scores have a standard error (evaluation/grading.py).
@@ -112,10 +111,7 @@ def choose_examples(i, items, pool, shots):
 
 
 def requests_for(item, examples, seeds, settings, engine, chat):
-    """(requests to score each choice, or to write an answer for each seed; was a prompt cut?).
-
-    A prompt that does not fit is cut at its beginning, where the examples are.
-    """
+    """(requests for each choice, or each seed; was a prompt cut at its beginning, to fit?)."""
     size = engine.context
     if item.kind == "choice":
         pairs = list(grading.choice_ids(item, examples, engine.tokenizer, chat))
@@ -259,7 +255,7 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
             if texts and "reference" not in results:
                 results["reference"] = real_text(texts[0], row["quality"])
         save()
-    processes.wait()  # so that the others do not take the processor from it
+    processes.wait()  # or the others would slow it down
 
     # 4. Questions
     chat = settings.chat and about["chat"]
@@ -295,7 +291,7 @@ def check_runs(runs, which):
 
 
 def read_texts(settings, folders):
-    """The texts of --data, by default that of the first folder that is there and holds no conversations."""
+    """The texts of --data; by default, of the first folder that is here and holds no conversations."""
     sources = ",".join(settings.data).split(",")
     if not settings.data:
         here = (folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json")))
@@ -314,7 +310,7 @@ def write(path, text):
 
 
 def main(argv):
-    # 1. Check what is asked for
+    # 1. What is asked for
     settings, _, runs = load(EvaluateConfig, argv)
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), machine.Processes()
@@ -348,7 +344,7 @@ def main(argv):
     try:
         for run in runs:
             evaluate(run, settings, device, texts, tasks, processes, results, save)
-            gc.collect()  # an engine and its model name each other
+            gc.collect()  # an engine and its model are a cycle
     finally:  # whatever comes in between
         if processes.rank == 0 and results["models"]:
             print(report.tables(results), flush=True)

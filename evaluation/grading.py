@@ -13,7 +13,7 @@ words    {"context", "question", "answers"}   The first line that the model writ
          {"prompt", "answers"}                exactly and by shared words (F1). SQuAD's kind.
 number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
 
-The first wrong row is an error: a question that is left out changes the score.
+The first wrong row is an error: a question left out changes the score.
 """
 import math
 import re
@@ -61,7 +61,7 @@ class Item:
 
 
 def read_task(path):
-    """The items of a file, at least one and all of one kind."""
+    """The items of a file, all of one kind."""
     found = squad_rows(path) if kind(path) == ".json" else json_lines(path, decoded(path), FIX)
     items = [item_of(row, where) for where, row in found]
     kinds = {item.kind for item in items}
@@ -96,8 +96,7 @@ def item_of(row, where):
     if "answers" in layout:
         context = check(row.get("context") or "", "context", str, where, FIX).strip()
         before = context + "\n\n" if context else ""
-        answers = [answer for answer in row["answers"] if normalize(answer)]
-        answers = answers or row["answers"] or [""]  # as SQuAD's script does
+        answers = [answer for answer in row["answers"] if normalize(answer)] or row["answers"] or [""]
         if "prompt" in layout:
             question = prompt = before + row["prompt"]
         else:
@@ -156,10 +155,6 @@ def choice_ids(item, examples, tokenizer, chat=False):
         together = f"{prompt_text(item, examples)} {choice}"
         ids = before + tokenizer.encode(choice) if chat else tokenizer.encode(together)
         yield ids, max(1, len(ids) - len(before))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
 
 
 def normalize(text):

@@ -18,7 +18,7 @@ Every token but the first is predicted exactly once. block_size and stride say h
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from shlex import quote
 
 import numpy as np
@@ -34,11 +34,10 @@ from text.sources import documents
 
 @dataclass
 class Text:
-    """What is to be predicted. apart: with end-of-text before the first document too, as in prepared data."""
+    """What is to be predicted. sha256: of prepared data, which has end-of-text before the first document too."""
     name: str
     documents: list[str]
-    apart: bool = False
-    sha256: list = field(default_factory=list)  # of the two splits of prepared data
+    sha256: list[str] | None = None
 
     def counts(self):
         return dict(documents=len(self.documents),
@@ -49,7 +48,7 @@ class Text:
         """All of it, (N,) int64, with the end-of-text token between documents."""
         ids, end = [], tokenizer.special.get(tokenizers.END_OF_TEXT)
         for i, text in enumerate(self.documents):
-            if end is not None and (i > 0 or self.apart):
+            if end is not None and (i > 0 or self.sha256):
                 ids.append(end)
             ids += tokenizer.encode(text)
         return np.array(ids, dtype=np.int64)
@@ -60,7 +59,7 @@ def read_text(source, megabytes=0.0, text_field="text"):
     for folder in (source, os.path.join("data", source)):
         if os.path.exists(os.path.join(folder, "meta.json")):
             data = Dataset.open(folder)
-            return Text(folder, cut(split_documents(data), megabytes), True, data.sha256())
+            return Text(folder, cut(split_documents(data), megabytes), data.sha256())
     if not os.path.exists(source):
         raise UserError(f"there is no text {source}", f"python prepare.py {quote(source)}, or --data=FILE.txt")
     found = (document.blocks() for document in documents([source], text_field))
@@ -95,7 +94,7 @@ def cut(found, megabytes):
 
 
 @torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambda done, total: None):
+def total_loss(model, ids, block_size, stride, batch_size, processes, tell=None):
     """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
 
     A window of block_size tokens moves on by `stride`, and predicts the new ones. They have at least
@@ -125,12 +124,14 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=lambd
             nats += F.cross_entropy(logits, due, reduction="none").double().sum().item()
         return nats / len(targets)
 
-    batches = math.ceil(windows / batch_size)
-    return validation_sums(loss_of, batch, batches, processes, lambda number: tell(number * batch_size, windows))[0]
+    def before_each(number):
+        if tell:
+            tell(number * batch_size, windows)
+
+    return validation_sums(loss_of, batch, math.ceil(windows / batch_size), processes, before_each)[0]
 
 
-def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None,
-                 tell=lambda done, total: None):
+def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=None):
     """The numbers of a model on a Text. block_size: 0 for its context; stride: 0 for block_size.
 
     Raises UserError where the text is too short, the context too long, or a character has no token.

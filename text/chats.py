@@ -5,8 +5,7 @@ Chats: where conversations come from, for a model that is to answer and then to 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small    # about Python's library
 
-A row, a line of a .jsonl or an element of a .json, has one of these layouts. `system` beside it becomes the system
-message. Other fields are ignored.
+A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it becomes the system message.
 
     messages                       [{"role": "user" or "assistant", "content": "..."}, ...]
     conversations                  ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]
@@ -111,7 +110,7 @@ HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  
 
 
 def stdlib_chats():
-    """(name, messages, held_out): two about everything that has a docstring, each time the same."""
+    """(name, messages, held_out): two about everything with a docstring, always the same."""
     for module, short, held_out, answers in library():
         name = f"{module}.{short}"
         plans = [plan for plan in PLANS if "what" in answers and answers.keys() >= set(plan.split())]
@@ -160,7 +159,7 @@ def inside(parent, module, prefix=""):
 
 
 def signature(node, method):
-    """The arguments of a function or of a class's __init__, "(text, width=70)", without self. None: hard to say."""
+    """How a function or class is called, without self: "(text, width=70)". None where it is hard to say."""
     decorators = {ast.unparse(decorator).split(".")[-1] for decorator in node.decorator_list}
     if isinstance(node, ast.ClassDef):
         made = [child for child in node.body if getattr(child, "name", "") == "__init__"]

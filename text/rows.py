@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Rows: how a line of JSON becomes checked fields, for texts, conversations and questions.
+Rows: how a line of JSON becomes checked fields.
 
     for where, row in json_lines("a.jsonl", decoded("a.jsonl"), fix):   # "a.jsonl, line 1", {"text": "..."}
         text = field(row, "text", str, where, fix)
@@ -32,8 +32,7 @@ def check(value, name, kind, where, fix):
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a pair, "\ud83d"
-            half = ascii(value[error.start])
-            raise UserError(f"{where}: `{name}` has half a character, {half}", fix) from None
+            raise UserError(f"{where}: `{name}` has half a character, {ascii(value[error.start])}", fix) from None
     return value
 
 
