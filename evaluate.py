@@ -344,8 +344,8 @@ def main(argv):
     try:
         for run in runs:
             evaluate(run, settings, device, texts, tasks, processes, results, save)
-            gc.collect()  # an engine and its model are a cycle
-    finally:  # whatever comes in between
+            gc.collect()  # an engine and its model form a cycle
+    finally:  # whatever happens
         if processes.rank == 0 and results["models"]:
             print(report.tables(results), flush=True)
     return 0
