@@ -5,22 +5,20 @@ Perplexity: how well does a model predict a text?
     text = read_text("data/stdlib")                         # its validation split; or a file
     measure_text(model, tokenizer, text, block_size=256, stride=64)["bits_per_byte"]
 
-A model gives a probability to every token that could come next. -log2 of the one that it gave to the token that did
-come is its surprise, in bits; a text that surprises little is predicted well. The sum of all surprises is how long the
-text would be if the model were used to compress it. What is this sum divided by?
+-log2 of the probability that a model gave to a token is its surprise, in bits. The sum over a text is its length after
+compression with the model. It is divided by
 
-by the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose among so many tokens. Of
-                another tokenizer, with longer tokens, each is harder to guess: the numbers cannot be compared.
-by the words    the same for words between spaces, which tokenizers do not change; of no use in Chinese.
-by the bytes    bits per byte: for every language and every tokenizer.
+the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose among so many tokens. It
+             depends on the tokenizer: the longer its tokens, the harder each is to guess.
+the words    the same for words between spaces, whatever the tokenizer; of no use in Chinese.
+the bytes    bits per byte, for every language and every tokenizer.
 
-Two more things change it: how much context a token has behind it (block_size and stride), and what was counted. Here
-every token but the first is predicted exactly once, in one pass, and nothing is put before the text.
+Every token but the first is predicted exactly once. block_size and stride say how much context it has.
 """
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from shlex import quote
 
 import numpy as np
@@ -36,12 +34,10 @@ from text.sources import documents
 
 @dataclass
 class Text:
-    """What is to be predicted. apart: an end-of-text token stands before the first document too, as in prepared data.
-    """
+    """What is to be predicted. sha256: of prepared data, which has end-of-text before the first document too."""
     name: str
     documents: list[str]
-    apart: bool
-    sha256: list = field(default_factory=list)  # of the two splits of prepared data
+    sha256: list[str] | None = None
 
     def counts(self):
         return dict(documents=len(self.documents),
@@ -49,33 +45,31 @@ class Text:
                     words=sum(len(text.split()) for text in self.documents))
 
     def ids(self, tokenizer):
-        """All of it as one sequence, (N,) int64, with the end-of-text token between documents."""
+        """All of it, (N,) int64, with the end-of-text token between documents."""
         ids, end = [], tokenizer.special.get(tokenizers.END_OF_TEXT)
         for i, text in enumerate(self.documents):
-            if end is not None and (i > 0 or self.apart):
+            if end is not None and (i > 0 or self.sha256):
                 ids.append(end)
             ids += tokenizer.encode(text)
         return np.array(ids, dtype=np.int64)
 
 
 def read_text(source, megabytes=0.0, text_field="text"):
-    """A Text: the validation split of data/NAME, or a file as prepare.py reads it; no more megabytes of it than this.
-    """
+    """The Text of data/NAME, its validation split, or of a file. megabytes: 0 for all."""
     for folder in (source, os.path.join("data", source)):
         if os.path.exists(os.path.join(folder, "meta.json")):
             data = Dataset.open(folder)
-            return Text(folder, cut(split_documents(data), megabytes), apart=True, sha256=data.sha256())
+            return Text(folder, cut(split_documents(data), megabytes), data.sha256())
     if not os.path.exists(source):
         raise UserError(f"there is no text {source}", f"python prepare.py {quote(source)}, or --data=FILE.txt")
     found = (document.blocks() for document in documents([source], text_field))
-    return Text(os.path.basename(os.path.normpath(source)), cut(found, megabytes), apart=False)
+    return Text(os.path.normpath(source), cut(found, megabytes))
 
 
 def split_documents(data):
     """The documents of the validation split, each as a list of one block of text."""
     if data.chat:
-        raise UserError(f"{data.folder} holds conversations, of which train.py measures what the assistant says",
-                        "--data=A_TEXT; the log.jsonl of a run has the loss on its own conversations")
+        raise UserError(f"{data.folder} holds conversations, not a text", "--data=A_TEXT")
     tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
     for part in np.split(ids, borders)[1:]:
@@ -83,42 +77,35 @@ def split_documents(data):
 
 
 def cut(found, megabytes):
-    """Documents, each as blocks of text, until they have so many megabytes; 0 for all."""
-    texts, room = [], round(megabytes * 1e6) if megabytes else math.inf
+    """Documents, each given as blocks of text, until they have so many megabytes."""
+    texts, capacity = [], round(megabytes * 1e6) or math.inf
     for blocks in found:
         raw = bytearray()
         for block in blocks:
             raw += block.encode()
-            if len(raw) >= room:
-                del raw[room:]
+            if len(raw) >= capacity:
+                del raw[capacity:]
                 break
-        room -= len(raw)
-        text = raw.decode(errors="ignore")  # (half a character at the end is left out)
-        if text or not megabytes:
-            texts.append(text)
-        if room <= 0:
+        texts.append(raw.decode(errors="ignore"))  # half a character at the end is left out
+        capacity -= len(raw)
+        if capacity <= 0:
             break
     return texts
 
 
-def silent(done, total):
-    """What tells how far the work is, where nobody listens."""
-
-
 @torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes, tell=silent):
-    """The sum of -ln p over all tokens but the first, in nats: each is predicted once, in one pass. ids: (N,) int64.
+def total_loss(model, ids, block_size, stride, batch_size, processes, tell=None):
+    """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
 
-    A window of block_size tokens moves on by `stride`. The first one predicts a token for each of its own; every other
-    one only those `stride` that are new, which have at least block_size - stride tokens before them: a small stride is
-    fairer to the model, and takes longer. tell: is called with the number of windows that are done, and of all.
+    A window of block_size tokens moves on by `stride`, and predicts the new ones. They have at least
+    block_size - stride tokens before them: a small stride is fairer to the model, and takes longer.
     """
     ids, device = np.asarray(ids), model.lm_head.weight.device
     windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
 
     def window(number):
         part = ids[number * stride:][:block_size + 1]
-        seen = block_size - stride if number > 0 else 0  # the window before has predicted these
+        seen = block_size - stride if number > 0 else 0
         return part, np.arange(len(part) - 1) >= seen
 
     def batch(number):
@@ -126,7 +113,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=silen
         return to_batch([window(n) for n in range(first, min(first + batch_size, windows))], block_size)
 
     def loss_of(idx, targets):
-        """The mean in float64, by way of the logits, which 8-bit models have too; of what is predicted alone."""
+        """The mean in float64, by way of the logits, which 8-bit models have too."""
         predicted = targets >= 0
         x = model.trunk(idx.to(device))[predicted.to(device)]  # (n, C)
         targets = targets[predicted].to(device)  # (n,)
@@ -137,27 +124,27 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=silen
             nats += F.cross_entropy(logits, due, reduction="none").double().sum().item()
         return nats / len(targets)
 
-    batches = math.ceil(windows / batch_size)
-    return validation_sums(loss_of, batch, batches, processes, lambda number: tell(number * batch_size, windows))[0]
+    def before_each(number):
+        if tell:
+            tell(number * batch_size, windows)
+
+    return validation_sums(loss_of, batch, math.ceil(windows / batch_size), processes, before_each)[0]
 
 
-def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=silent):
-    """The numbers of a model on a Text. block_size: of 0, all of its context; stride: of 0, block_size.
+def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=None):
+    """The numbers of a model on a Text. block_size: 0 for its context; stride: 0 for block_size.
 
-    Raises UserError for what is too short or too long, and where the tokenizer has no token for a character.
+    Raises UserError where the text is too short, the context too long, or a character has no token.
     """
     started, counts, context = time.perf_counter(), text.counts(), model.config.block_size
     block_size = block_size or context
     stride = stride or block_size
-    if block_size > context:
-        raise UserError(f"block_size={block_size}, but its context is {context}", f"--block_size={context}")
-    if stride > block_size:
-        raise UserError(f"stride={stride} is more than block_size={block_size}: some tokens would be left out",
-                        f"--stride={block_size}")
+    if not stride <= block_size <= context:
+        raise UserError(f"stride={stride}, block_size={block_size}, context={context}: none may exceed the next",
+                        f"--block_size={context}, or a smaller --stride")
     ids = text.ids(tokenizer)
     if len(ids) < 2 or not counts["bytes"]:
-        what = f"{len(ids)} tokens, and the first is not predicted" if counts["bytes"] else "no text"
-        raise UserError(f"{text.name} has {what}", "a longer text")
+        raise UserError(f"{text.name} has {counts['bytes']} bytes, {len(ids)} tokens", "a longer text")
     batch_size = batch_size or max(1, 4096 // block_size)
     nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes(), tell)
     if not math.isfinite(nats):
@@ -168,6 +155,5 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
 
 
 def power(nats, n):
-    """e to the mean of n; None of nothing, and where it is more than a float can be (in a language without spaces, a
-    word is a sentence)."""
+    """e to the mean of n, or None where it overflows: without spaces, a word is a sentence."""
     return math.exp(nats / n) if n and nats / n < 709 else None

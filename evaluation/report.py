@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Report: what evaluate.py has found, as tables for the terminal and as one page to look at.
+Report: what evaluate.py has found, as tables for the terminal and as one page.
 
     print(tables(results))
     page(results)                                           # report.html with the results in it
@@ -10,15 +10,10 @@ import os
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
 HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
-TASK_NOTES = {  # what a model's result of a task has beside its scores, and how it is said
-    "calibration_error": ("calibration error", "{calibration_error:.2f} ({who})"),
-    "cut": ("prompts cut at their beginning, to fit:", "{cut} ({who})"),
-    "unfinished": ("answers that did not end within their limit:", "{unfinished} at {longest} tokens ({who})"),
-    "chat": ("in the chat format:", "{who}")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells
+TASK_NOTES = {
+    "calibration_error": "calibration error {calibration_error:.2f} ({who})",
+    "cut": "{cut} prompts cut at their beginning, to fit ({who})",
+    "chat": "in the chat format ({who})"}
 
 
 def cell(value, form):
@@ -26,10 +21,7 @@ def cell(value, form):
 
 
 def large(number):
-    """A number of any size in four digits or so."""
-    if number is None or number < 100:
-        return cell(number, ".2f")
-    return cell(number, ",.0f" if number < 1e6 else ".1e")
+    return cell(number, ",.0f" if number and number >= 100 else ".2f")
 
 
 def percent(score):
@@ -40,22 +32,16 @@ def percent(score):
     return f"{100 * score['value']:.1f}{error}"
 
 
-def count(n, thing):
-    return f"{n:,} {thing}" + "s" * (n != 1)
-
-
 def variety(found):
     found = found or {}
-    return {"sample words": cell(found.get("words"), ","), "distinct-1": cell(found.get("distinct_1"), ".2f"),
-            "distinct-2": cell(found.get("distinct_2"), ".2f"), "repetition": cell(found.get("repetition"), ".2f")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+    row = {"sample words": cell(found.get("words"), ",")}
+    for name in ("distinct-1", "distinct-2", "repetition"):
+        row[name] = cell(found.get(name.replace("-", "_")), ".2f")
+    return row
 
 
 def columns(results):
-    """The models as rows {heading: cell} of two tables: what counts most, and the rest, with real text beside it."""
+    """The models as rows {heading: cell} of two tables: what counts most, and the rest."""
     texts, models = results["texts"], results["models"]
     first, rest = [], []
     for model in models:
@@ -65,9 +51,9 @@ def columns(results):
             found = model["texts"].get(name, {})
             where = f" on {name}" if len(texts) > 1 else ""
             row[f"bits per byte{where}"] = cell(found.get("bits_per_byte"), ".4f")
-            if len(texts) == 1:
-                row["perplexity per token"] = large(found.get("perplexity"))
-                row["per word"] = large(found.get("word_perplexity"))
+        if len(texts) == 1:
+            row["perplexity per token"] = large(found.get("perplexity"))
+            row["per word"] = large(found.get("word_perplexity"))
         row["tokens/s"] = large(model["tokens_per_second"])
         for name, task in every_task(results).items():
             found = model["tasks"].get(name, {}).get("metrics", {})
@@ -78,20 +64,19 @@ def columns(results):
             more |= variety(model["quality"])
         first.append(row)
         rest.append(more)
-    real = results.get("reference")
-    if real and "distinct-2" in rest[0]:
+    if real := results.get("reference"):
         blank = dict.fromkeys(rest[0], "")
         rest.append(blank | {"model": f"({real['name']} itself)"} | variety(real))
     return first, rest
 
 
 def every_task(results):
-    """{name: what the first model that could do the task has of it}"""
+    """{name: the result of the first model that could do the task}"""
     return {name: task for model in reversed(results["models"]) for name, task in model["tasks"].items()}
 
 
 def tables(results):
-    """Everything as text: the table of models, what it was measured on, and the differences to the first model."""
+    """Everything as text."""
     first, rest = columns(results)
     parts = [table(first)]
     if len(rest[0]) > 1:
@@ -112,51 +97,37 @@ def table(rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Notes
-
-
 def notes(results):
-    """What the numbers of the tables mean, in lines."""
-    versions = results["versions"]
+    """How it was measured, in lines."""
+    settings, versions = results["settings"], results["versions"]
     lines = [text_note(name, results) for name in results["texts"]]
-    lines += [task_note(name, task, results) for name, task in every_task(results).items()]
-    lines.append(f"{results['settings']['dtype']} on {versions['device']}, {versions['threads']} threads, torch "
-                 f"{versions['torch']}, Python {versions['python']}; tokens/s: one text alone, the best of three; "
-                 f"{results['seconds'] / 60:.1f} minutes in all")
+    lines += [task_note(name, task, results["models"]) for name, task in every_task(results).items()]
+    lines.append(f"shots={settings['shots']}, cot={settings['cot']}, votes={settings['votes']}; {settings['dtype']} on "
+                 f"{versions['device']}, {versions['threads']} threads; {results['seconds'] / 60:.1f} minutes")
     for model in results["models"]:
         lines += [f"{model['model']}: {what}: {why}" for what, why in model["missing"].items()]
     return lines
 
 
 def text_note(name, results):
-    """How long a text is, and with which context it was read; with the models, where they had different ones."""
-    windows = {}
-    for model in results["models"]:
-        if found := model["texts"].get(name):
-            windows.setdefault(f"context {found['block_size']}, stride {found['stride']}", []).append(model["model"])
-    how = [window + (f": {', '.join(names)}" if len(windows) > 1 else "") for window, names in windows.items()]
+    """How long a text is, and with which context it was read."""
     size = results["texts"][name]
-    return (f"{name}: {size['bytes']:,} bytes, {size['words']:,} words, {count(size['documents'], 'document')}; "
-            + ("; ".join(how) or "read by no model"))
+    parts = [f"{name}: {size['bytes']:,} bytes, {size['words']:,} words, {size['documents']:,} documents"]
+    found = [model["texts"][name] for model in results["models"] if name in model["texts"]]
+    parts += sorted({f"context {row['block_size']}, stride {row['stride']}" for row in found})
+    return "; ".join(parts)
 
 
-def task_note(name, task, results):
-    """How a task was given, and what happened that a score does not tell."""
-    settings = results["settings"]
-    how = [count(settings["shots"], "example") if settings["shots"] else "no examples"]
-    if settings["cot"] and task["kind"] == "number":
-        how.append("step by step")
-    if settings["votes"] > 1 and task["kind"] != "choice":
-        how.append(f"{settings['votes']} votes")
-    parts = [f"{name}: {task['n']} questions, {', '.join(how)}", "percent ± standard error"]
+def task_note(name, task, models):
+    """What a score does not tell."""
+    parts = [f"{name}: {task['n']} questions", "percent ± standard error"]
     if "chance" in task:
         parts.append(f"by chance {100 * task['chance']:.1f}")
-    for key, (what, form) in TASK_NOTES.items():
-        told = [form.format(who=model["model"], **model["tasks"][name])
-                for model in results["models"] if model["tasks"].get(name, {}).get(key)]
-        if told:
-            parts.append(f"{what} {', '.join(told)}")
+    for key, form in TASK_NOTES.items():
+        for model in models:
+            found = model["tasks"].get(name, {})
+            if found.get(key):
+                parts.append(form.format(who=model["model"], **found))
     return "; ".join(parts)
 
 

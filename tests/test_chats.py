@@ -97,9 +97,9 @@ def messages(**last):
 WRONG = [
     ('{"prompt": "a"', ": not JSON: Expecting ',' delimiter at column 15"),
     ("[" * 200_000, ": not to be read"),
-    ("[]", ": not an object but list"),
-    ('"text"', ": not an object but str"),
-    ("null", ": not an object but null"),
+    ("[]", ": `the row` is not an object but list"),
+    ('"text"', ": `the row` is not an object but str"),
+    ("null", ": `the row` is not an object but null"),
     ("{}", ": no fields of a conversation, but none"),
     ('{"text": "a", "id": 1}', ": no fields of a conversation, but text, id"),
     ('{"prompt": "a", "answer": "b"}', ": no fields of a conversation, but prompt, answer"),
@@ -109,26 +109,23 @@ WRONG = [
     ('{"messages": null, "prompt": "a", "completion": "b"}', ": `messages` is not a list but null"),
     ('{"messages": {}}', ": `messages` is not a list but dict"),
     ('{"messages": []}', ": `messages` is empty"),
-    ('{"messages": ["a"]}', ": `messages[0]` is not an object but str"),
-    (messages(), ": no field `messages[1].role`, but none"),
-    (messages(content="a"), ": no field `messages[1].role`, but content"),
-    (messages(role="user", text="a"), ": no field `messages[1].content`, but role, text"),
-    (messages(role=1, content="a"), ": `messages[1].role` is not a text but int"),
-    (messages(role=["user"], content="a"), ": `messages[1].role` is not a text but list"),
-    (messages(role="tool", content="a"), ": `messages[1].role` is 'tool', none of system, user, assistant"),
-    (messages(role="User", content="a"), ": `messages[1].role` is 'User', none of system, user, assistant"),
-    (messages(role="gpt", content="a"), ": `messages[1].role` is 'gpt', none of system, user, assistant"),
-    (messages(role="assistant", content=None), ": `messages[1].content` is not a text but null"),
-    (messages(role="user", content=[{"type": "text", "text": "a"}]), ": `messages[1].content` is not a text but list"),
-    (messages(role="user", content="\ud800"), ": `messages[1].content` has half a character, \\ud800"),
+    ('{"messages": ["a"]}', ": messages[0]: no field `role`, but str"),
+    (messages(), ": messages[1]: no field `role`, but none"),
+    (messages(content="a"), ": messages[1]: no field `role`, but content"),
+    (messages(role="user", text="a"), ": messages[1]: no field `content`, but role, text"),
+    (messages(role=1, content="a"), ": messages[1]: `role` is not a text but int"),
+    (messages(role=["user"], content="a"), ": messages[1]: `role` is not a text but list"),
+    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', none of system, user, human, assistant"),
+    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', none of system, user, human, assistant"),
+    (messages(role="assistant", content=None), ": messages[1]: `content` is not a text but null"),
+    (messages(role="user", content=[{"type": "text", "text": "a"}]), ": messages[1]: `content` is not a text but list"),
+    (messages(role="user", content="\ud800"), ": messages[1]: `content` has half a character, '\\ud800'"),
     ('{"conversations": []}', ": `conversations` is empty"),
-    ('{"conversations": [{"role": "user", "content": "a"}]}', ": no field `conversations[0].from`, but role, content"),
-    ('{"conversations": [{"from": "human"}]}', ": no field `conversations[0].value`, but from"),
-    ('{"conversations": [{"from": "user", "value": "a"}]}',
-     ": `conversations[0].from` is 'user', none of system, human, gpt"),
+    ('{"conversations": [{"role": "user", "content": "a"}]}', ": conversations[0]: no field `from`, but role, content"),
+    ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`, but from"),
     ('{"prompt": ["a"], "completion": "b"}', ": `prompt` is not a text but list"),
     ('{"prompt": "a", "completion": null}', ": `completion` is not a text but null"),
-    ('{"instruction": "a", "input": 0, "output": "b"}', ": `input` is not a text but int"),
+    ('{"instruction": "a", "input": 1, "output": "b"}', ": `input` is not a text but int"),
     ('{"instruction": "a", "input": "\\udc00", "output": "b"}', ": `input` has half a character"),
     ('{"instruction": 1, "output": "b"}', ": `instruction` is not a text but int"),
     ('{"question": "a", "answer": 7}', ": `answer` is not a text but int"),
@@ -147,7 +144,7 @@ def test_wrong_rows(here, row, fact):
 
 @pytest.mark.parametrize("content, fact", [
     ("", "a.json: not JSON"), ('[{"prompt": "a",\n}]', "a.json: not JSON: Expecting property name enclosed in double"),
-    ('{"data": []}', "a.json: not a list of rows but dict"), ("null", "a.json: not a list of rows but null"),
+    ('{"data": []}', "a.json: `the file` is not a list but dict"), ("null", "a.json: `the file` is not a list but null"),
 ])
 def test_wrong_lists(here, content, fact):
     (here / "a.json").write_text(content)
@@ -319,7 +316,7 @@ def test_a_system_message_beside_the_others(here):
     for extra in ({"tool_calls": [1]}, {"weight": 0}):
         message = {"role": "assistant", "content": "x", **extra}
         (here / "b.jsonl").write_text(json.dumps({"messages": [message]}) + "\n")
-        with pytest.raises(UserError, match="b.jsonl, line 1: `messages.0.` has tool_calls or a weight"):
+        with pytest.raises(UserError, match="b.jsonl, line 1: messages.0. has tool_calls or a weight"):
             list(chats.conversations(["b.jsonl"]))
     (here / "b.jsonl").write_text(json.dumps({"system": 7, "prompt": "a", "completion": "b"}) + "\n")
     with pytest.raises(UserError, match="`system` is not a text but int"):

@@ -298,7 +298,7 @@ def test_evaluate_measures_both_alike(tiny_run, exported, monkeypatch, tmp_path)
     for argv in (["out/words", "--quantize=int8"], [str(exported[0] / "int8")]):
         argv += ["--data=data/words", "--tasks=none", "--samples=0", f"--json={tmp_path}/a.json"]
         assert evaluate.main(argv) == 0
-        found.append(json.loads((tmp_path / "a.json").read_text())["models"][0]["bits_per_byte"])
+        found.append(json.loads((tmp_path / "a.json").read_text())["models"][0]["texts"]["data/words"]["bits_per_byte"])
     after = float(re.search(r"before, ([\d.]+) after", exported[1])[1])
     assert found[0] == found[1] == pytest.approx(after, abs=1e-4)
 

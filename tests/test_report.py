@@ -35,9 +35,9 @@ def questions(kind, n, **changed):
 
 def task(kind, rows):
     """What evaluate.run_task makes of its rows."""
-    metrics = {name: grading.mean([row["marks"][name] for row in rows]) for name in rows[0]["marks"]}
-    found = dict(kind=kind, n=len(rows), metrics=metrics, cut=0, unfinished=0, longest=0, chat=False, items=rows,
-                 seconds=1.0)
+    marks = {name: [row["marks"][name] for row in rows] for name in rows[0]["marks"]}
+    metrics = {name: grading.mean(values, range(len(rows))) for name, values in marks.items()}
+    found = dict(kind=kind, n=len(rows), metrics=metrics, cut=0, chat=False, items=rows, seconds=1.0)
     if rows[0]["confidence"] is not None:
         found["calibration"], found["calibration_error"] = grading.calibration(
             [row["confidence"] for row in rows], [row["marks"][next(iter(metrics))] for row in rows])
@@ -49,7 +49,7 @@ def model(name, bits=None, tasks=None, samples=(), missing=None):
     texts = {text: dict(bits_per_byte=value, perplexity=20.5, word_perplexity=None, tokens=300, documents=2, bytes=1000,
                         words=170, block_size=64, stride=32, seconds=1.0) for text, value in (bits or {}).items()}
     quality = dict(**grading.variety(samples), prompt="", texts=list(samples)) if samples else None
-    return dict(model=name, path=f"out/{name}", parameters=12345, context=64, vocabulary=100, texts=texts,
+    return dict(model=name, path=f"out/{name}", parameters=12345, texts=texts,
                 tokens_per_second=31.25 if samples else None, tasks=tasks or {}, quality=quality, missing=missing or {})
 
 
@@ -153,13 +153,12 @@ def test_tables_and_notes():
         "a.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         "b.txt: 1,000 bytes, 170 words, 2 documents; context 64, stride 32",
         *notes[2:5],
-        "float32 on cpu, 2 threads, torch 2.13.0, Python 3.11.7; tokens/s: one text alone, the best of three; 1.5 "
-        "minutes in all",
+        "shots=0, cot=False, votes=1; float32 on cpu, 2 threads; 1.5 minutes",
         "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
     assert re.sub(r"0\.\d\d ", "", notes[2]) == (
-        "pick: 12 questions, no examples; percent \u00b1 standard error; by chance 50.0; "
-        "calibration error (alpha), (beta), (gamma); in the chat format: gamma")
-    assert notes[3].endswith("standard error; prompts cut at their beginning, to fit: 7 (gamma)")
+        "pick: 12 questions; percent \u00b1 standard error; by chance 50.0; calibration error (alpha); "
+        "calibration error (beta); calibration error (gamma); in the chat format (gamma)")
+    assert notes[3].endswith("standard error; 7 prompts cut at their beginning, to fit (gamma)")
     assert "| gamma | pick | 0.0 \u00b1 0.0 " in said
 
 

@@ -120,7 +120,7 @@ WRONG = [
     ("int.jsonl", b'{"text": 3}', "int.jsonl, line 1: `text` is not a text but int"),
     ("none.jsonl", b'{"text": null}', "none.jsonl, line 1: `text` is not a text but null"),
     ("parts.jsonl", b'{"text": ["a"]}', "parts.jsonl, line 1: `text` is not a text but list"),
-    ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl, line 1: `text` has half a character, \\ud800"),
+    ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl, line 1: `text` has half a character, '\\ud800'"),
     ("deep.jsonl", b'{"text": ' + b"[" * 200_000, "deep.jsonl, line 1: not to be read"),
     ("digits.jsonl", b'{"text": ' + b"1" * 9000 + b"}", "digits.jsonl, line 1: not to be read"),
     ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl is not UTF-8: byte 0xe9 at offset 13"),
@@ -157,7 +157,7 @@ def test_what_is_too_long_to_hold(here, monkeypatch):
     monkeypatch.setattr(files, "JSON_BYTES", 1000)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
     (here / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 3000 + b'"}')
-    assert "a.jsonl: number 2 of the texts between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
+    assert "a.jsonl: text 2 between '\\n' has more than" in error(prepare.main, "a.jsonl")[0]
     (here / "a.json").write_bytes(b" " * 2000)
     assert "and a .json file is read whole" in error(prepare.main, "a.json")[0]
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Chats: where conversations come from, for a model that is to answer and to stop when it has answered.
+Chats: where conversations come from, for a model that is to answer and then to stop.
 
     python prepare.py chats.jsonl --format=chat
-    python prepare.py stdlib --format=chat --tokenizer=out/small  # about Python's library
+    python prepare.py stdlib --format=chat --tokenizer=out/small    # about Python's library
 
-Every line of a .jsonl file, or element of the list in a .json, is a row with the fields of one of these layouts. A
-field `system` beside them becomes the system message. Other fields are ignored.
+A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it becomes the system message.
 
-    messages                       [{"role": "system", "user" or "assistant", "content": "..."}, ...]
-    conversations                  the same in ShareGPT's words: [{"from": "system", "human" or "gpt", "value": "..."}]
+    messages                       [{"role": "user" or "assistant", "content": "..."}, ...]
+    conversations                  ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]
     prompt, completion
     instruction, input, output     Alpaca's; input may be missing or empty
     question, answer               GSM8K's
@@ -24,54 +23,42 @@ from zlib import crc32
 
 from runtime.console import UserError
 from runtime.files import read_json
-from text.rows import check, field, json_lines, kind_of
+from text.rows import check, field, json_lines
 from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
-FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or '
-       'has another layout of those in text/chats.py; mend it or delete it')
-KINDS = (".jsonl",)  # of a folder; a .json there may be anything
-LISTS = {"messages": ("role", "content", dict(system="system", user="user", assistant="assistant")),
-         "conversations": ("from", "value", dict(system="system", human="user", gpt="assistant"))}
+FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
+       'text/chats.py has the other layouts')
+KINDS = (".jsonl",)  # of a folder
+LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant")
 PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answer")]
 
 
 def conversations(sources):
-    """The conversations of all sources (as for sources.documents), each a Document with `messages`, in a fixed order.
-
-    Its text is what is said, a line end between the messages. Raises UserError for what is no conversation.
-    """
+    """The conversations of all sources, as for sources.documents: each a Document with `messages`."""
     for source in sources:
         for name, path in files(source, KINDS):
             for where, messages, held_out in stdlib_chats() if name == "stdlib" else file_chats(path):
                 yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
 def file_chats(path):
     """(where, messages, None) for each row of a file."""
-    for where, row in rows(path):
+    if kind(path) == ".jsonl":
+        rows = json_lines(path, decoded(path), FIX)
+    else:
+        content = check(read_json(path, FIX), "the file", list, path, FIX)
+        rows = ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
+    for where, row in rows:
         yield where, read(row, where), None
 
 
-def rows(path):
-    """(where, row) for each row of a .jsonl or .json file."""
-    if kind(path) == ".jsonl":
-        return json_lines(path, decoded(path), FIX)
-    content = read_json(path, FIX)
-    if not isinstance(content, list):
-        raise UserError(f"{path}: not a list of rows but {kind_of(content)}", FIX)
-    return ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
-
-
 def read(row, where):
-    """The messages of a row, with our names for the roles."""
+    """The messages of a row."""
     def text(name):
         return field(row, name, str, where, FIX)
 
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object but {kind_of(row)}", FIX)
+    check(row, "the row", dict, where, FIX)
     system = [dict(role="system", content=text("system"))] if row.get("system") else []
     for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
         if name in row:
@@ -79,26 +66,25 @@ def read(row, where):
     for asked, answered in PAIRS:
         if asked in row and answered in row:
             question = text(asked)
-            if asked == "instruction" and row.get("input") not in (None, ""):
+            if asked == "instruction" and row.get("input"):
                 question += "\n\n" + text("input")
             return system + dialogue([question, text(answered)])
     raise UserError(f"{where}: no fields of a conversation, but {', '.join(row) or 'none'}", FIX)
 
 
 def read_list(row, name, where):
-    """The messages of a row that has them as a list."""
-    role_field, content_field, roles = LISTS[name]
+    """The messages of a row with a list of them."""
+    role_field, content_field = LISTS[name]
     messages = []
     for i, message in enumerate(field(row, name, list, where, FIX)):
-        here = f"{name}[{i}]"
-        check(message, here, dict, where, FIX)
-        role = field(message, role_field, str, where, FIX, parent=f"{here}.")
-        content = field(message, content_field, str, where, FIX, parent=f"{here}.")
+        here = f"{where}: {name}[{i}]"
+        role = field(message, role_field, str, here, FIX)
+        content = field(message, content_field, str, here, FIX)
         if message.get("tool_calls") or message.get("weight", 1) != 1:
-            raise UserError(f"{where}: `{here}` has tool_calls or a weight, which cannot be learned here", FIX)
-        if role not in roles:
-            raise UserError(f"{where}: `{here}.{role_field}` is {role[:40]!r}, none of {', '.join(roles)}", FIX)
-        messages.append(dict(role=roles[role], content=content))
+            raise UserError(f"{here} has tool_calls or a weight, which is not supported", FIX)
+        if role not in ROLES:
+            raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, none of {', '.join(ROLES)}", FIX)
+        messages.append(dict(role=ROLES[role], content=content))
     if not messages:
         raise UserError(f"{where}: `{name}` is empty", FIX)
     return messages
@@ -110,7 +96,7 @@ def dialogue(texts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Questions about the standard library, and the answers that its source gives
+# Questions about the standard library, answered from its source
 
 FIRST = {"what": ["What does {name} do?", "What is {name} for?", "Explain {name}.", "Tell me about {name}."],
          "call": ["How do I call {name}?", "How is {name} called?", "What does a call of {name} look like?"],
@@ -119,15 +105,15 @@ THEN = {"what": ["And what does it do?", "What is it for?", "Explain it."],
         "call": ["And how do I call it?", "How is it called?", "What does a call of it look like?"]}
 PLANS = ["what", "call", "where", "what call", "call what", "where what", "where call"]  # what is asked, in turn
 SENTENCE = re.compile(r"[A-Z].{8,198}?\.(?= [A-Z]|$)")  # short: a small model reads 256 tokens
-HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  # these leave a call as it is written
+HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  # these do not change a call
 
 
 def stdlib_chats():
-    """(name, messages, held_out): two about everything that says what it does, each time the same."""
+    """(name, messages, held_out): two about everything with a docstring, always the same."""
     for module, short, held_out, answers in library():
         name = f"{module}.{short}"
         plans = [plan for plan in PLANS if "what" in answers and answers.keys() >= set(plan.split())]
-        start = crc32(name.encode())  # chance that is the same everywhere; hash() changes from process to process
+        start = crc32(name.encode())  # hash() changes from process to process
         for i in range(start, start + min(2, len(plans))):
             texts, phrases = [], FIRST
             for asked in plans[i % len(plans)].split():
@@ -137,16 +123,16 @@ def stdlib_chats():
             yield name, dialogue(texts), held_out
 
 
-@functools.cache  # prepare.py reads everything two or three times, and this takes seconds
+@functools.cache  # takes seconds, and prepare.py reads everything two or three times
 def library():
-    """[(module, name in it, held_out, {"what": ..., "call": ..., "where": ...})]: all that has a public name."""
+    """[(module, name in it, held_out, {"what": ..., "call": ..., "where": ...})] of all public names."""
     found = []
     for document in stdlib_documents():
         module = re.sub(r"[/\\]", ".", document.name.removesuffix(".py")).removesuffix(".__init__")
         try:
             tree = ast.parse("".join(document.blocks()))
         except (SyntaxError, ValueError, RecursionError):
-            continue  # not a module: a template, or something for another Python
+            continue  # a template, or for another Python
         if "._" not in "." + module:
             found += [(module, short, document.held_out, answers) for short, answers in inside(tree, module)]
     modules = Counter(short for _, short, _, _ in found)
@@ -157,7 +143,7 @@ def library():
 
 
 def inside(parent, module, prefix=""):
-    """(name, answers) for all that a module or class defines: functions, classes, and what is in these."""
+    """(name, answers) for all functions and classes of a module or class, and inside these."""
     for node in parent.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             short, answers = prefix + node.name, {}
@@ -172,7 +158,7 @@ def inside(parent, module, prefix=""):
 
 
 def signature(node, method):
-    """How a function is called, or a class that has an __init__: "(text, width=70)", no self. None: hard to say."""
+    """How a function or class is called, without self: "(text, width=70)". None where it is hard to say."""
     decorators = {ast.unparse(decorator).split(".")[-1] for decorator in node.decorator_list}
     if isinstance(node, ast.ClassDef):
         made = [child for child in node.body if getattr(child, "name", "") == "__init__"]

@@ -1,41 +1,38 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Rows: how a line of JSON becomes checked fields. Texts, conversations and questions are read with it.
+Rows: how a line of JSON becomes checked fields.
 
     for where, row in json_lines("a.jsonl", decoded("a.jsonl"), fix):   # "a.jsonl, line 1", {"text": "..."}
         text = field(row, "text", str, where, fix)
 
-A row may be anything that JSON can say. What is wrong with it is one UserError that names file, line and field, and
-says with `fix` what a right row looks like.
+What is wrong is one UserError that names file, line and field. `fix` says what a right row looks like.
 """
 from runtime.console import UserError
 from runtime.files import parse_json, read_json
 
-RECORD_CHARACTERS = 64 << 20  # a line of JSON, or a story, is held in memory whole: no longer than this
-KINDS = {str: "a text", list: "a list", dict: "an object"}
+RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
+KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
 SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
-         '[{"text": "..."}]}]}]}]}; give other rows as a .jsonl file, one a line')
+         '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one a line')
 
 
-def field(row, name, kind, where, fix, parent=""):
-    """row[name], which has to be of this kind. parent: what the error writes before the name, as "messages[0]."."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: no field `{parent}{name}`, but {kind_of(row)}", fix)
-    if name not in row:
-        raise UserError(f"{where}: no field `{parent}{name}`, but {', '.join(row) or 'none'}", fix)
-    return check(row[name], parent + name, kind, where, fix)
+def field(row, name, kind, where, fix):
+    """row[name], which has to be of this kind."""
+    if not isinstance(row, dict) or name not in row:
+        found = ", ".join(row) or "none" if isinstance(row, dict) else kind_of(row)
+        raise UserError(f"{where}: no field `{name}`, but {found}", fix)
+    return check(row[name], name, kind, where, fix)
 
 
 def check(value, name, kind, where, fix):
-    """`value`, if it is of this kind. A text must also be one that can be written in UTF-8."""
+    """`value`, if it is of this kind and, as a text, can be written in UTF-8."""
     if not isinstance(value, kind):
         raise UserError(f"{where}: `{name}` is not {KINDS[kind]} but {kind_of(value)}", fix)
     if kind is str:
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell one half of a pair, as in "\ud83d"
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise UserError(f"{where}: `{name}` has half a character, {half}", fix) from None
+        except UnicodeEncodeError as error:  # JSON can spell half of a pair, "\ud83d"
+            raise UserError(f"{where}: `{name}` has half a character, {ascii(value[error.start])}", fix) from None
     return value
 
 
@@ -44,7 +41,7 @@ def kind_of(value):
 
 
 def json_lines(path, blocks, fix):
-    """(where, row) for every line of a .jsonl file that is not empty. blocks: its text, cut anywhere."""
+    """(where, row) for every line that is not empty. blocks: the text of a .jsonl file, cut anywhere."""
     for number, line in enumerate(records(path, blocks, "\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -52,22 +49,22 @@ def json_lines(path, blocks, fix):
 
 
 def records(path, blocks, separator):
-    """The texts between the separators of a file, one after the other, without the separators."""
+    """The texts between the separators of a file."""
     rest, number = "", 0
     for block in blocks:
         *ended, rest = (rest + block).split(separator)
         yield from ended
         number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
-            raise UserError(f"{path}: number {number + 1} of the texts between {separator!r} has more than "
-                            f"{RECORD_CHARACTERS >> 20} million characters", "split it, or give it as a .txt file")
+            raise UserError(f"{path}: text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} "
+                            "characters", "split it, or give it as a .txt file")
     yield rest
 
 
 def squad(path, questions=True):
     """(where, context, paragraph) for every paragraph of a .json in SQuAD's layout (Rajpurkar 2016, arXiv 1606.05250).
 
-    Its questions are four fifths of the file: where they are not wanted, they are dropped while it is being read.
+    questions: False drops them while reading; they are four fifths of the file.
     """
     def without_questions(fields):
         fields.pop("qas", None)
