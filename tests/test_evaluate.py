@@ -556,7 +556,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
     (["out/words", "words.txt"], "words.txt is damaged, or not a checkpoint", "another checkpoint"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
-    (["--device=cude"], "there is no device 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),
+    (["--device=cude"], "sees no 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),
     (["--tasks=", *QUICK[1:]], "there is no task ''", "--tasks=FILE"),
     (["--json=sub", *QUICK], "sub: Is a directory", "or"),
     (["--prompt=\udcff"], "is not UTF-8", "FILE:path"), (["--prompt=FILE:gone"], "cannot read the prompt", "FILE:path"),
