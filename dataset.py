@@ -44,10 +44,7 @@ def version(file):
 
 @dataclass
 class Dataset:
-    """A folder of prepared data: its meta.json, and the open files of its two splits.
-
-    A file that is deleted or replaced stays readable: what is open is the old one.
-    """
+    """A folder of prepared data: its meta.json, and its open files, which stay readable when they are replaced."""
 
     folder: str
     meta: dict
@@ -59,7 +56,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder, hash_all=False):
-        """Raises UserError where the folder is missing, or a file is not what meta.json says."""
+        """Raises UserError where a file is not what meta.json says."""
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about, itemsize = meta[split], np.dtype(meta["dtype"]).itemsize
@@ -76,7 +73,7 @@ class Dataset:
 
     @property
     def chat(self):
-        """Are these conversations?"""
+        """Are they conversations?"""
         return self.meta.get("chat", False)
 
     def sha256(self):
@@ -86,11 +83,7 @@ class Dataset:
 
     def check_tokenizer(self):
         """The tokenizer of these ids. Raises UserError where it is another one."""
-        tokenizer = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
-        if (self.meta["vocab_size"], self.meta.get("special")) != (tokenizer.vocab_size, tokenizer.special):
-            raise UserError(f"{self.folder}/meta.json and its tokenizer do not have the same tokens",
-                            f"prepare {self.folder} again")
-        return tokenizer
+        return tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
 
     def check(self, block_size):
         """Raises UserError where a split has nothing to learn in windows of block_size + 1 tokens."""
@@ -152,7 +145,7 @@ class Dataset:
         whole run is the window at place g mod n of epoch g // n. Nothing is remembered from one batch to the next.
         """
         n = self.windows(block_size)
-        spare = self.meta["train"]["tokens"] - n * block_size  # room for each epoch to cut a text at other places
+        spare = self.meta["train"]["tokens"] - n * block_size  # each epoch cuts a text at other places
         first = (step * micros + micro) * batch_size
         spans = []
         for sample in range(first, first + batch_size):
@@ -169,7 +162,7 @@ class Dataset:
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
     def windows(self, block_size, split="train"):
-        """How many windows a split has: of a text to train on, one fewer than fit (see `spare` in `spans`)."""
+        """How many windows a split has: of a text to train on, one fewer than fit, see `spare`."""
         tokens = self.meta[split]["tokens"]
         if self.chat:
             return len(self.layout(split, block_size))
@@ -183,12 +176,14 @@ class Dataset:
         """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
 
         A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit;
-        the later ones see the earlier ones. A longer conversation is cut at its end. A window that teaches nothing is
-        left out.
+        the later see the earlier. A longer one is cut at its end. A window that teaches nothing is left out.
         """
         if (split, block_size) not in self.layouts:
             tokens, border = self.meta[split]["tokens"], self.meta["special"][tokenizers.END_OF_TEXT]
-            borders = [start + np.flatnonzero(ids == border) for start, ids in self.chunks(split)]
+            borders = []
+            for start in range(0, tokens, CHUNK):
+                ids = self.tokens(split, start, min(CHUNK, tokens - start))
+                borders.append(start + np.flatnonzero(ids == border))
             starts = np.concatenate(borders) + 1  # of each conversation, behind its end-of-text token
             ends = np.append(starts[1:] - 1, tokens)
             windows, i = [], 0
@@ -203,12 +198,6 @@ class Dataset:
                 i = following
             self.layouts[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
         return self.layouts[split, block_size]
-
-    def chunks(self, split):
-        """(position, ids) of all of a split, a million tokens at a time."""
-        tokens = self.meta[split]["tokens"]
-        for start in range(0, tokens, CHUNK):
-            yield start, self.tokens(split, start, min(CHUNK, tokens - start))
 
     # ------------------------------------------------------------------------------------------------------------------
     # The validation split
@@ -261,10 +250,8 @@ def fold(*parts):
 
 @functools.lru_cache(maxsize=1)  # the epoch that is being read
 def shuffled(n, seed, epoch):
-    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64.
-
-    80 MB and a second per epoch for 10 billion tokens in windows of 1,024.
-    """
+    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64: 80 MB and a second for 10 billion tokens in windows
+    of 1,024."""
     return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(n)
 
 
@@ -309,21 +296,21 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
 
 
 def read_meta(folder):
-    """What its meta.json says. Raises UserError where there is none, or where it is not as prepare.py writes it."""
+    """What its meta.json says. Raises UserError where it is not as prepare.py writes it."""
     path, fix = os.path.join(folder, "meta.json"), "run prepare.py again"
     if not os.path.exists(path):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
     check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
-                          train={}, val={}), path)
+                          special={tokenizers.END_OF_TEXT: 0}, train={}, val={}), path)
     chat = "trained" in meta["train"]
     counts = ["tokens", "bytes", "documents"] + ["trained", "trained_bytes"] * chat
     sums = ["sha256"] + ["mask_sha256"] * chat
     check_like(meta, dict.fromkeys(SPLITS, dict.fromkeys(counts, 1) | dict.fromkeys(sums, "")), path)
     numbers = [meta["vocab_size"]] + [meta[split][name] for split in SPLITS for name in counts]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
-    if not known or not all(0 < number < 1 << 60 for number in numbers):
+    if not known or min(numbers) < 1:
         raise UserError(f"{path} is not as format 1 should be", fix)
     meta["source"] = [origin(source) for source in meta["source"]]  # an older meta.json may hold more
     return meta
@@ -342,7 +329,7 @@ def open_part(folder, name, due, sha256, hash_all):
 
 
 # All that prepare.py writes into a folder.
-OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer[/\\][a-z_]+\.(json|model|tiktoken|jinja)")
+OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(json|model|tiktoken|jinja)")
 
 
 def not_ours(folder):
@@ -364,7 +351,7 @@ def inspect(folder):
 
 def example(data, tokenizer):
     """A piece of the training split: a border of two documents, or the first conversation that teaches something."""
-    _, ids = next(data.chunks("train"))
+    ids = data.tokens("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
     documents = np.split(ids, borders)  # each but the first, which is empty, begins with its end-of-text token
     if not data.chat:
