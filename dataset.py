@@ -6,8 +6,7 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
 The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or split over processes, and no
-loader has a state to save. The validation loss is one pass over the whole validation split, also in bits per byte,
-which can be compared between tokenizers.
+loader has a state to save. The validation loss is one pass over the whole validation split.
 
 A text is one long sequence of tokens, and a window of it may begin anywhere. A window of conversations begins where a
 conversation begins, and the mask beside the tokens says which of them are learned: the assistant's.
@@ -28,7 +27,7 @@ from runtime.console import UserError, origin, say, show
 from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
-HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened: a second at most
+HASHED_BYTES = 1 << 30  # larger files are hashed by --inspect only
 CHUNK = 1 << 20  # tokens read at once where all of a split is read
 
 
@@ -77,7 +76,7 @@ class Dataset:
         return self.meta.get("chat", False)
 
     def sha256(self):
-        """The checksums of all files: a list."""
+        """The checksums of all files."""
         names = ["sha256", "mask_sha256"] if self.chat else ["sha256"]
         return [self.meta[split][name] for name in names for split in SPLITS]
 
@@ -90,8 +89,8 @@ class Dataset:
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.layout(split, block_size)):
-                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before the assistant "
-                                "says anything", "a larger --block_size")
+                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its answer",
+                                "a larger --block_size")
             if not self.chat and tokens <= block_size:
                 shortest = min(self.meta[each]["tokens"] for each in SPLITS)
                 raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at least "
@@ -162,7 +161,7 @@ class Dataset:
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
     def windows(self, block_size, split="train"):
-        """How many windows a split has: of a text to train on, one fewer than fit, see `spare`."""
+        """How many windows a split has; of a text to train on, one fewer than fit, see `spare`."""
         tokens = self.meta[split]["tokens"]
         if self.chat:
             return len(self.layout(split, block_size))
@@ -203,7 +202,7 @@ class Dataset:
     # The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch number i of the pass over the validation split, in which each target comes once: as `batch`.
+        """Batch number i of the pass over the validation split, in which each target comes once: (idx, targets).
 
         The last batch has the shape of the others: code is compiled for each shape.
         """
@@ -220,9 +219,8 @@ class Dataset:
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Fewer, longer tokens are each harder to predict. The information in all of them together, spread over the
-        bytes of the text, can be compared between tokenizers. End-of-text tokens count as information, not as bytes.
-        Of conversations, what the assistant says counts.
+        Longer tokens are each harder to predict; the information in all of them, spread over the bytes of the text, can
+        be compared between tokenizers. Of conversations, what the assistant says counts.
         """
         val = self.meta["val"]
         if self.chat:
@@ -232,9 +230,8 @@ class Dataset:
         return loss * tokens_per_byte / math.log(2)
 
     def prompt(self, block_size, nothing=False):
-        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of a text;
-        nothing: of a text, the end-of-text token alone.
-        """
+        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of a text,
+        or, `nothing`, its end-of-text token alone."""
         if self.chat:
             start, end, _ = self.layout("val", block_size)[0].tolist()
             end = start + int(self.mask("val", start, end - start).argmax())
@@ -275,8 +272,8 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number -> (idx, targets).
-    processes: each takes every world-th batch, and all get the same sums to the last bit, however many they are.
-    before_each: is called equally often in all of them.
+    processes: each takes every world-th batch; however many they are, all get the same sums to the last bit.
+    before_each: called equally often in all of them.
     """
     nats, count = [0.0] * batches, 0  # a place for each batch, since a sum depends on the order of its terms
     for first in range(0, batches, processes.world):
@@ -333,7 +330,7 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(jso
 
 
 def not_ours(folder):
-    """The first thing in a folder that no prepare.py wrote, or an empty text."""
+    """The first thing in a folder that no prepare.py wrote; "" if there is none."""
     if os.path.isdir(folder):
         return os.path.basename(foreign(folder, OURS.fullmatch))
     return "a file of this name" if os.path.lexists(folder) else ""

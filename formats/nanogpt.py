@@ -20,7 +20,7 @@ from runtime.files import open_file
 
 
 def convert(state, path):
-    """(checkpoint of ours, tokenizer). The caller checks that the weights are those of the model."""
+    """(checkpoint of ours, tokenizer). The caller checks the weights."""
     try:
         args, weights = dict(state["model_args"]), state["model"]
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # torch.compile's
@@ -49,7 +49,7 @@ def find_tokenizer(folder, data, vocab_size):
             return read_characters(path, vocab_size)
     if vocab_size in (50257, 50304):
         return tokenizers.get("gpt2")
-    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and nanoGPT does not write down what they mean",
+    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and does not say what they mean",
                     f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {here}")
 
 
@@ -68,10 +68,7 @@ def read_characters(path, vocab_size):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, texts and numbers, and nothing that could run code.
-
-    It is the unpickler written in Python, since nine bytes make the one in C reserve 64 GB.
-    """
+    """Reads plain values, and nothing that could run code. In Python: nine bytes make the one in C reserve 64 GB."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

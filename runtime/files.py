@@ -2,8 +2,6 @@
 """
 Files: opened with care, written whole or not at all, by one process at a time.
 
-    meta = read_json("meta.json", "run prepare.py again")
-    check_like(meta, dict(format=1, dtype=""), "meta.json")
     with replace_file("loss.svg", "w") as file:  # a reader sees the old file or the new one, never half of it
         file.write(picture)
     with locked("data/stdlib", wait=True):       # until another process has written it
@@ -101,8 +99,8 @@ def file_sha256(path):
 def locked(path, wait=False):
     """Keep other processes from writing `path`, on this machine or another that shares the disk.
 
-    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on a hidden file
-    beside the path, and ends with the process. Windows has none.
+    wait: until the other has ended; otherwise that is a UserError. The lock is on a hidden file beside the path, and
+    ends with the process. Windows has none.
     """
     try:
         import fcntl
@@ -120,9 +118,9 @@ def locked(path, wait=False):
                 raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
             say(f"another process is writing {path}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # not every file system of a network has locks
+        except OSError as error:  # not every network file system has locks
             note(f"{folder or '.'} cannot be locked ({error.strerror}): do not write there twice at a time")
-        with contextlib.suppress(OSError):  # the process that held it may have removed the file that is locked now
+        with contextlib.suppress(OSError):  # the other may have removed the file that is locked now
             held = os.path.samefile(file.name, file.fileno())
     try:
         yield

@@ -3,7 +3,7 @@
 Checkpoints: how one is written, found and read, and who may write into the folder of a run.
 
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
-    checkpoint, tokenizer = read_run("out/small")           # or a .pt file, nanoGPT's too, or a Hugging Face folder
+    checkpoint, tokenizer = read_run("out/small")  # or a .pt file, nanoGPT's too, or a Hugging Face folder
     model, tokenizer, checkpoint = load_run("out/small", device=device)
 
 A file bears its final name only when it is whole and on the disk, so that the newest checkpoint is a good one. It holds
@@ -46,7 +46,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # where the disk is full, torch's writer hides why
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"cannot write {path}: {cause}",
-                        "make room; the same command goes on from the checkpoint before", code=1) from None
+                        "make room; the same command continues", code=1) from None
 
 
 def checkpoints(run):
@@ -65,23 +65,17 @@ def prune_checkpoints(run):
 RUN_FILES = r"(ckpt_\d{8}\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?(/.*)?"
 
 
-class RunFolder:
+class RunFolder(contextlib.ExitStack):
     """The folder of a run, into which one process at a time may write. The lock ends with the process."""
 
     def __init__(self, path, writes=True):
-        self.path, self.writes, self.lock = path, writes, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.lock is not None:
-            self.lock.close()
+        super().__init__()
+        self.path, self.writes, self.taken = path, writes, False
 
     def take(self):
-        lock = contextlib.ExitStack()
-        lock.enter_context(locked(os.path.join(self.path, "log.jsonl")))
-        self.lock = lock
+        if not self.taken:
+            self.enter_context(locked(os.path.join(self.path, "log.jsonl")))
+            self.taken = True
 
     def check_ours(self):
         """Raises UserError where a run can neither be continued nor begun: it never writes among other files.
@@ -108,8 +102,7 @@ class RunFolder:
         """
         try:
             os.makedirs(self.path, exist_ok=True)
-            if self.lock is None:
-                self.take()
+            self.take()
             for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
                 os.unlink(os.path.join(self.path, name))
             free = shutil.disk_usage(self.path).free
@@ -133,31 +126,31 @@ def load_file(path):
     """The dict in a .pt file: plain values, and weights that take no more than the file."""
     if not os.path.isfile(path):  # a pipe would make us wait
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one")
-    size = os.path.getsize(path)
     try:
-        check_archive(path, size)
+        size = check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = list(state.get("model", {}).values())
         if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in weights):
             raise ValueError("a tensor is not of the plain kind")
         if sum(tensor.nbytes for tensor in weights) > 2 * size:  # twice: tied weights are one tensor with two names
-            raise ValueError("its weights would take more memory than the file")
+            raise ValueError("its weights take more memory than the file")
         return state
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: opening it could run code",
                         "use another checkpoint") from None
     except Exception as error:  # one flipped bit can mean anything to a reader
         what = str(error)[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged, or not a checkpoint: {what}",
-                        "use another checkpoint of the same run") from None
+        raise UserError(f"{path} is damaged, or not a checkpoint: {what}", "use another checkpoint") from None
 
 
-def check_archive(path, size):
-    """Raises BadZipFile, where torch.load would not, for a wrong checksum, and for members that take more than the file.
+def check_archive(path):
+    """The size of the file. Raises BadZipFile, where torch.load would not, for a wrong checksum, and for members that
+    take more than the file.
 
     Both must see the same members: torch looks for the directory where the end of the file says that it is, Python in
     front of that end.
     """
+    size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
         members, file = archive.infolist(), archive.fp
         file.seek(archive.start_dir + 42)
@@ -171,6 +164,7 @@ def check_archive(path, size):
             raise zipfile.BadZipFile("it would unpack to more than it is")
         if bad := archive.testzip():
             raise zipfile.BadZipFile(f"{bad} has another checksum")
+    return size
 
 
 # What readers of a checkpoint rely on: values of the same type, of a list one item.
@@ -281,8 +275,8 @@ def checkpoint_path(run, which="best"):
 def read_run(run, which="best"):
     """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
 
-    Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: has the model learned a
-    chat format? The weights fit the settings, and LoRA's corrections are added to them.
+    It comes as a checkpoint of this project, with `path`, and `chat`: has the model learned a chat format? The weights
+    fit the settings, and LoRA's corrections are added to them.
     """
     from formats import huggingface, nanogpt  # not needed where a script is only imported
     if huggingface.is_folder(run):
@@ -380,8 +374,7 @@ def read_base(checkpoint, run):
     path = checkpoint["base"]["path"]
     if not os.path.exists(path):
         raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
-                        f"bring {path} back; python export.py {quote(run)} --format=hf makes a model that needs no "
-                        "other")
+                        f"bring {path} back; then export.py --format=hf makes a model that needs no other")
     start, _ = read_run(path)
     check_whole(start)
     if name_base(path, start) != checkpoint["base"]:
@@ -399,5 +392,5 @@ def merge_base(checkpoint, run):
         merged = lora.merge(base, corrections, settings["lora_rank"], settings["lora_alpha"])
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{run} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
-                        "use another checkpoint of the same run") from None
+                        "use another checkpoint") from None
     checkpoint.update(model=merged, corrections=corrections)
