@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import chat_run, error, prepare_words, random_model, whole
 
-from training import lora
 from runtime import machine
 from training import checkpoint as ckpt
 from training import resume
