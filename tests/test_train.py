@@ -185,7 +185,7 @@ def test_what_can_be_pasted_is_quoted(data, capsys):
     run("--max_iters=2", f"--out_dir={out}")
     assert f"next: python sample.py '{out}'\n" in capsys.readouterr().err
     os.unlink(f"{out}/ckpt_00000002.pt")
-    assert f"--init_from='{out}' to start" in error(lambda _: run(f"--out_dir={out}"))[1]
+    assert "holds best.pt" in error(lambda _: run(f"--out_dir={out}"))[0]
     os.unlink(f"{out}/best.pt")
     assert f"--out_dir='{out}'" in error(sample.main, out)[1]
 
