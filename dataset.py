@@ -5,34 +5,30 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-Two ideas are worth the visit. The batch of a step is a pure function of (seed, step): a run can be stopped, resumed
-or split over processes, and no loader has a state to save. And the validation loss is one pass over the whole
-validation split, also in bits per byte, which can be compared between tokenizers.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or split over processes, and no
+loader has a state to save. The validation loss is one pass over the whole validation split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. Among conversations, a window begins
-where a conversation begins, and the mask beside the tokens says which of them are learned: the assistant's.
-
-At the end stands `python prepare.py --inspect data/NAME`, which counts everything again.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window of conversations begins where a
+conversation begins, and the mask beside the tokens says which of them are learned: the assistant's.
 """
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
-from collections import Counter
+import re
 from dataclasses import dataclass, field
 from shlex import quote
 
 import numpy as np
 
 import tokenizer as tokenizers
-from runtime.console import UserError, origin, say, show, warn
-from runtime.files import check_like, file_sha256, foreign, open_file
+from runtime.console import UserError, origin, say, show
+from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
-HASHED_BYTES = 1 << 30  # files up to this size are hashed whenever they are opened, which takes a second at most
-CHUNK = 1 << 20  # tokens that are read at once where all of a split is read
+HASHED_BYTES = 1 << 30  # larger files are hashed by --inspect only
+CHUNK = 1 << 20  # tokens read at once where all of a split is read
 
 
 class Changed(UserError):
@@ -40,82 +36,65 @@ class Changed(UserError):
 
 
 def version(file):
-    """What shows that an open file was written to: its size, and the time of the last write."""
+    """What changes when an open file is written to."""
     about = os.fstat(file.fileno())
     return about.st_size, about.st_mtime_ns
 
 
 @dataclass
 class Dataset:
-    """A folder of prepared data: its meta.json, and the open files of its two splits."""
+    """A folder of prepared data: its meta.json, and its open files, which stay readable when they are replaced."""
 
     folder: str
     meta: dict
     files: dict  # {"train": file, "val": file}, and of conversations also "train.mask" and "val.mask"
     versions: list  # of the files, when they were opened
     layouts: dict = field(default_factory=dict)  # what `layout` has found: {(split, block_size): windows}
-    gone: bool = False  # has a file been deleted or replaced since it was opened?
 
-    ORDER = "permutation"  # how an epoch is shuffled: a checkpoint says so, and another order cannot be continued
+    ORDER = "permutation"  # how an epoch is shuffled; a run with another order cannot be continued
 
     @classmethod
     def open(cls, folder, hash_all=False):
-        """Raises UserError where the folder is missing, or a file is not what meta.json says."""
+        """Raises UserError where a file is not what meta.json says."""
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about, itemsize = meta[split], np.dtype(meta["dtype"]).itemsize
-            files[split] = open_part(folder, split, about["tokens"], itemsize, about["sha256"], hash_all)
+            files[split] = open_part(folder, split, about["tokens"] * itemsize, about["sha256"], hash_all)
             if meta.get("chat"):
                 mask = split + ".mask"
-                files[mask] = open_part(folder, mask, about["tokens"], 1, about["mask_sha256"], hash_all)
+                files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, versions=[version(file) for file in files.values()])
 
     def check_unchanged(self, any_process=bool):
-        """Raises Changed where a file was written to; warns, once, where one was deleted or replaced.
-
-        any_process: is something true in any of several processes? (All of them have to raise.)
-        """
+        """Raises Changed where a file was written to. any_process: is it true in any process? Then all raise."""
         if any_process([version(file) for file in self.files.values()] != self.versions):
             raise Changed(f"{self.folder} was changed while it was being read", f"prepare {self.folder} again")
-        if not self.gone and not all(os.path.exists(file.name) and os.path.samefile(file.name, file.fileno())
-                                     for file in self.files.values()):
-            self.gone = True
-            warn(f"{self.folder} was deleted or replaced: this run continues with the files that it has open; to "
-                 "resume it, the same data must be there again")
 
     @property
     def chat(self):
-        """Are these conversations, of which only a part is learned?"""
+        """Are they conversations?"""
         return self.meta.get("chat", False)
 
     def sha256(self):
-        """The checksums of all that is learned from and measured on."""
+        """The checksums of all files."""
         names = ["sha256", "mask_sha256"] if self.chat else ["sha256"]
         return [self.meta[split][name] for name in names for split in SPLITS]
 
     def check_tokenizer(self):
-        """The tokenizer of these ids. Raises UserError where it is not the one that they were written with."""
-        tokenizer = tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
-        if (self.meta["vocab_size"], self.meta.get("special")) != (tokenizer.vocab_size, tokenizer.special):
-            raise UserError(f"{self.folder}/meta.json and its tokenizer, of {tokenizer.vocab_size} tokens, do "
-                            "not have the same tokens", f"meta.json was changed; prepare {self.folder} again")
-        return tokenizer
+        """The tokenizer of these ids. Raises UserError where it is another one."""
+        return tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
 
     def check(self, block_size):
         """Raises UserError where a split has nothing to learn in windows of block_size + 1 tokens."""
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.layout(split, block_size)):
-                enough = 2 * block_size
-                while not all(len(self.layout(each, enough)) for each in SPLITS):
-                    enough *= 2
-                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before the assistant "
-                                "says anything", f"--block_size={enough} or more")
+                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its answer",
+                                "a larger --block_size")
             if not self.chat and tokens <= block_size:
                 shortest = min(self.meta[each]["tokens"] for each in SPLITS)
-                power_of_2 = 1 << max(0, (shortest - 1).bit_length() - 1)
                 raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at least "
-                                f"{block_size + 1}", f"--block_size={power_of_2}, or more text")
+                                f"{block_size + 1}", f"--block_size={max(1, shortest - 1)}, or more text")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -134,9 +113,8 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"])
         ids = np.frombuffer(self.read(split, start * dtype.itemsize, count * dtype.itemsize), dtype)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
-            raise Changed(f"{self.folder}/{split}.bin has the token {ids.max()} near position {start}, but the "
-                          f"vocabulary has {self.meta['vocab_size']}", f"it is damaged; prepare {self.folder} again",
-                          alone=True)
+            raise Changed(f"{self.folder}/{split}.bin has the token {ids.max()}, but the vocabulary has "
+                          f"{self.meta['vocab_size']}", f"prepare {self.folder} again", alone=True)
         return ids.astype(np.int64)
 
     def mask(self, split, start, count):
@@ -148,7 +126,7 @@ class Dataset:
         windows = []
         for start, end in spans:
             ids = self.tokens(split, start, end - start)
-            learned = self.mask(split, start + 1, end - start - 1) == 1 if self.chat and len(ids) else True
+            learned = self.mask(split, start + 1, end - start - 1) == 1 if self.chat else True
             windows.append((ids, learned))
         return to_batch(windows, block_size)
 
@@ -156,18 +134,17 @@ class Dataset:
     # The training split
 
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
-        """The micro-batch number `micro` of the `micros` that make up a step: (idx, targets), each (B, T) int64."""
+        """Micro-batch number `micro` of the `micros` of a step: (idx, targets), each (B, T) int64."""
         return self.rows("train", self.spans(block_size, batch_size, seed, step, micro, micros).tolist(), block_size)
 
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
         An epoch visits each of the n windows of the training split once, in shuffled order: sample number g of the
-        whole run is the window at place g mod n of epoch g // n. Nothing is remembered from one batch to the next, so a
-        resumed run sees the data that it would have seen, and any process can take any micro-batch.
+        whole run is the window at place g mod n of epoch g // n. Nothing is remembered from one batch to the next.
         """
         n = self.windows(block_size)
-        spare = self.meta["train"]["tokens"] - n * block_size  # room for each epoch to cut a text at other places
+        spare = self.meta["train"]["tokens"] - n * block_size  # each epoch cuts a text at other places
         first = (step * micros + micro) * batch_size
         spans = []
         for sample in range(first, first + batch_size):
@@ -184,7 +161,7 @@ class Dataset:
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
     def windows(self, block_size, split="train"):
-        """How many windows a split has. (To train on a text, one fewer than fit: see `spare` in `spans`.)"""
+        """How many windows a split has; of a text to train on, one fewer than fit, see `spare`."""
         tokens = self.meta[split]["tokens"]
         if self.chat:
             return len(self.layout(split, block_size))
@@ -192,21 +169,21 @@ class Dataset:
 
     def epochs(self, windows, block_size):
         """How often so many windows read the training split."""
-        if self.chat:
-            return windows / self.windows(block_size)
-        return windows * block_size / self.meta["train"]["tokens"]
+        return windows / self.windows(block_size)
 
     def layout(self, split, block_size):
         """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
 
-        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit.
-        (The later ones see the earlier ones.) A longer conversation is cut at its end. A window that teaches nothing
-        is left out.
+        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit;
+        the later see the earlier. A longer one is cut at its end. A window that teaches nothing is left out.
         """
         if (split, block_size) not in self.layouts:
             tokens, border = self.meta[split]["tokens"], self.meta["special"][tokenizers.END_OF_TEXT]
-            starts = [at + 1 + np.flatnonzero(ids == border) for at, ids in self.chunks(split)]
-            starts = np.concatenate(starts)  # of each conversation, behind its end-of-text token
+            borders = []
+            for start in range(0, tokens, CHUNK):
+                ids = self.tokens(split, start, min(CHUNK, tokens - start))
+                borders.append(start + np.flatnonzero(ids == border))
+            starts = np.concatenate(borders) + 1  # of each conversation, behind its end-of-text token
             ends = np.append(starts[1:] - 1, tokens)
             windows, i = [], 0
             while i < len(starts):
@@ -221,37 +198,29 @@ class Dataset:
             self.layouts[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
         return self.layouts[split, block_size]
 
-    def chunks(self, split):
-        """(position, ids) of all of a split, a million tokens at a time."""
-        tokens = self.meta[split]["tokens"]
-        for start in range(0, tokens, CHUNK):
-            yield start, self.tokens(split, start, min(CHUNK, tokens - start))
-
     # ------------------------------------------------------------------------------------------------------------------
     # The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch number i of the one pass over the validation split: (idx, targets), each (B, T) int64.
+        """Batch number i of the pass over the validation split, in which each target comes once: (idx, targets).
 
-        Every token but the first of a text, and every one that a conversation teaches, is predicted once, from the
-        tokens before it in its window. The last batch has the shape of the others: code is compiled for each shape.
+        The last batch has the shape of the others: code is compiled for each shape.
         """
         numbers = range(i * batch_size, min((i + 1) * batch_size, self.windows(block_size, "val")))
         spans = [self.span("val", number, block_size) for number in numbers]
-        spans += [(0, 0)] * (batch_size - len(spans))
+        spans += [(0, 1)] * (batch_size - len(spans))  # one token predicts nothing
         return self.rows("val", spans, block_size)
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
-        """How many batches the pass has; at_most: no more than this, 0 for all."""
+        """How many batches the pass has, and no more than at_most; 0: all."""
         n = math.ceil(self.windows(block_size, "val") / batch_size)
         return min(n, at_most or n)
 
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Fewer, longer tokens are each harder to predict. The information in all of them together, spread over the
-        bytes of the text, can be compared between tokenizers. (End-of-text tokens count as information, not as bytes.
-        Where only a part was read, its mean stands for the whole.) Of conversations, what the assistant says counts.
+        Longer tokens are each harder to predict; the information in all of them, spread over the bytes of the text, can
+        be compared between tokenizers. Of conversations, what the assistant says counts.
         """
         val = self.meta["val"]
         if self.chat:
@@ -261,10 +230,8 @@ class Dataset:
         return loss * tokens_per_byte / math.log(2)
 
     def prompt(self, block_size, nothing=False):
-        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of a text.
-
-        nothing: of a text, the end-of-text token alone.
-        """
+        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of a text,
+        or, `nothing`, its end-of-text token alone."""
         if self.chat:
             start, end, _ = self.layout("val", block_size)[0].tolist()
             end = start + int(self.mask("val", start, end - start).argmax())
@@ -274,30 +241,28 @@ class Dataset:
 
 
 def fold(*parts):
-    """A 63-bit seed for a purpose: fold("dropout", seed, 3). The same on every machine; parts: texts and ints."""
+    """A 63-bit seed for a purpose, the same on every machine: fold("dropout", seed, 3)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 @functools.lru_cache(maxsize=1)  # the epoch that is being read
 def shuffled(n, seed, epoch):
-    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64.
-
-    That is 8 bytes for each window: 80 MB and a second per epoch for 10 billion tokens in windows of 1,024.
-    """
+    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64: 80 MB and a second for 10 billion tokens in windows
+    of 1,024."""
     return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(n)
 
 
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1 where there is nothing to predict: at the end of a window that is
-    shorter than the others, and where `learned`, a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: behind the end of a short window, and where `learned`, a bool for
+    every target or for all of them, is False.
     """
-    import torch  # (prepare.py does without)
+    import torch  # prepare.py does without
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full_like(idx, -1)
     for row, (ids, learned) in enumerate(windows):
-        n = max(0, len(ids) - 1)
+        n = len(ids) - 1
         idx[row, :n] = ids[:n]
         targets[row, :n] = np.where(learned, ids[1:], -1)
     return torch.from_numpy(idx), torch.from_numpy(targets)
@@ -307,8 +272,8 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number -> (idx, targets).
-    processes: each takes every world-th batch, and all get the same sums, to the last bit, however many they are.
-    before_each: is called equally often in all of them.
+    processes: each takes every world-th batch; however many they are, all get the same sums to the last bit.
+    before_each: called equally often in all of them.
     """
     nats, count = [0.0] * batches, 0  # a place for each batch, since a sum depends on the order of its terms
     for first in range(0, batches, processes.world):
@@ -328,120 +293,75 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
 
 
 def read_meta(folder):
-    """What its meta.json says. Raises UserError where there is none, or where it is not as prepare.py writes it."""
-    path = os.path.join(folder, "meta.json")
-    try:
-        with open_file(path, most=10 << 20) as file:
-            meta = json.load(file)
-    except FileNotFoundError:
+    """What its meta.json says. Raises UserError where it is not as prepare.py writes it."""
+    path, fix = os.path.join(folder, "meta.json"), "run prepare.py again"
+    if not os.path.exists(path):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
-                        f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}", "run prepare.py again") from None
-    check_meta(meta, path)
-    meta["source"] = [origin(source) for source in meta["source"]]  # (an older meta.json may hold more)
-    return meta
-
-
-def check_meta(meta, path):
-    """Raises UserError where a meta.json is not as prepare.py writes it."""
+                        f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
+    meta = read_json(path, fix)
     check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
-                          train={}, val={}), path)
+                          special={tokenizers.END_OF_TEXT: 0}, train={}, val={}), path)
     chat = "trained" in meta["train"]
     counts = ["tokens", "bytes", "documents"] + ["trained", "trained_bytes"] * chat
     sums = ["sha256"] + ["mask_sha256"] * chat
     check_like(meta, dict.fromkeys(SPLITS, dict.fromkeys(counts, 1) | dict.fromkeys(sums, "")), path)
     numbers = [meta["vocab_size"]] + [meta[split][name] for split in SPLITS for name in counts]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
-    if not known or not all(0 < number < 1 << 60 for number in numbers):
-        raise UserError(f"{path} is not as format 1 should be", "run prepare.py again")
+    if not known or min(numbers) < 1:
+        raise UserError(f"{path} is not as format 1 should be", fix)
+    meta["source"] = [origin(source) for source in meta["source"]]  # an older meta.json may hold more
+    return meta
 
 
-def open_part(folder, name, items, itemsize, sha256, hash_all):
-    """Open a file of so many items. It stays open: a run does not read another file that takes its place."""
-    path, due = os.path.join(folder, name + ".bin"), items * itemsize
+def open_part(folder, name, due, sha256, hash_all):
+    """Open a file of `due` bytes."""
+    path = os.path.join(folder, name + ".bin")
     size = os.path.getsize(path) if os.path.exists(path) else 0
     if size != due:
-        raise UserError(f"{path} has {size:,} bytes, but meta.json says {items:,} tokens of {itemsize} bytes = {due:,}",
-                        f"it was cut or changed; prepare {folder} again")
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {due:,}", f"prepare {folder} again")
     if (hash_all or size <= HASHED_BYTES) and (found := file_sha256(path)) != sha256:
         raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
-                        f"it was changed or damaged; prepare {folder} again")
+                        f"prepare {folder} again")
     return open(path, "rb")
 
 
-# All that prepare.py writes into a folder, and into tokenizer/ in it.
-TOKENIZER_FILES = {"config.json", "vocab.json", "tokenizer.model", "encoding.json", "encoding.tiktoken",
-                   *tokenizers.pretrained.PARTS}
-OURS = {"train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "meta.json",
-        *(os.path.join("tokenizer", name) for name in TOKENIZER_FILES)}
+# All that prepare.py writes into a folder.
+OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(json|model|tiktoken|jinja)")
 
 
 def not_ours(folder):
-    """The first thing in a folder that no prepare.py wrote, or an empty text."""
+    """The first thing in a folder that no prepare.py wrote; "" if there is none."""
     if os.path.isdir(folder):
-        return os.path.basename(foreign(folder, OURS.__contains__))
+        return os.path.basename(foreign(folder, OURS.fullmatch))
     return "a file of this name" if os.path.lexists(folder) else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# python prepare.py --inspect data/NAME
-
-
 def inspect(folder):
-    """Check every byte of a prepared folder, and show what it holds. Raises UserError at the first damage."""
+    """Compare every checksum of a prepared folder, and show what it holds: python prepare.py --inspect data/NAME."""
     data = Dataset.open(folder, hash_all=True)
-    tokenizer, meta = data.check_tokenizer(), data.meta
-    say(f"{folder}: {', '.join(meta['source'])}\n{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} tokens, "
-        f"{meta['dtype']}")
-    for split in SPLITS:
-        path, about = os.path.join(folder, split + ".bin"), meta[split]
-        for what, number in recount(data, split, tokenizer).items():
-            if number != about[what]:
-                raise UserError(f"{path} holds {number:,} {what}, but meta.json says {about[what]:,}",
-                                f"meta.json or the tokenizer was changed; prepare {folder} again")
-        learned = f", {about['trained']:,} to be learned" if data.chat else ""
-        say(f"{path}: {about['tokens']:,} tokens, {about['documents']:,} documents, {about['bytes']:,} bytes of text, "
-            f"{about['bytes'] / about['tokens']:.2f} per token{learned}: as meta.json says")
-    for line in meta["report"]:
+    tokenizer = data.check_tokenizer()
+    say(f"{folder}: {', '.join(data.meta['source'])}; {data.meta['dtype']}, every checksum is right")
+    for line in data.meta["report"]:
         say(line)
-    say("the first conversation:" if data.chat else "a sample of the training split:\n")
     show(example(data, tokenizer))
 
 
-def recount(data, split, tokenizer):
-    """What a split holds, by the names of meta.json. Of conversations, the bytes that are learned are counted."""
-    found = Counter()
-    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    for start, ids in data.chunks(split):
-        found["documents"] += int((ids == tokenizer.special[tokenizers.END_OF_TEXT]).sum())
-        if data.chat:
-            ids = ids[data.mask(split, start, len(ids)) == 1]
-            found["trained"] += len(ids)
-        found["trained_bytes" if data.chat else "bytes"] += int(lengths[ids].sum())
-    if tokenizer.missing or tokenizer.rewrites:  # its tokens do not quite spell the text
-        del found["bytes"], found["trained_bytes"]
-    return found
-
-
 def example(data, tokenizer):
-    """A piece of the training split as text: a border of two documents, or the first conversation that teaches
-    something, in which \u27e6 and \u27e7 enclose what is learned."""
-    _, ids = next(data.chunks("train"))
-    end = tokenizer.special[tokenizers.END_OF_TEXT]
-    borders = np.append(np.flatnonzero(ids == end), len(ids))
-    mask = data.mask("train", 0, len(ids)) if data.chat else np.zeros(len(ids))
-    if data.chat:
-        number = np.searchsorted(borders, mask.argmax())  # of the border behind what is learned first
-        start, stop = borders[number - 1] + 1, borders[number]
-    else:
-        start = max(0, borders[(len(borders) - 1) // 2] - 60)
-        stop = start + 180
-    spelled = {i: name.encode() for name, i in tokenizer.special.items()}
-    spelled[end] = f"\n--- {tokenizers.END_OF_TEXT} ---\n".encode()
-    pairs = zip(ids[start:stop][:400].tolist(), mask[start:stop].tolist())
+    """A piece of the training split: a border of two documents, or the first conversation that teaches something."""
+    ids = data.tokens("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
+    borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
+    documents = np.split(ids, borders)  # each but the first, which is empty, begins with its end-of-text token
+    if not data.chat:
+        middle = len(documents) // 2
+        before = tokenizer.decode(documents[middle - 1][1:][-60:].tolist())
+        after = tokenizer.decode(documents[middle][1:120].tolist())
+        return f"{before}\n--- {tokenizers.END_OF_TEXT} ---\n{after}"
+    masks = np.split(data.mask("train", 0, len(ids)), borders)
+    number = next((i for i, mask in enumerate(masks) if mask.any()), -1)
+    pairs = zip(documents[number][1:400].tolist(), masks[number][1:400].tolist())
+    names = {i: name.encode() for name, i in tokenizer.special.items()}
     text = ""
     for learned, run in itertools.groupby(pairs, lambda pair: pair[1]):
-        part = b"".join(spelled.get(i) or tokenizer.token_bytes(i) for i, _ in run).decode(errors="replace")
+        part = b"".join(names.get(i) or tokenizer.token_bytes(i) for i, _ in run).decode(errors="replace")
         text += f"\u27e6{part}\u27e7" if learned else part
-    return text + "\n(learned: what stands between \u27e6 and \u27e7)" * data.chat
+    return text + "\n(learned: what stands between \u27e6 and \u27e7)"

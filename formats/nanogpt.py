@@ -2,10 +2,10 @@
 """
 nanoGPT's checkpoints: out/ckpt.pt, as https://github.com/karpathy/nanoGPT writes it, becomes one of ours.
 
-    checkpoint, tokenizer = convert(state, "out/ckpt.pt")       # state: the dict in the file
+    checkpoint, tokenizer = convert(state, "out/ckpt.pt")  # state: the dict in the file
 
-Its weights have the names of ours, its MLP is mlp="gelu_exact". It does not write down what its tokens mean: GPT-2's
-are known by their number, characters stand in the meta.pkl beside the data that it was trained on.
+Its weights have the names of ours, its MLP is mlp="gelu_exact". What its tokens mean is not in it: GPT-2's are known by
+their number, characters stand in the meta.pkl beside the data.
 """
 import os
 import pickle
@@ -20,24 +20,22 @@ from runtime.files import open_file
 
 
 def convert(state, path):
-    """(checkpoint of ours, tokenizer). Whether the weights are those of the model remains to be checked."""
+    """(checkpoint of ours, tokenizer). The caller checks the weights."""
     try:
         args, weights = dict(state["model_args"]), state["model"]
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # (torch.compile's)
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # torch.compile's
         data = state.get("config", {}).get("dataset", "")
         tokenizer = find_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
-        # nanoGPT rounds GPT-2's vocabulary up to 50,304; the tokens that do not exist are cut off.
+        # nanoGPT rounds GPT-2's 50,257 up to 50,304; the tokens that do not exist are cut off.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
         config = resolve(GPTConfig(**args, mlp="gelu_exact"))
         rows = round_up(config.vocab_size, 64)  # of our matrices
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]  # (vocab_size, C)
-            if matrix.dim() != 2 or len(matrix) < config.vocab_size:
-                raise ValueError(f"{name} has the shape {tuple(matrix.shape)}")
             weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))  # (rows, C)
         step = int(state.get("iter_num", 0))
-    except (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} looks like nanoGPT's, but does not describe a model: {type(error).__name__}: {error}",
+    except (AssertionError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} looks like nanoGPT's, but describes no model: {type(error).__name__}: {error}",
                         "use another checkpoint") from None
     return dict(format=1, step=step, model=weights, source=[data or path], settings=asdict(config),
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
@@ -45,34 +43,32 @@ def convert(state, path):
 
 def find_tokenizer(folder, data, vocab_size):
     """What the ids of the checkpoint in `folder` mean."""
-    for path in (os.path.join(folder, "meta.pkl"), os.path.join(folder, "..", "data", data, "meta.pkl")):
+    here = os.path.join(folder, "meta.pkl")
+    for path in (here, os.path.join(folder, "..", "data", data, "meta.pkl")):
         if os.path.exists(path):
             return read_characters(path, vocab_size)
     if vocab_size in (50257, 50304):
         return tokenizers.get("gpt2")
-    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and nanoGPT does not write into it what they "
-                    "mean", f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {os.path.join(folder, 'meta.pkl')}")
+    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and does not say what they mean",
+                    f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {here}")
 
 
 def read_characters(path, vocab_size):
     """The tokenizer in a meta.pkl: a pickle of dict(itos={0: "a", ...})."""
     try:
-        with open_file(path, most=1 << 24) as file:  # (a table of characters is smaller)
+        with open_file(path, most=1 << 24) as file:
             itos = PlainUnpickler(file).load()["itos"]
-        characters = [itos[i] for i in range(vocab_size)]
-        if any(not isinstance(c, str) or len(c) != 1 for c in characters):
+        characters = "".join(itos[i] for i in range(vocab_size))
+        if len(characters) != vocab_size:
             raise ValueError("not one character per id")
-        return tokenizers.CharTokenizer("".join(characters), special=())
-    except Exception as error:  # a pickle is a program; this one may do no more than make a dict
+        return tokenizers.CharTokenizer(characters, special=())
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}",
-                        "run nanoGPT's own prepare.py for these data again") from None
+                        "run nanoGPT's own prepare.py again") from None
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, strings and numbers, and nothing that could run code.
-
-    (The one that is written in Python: nine bytes make the other reserve 64 GB.)
-    """
+    """Reads plain values, and nothing that could run code. In Python: nine bytes make the one in C reserve 64 GB."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of characters does not need")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

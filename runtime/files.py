@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Files: opened with care when they are a stranger's, written whole or not at all, by one process at a time.
+Files: opened with care, written whole or not at all, by one process at a time.
 
-    with open_file("a.bin", most=1 << 20) as file:          # no pipe, no device, no more than a megabyte
-        ...
-    meta = read_json("meta.json", "run prepare.py again")   # not too large or too deep
-    check_like(meta, dict(format=1, dtype=""), "meta.json") # its parts have the types that they should
-    with replace_file("loss.svg", "w") as file:             # a reader sees the old file or the new one, never half of it
+    with replace_file("loss.svg", "w") as file:  # a reader sees the old file or the new one, never half of it
         file.write(picture)
-    with locked("data/stdlib", wait=True):                  # until another process has written it
+    with locked("data/stdlib", wait=True):       # until another process has written it
         ...
 """
 import contextlib
@@ -27,33 +23,31 @@ JSON_VALUES = 10_000_000  # and no more values: `[],` has three characters, but 
 
 
 def open_file(path, most=sys.maxsize, mode="rb", **options):
-    """Open a stranger's file for reading. Raises OSError where there is none, where it has more than `most` bytes, and
-    where it is a pipe or a device, which may have no end."""
+    """Open a stranger's file for reading. Raises OSError where it is a pipe, which may have no end, or too large."""
     size = os.path.getsize(path)
     if not os.path.isfile(path):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
     if size > most:
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and no more than {most:,} are read")
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {most:,} are read")
     return open(path, mode, **options)
 
 
 def read_json(path, fix, **options):
-    """The value in a stranger's .json or .json.gz file. fix: what to do where it is not JSON."""
+    """The value in a stranger's .json or .json.gz file. fix: of the UserError where it is not JSON."""
     try:
         with open_file(path) as raw, gzip.open(raw) if path.lower().endswith(".gz") else raw as file:
             data = file.read(JSON_BYTES + 1)
-        text = data[:JSON_BYTES].decode("utf-8-sig")
+        if len(data) > JSON_BYTES:
+            raise UserError(f"{path} has more than {JSON_BYTES >> 20} MB, and a .json file is read whole",
+                            "write it as a .jsonl file")
+        return parse_json(data.decode("utf-8-sig"), path, fix, **options)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None
-    if len(data) > JSON_BYTES:
-        raise UserError(f"{path} has more than {JSON_BYTES >> 20} MB, and a .json file is read whole",
-                        "write it as a .jsonl file, one object per line")
-    return parse_json(text, path, fix, **options)
 
 
 def parse_json(text, where, fix, **options):
-    """The value of a stranger's JSON text. where: the file, and maybe the line, that the error names."""
+    """The value of a stranger's JSON text. where: the place that the error names."""
     if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
         raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
                         "split it, or write it as a .jsonl file, one object per line")
@@ -67,7 +61,7 @@ def parse_json(text, where, fix, **options):
 
 
 def new_file(path, mode="xb", **options):
-    """Create a file. What bears its name, a link to somewhere else too, is removed first."""
+    """Create a file. What bears its name, a link too, is removed first."""
     if os.path.lexists(path):
         os.unlink(path)
     return open(path, mode, **options)
@@ -75,7 +69,7 @@ def new_file(path, mode="xb", **options):
 
 @contextlib.contextmanager
 def replace_file(path, mode="wb", **options):
-    """Write a file that is whole when it bears its name. Raises OSError, and then nothing has changed."""
+    """Write a file that is whole when it bears its name. When it raises, nothing has changed."""
     part = path + ".part"
     try:
         with new_file(part, mode.replace("w", "x"), **options) as file:
@@ -90,10 +84,7 @@ def replace_file(path, mode="wb", **options):
 
 
 def foreign(folder, ours):
-    """The first file in a folder that `ours`, a function of its path from there, is not true of; "" if there is none.
-
-    What others have written is not replaced, and nothing is written beside it.
-    """
+    """The path, from the folder, of the first file in it of which `ours` is not true; "" if there is none."""
     for parent, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = os.path.join(parent, name)
@@ -110,10 +101,10 @@ def file_sha256(path):
 
 @contextlib.contextmanager
 def locked(path, wait=False):
-    """Keep other processes from writing `path`, also those of another machine that shares the disk.
+    """Keep other processes from writing `path`, on this machine or another that shares the disk.
 
-    wait: until the one that is writing it has ended; otherwise that is an error. The lock is held on a hidden file
-    beside the path. Where the system has no such locks (Windows), go on without.
+    wait: until the other has ended; otherwise that is a UserError. The lock is on a hidden file beside the path, and
+    ends with the process. Windows has none.
     """
     try:
         import fcntl
@@ -131,22 +122,22 @@ def locked(path, wait=False):
                 raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
             say(f"another process is writing {path}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # not every file system of a network has locks
-            note(f"{folder or '.'} cannot be locked ({error.strerror}): do not write into it twice at the same time")
-        with contextlib.suppress(OSError):  # the one that held it has removed it: what was locked is no longer there
+        except OSError as error:  # not every network file system has locks
+            note(f"{folder or '.'} cannot be locked ({error.strerror}): do not write there twice at a time")
+        with contextlib.suppress(OSError):  # the other may have removed the file that is locked now
             held = os.path.samefile(file.name, file.fileno())
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(file.name)  # before it is let go, or it might be the lock of the next one
+            os.unlink(file.name)  # before it is released, or it might be the lock of the next one
         file.close()
 
 
 def check_like(found, like, where, name=""):
-    """Raises UserError where what a file holds is not like the value that it is to replace, in type and shape.
+    """Raises UserError where what a file holds differs from `like` in type or shape.
 
-    like: of a dict, the keys that there must be; of a list, one item that all must be like.
+    like: of a dict, the keys that there must be; of a list, one item for all.
     """
     if isinstance(like, dict) and isinstance(found, dict):
         for key, value in like.items():
@@ -156,11 +147,11 @@ def check_like(found, like, where, name=""):
             check_like(item, like[0], where, f"an item of {name}")
     elif kind_of(found) != kind_of(like):
         raise UserError(f"{where}: {name or 'all of it'} is {kind_of(found)}, but should be {kind_of(like)}",
-                        "take the file from its source again, or use another one")
+                        "take the file from its source again")
 
 
 def kind_of(value):
-    """What two values have to have in common. (The types of tensors with a fraction are converted to each other.)"""
+    """What two values have to have in common; float types are converted to each other."""
     if value is None:
         return "missing"
     if not hasattr(value, "is_floating_point"):

@@ -56,7 +56,7 @@ def whole(step=1, **state):
     """A checkpoint of a small random model with all that a run goes on from, but for the averages of its optimizers."""
     model = random_model()
     numbers = dict.fromkeys("loss lr grad_norm tokens_per_second train_seconds wall_seconds".split(), 1.0)
-    return dict(format=1, step=step, model=model.state_dict(), settings=dataclasses.asdict(model.config), source=[],
+    return dict(format=1, step=step, model=model.state_dict(), settings=dict(dataclasses.asdict(model.config), dataset=""), source=[],
                 tokenizer_sha256="", optimizer=[], scaler={}, chosen=dict(dtype="float32", why="", compile=False), versions={},
                 data_sha256=[], row=dict(numbers, step=step, memory=0)) | state
 

@@ -113,7 +113,7 @@ def test_damaged_data(here, monkeypatch):
     assert "has the token 999" in error(lambda _: datasets.Dataset.open("data/a").batch(8, 2, 0, 0))[0]
     assert "prepare.py" in error(lambda _: datasets.Dataset.open("data/none"))[1]
     (here / "data/a/meta.json").write_text("{")
-    assert "meta.json cannot be read" in error(lambda _: datasets.Dataset.open("data/a"))[0]
+    assert "meta.json: not JSON" in error(lambda _: datasets.Dataset.open("data/a"))[0]
 
 
 @pytest.mark.parametrize("change", [
@@ -144,29 +144,25 @@ def test_inspect_shows_counts_the_report_and_a_border(prepared, capsys):
     out = capsys.readouterr()
     meta = json.loads((prepared / "meta.json").read_text())
     assert out.out.count("--- <|endoftext|> ---") >= 1 and "row " in out.out
-    assert all(line in out.err for line in meta["report"]) and "330 tokens, uint16" in out.err
-    assert f"train.bin: {meta['train']['tokens']:,} tokens, 30 documents" in out.err
+    assert all(line in out.err for line in meta["report"]) and "uint16, every checksum is right" in out.err
+    assert f"train.bin: {meta['train']['tokens']:,} tokens of 30 documents" in out.err
 
 
 @pytest.mark.parametrize("damage, named", [
     ("bit", "has the checksum"), ("short", "bytes, but meta.json says"), ("id", "has the checksum"),
-    ("documents", "holds 30 documents, but meta.json says 29"), ("bytes", "bytes, but meta.json says"),
-    ("tokenizer", "is another tokenizer"), ("gone", "has 0 bytes"), ("meta", "meta.json cannot be read"),
+    ("tokenizer", "is another tokenizer"), ("gone", "has 0 bytes"), ("meta", "meta.json: not JSON"),
     ("model", "is another tokenizer")])
 @pytest.mark.parametrize("large", [False, True])
 def test_inspect_finds_every_damage(prepared, monkeypatch, damage, named, large):
     if large:  # too large to be hashed whenever it is opened
         monkeypatch.setattr(datasets, "HASHED_BYTES", 0)
-    path, meta = prepared / "train.bin", json.loads((prepared / "meta.json").read_text())
+    path = prepared / "train.bin"
     raw = bytearray(path.read_bytes())
     if damage in ("bit", "id"):
         raw[1000:1002] = (60_000).to_bytes(2, "little") if damage == "id" else bytes([raw[1000] ^ 1, raw[1001]])
         path.write_bytes(raw)
     elif damage == "short":
         path.write_bytes(raw[:-2])
-    elif damage in ("documents", "bytes"):
-        meta["train"][damage] -= 1
-        (prepared / "meta.json").write_text(json.dumps(meta))
     elif damage == "tokenizer":
         config = prepared / "tokenizer/config.json"
         config.write_text(config.read_text() + " ")
@@ -272,12 +268,12 @@ def test_a_context_that_cuts_all_answers_is_refused(chat):
     chat.check(40)
     fact, fix = error(lambda _: chat.check(8))
     assert "block_size=8 cuts every conversation of data/talk/train.bin off" in fact
-    assert fix == "--block_size=16 or more"
+    assert fix == "a larger --block_size"
 
 
 @pytest.mark.parametrize("damage, named", [
     ("bit", "has the checksum"), ("move", "has the checksum"), ("short", "bytes, but meta.json says"),
-    ("gone", "has 0 bytes"), ("trained", " trained, but meta.json"), ("trained_bytes", "trained_bytes, but meta.json")])
+    ("gone", "has 0 bytes")])
 @pytest.mark.parametrize("large", [False, True])
 def test_inspect_finds_a_damaged_mask(chat, here, monkeypatch, damage, named, large):
     if large:  # too large to be hashed whenever it is opened
@@ -294,10 +290,6 @@ def test_inspect_finds_a_damaged_mask(chat, here, monkeypatch, damage, named, la
     path.write_bytes(raw)
     if damage == "gone":
         path.unlink()
-    if damage.startswith("trained"):
-        meta = json.loads((here / "data/talk/meta.json").read_text())
-        meta["train"][damage] -= 1
-        (here / "data/talk/meta.json").write_text(json.dumps(meta))
     assert named in error(prepare.main, "--inspect", "data/talk")[0]
 
 

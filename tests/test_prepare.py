@@ -458,7 +458,7 @@ def test_an_example_shows_what_is_learned(here, capsys):
     assert f"one of them:\n{due}(learned: what stands between \u27e6 and \u27e7)\n" in capsys.readouterr().err
     prepare.main(["--inspect", "data/talk-chat"])
     shown, data = capsys.readouterr(), datasets.Dataset.open("data/talk-chat")
-    assert f"{data.meta['train']['trained']} to be learned: as meta.json says" in shown.err and "\u27e6" in shown.out
+    assert f"{data.meta['train']['trained']} tokens to be learned" in shown.err and "\u27e6" in shown.out
 
 
 def test_conversations_without_an_answer_stay_and_are_named(here, capsys):

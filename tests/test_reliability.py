@@ -234,8 +234,7 @@ def test_best_is_written_anew_where_it_cannot_be_used(lab):
     shutil.copy(lab.reference / "out/a/best.pt", lab.run / "ckpt_00000099.pt")  # it is none to go on from
     assert lab.start().wait() == 0
     assert "ckpt_00000099.pt has no optimizer" in said(lab.path) and "best.pt cannot be used" in said(lab.path)
-    for name in ("best.pt.damaged", "ckpt_00000099.pt.damaged"):
-        os.unlink(lab.run / name)
+    os.unlink(lab.run / "ckpt_00000099.pt.damaged")
     lab.finish()
     state = ckpt.load_checkpoint(str(lab.run / "ckpt_00000060.pt"))
     state["optimizer"][0]["state"].popitem()
@@ -372,7 +371,7 @@ def test_data_that_is_damaged(lab, damage):  # rows 25 and 26
     elif damage == "uint32":
         meta["dtype"] = "uint32"
     elif damage == "beyond":
-        meta["vocab_size"], file = 20, "tokenizer"
+        meta["vocab_size"] = 20
     elif damage == "gone":
         os.unlink(folder / "val.bin")
         file = "val.bin"
@@ -410,7 +409,6 @@ def test_data_that_change_while_a_run_reads_them(own_data, command, saved):
 
 def test_data_that_are_deleted_while_a_run_reads_them(own_data):
     assert own_data.start(fault="shell:12,rm -r data").wait() == 0
-    assert said(own_data.path).count("warning: data/words was deleted or replaced") == 1
     assert outcome(own_data.run) == own_data.due and "next: python sample.py out/words" in said(own_data.path)
 
 
@@ -495,7 +493,7 @@ def test_two_runs_in_one_folder(lab):  # row 21
     while not os.path.exists(lab.run / "ckpt_00000005.pt"):
         time.sleep(0.02)
     assert lab.start().wait() == 2
-    assert "error: another process is at work in out/words" in said(lab.path)
+    assert "error: another process is writing out/words/log.jsonl" in said(lab.path)
     assert first.wait() == 0
     lab.finish()
 

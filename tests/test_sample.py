@@ -232,7 +232,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     os.truncate(here / "large.txt", 20_000_000)
     assert "more than 10,000,000 characters" in error(sample.main, f"--prompt=FILE:{here}/large.txt")[0]
     assert "2: a b" in error(sample.main, "a", "b")[0]
-    assert "no best.pt" in error(sample.main, "data")[0]
+    assert "no trained model in data" in error(sample.main, "data")[0]
     if not torch.cuda.is_available():
         assert "--device=cuda" in error(sample.main, "--device=cuda")[0]
     assert "'quantum'" in error(sample.main, "--device=quantum")[0]

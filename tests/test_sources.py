@@ -196,6 +196,12 @@ def test_a_pipe_is_not_waited_for(here, read, name):
     assert f"cannot read {name}: it is a folder, a pipe or a device" in error(lambda _: read(name))[0]
 
 
+def test_capitals_and_addresses_that_are_none(here):
+    (here / "A.TXT.GZ").write_bytes(gzip.compress(b"text"))
+    assert read("A.TXT.GZ") == ["text"]
+    assert "is no address" in error(prepare.main, "http://[x/a.txt")[0]
+
+
 @pytest.mark.parametrize("name, text", [("a.json", "[%s]"), ("a.jsonl", '{"text": "a", "messages": [%s]}')])
 @pytest.mark.parametrize("values", ["[]," * 500, '{},' * 500, "1," * 1000, '{"a":1},' * 350])
 def test_what_is_small_in_a_file_and_large_in_memory(here, monkeypatch, name, text, values):
@@ -205,9 +211,3 @@ def test_what_is_small_in_a_file_and_large_in_memory(here, monkeypatch, name, te
         assert "too many values to hold" in error(prepare.main, *argv)[0]
     (here / name).write_text(text % ('"' + "a" * 5000 + '"'))  # a long text is only long
     assert "too many values" not in error(prepare.main, name)[0]
-
-
-def test_capitals_and_addresses_that_are_none(here):
-    (here / "A.TXT.GZ").write_bytes(gzip.compress(b"text"))
-    assert read("A.TXT.GZ") == ["text"]
-    assert "is no address" in error(prepare.main, "http://[x/a.txt")[0]

@@ -104,7 +104,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(data, left):
     before = content("out/words")
     for argv in ([], ["--init_from=scratch"], ["--seed=2"]):
         fact, fix = error(lambda _: run("--max_iters=10", *argv))
-        assert "out/words holds best.pt, but no checkpoint" in fact and "--init_from=out/words" in fix
+        assert "out_dir=out/words holds best.pt, and no run" in fact and "--out_dir=" in fix
     assert content("out/words") == before
     assert run("--max_iters=3", "--out_dir=out/more", "--init_from=out/words", "--learning_rate=1e-3") == 0
 
@@ -185,7 +185,7 @@ def test_what_can_be_pasted_is_quoted(data, capsys):
     run("--max_iters=2", f"--out_dir={out}")
     assert f"next: python sample.py '{out}'\n" in capsys.readouterr().err
     os.unlink(f"{out}/ckpt_00000002.pt")
-    assert f"--init_from='{out}' to start" in error(lambda _: run(f"--out_dir={out}"))[1]
+    assert "holds best.pt" in error(lambda _: run(f"--out_dir={out}"))[0]
     os.unlink(f"{out}/best.pt")
     assert f"--out_dir='{out}'" in error(sample.main, out)[1]
 

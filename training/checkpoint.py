@@ -3,12 +3,11 @@
 Checkpoints: how one is written, found and read, and who may write into the folder of a run.
 
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
-    checkpoint, tokenizer = read_run("out/small")           # or a .pt file, nanoGPT's too, or a Hugging Face folder
+    checkpoint, tokenizer = read_run("out/small")  # or a .pt file, nanoGPT's too, or a Hugging Face folder
     model, tokenizer, checkpoint = load_run("out/small", device=device)
 
-Two rules make a checkpoint something to rely on. A file bears its final name only when it is whole and on the disk, so
-that whatever happens, the newest checkpoint is a good one. And it holds tensors and plain values only and is read with
-weights_only=True, so that opening a stranger's file cannot run a stranger's code.
+A file bears its final name only when it is whole and on the disk, so that the newest checkpoint is a good one. It holds
+tensors and plain values only and is read with weights_only=True, so that a stranger's file cannot run code.
 """
 import contextlib
 import glob
@@ -39,7 +38,7 @@ def save_checkpoint(path, state):
     try:
         with replace_file(path) as file:
             torch.save(state, file)
-        with contextlib.suppress(OSError):  # (Windows cannot open a folder, and not every file system can sync one)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder, and not every file system can sync one
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:
                 os.fsync(folder)  # the name is on the disk before anything older is deleted
@@ -48,7 +47,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # where the disk is full, torch's writer hides why
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"cannot write {path}: {cause}",
-                        "make room; the same command goes on from the checkpoint before", code=1) from None
+                        "make room; the same command continues", code=1) from None
 
 
 def checkpoints(run):
@@ -56,55 +55,41 @@ def checkpoints(run):
     return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
 
 
-def prune_checkpoints(run, keep=2):
-    """Delete all numbered checkpoints but the last `keep` (two: a dying disk may cut one)."""
-    for path in checkpoints(run)[:-keep]:
+def prune_checkpoints(run):
+    """Delete all numbered checkpoints but the last two: a dying disk may cut one."""
+    for path in checkpoints(run)[:-2]:
         with contextlib.suppress(OSError):  # too many checkpoints are no reason to end a run
             os.unlink(path)
 
 
-# What train.py writes into the folder of a run; while a file is being written, it ends in .part.
-RUN_FILES = r"(ckpt_\d{8}\.pt|best\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?(/.*)?"
+MOST_BASES = 4  # LoRA runs that correct LoRA runs
+# What a run leaves that was stopped before its first checkpoint; while a file is being written, it ends in .part.
+RUN_FILES = r"(ckpt_\d{8}\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?(/.*)?"
 
 
-class RunFolder:
-    """The folder of a run, and the right to write into it, which one process at a time has: a lock, which the system
-    takes back when the process ends, however it ends."""
+class RunFolder(contextlib.ExitStack):
+    """The folder of a run, into which one process at a time may write. The lock ends with the process."""
 
     def __init__(self, path, writes=True):
-        self.path, self.writes, self.lock = path, writes, None
-
-    def __enter__(self):
-        if self.writes and os.path.isdir(self.path):
-            with contextlib.suppress(OSError):  # `open` says so, where there is something to write
-                self.take()
-        return self
-
-    def __exit__(self, *_):
-        if self.lock is not None:
-            self.lock.close()
+        super().__init__()
+        self.path, self.writes, self.taken = path, writes, False
 
     def take(self):
-        lock = contextlib.ExitStack()
-        try:
-            lock.enter_context(locked(os.path.join(self.path, "run")))
-        except UserError:
-            raise UserError(f"another process is at work in {self.path}",
-                            "wait for it or stop it; or give this one a folder of its own") from None
-        self.lock = lock
+        if not self.taken:
+            self.enter_context(locked(os.path.join(self.path, "log.jsonl")))
+            self.taken = True
 
     def check_ours(self):
-        """Raises UserError where a run can neither be continued nor begun: a run never writes among other files.
+        """Raises UserError where a run can neither be continued nor begun: it never writes among other files.
 
-        It begins in a folder that is new, empty, or holds what a run leaves that was stopped before its first
-        checkpoint: a log, and perhaps a tokenizer. (Hidden files are ignored.)
+        It begins in a folder that is new, empty, or holds RUN_FILES. Hidden files are ignored.
         """
-        from training.log import read_header  # (sampling does without)
+        from training.log import read_header  # sampling does without
+        if os.path.isdir(self.path):
+            with contextlib.suppress(OSError):  # `open` says so
+                self.take()
         if checkpoints(self.path):
             return
-        if os.path.lexists(os.path.join(self.path, "best.pt")):
-            raise UserError(f"{self.path} holds best.pt, but no checkpoint (ckpt_*.pt) to continue its run from",
-                            f"--out_dir=out/ANOTHER, and --init_from={quote(self.path)} to start from best.pt")
         begun = read_header(os.path.join(self.path, "log.jsonl"))
         ours = RUN_FILES if begun else r"log\.jsonl\.part"
         other = foreign(self.path, re.compile(rf"\..*|{ours}").fullmatch)
@@ -113,14 +98,13 @@ class RunFolder:
                             "--out_dir=out/ANOTHER")
 
     def open(self, step, needed):
-        """Make the folder, and delete what a kill left half-written; before the first step.
+        """Make the folder, and delete what a kill left half-written.
 
         step: where the run continues, None for a new one. needed: bytes that it will take here.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
-            if self.lock is None:
-                self.take()
+            self.take()
             for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
                 os.unlink(os.path.join(self.path, name))
             free = shutil.disk_usage(self.path).free
@@ -133,8 +117,7 @@ class RunFolder:
             if os.path.basename(path) > f"ckpt_{step:08d}.pt":  # it was passed over; else the run would go on there
                 os.replace(path, path + ".damaged")
         if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB in {self.path}, and the disk has {free / 1e6:,.0f} "
-                 "MB left")
+            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, and {self.path} has {free / 1e6:,.0f} MB left")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,114 +125,77 @@ class RunFolder:
 
 
 def load_file(path):
-    """The dict in a .pt file, of this project or another: plain values, and tensors that take no more than the file."""
+    """The dict in a .pt file: plain values, and weights that take no more than the file."""
+    if not os.path.isfile(path):  # a pipe would make us wait
+        raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one")
     try:
-        if not os.path.isfile(path):  # (a pipe would make us wait)
-            raise FileNotFoundError
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as archive:  # that is what it is, and torch.load does not look at the checksums
-            check_directory(archive, size)
-            bad = archive.testzip()
-        if bad:
-            raise zipfile.BadZipFile(f"{bad} has another checksum")
+        size = check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check_size(state, size)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one") from None
+        weights = list(state.get("model", {}).values())
+        if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in weights):
+            raise ValueError("a tensor is not of the plain kind")
+        if sum(tensor.nbytes for tensor in weights) > 2 * size:  # twice: tied weights are one tensor with two names
+            raise ValueError("its weights take more memory than the file")
+        return state
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors and plain values; opening it could run code, so it is refused",
-                        "use a checkpoint that was saved with plain values only") from None
+        raise UserError(f"{path} holds more than tensors and plain values: opening it could run code",
+                        "use another checkpoint") from None
     except Exception as error:  # one flipped bit can mean anything to a reader
         what = str(error)[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged, or not a checkpoint: {what}",
-                        "give a run folder such as out/small, or another checkpoint of the same run") from None
-    return state if isinstance(state, dict) else {}
+        raise UserError(f"{path} is damaged, or not a checkpoint: {what}", "use another checkpoint") from None
 
 
-def check_directory(archive, size):
-    """Raises BadZipFile where the members take more than the file, or where torch could see others than Python does:
-    Python looks for the directory in front of the end of the file, torch where that end says that it is."""
-    members, file = archive.infolist(), archive.fp
-    file.seek(archive.start_dir + 42)
-    first = int.from_bytes(file.read(4), "little")  # where the first member is, as the directory has it
-    file.seek(size - 42)
-    end = file.read()
-    moved = end.startswith(b"PK\6\7") and int.from_bytes(end[8:16], "little") != size - 98  # in a file beyond 4 GB
-    if archive.comment or moved or first != members[0].header_offset:
-        raise zipfile.BadZipFile("its directory is not where it should be")
-    if sum(member.file_size for member in members) > size:
-        raise zipfile.BadZipFile("it would unpack to more than it is")
+def check_archive(path):
+    """The size of the file. Raises BadZipFile, where torch.load would not, for a wrong checksum, and for members that
+    take more than the file.
+
+    Both must see the same members: torch looks for the directory where the end of the file says that it is, Python in
+    front of that end.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as archive:
+        members, file = archive.infolist(), archive.fp
+        file.seek(archive.start_dir + 42)
+        first = int.from_bytes(file.read(4), "little")  # where the first member is, as the directory has it
+        file.seek(size - 42)
+        end = file.read()
+        moved = end.startswith(b"PK\6\7") and int.from_bytes(end[8:16], "little") != size - 98  # beyond 4 GB
+        if archive.comment or moved or first != members[0].header_offset:
+            raise zipfile.BadZipFile("its directory is not where it should be")
+        if sum(member.file_size for member in members) > size:
+            raise zipfile.BadZipFile("it would unpack to more than it is")
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"{bad} has another checksum")
+    return size
 
 
-def check_size(state, size):
-    """Raises ValueError where what was read from `size` bytes takes more: tensors of which the file holds a part only,
-    values that hold each other many times, numbers that are too long to print."""
-    values, memory = [state], 0
-    for value in values:  # which grows
-        if isinstance(value, dict):
-            values += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple)):
-            values += value
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_neg():
-                raise ValueError("a tensor is not of the plain kind")
-            memory += value.nbytes
-            if value.nbytes > value.untyped_storage().nbytes():
-                raise ValueError(f"a tensor of shape {tuple(value.shape)} repeats its numbers")
-        elif isinstance(value, int) and abs(value) >= 1 << 63:
-            raise ValueError("a number has more than 64 bits")
-        if len(values) > size or memory > 2 * size:  # twice: tied weights are one tensor with two names
-            raise ValueError("its values would take more memory than the file")
-
-
-# What is in a checkpoint: for every part a value of the same type, of a list one item.
-ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
-SOMETIMES = dict(
-    chat=False, int8=False, val_loss=0.0, val_bpb=0.0, order="", data_sha256=[""], versions={}, unlogged="",
-    optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""),
-    row=dict(dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "train_seconds", "wall_seconds"), 0.0),
-             step=0, memory=0),
-    before=dict(val_loss=0.0, val_bpb=0.0, text=""), base=dict(path="", sha256=""))
-CHOSEN = dict(dtype="float32", compile=False)  # where a file does not say
-SETTINGS = dict(dataset="", init_from="", batch_size=0, gradient_accumulation_steps=0, max_iters=0, lora_rank=0,
-                lora_alpha=0.0)
+# What readers of a checkpoint rely on: values of the same type, of a list one item.
+ALWAYS = dict(settings=dict(dataset=""), model={}, step=0, tokenizer_sha256="", source=[""])
+SOMETIMES = dict(chat=False, int8=False, val_loss=0.0, val_bpb=0.0, base=dict(path="", sha256=""))
 
 
 def load_checkpoint(path):
-    """Read what save_checkpoint wrote, onto the CPU. Raises UserError for a file that is missing, damaged or unsafe."""
+    """What save_checkpoint wrote, on the CPU. Raises UserError where it is missing, damaged or unsafe."""
     return check_checkpoint(load_file(path), path)
 
 
 def check_checkpoint(state, path):
-    """The checkpoint, if it is one of this project, and its parts are of the right types and belong together."""
+    """The checkpoint. Raises UserError where it is none of this project, or its parts are not of the right types."""
     if state.get("format") != 1:
         raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
     check_like(state, ALWAYS, path)
-    settings, chosen = state["settings"], state.get("chosen", CHOSEN)
-    there = {name for name, value in state.items() if value is not None or name not in ("base", "before")}
-    check_like(state, {name: like for name, like in SOMETIMES.items() if name in there}, path)
-    for part in settings, chosen:
-        check_like(part, {name: like for name, like in SETTINGS.items() if name in part}, path)
-    row, before = state.get("row", {}), state.get("before") or {}
-    plain = [*settings.values(), *state.get("versions", {}).values()]
-    if not (all(isinstance(value, (int, float, str, type(None))) for value in plain)
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
-            and chosen["dtype"] in ("float32", "bfloat16", "float16")
-            and isinstance(chosen.get("compile"), (bool, str))
-            and 0 < row.get("step", 1) and row.get("step", 0) <= state["step"] <= 99_999_999
-            and before.get("val_bpb", 1) > 0):
-        raise UserError(f"{path} has settings or numbers that no run writes", "use another checkpoint")
+    check_like(state, {name: like for name, like in SOMETIMES.items() if state.get(name) is not None}, path)
     if not state.get("base"):
-        check_model(settings, state["model"], path, state.get("int8"))
+        check_model(state["settings"], state["model"], path, state.get("int8"))
     return state
 
 
 def check_model(settings, weights, path, int8=False):
-    """Raises UserError where weights are not those of the model that the settings describe; before it is built."""
+    """Raises UserError where weights do not fit the model that the settings describe; before it is built."""
     try:
         model = outline(config_of(settings), len(weights))
-    except (AssertionError, KeyError) as error:
-        raise UserError(f"{path} describes no model that can be built here: {error}", "use another model") from None
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"{path} describes no model: {error}", "use another model") from None
     fitting(quantize(model) if int8 else model, weights, path)
 
 
@@ -272,36 +218,30 @@ def find_checkpoint(init_from, out_dir):
     for path in reversed(paths):
         try:
             state = load_checkpoint(path)
-            missing = {"optimizer", "scaler", "row", "chosen", "versions", "data_sha256"} - state.keys()
-            if not missing:
+            if "optimizer" in state:
                 return state
-            fact = f"{path} has no {min(missing)}: a run cannot go on from it (a renamed best.pt?)"
+            warn(f"{path} has no optimizer (a renamed best.pt?)")
         except UserError as error:
-            fact = error.fact
-        if path != paths[0]:
-            warn(f"{fact}; taking the one before")
+            warn(error.fact)
     if paths:
         best = quote(os.path.join(out_dir, "best.pt"))
-        raise UserError(f"{fact}, and no checkpoint before it is whole",
-                        f"start a new run from the best weights: --init_from={best} --out_dir=out/ANOTHER")
+        raise UserError(f"no checkpoint in {out_dir} is whole", f"--init_from={best} --out_dir=out/ANOTHER")
     return None
 
 
 def best_loss_of(out_dir):
     """The validation loss of best.pt; infinity where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
-    if not os.path.exists(path):
-        return math.inf
     try:
         return load_checkpoint(path)["val_loss"]
-    except (UserError, KeyError) as error:
-        warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
-        os.replace(path, path + ".damaged")
+    except (UserError, KeyError):
+        if os.path.exists(path):
+            warn(f"{path} cannot be used; the next validation writes another")
         return math.inf
 
 
 def choose_run(bare, settings):
-    """The RUN that the command line means: a bare argument, --init_from, --out_dir, or the newest one below out/."""
+    """The RUN of a command line: a bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
         raise UserError(f"expected one RUN, got {len(bare)}: {' '.join(bare)}", f"give one: {quote(bare[0])}")
     init_from = "" if settings.init_from == "resume" else settings.init_from  # nanoGPT's word for --out_dir
@@ -311,37 +251,36 @@ def choose_run(bare, settings):
     return named or find_run()
 
 
-def find_run(where="out"):
-    """The run below `where` that was written last."""
-    paths = [path for path in glob.glob(os.path.join(where, "**", "*.pt"), recursive=True)
+def find_run():
+    """The run below out/ that was written last."""
+    paths = [path for path in glob.glob("out/**/*.pt", recursive=True)
              if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)]
     if not paths:
-        raise UserError(f"there is no trained run below {where}/", "python train.py config/train_small.py")
+        raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
     return os.path.dirname(max(paths, key=os.path.getmtime))
 
 
 def checkpoint_path(run, which="best"):
-    """The checkpoint file of a RUN: a file as it is; of a folder the best one, or with which="last" the newest."""
+    """The file of a RUN: itself, or of a folder the best checkpoint, or with which="last" the newest."""
     if os.path.isfile(run):
         return run
-    best, nanogpt = os.path.join(run, "best.pt"), os.path.join(run, "ckpt.pt")
-    if which == "best" and os.path.exists(best):
-        return best
-    found = [path for path in (nanogpt, *checkpoints(run)) if os.path.exists(path)]
+    found = [os.path.join(run, "ckpt.pt"), *checkpoints(run)]  # nanoGPT's, and ours
+    if which == "best":
+        found.append(os.path.join(run, "best.pt"))
+    found = list(filter(os.path.exists, found))
     if not found:
-        raise UserError(f"there is no trained model in {run} (no best.pt, no ckpt_*.pt, no config.json of a Hugging "
-                        "Face model)", f"python train.py config/train_small.py --out_dir={quote(run)}")
+        raise UserError(f"there is no trained model in {run}",
+                        f"python train.py config/train_small.py --out_dir={quote(run)}")
     return found[-1]
 
 
 def read_run(run, which="best", depth=0):
     """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
 
-    Whatever it was, it comes as a checkpoint of this project, with `path` added, and `chat`: has the model learned a
-    chat format? The weights are those of the model that `settings` describe, and the tokenizer has no id beyond its
-    vocabulary. depth: how many LoRA runs correct this one.
+    It comes as a checkpoint of this project, with `path`, and `chat`: has the model learned a chat format? The weights
+    fit the settings, and LoRA's corrections are added to them. depth: how many LoRA runs correct this one.
     """
-    from formats import huggingface, nanogpt  # (a script that is imported does not need them yet)
+    from formats import huggingface, nanogpt  # not needed where a script is only imported
     if huggingface.is_folder(run):
         path, (checkpoint, tokenizer) = run, huggingface.read(run)
         if tokenizer.kind in tokenizers.LEARNED:  # export.py gives these a template only where the model can chat
@@ -360,26 +299,26 @@ def read_run(run, which="best", depth=0):
         chat = bool(checkpoint.get("chat") or tokenizer.template)
     if checkpoint.get("base"):
         merge_base(checkpoint, run, depth)
-    checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # (an older one may hold more)
+    checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # an older one may name folders
     vocab_size = checkpoint["settings"]["vocab_size"]
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
-                        f"{vocab_size:,}", "take both from their source again, from one model")
+                        f"{vocab_size:,}", "take both from one model")
     return checkpoint | {"path": path, "chat": chat}, tokenizer
 
 
 def load_run(run, which="best", device="cpu", int8=False):
     """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN.
 
-    int8: with matrices of 8-bit integers, see formats/quantized.py; an export of that kind has them anyway.
+    int8: with matrices of 8-bit integers (formats/quantized.py); an export of that kind has them anyway.
     """
     checkpoint, tokenizer = read_run(run, which)
     path, stored = checkpoint["path"], bool(checkpoint.get("int8"))
     try:
         model = GPT(config_of(checkpoint["settings"]))
     except (RuntimeError, MemoryError) as error:
-        raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0][:200]}",
-                        "a machine with more memory, or another model") from None
+        raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0]}",
+                        "a machine with more memory") from None
     if stored:
         model = quantize(model)
     load_weights(model, checkpoint.pop("model"), path)
@@ -407,9 +346,9 @@ def learned(model):
 
 
 def fitting(model, weights, path):
-    """Of loaded weights, those that the model takes. Raises UserError that names the first that is not as it should be.
+    """Of loaded weights, those that the model takes, without positions beyond its context.
 
-    A context may be cut: the learned positions beyond it are left out.
+    Raises UserError that names the first that does not fit.
     """
     ours, positions = learned(model), "transformer.wpe.weight"
     found = {name: weights.get(name) for name in ours}
@@ -420,29 +359,27 @@ def fitting(model, weights, path):
 
 
 def load_weights(model, weights, path):
-    """Copy weights into the model."""
     model.load_state_dict(fitting(model, weights, path), strict=False)
 
 
 def name_base(path, start):
-    """What a LoRA run writes down about the weights that it corrects: their place, and their sha256."""
+    """What a LoRA run keeps of the weights that it corrects: their place, and their sha256."""
     digest = hashlib.sha256(str(start.get("base")).encode())
-    for name, tensor in sorted(start.get("corrections", start["model"]).items()):  # (a sum may differ in its last bits)
+    for name, tensor in sorted(start.get("corrections", start["model"]).items()):  # a sum may differ in its last bits
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return dict(path=path, sha256=digest.hexdigest())
 
 
 def read_base(checkpoint, run, depth=0):
-    """The checkpoint that a LoRA run corrects. Raises UserError where it is not there, or not as it was."""
+    """The checkpoint that a LoRA run corrects. Raises UserError where it is not as it was."""
     path = checkpoint["base"]["path"]
+    if depth == MOST_BASES:  # maybe it corrects itself
+        raise UserError(f"{run} corrects (LoRA) a run that corrects another, and so on: more than {MOST_BASES}",
+                        "export.py --format=hf makes a model of one of them that needs no other")
     if not os.path.exists(path):
         raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
-                        f"bring {path} back, or go to the folder where {run} was trained: the path counts from there; "
-                        f"python export.py {quote(run)} --format=hf makes a model that needs no other")
-    if depth > 3:  # a run that corrects itself has no end of them
-        raise UserError(f"{run} holds corrections (LoRA) to corrections to corrections, and so on: more than 4",
-                        "export.py --format=hf makes a model of one that needs no other")
+                        f"bring {path} back; then export.py --format=hf makes a model that needs no other")
     start, _ = read_run(path, depth=depth + 1)
     check_whole(start)
     if name_base(path, start) != checkpoint["base"]:
@@ -453,12 +390,12 @@ def read_base(checkpoint, run, depth=0):
 
 
 def merge_base(checkpoint, run, depth):
-    """Put the corrected weights into the checkpoint of a LoRA run; the corrections stay in it as `corrections`."""
+    """Put the corrected weights into the checkpoint of a LoRA run, whose own become `corrections`."""
     settings, corrections = checkpoint["settings"], checkpoint["model"]
     base = read_base(checkpoint, run, depth)["model"]
     try:
         merged = lora.merge(base, corrections, settings["lora_rank"], settings["lora_alpha"])
-    except (KeyError, ValueError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{run} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
-                        "use another checkpoint of the same run") from None
+                        "use another checkpoint") from None
     checkpoint.update(model=merged, corrections=corrections)
