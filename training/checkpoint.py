@@ -205,7 +205,7 @@ def check_size(state, size):
 # What is in a checkpoint: for every part a value of the same type, of a list one item.
 ALWAYS = dict(settings={}, model={}, step=0, tokenizer_sha256="", source=[""])
 SOMETIMES = dict(
-    chat=False, int8=False, val_loss=0.0, val_bpb=0.0, order="", data_sha256=[""], versions={}, unlogged="",
+    chat=False, int8=False, val_loss=0.0, val_bpb=0.0, order="", data_sha256=[""], versions={},
     optimizer=[dict(state={})], scaler={}, chosen=dict(dtype="", why=""),
     row=dict(dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "train_seconds", "wall_seconds"), 0.0),
              step=0, memory=0),
@@ -287,17 +287,18 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def best_loss_of(out_dir):
-    """The validation loss of best.pt; infinity where there is none, or none that can be read."""
+def best_of(out_dir):
+    """(the validation loss of best.pt, its step); (infinity, 0) where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
     if not os.path.exists(path):
-        return math.inf
+        return math.inf, 0
     try:
-        return load_checkpoint(path)["val_loss"]
+        best = load_checkpoint(path)
+        return best["val_loss"], best["step"]
     except (UserError, KeyError) as error:
         warn(f"{path} cannot be used ({getattr(error, 'fact', 'no val_loss')}); the next validation writes another")
         os.replace(path, path + ".damaged")
-        return math.inf
+        return math.inf, 0
 
 
 def choose_run(bare, settings):
