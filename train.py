@@ -6,26 +6,23 @@ Training: one loop, from the settings to a trained model.
     python train.py config/train_small.py --dataset=notes --out_dir=out/notes
     python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
-    python train.py --help                                       # every setting with its meaning
 
-The same command continues a run that was stopped (Ctrl-C saves first), and does nothing when the run is finished.
-A run is a folder, out/NAME:
+The same command continues a run that was stopped (Ctrl-C saves first). A run is a folder, out/NAME:
 
     ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the last two are kept
     best.pt             the weights with the lowest validation loss: what sample.py reads
     log.jsonl           one line per logged step; loss.svg is its picture
-    tokenizer/          a copy, so that a model never loses its vocabulary
+    tokenizer/          a copy
 
-Read `train`, which is the whole run, then `train_step`, which is one step.
+Read `train`, the whole run, and `train_step`, one step.
 
-On a CPU a run is a pure function of its settings, its seed and the machine: the batch of a step is computed from
-(seed, step), see dataset.py, and so are the dropout masks. So a run that was killed at any moment and resumed has the
-same bits as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in varying order, so there the
-two are equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a run that was killed at any
+moment and resumed has the same bits as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in
+varying order, so there the two are equal up to rounding.
 """
 import time
 
-PROCESS_START = time.monotonic()  # before the imports, which take seconds that a --budget has to include
+PROCESS_START = time.monotonic()  # a --budget includes the seconds of the imports
 
 import math
 import os
@@ -45,7 +42,6 @@ import tokenizer as tokenizers
 from model import GPT, GPTConfig, PRESETS
 from runtime import machine
 from runtime.console import UserError, command_line, note, say, show, warn
-from runtime.files import locked
 from runtime.processes import Processes, StopSignal, Stopped
 from runtime.settings import load
 from training import checkpoint as ckpt
@@ -53,12 +49,12 @@ from training import lora, resume
 from training.log import Log, progress_line
 from training.muon import Muon
 
-MAX_SKIPPED = 20  # steps in a row that float16 may overflow: the scaler needs some to find its factor
+MAX_SKIPPED = 20  # steps in a row that float16 may overflow, until the scaler has found its factor
 
 
 @dataclass
 class TrainConfig(GPTConfig):
-    preset: str = ""  # a shape by name, see PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings win
+    preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings win
     vocab_size: int = 0  # 0: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
@@ -66,7 +62,7 @@ class TrainConfig(GPTConfig):
     gradient_accumulation_steps: int = 1  # micro-batches of a step, of all processes together
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
-    init_from: str = "auto"  # auto: resume where there is a checkpoint; scratch; resume; or a RUN to take weights from
+    init_from: str = "auto"  # auto: resume if there is a checkpoint; scratch; resume; or a RUN to take weights from
     max_iters: int = 2000  # steps of the optimizer
     budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes this long
     seed: int = 1337  # initial weights, order of the data and dropout
@@ -90,22 +86,22 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0  # a longer gradient is scaled down to this norm; 0: no limit
     # fine-tuning, which is init_from=RUN and the same loop
     patience: int = 0  # end after so many validations in a row without a lower loss; 0: never before max_iters
-    lora_rank: int = 0  # train a correction of this rank to every matrix, not the weights (training/lora.py); 8 or 16
-    lora_alpha: float = 16.0  # how much the correction counts: it is multiplied by lora_alpha / lora_rank
+    lora_rank: int = 0  # train corrections of this rank, such as 8, and not the weights (training/lora.py)
+    lora_alpha: float = 16.0  # the corrections are multiplied by lora_alpha / lora_rank
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto"] | bool = "auto"  # torch.compile: faster steps after some seconds of compiling
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how processes communicate: nccl between GPUs, else gloo
     dist_timeout: int = 600  # seconds after which a process that does not answer is given up
-    # logging elsewhere, as in nanoGPT; log.jsonl is always written
-    wandb_log: bool = False  # also send the numbers to Weights & Biases, if its package is installed
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # and its name for the run
+    # Weights & Biases, as in nanoGPT, beside log.jsonl
+    wandb_log: bool = False  # if its package is installed
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
 
 
 def main(argv):
-    """Read the settings, acquire what must be released in the end (signal handlers, the run's folder), and train."""
+    """Read the settings, acquire the folder of the run, and train."""
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
@@ -113,25 +109,25 @@ def main(argv):
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
     resume.check_settings(settings)
     ranks = Processes()
-    writes = ranks.rank == 0 and not settings.eval_only  # only one process writes into the folder of the run
-    with StopSignal() as stop, ckpt.RunFolder(settings.out_dir, writes) as folder:
+    writes = ranks.rank == 0 and not settings.eval_only
+    with ckpt.RunFolder(settings.out_dir, writes) as folder:
         try:
-            return train(settings, given, ranks, stop, folder)
+            return train(settings, given, ranks, folder)
         except (RuntimeError, MemoryError) as error:
             raise resume.explain(error, settings, ranks) or error from None
 
 
-def train(settings, given, ranks, stop, folder):
-    """The whole run, from top to bottom. Returns the exit code."""
+def train(settings, given, ranks, folder):
+    """The whole run. Returns the exit code."""
     out_dir = settings.out_dir
     device = machine.choose_device(settings.device, ranks)
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
 
-    # 1) The data. Rank 0 prepares what is built in, while the others wait to be joined.
+    # 1) The data. Rank 0 prepares what is built in, while the others wait in `join`.
     data_dir = os.path.join("data", settings.dataset)
     if settings.dataset == "stdlib" and ranks.rank == 0 and not os.path.exists(data_dir):
-        prepare_stdlib(data_dir)
+        prepare_stdlib()
     ranks.join(device, settings.backend, settings.dist_timeout)
     data = datasets.Dataset.open(data_dir)
     tokenizer = data.check_tokenizer()
@@ -140,26 +136,23 @@ def train(settings, given, ranks, stop, folder):
 
     # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
     resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
-    start = base = at = None
-    origin = "random weights"
+    start = base = None
     if resumed:
         resume.continue_run(resumed, settings, given, data, versions)
         if ended := resume.how_it_ended(resumed, settings):
             say(ended)
             say_next(out_dir, data)
             return 0
-        at = resumed["step"]
-        origin = f"{out_dir} after {at} steps"
-        base = resumed.get("base")  # of a LoRA run: where the weights are that it corrects
+        base = resumed.get("base")  # where the weights are that a LoRA run corrects
         start = ckpt.read_base(resumed, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
-        origin = settings.init_from
         start = resume.load_start(settings, given, data)
         base = ckpt.name_base(settings.init_from, start) if settings.lora_rank else None
     resume.check_data(settings, data)
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
+    at = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=at, torch=versions["torch"]))
-    torch.manual_seed(settings.seed)  # the initial weights are the first thing sampled
+    torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
     if start:
         ckpt.load_weights(model, start.pop("model"), settings.init_from)
@@ -172,71 +165,67 @@ def train(settings, given, ranks, stop, folder):
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         folder.open(at, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
 
-    # 3) The machine. What `auto` chooses is written into the run, and used again when it is resumed.
+    # 3) The run. What `auto` chooses is written into it, and used again when it is resumed.
     if resumed:
         chosen = resumed["chosen"]
     else:
-        if folder.writes:
-            resume.check_begun(settings)
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = ranks.broadcast(dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile))
     facts = dict(format=1, order=data.ORDER, tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
                  data_sha256=data.sha256(), versions=versions, chosen=chosen, chat=chat, base=base,
                  before=resumed.get("before") if resumed else None)
-    run = Run(settings, facts, data, tokenizer, model, device, ranks, stop, folder)
+    run = Run(settings, facts, data, tokenizer, model, device, ranks, folder)
     if chosen["compile"] == "auto":
         chosen["compile"] = is_worth_compiling(run)
     say_plan(run)
-    if start and not resumed and not settings.eval_only:
-        before = facts["before"] = run.validate()
-        before["text"] = sample(run, model)
-        say(f"before: validation loss {before['val_loss']:.4f}, {before['val_bpb']:.4f} bits per byte")
-    if chosen["compile"]:
-        required = settings.compile is True
-        chosen["compile"] = machine.compile_model(model, required, lambda: run.loss(model, *run.batch(0, 0)))
-    if settings.eval_only:
-        found = run.validate()
-        say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte: {origin}")
-        return 0
-
-    # 4) The state in which the last checkpoint left the run, and its folder.
     if resumed:
         run.restore(resumed)
         say(f"resumed {out_dir} after {run.step} of {settings.max_iters} steps")
+    if settings.eval_only or (start and not resumed):
+        before = run.validate()
+        say(f"validation loss {before['val_loss']:.4f}, {before['val_bpb']:.4f} bits per byte")
+        if settings.eval_only:
+            return 0
+        facts["before"] = dict(before, text=sample(run, model))
+    if chosen["compile"]:
+        required = settings.compile is True
+        chosen["compile"] = machine.compile_model(model, required, lambda: run.loss(model, *run.batch(0, 0)))
     if folder.writes:
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change in train_step and nowhere else, so at any other moment memory holds exactly the state
-    #    after `step` steps: when a signal comes, half a step is thrown away and nothing is lost.
-    stop.listen()
-    over = False
+    # 4) The loop. Weights change at the end of train_step and nowhere else, so when a signal comes, half a step is
+    #    thrown away, and memory holds exactly the state after `step` steps.
+    run.stop.listen()
     try:
         while True:
-            # a) What is due after a step. A resumed run enters here: one that was killed between saving and
-            #    validating validates now.
-            if run.step > 0:
-                over = validate_and_log(run)
-            if over:
+            # a) Validate. A run that was killed between saving and validating goes on here.
+            if run.step > 0 and validate_and_log(run):
                 break
             if settings.budget and "max_iters" not in chosen:
                 choose_max_iters(run)
             # b) One step.
             train_step(run)
-            # c) Save before validating, so that a crash there loses nothing.
+            # c) Save before validating, where a crash would lose the step.
             save_if_due(run)
     except datasets.Changed as error:
-        raise save_after_change(run, error) from None
+        if run.step == 0:
+            raise
+        if folder.writes:
+            run.save_all()
+        if not error.alone:
+            ranks.barrier()
+        raise UserError(f"{error.fact}; the run is saved after {run.step} steps",
+                        "bring the old data back, and the same command continues", alone=error.alone) from None
     except Stopped:
         if folder.writes and run.step > 0:
             run.save_all()
-        ranks.barrier()  # for the first rank, which is saving: torchrun kills it as soon as another one leaves
-        say(f"stopped by {signal.Signals(stop.signal).name} after {run.step} steps"
-            + (f"; saved in {out_dir}. The same command continues." if run.step else "")
-            + (" (Without --init_from=scratch.)" if settings.init_from == "scratch" else ""))
-        return 128 + stop.signal
+        ranks.barrier()  # torchrun kills rank 0, which is saving, as soon as another one leaves
+        saved = f"; saved in {out_dir}. The same command continues." if run.step else ""
+        say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
+        return 128 + run.stop.signal
 
-    # 6) The result.
+    # 5) The result.
     if run.wandb:
         run.wandb.finish()
     if folder.writes:
@@ -253,23 +242,24 @@ def train(settings, given, ranks, stop, folder):
 class Run:
     """A run in progress: what its steps read, and what they change."""
     settings: TrainConfig
-    facts: dict  # what every checkpoint says; facts["chosen"]: what was left to choose
+    facts: dict  # what every checkpoint says; facts["chosen"]: what `auto` chose
     data: datasets.Dataset
     tokenizer: object
     model: GPT
     device: str
     ranks: Processes
-    stop: StopSignal
     folder: ckpt.RunFolder
+    stop: StopSignal = field(default_factory=StopSignal)
     # what changes
     step: int = 0  # finished steps
     row: dict | None = None  # the last step in numbers: its line in the log
-    best_loss: float = math.inf
-    skipped: int = 0  # the last so many steps have overflowed (float16)
-    train_seconds: float = 0.0  # in steps alone, of all processes that have continued the run
-    wall_before: float = 0.0  # in all, of the processes before this one
+    best_loss: float = math.inf  # of best.pt
+    best_step: int = 0
+    skipped: int = 0  # so many steps in a row have overflowed (float16)
+    train_seconds: float = 0.0  # in steps alone
+    wall_before: float = 0.0  # of the processes before this one
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
-    log: Log | None = None  # (of the process that writes)
+    log: Log | None = None  # (of rank 0)
     wandb: object = None
 
     def __post_init__(self):
@@ -279,10 +269,10 @@ class Run:
         self.dtype = getattr(torch, self.facts["chosen"]["dtype"])
         self.autocast = machine.autocast(self.device, self.dtype)
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
-        # In float16 small gradients would round to 0, unless the loss is scaled up.
+        # In float16, small gradients would round to 0 if the loss were not scaled up.
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=self.dtype == torch.float16)
-        # However many processes there are, a step reads the same windows. The ranks take its micro-batches in turn;
-        # where these are too few for all, they are cut into smaller ones.
+        # A step reads the same windows, however many ranks there are: they take its micro-batches in turn, cut into
+        # smaller ones where these are too few.
         cut = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // cut
         self.micros = settings.gradient_accumulation_steps * cut
@@ -305,17 +295,14 @@ class Run:
         return self.wall_before + time.monotonic() - PROCESS_START
 
     def check_stop(self):
-        """Called before every micro-batch and validation batch, and never while weights change.
-
-        All ranks call it equally often, so that a signal to one of them stops all at the same place.
-        """
+        """Before every micro-batch and validation batch: a signal to one rank stops all at the same place."""
         if number := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = number
             say(f"\n{signal.Signals(number).name}: saving" + "; once more to stop at once" * self.stop.twice_ends)
             raise Stopped
 
     def validate(self):
-        """One pass over the validation split, shared by all ranks: its loss, also in bits per byte."""
+        """One pass over the validation split: its loss, also in bits per byte."""
         settings = self.settings
         self.model.eval()
         with torch.no_grad():
@@ -333,17 +320,22 @@ class Run:
 
     def open_log(self, resumed):
         """Begin or continue what is in the folder besides checkpoints."""
-        out_dir, unlogged = self.settings.out_dir, ""
+        settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
-            self.best_loss = ckpt.best_loss_of(out_dir)  # (best.pt may be newer than the checkpoint)
-            unlogged = resumed.get("unlogged", "")
+            self.best_loss, self.best_step = ckpt.best_of(out_dir)  # (it may be newer than the checkpoint)
         # The log comes first: by it, the folder counts as that of a run.
-        self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step, unlogged)
+        self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
         tokenizers.keep(self.tokenizer, out_dir, self.facts["tokenizer_sha256"])
-        self.wandb = start_wandb(self.settings) if self.settings.wandb_log else None
+        if settings.wandb_log:
+            try:
+                import wandb  # (optional)
+                self.wandb = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
+                                        config=asdict(settings))
+            except ImportError:
+                note("wandb is not installed; log.jsonl has the same numbers")
 
     def restore(self, resumed):
-        """Take over the state of a checkpoint, but for the weights, which the model has already."""
+        """Take over the state of a checkpoint, but for the weights."""
         self.step, self.row = resumed["step"], resumed["row"]
         self.train_seconds = self.row["train_seconds"]
         self.wall_before = self.row["wall_seconds"]
@@ -351,31 +343,30 @@ class Run:
         resume.load_optimizers(optimizers, self.scaler, resumed, self.settings.out_dir)
 
     def save_all(self, must=True):
-        """Save all that the next step depends on."""
         optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
-        if self.save(f"ckpt_{self.step:08d}.pt", must, row=self.row, unlogged=self.log.unwritten, optimizer=optimizers,
+        if self.save(f"ckpt_{self.step:08d}.pt", must, row=self.row, optimizer=optimizers,
                      scaler=self.scaler.state_dict()):
             ckpt.prune_checkpoints(self.settings.out_dir)
 
     def save(self, name, must, **state):
-        """Save the weights, and `state`; returns whether it went well. must: else, a full disk is only a warning."""
+        """Save the weights and `state`. Returns whether it went well; must: or else it is an error."""
         state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model), settings=asdict(self.settings))
         try:
             ckpt.save_checkpoint(os.path.join(self.settings.out_dir, name), state)
         except UserError as error:
             if must:
                 raise
-            warn(f"{error.fact}; going on, and trying again with the next checkpoint")
+            warn(f"{error.fact}; trying again with the next checkpoint")
             return False
         return True
 
 
 def train_step(run):
-    """One step: the gradient of all micro-batches, and a move of the weights against it."""
+    """The gradient of all micro-batches, and a move of the weights against it."""
     settings, ranks, scaler = run.settings, run.ranks, run.scaler
     started = time.perf_counter()
 
-    # 1) The data. Every target counts the same, whichever micro-batch and rank it is in: how many are there?
+    # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
     batches = [run.batch(run.step, micro) for micro in run.mine]
     counts = [int((targets >= 0).sum()) for _, targets in batches]
     total = ranks.all_reduce_sum([sum(counts)])[0]
@@ -395,7 +386,7 @@ def train_step(run):
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf).item()
 
-    # 3) Is it a number? If float16 has overflowed, the scaler halves its factor, and this step moves nothing.
+    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and nothing moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
         raise resume.not_finite(run, loss, norm)
@@ -412,7 +403,7 @@ def train_step(run):
         optimizer.zero_grad(set_to_none=True)
     run.step += 1
 
-    # Everything after this is bookkeeping.
+    # 5) Bookkeeping.
     seconds = time.perf_counter() - started
     run.train_seconds += seconds
     run.times = run.times[-9:] + [seconds]
@@ -424,7 +415,7 @@ def train_step(run):
 
 
 def learning_rate_factor(step, settings):
-    """The share of the peak learning rate for this step: up in a line, down in half a cosine, then level."""
+    """The share of the peak learning rate: up in a line, down in half a cosine, then level."""
     lowest = settings.min_lr / settings.learning_rate
     end = settings.lr_decay_iters or settings.max_iters
     if step < settings.warmup_iters:
@@ -438,66 +429,49 @@ def learning_rate_factor(step, settings):
 
 
 def validate_and_log(run):
-    """After a step: validate if it is time, keep the best weights, write a line of the log. Returns: is the run over?
-    """
+    """Validate if it is time, keep the best weights, log. Returns whether the run is over."""
     settings, row, writes = run.settings, run.row, run.folder.writes
-    peak = run.peak * run.ranks.world
-    last = run.step >= settings.max_iters
+    stuck, last = False, run.step >= settings.max_iters
     if last or run.step % settings.eval_interval == 0:
         found = run.validate()
         loss = found["val_loss"]
         if not math.isfinite(loss):
             raise UserError(f"the validation loss after {run.step} steps is {loss}", resume.again(settings), code=3)
         if writes and loss < run.best_loss and run.save("best.pt", must=last, **found):
-            run.best_loss = loss
+            run.best_loss, run.best_step = loss, run.step
         row |= found
-        row["since_best"] = run.ranks.broadcast(run.log.since_best(loss) if writes else None)
+        stuck = run.ranks.broadcast(resume.is_stuck(settings, run.step - run.best_step))
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        say(progress_line(row, settings.max_iters, run.model.flops_per_token() / peak))
+        say(progress_line(row, settings.max_iters, run.model.flops_per_token() / (run.peak * run.ranks.world)))
         if run.wandb:
             run.wandb.log(row, step=run.step)
-    stuck = 0 < settings.patience <= row.get("since_best", 0)
     if stuck and not last:
-        say(f"patience={settings.patience}: {row['since_best']} validations brought no lower loss than "
-            f"{run.best_loss:.4f}")
+        say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
         if writes:
             run.save_all()
     return last or stuck
 
 
 def save_if_due(run):
-    """After a step: save if it is time, or if a validation is next."""
+    """Save if it is time, or if a validation is next."""
     settings = run.settings
     last = run.step >= settings.max_iters
     saves = last or run.step % (settings.save_interval or settings.eval_interval) == 0
     validates = run.step % settings.eval_interval == 0
     if saves or validates:
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    if validates and not saves:  # the first time in any case: best.pt alone would look like a run that was copied
+    if validates and not saves:  # a run with best.pt alone could not be continued
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
         run.save_all(must=last)
 
 
-def save_after_change(run, error):
-    """The data have changed since the last validation or checkpoint: save, and return the error that says so."""
-    if run.step == 0:
-        return error
-    if run.folder.writes:
-        run.save_all()
-    if not error.alone:
-        run.ranks.barrier()
-    return UserError(f"{error.fact}; the run is saved after {run.step} steps, the last of which may have read other "
-                     "text", "bring the old data back, and the same command continues", alone=error.alone)
-
-
 def choose_max_iters(run):
-    """--budget: when the time of a step is known, choose how many steps fit into the time that is left.
+    """--budget: how many steps fit into the time that is left, as soon as that of a step is known.
 
-    The warm-up is not over then. During it the learning rate does not depend on max_iters, so this changes nothing
-    that has been done.
+    That is in the warm-up, where the learning rate does not depend on max_iters.
     """
     settings = run.settings
     if not run.times or run.step < max(1, min(10, settings.warmup_iters)):
@@ -507,58 +481,32 @@ def choose_max_iters(run):
     validation = run.val_batches / run.micros * step_seconds / 3  # the forward pass alone is a third of the work
     left -= validation + 3  # the last validation, and the sample
     if left <= 0:
-        raise UserError(f"budget={settings.budget} is too short: one validation and a sample need {-left:.0f} s more",
+        raise UserError(f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
                         "a longer --budget, or a smaller model")
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
     chosen = run.facts["chosen"]
     settings.max_iters = chosen["max_iters"] = run.step + steps
     if run.log:
         run.log.rewrite(run.header())
-    say(f"budget: enough for {settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs; to repeat "
-        f"this run without the clock: --max_iters={settings.max_iters} "
-        f"--compile={str(chosen['compile']).lower()}")
+    say(f"budget: enough for {run.epochs(settings.max_iters):.1f} epochs; the same run without the clock: "
+        f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
 
-def prepare_stdlib(folder):
-    """Run `python prepare.py stdlib`, as a user would. If several runs need it at once, one does, and the others wait.
-    """
+def prepare_stdlib():
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), "stdlib"]
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        with locked(f"{folder} for train.py", wait=True):
-            with locked(folder, wait=True):  # somebody's prepare.py may be writing it
-                missing = not os.path.exists(folder)
-            if missing:
-                say(f"{folder} is missing; preparing it: {join(command)}")
-                run_command(command)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}", "run in a folder where you may write") from None
-
-
-def run_command(command):
-    """Run a command to its end. A signal that ends this process, such as Ctrl-C, ends the command too."""
-    with StopSignal() as stop:
-        stop.listen()
-        process = subprocess.Popen(command)
-        while process.poll() is None and not stop.signal:
-            time.sleep(0.05)
-        if stop.signal:
-            process.send_signal(stop.signal)
-            process.wait()
-            raise SystemExit(128 + stop.signal)
-    if process.returncode:
-        raise UserError(f"{join(command)} failed with exit code {process.returncode}", "see its own error above")
+    say(f"data/stdlib is missing; preparing it: {join(command)}")
+    if subprocess.run(command).returncode:
+        raise UserError("prepare.py stdlib has failed", "see its own error above")
 
 
 def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings, whose rows are learned one
-    by one.
+    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings, whose rows learn one by one.
     """
     inside, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -579,7 +527,7 @@ def make_optimizers(model, settings, device):
 
 
 def is_worth_compiling(run):
-    """Compiling takes half a minute. Then code reaches 60% of the peak and not 45%, which pays after two minutes."""
+    """Compiling takes half a minute, and then code reaches 60% of the peak, not 45%: it pays after two minutes."""
     flops = run.settings.max_iters * run.step_tokens * run.model.flops_per_token()
     seconds = flops / (0.45 * run.peak * run.ranks.world)
     if run.settings.budget:
@@ -587,74 +535,55 @@ def is_worth_compiling(run):
     return run.device != "mps" and seconds > 120
 
 
-def start_wandb(settings):
-    try:
-        import wandb
-        return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
-    except ImportError:
-        note("wandb is not installed; log.jsonl in the run folder has the same numbers")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run prints
 
 
 def say_plan(run):
-    """What is about to be trained, on what, and with what."""
     settings, meta, chosen, world = run.settings, run.data.meta, run.facts["chosen"], run.ranks.world
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    weights = run.model.n_params() - trained * bool(settings.lora_rank)
-    kind = "text,"
-    if run.data.chat:
-        kind = f"conversations, {meta['train']['trained']:,} tokens to learn in"
+    part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
+    kind = f"conversations, {meta['train']['trained']:,} tokens to learn in" if run.data.chat else "text,"
     say(f"data: {run.data.folder}, {kind} {meta['train']['tokens']:,} tokens of {', '.join(meta['source'])}")
-    say(f"model: {weights:,} parameters: {settings.n_layer} layers, {run.model.config.n_embd} wide, context "
+    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, {settings.n_embd} wide, context "
         f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.mine)} for each of {world} processes" if world > 1 else ""
-    length = f"{settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs"
+    length = settings.budget or f"{settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs"
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
-        f"{shared}; {settings.budget or length}")
+        f"{shared}; {length}")
     resume.say_memory(run)
 
 
 def say_result(run):
-    """How good the model is, what it writes, and what may be wrong with it."""
     settings, row, before = run.settings, run.row, run.facts["before"]
-    # Losses can be compared on the same text only, and each version of Python has its own.
-    corpus = next((f" ({source})" for source in run.data.meta["source"] if source.startswith("stdlib")), "")
     say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of training, "
         f"{run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; validation loss "
-        f"{row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{corpus}")
+        f"{row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
     model, _, best = ckpt.load_run(settings.out_dir, device=run.device)
-    best = dict(val_loss=row["val_loss"], val_bpb=row["val_bpb"]) | best
-    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; this is what sample.py "
-        "reads, and what writes here:\n")
+    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; it writes:\n")
     if before:
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
             f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
-    show(sample(run, model, fresh=before is None))
-    if before and best["val_loss"] >= before["val_loss"]:
-        warn("nothing was gained, the held-out text was easier for it before: a lower --learning_rate, or more text")
+    show(sample(run, model))
     guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
     if row["val_loss"] > guessing + 0.5:  # (random weights, too, are a little worse than guessing)
-        warn(f"the run has diverged: its validation loss of {row['val_loss']:,.2f} is worse than guessing, which costs "
-             f"{guessing:.2f}; {resume.again(settings)}")
+        warn(f"the run has diverged: guessing costs {guessing:.2f}; {resume.again(settings)}")
 
 
-def sample(run, model, fresh=False):
-    """What the model writes: an answer to the first validation question; how the validation text goes on after its
-    first words; or, fresh, what comes after nothing but the end-of-text token."""
+def sample(run, model):
+    """What the model writes: the answer to the first validation question, or what follows the first validation words.
+    """
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
 
     data, tokenizer, ids = run.data, run.tokenizer, []
-    prompt, ends = data.prompt(model.config.block_size, nothing=fresh), tokenizers.ends(tokenizer)
+    prompt, ends = data.prompt(model.config.block_size), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
     model.eval()
     with run.autocast:
-        for token in model.generate(torch.tensor([prompt], device=run.device), 200 if fresh else 100, pick):
+        for token in model.generate(torch.tensor([prompt], device=run.device), 100, pick):
             if token.item() in ends:
                 break
             ids.append(token.item())
@@ -663,12 +592,7 @@ def sample(run, model, fresh=False):
 
 
 def say_next(out_dir, data):
-    prompt = ""
-    if data.chat:
-        prompt = " --chat"
-    elif any(source.startswith("stdlib") for source in data.meta["source"]):
-        prompt = " --prompt='def'"
-    say(f"\nnext: python sample.py {quote(out_dir)}{prompt}\n      python sample.py --help")
+    say(f"\nnext: python sample.py {quote(out_dir)}" + " --chat" * data.chat)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ The console: what a program says while it works, and how it ends.
     if __name__ == "__main__":
         command_line(main)      # exit code 0, or the code of the UserError and its two lines
 
-Progress, notes and errors go to standard error, results (`show`) to standard output. Text is made printable first, so
-that nothing that comes from a file can control the terminal.
+Progress, notes and errors go to standard error, results (`show`) to standard output. Text is made printable first: it
+may come from a file, and must not control the terminal.
 """
 import contextlib
 import hashlib
@@ -22,9 +22,9 @@ import traceback
 
 
 class UserError(Exception):
-    """Something that the user can fix: `fact` with its numbers, `fix` with what to type. The exit code is 2 by default.
+    """Something that the user can fix: `fact` with its numbers, `fix` with what to type, and the exit code.
 
-    alone: of several processes only this one knows, so it prints the error itself.
+    alone: no other process of a run knows of it, so this one prints it.
     """
 
     def __init__(self, fact, fix, code=2, alone=False):
@@ -32,13 +32,13 @@ class UserError(Exception):
         self.fact, self.fix, self.code, self.alone = fact, fix, code, alone
 
 
-# Older versions are not safe with a stranger's files: a chat template can run any code in jinja2 3.1.5, a
-# tokenizer.model can crash the process in sentencepiece 0.2.0, and a long word takes minutes in tiktoken 0.12.
+# Older versions are not safe: a chat template can run any code in jinja2 3.1.5, a tokenizer.model can crash
+# sentencepiece 0.2.0, and a long word takes minutes in tiktoken 0.12.
 OLDEST = {"jinja2": "3.1.6", "sentencepiece": "0.2.2", "tiktoken": "0.13"}
 
 
 def needs(package, what):
-    """Import an optional package. Raises UserError with the pip command where it is missing or too old."""
+    """Import an optional package. Raises UserError with the pip command."""
     oldest = OLDEST.get(package, "")
     fix = f"pip install '{package}>={oldest}'" if oldest else f"pip install {package}"
     try:
@@ -51,70 +51,54 @@ def needs(package, what):
 
 
 def numbers(version):
-    """A version in the order of versions: "3.10.1" is [3, 10, 1]."""
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def say(text=""):
-    """Print progress on standard error, once per job: only the first of several processes speaks."""
+    """Print progress on standard error; of several processes, only rank 0 does."""
     if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         print_error(text)
 
 
-dropped = 0  # lines lost since the last one that standard error took
+dropped = 0  # lines since the last one that was written
 
 
 def print_error(text):
-    """Write a line to standard error, or drop it, and say with the next line how many were dropped.
-
-    A reader that has stopped (`| less`, a full pipe, a full disk) must not stop a training run or a server, so this
-    waits for a second at most.
-    """
+    """Write a line to standard error. A run must not wait where nobody reads (`| less`, a full disk): after a second,
+    lines are dropped and counted."""
     global dropped
     lost = f"\n(lines that could not be written here: {dropped})\n" if dropped else ""
-    try:
-        write(f"{lost}{printable(text)}\n", seconds=0 if dropped else 1)
-        dropped = 0
-    except OSError:
-        dropped += 1
-
-
-def write(text, seconds):
-    """Write to standard error. Raises OSError where nobody reads it for so long."""
-    if sys.stderr is None or sys.stderr.closed:
-        raise BrokenPipeError
+    text = f"{lost}{printable(text)}\n"
     try:
         descriptor = sys.stderr.fileno()
     except OSError:  # it is in memory, as in a test
         sys.stderr.write(text)
         return
-    data = text.encode(sys.stderr.encoding, "backslashreplace")
-    while data:
-        if os.name == "posix" and not select.select([], [descriptor], [], seconds)[1]:
-            raise BlockingIOError
-        data = data[os.write(descriptor, data[:512]):]  # a pipe that is ready takes 512 bytes at once (POSIX)
+    data, seconds = text.encode(sys.stderr.encoding, "backslashreplace"), 0 if dropped else 1
+    try:
+        while data:
+            if os.name == "posix" and not select.select([], [descriptor], [], seconds)[1]:
+                raise BlockingIOError
+            data = data[os.write(descriptor, data[:512]):]  # a pipe that is ready takes 512 bytes at once (POSIX)
+        dropped = 0
+    except OSError:
+        dropped += 1
 
 
 def printable(text):
-    """The text with escapes such as \\x1b for what a terminal obeys: control characters (a window's title, a pasted
-    command), and those that reverse the order of others. Line ends and tabs stay."""
+    """The text with escapes for what a terminal obeys: control characters but for line ends and tabs, and those that
+    reverse the order of others."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def public(address):
-    """What may be shown and written down of an address: no user, password, query (a signature) or fragment.
-
-    Anything else, such as a path, is returned as it is.
-    """
+    """An address without its secrets: no user, password, query or fragment. A path is returned as it is."""
     return re.sub(r"^(https?://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
 
 
 def origin(source):
-    """What is written down of where a text is from: no secrets of an address, no folders of this machine.
-
-    Of an absolute path, that is its last part, and a number that tells one folder from another.
-    """
+    """Where a text is from, without the folders of this machine: a number tells one from another."""
     if not os.path.isabs(source):
         return public(source)
     folder, name = os.path.split(os.path.normpath(source))
@@ -122,9 +106,7 @@ def origin(source):
 
 
 def show(text, end="\n"):
-    """Print a text on standard output: to a terminal made printable, to a file or a pipe exactly as it is."""
-    if sys.stdout is None:  # it was closed
-        return
+    """Print a text on standard output: on a terminal made printable, else exactly as it is."""
     try:
         print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
     except BrokenPipeError:
@@ -142,7 +124,7 @@ def warn(text):
 
 
 class Progress:
-    """A line every two seconds: how many bytes of how many, how fast, how much longer."""
+    """A line every two seconds: how many bytes, how fast, how much longer."""
 
     def __init__(self, what, total=0, done=0):
         self.what, self.total, self.done, self.before = what, total, done, done
@@ -156,25 +138,20 @@ class Progress:
             return
         self.next = now + 2
         speed = (self.done - self.before) / (now - self.start)
-        line = f"{self.what}: {self.done / 1e6:,.1f}"
+        line = f"{self.what}: {self.done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
         if self.total:
-            line += f" of {self.total / 1e6:,.1f}"
-        line += f" MB, {speed / 1e6:.1f} MB/s"
-        if self.total:
-            line += f", {(self.total - self.done) / speed:.0f} s left"
+            line += f", {(self.total - self.done) / speed:.0f} s left of {self.total / 1e6:,.1f} MB"
         say(line)
 
 
 def command_line(main):
-    """Run a script's main(argv) and exit: with its code, or with the two lines and the code of a UserError."""
+    """Run a script's main(argv) and exit with its code, or with the two lines and the code of a UserError."""
     code = run(main)
     if os.environ.get("WORLD_SIZE", "1") in ("1", ""):
         sys.exit(code)
-    # One of several processes leaves without Python's clean-up, in which the threads of torch.distributed and the
-    # interpreter can wait for each other for ever.
+    # In Python's clean-up, the threads of torch.distributed and the interpreter can wait for each other for ever.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(code)
 
 
@@ -182,7 +159,7 @@ def run(main):
     try:
         return main(sys.argv[1:]) or 0
     except UserError as error:
-        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
+        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one process per machine
             fact, fix = (" ".join(str(line).splitlines()) for line in (error.fact, error.fix))
             print_error(f"error: {fact}\nfix: {fix}")
         return error.code

@@ -4,11 +4,11 @@ Several processes that train one model (torchrun), and the signals that stop the
 
     ranks = Processes()                             # one, or as many as torchrun has started
     ranks.join(device, "auto", timeout=600)         # meet the others
-    total = ranks.all_reduce_sum(loss)              # collectives: every rank calls them, in the same order
-    with StopSignal() as stop:
-        stop.listen()                               # from here on, Ctrl-C only sets stop.signal
+    [total] = ranks.all_reduce_sum([loss])          # collectives: every rank calls them, in the same order
+    stop = StopSignal()
+    stop.listen()                                   # from here on, Ctrl-C only sets stop.signal
 
-With one process every collective returns its argument, so the training loop is the same for one and for many.
+With one process every collective returns its argument.
 """
 import contextlib
 import datetime
@@ -18,39 +18,35 @@ import signal
 import torch
 import torch.distributed as dist
 
-from runtime.console import UserError, note
+from runtime.console import UserError
 
 
 class Processes:
-    """The processes of one run. torchrun tells each who it is by environment variables: number RANK of WORLD_SIZE in
-    all, LOCAL_RANK of LOCAL_WORLD_SIZE on this machine.
-
-    Collectives wait for the other ranks, and return the same value in all of them.
+    """The processes of one run. torchrun tells each its number by environment variables: RANK of WORLD_SIZE in all,
+    LOCAL_RANK of LOCAL_WORLD_SIZE on this machine.
     """
 
     def __init__(self):
-        self.rank = number("RANK", 0)
+        def number(name, default=0):
+            return int(os.environ.get(name) or default)
+
+        self.rank = number("RANK")
         self.world = number("WORLD_SIZE", 1)
-        self.local_rank = number("LOCAL_RANK", 0)
+        self.local_rank = number("LOCAL_RANK")
         self.local_world = number("LOCAL_WORLD_SIZE", self.world)
-        if not 0 <= self.rank < self.world:
-            raise UserError(f"RANK={self.rank}, but WORLD_SIZE={self.world}", "unset both, or use torchrun")
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if self.world > 1 and missing:
             raise UserError(f"WORLD_SIZE={self.world}, but {missing[0]} is not set",
                             f"torchrun --standalone --nproc_per_node={self.world} train.py ..., or unset WORLD_SIZE")
 
     def join(self, device, backend, timeout):
-        """Meet the other ranks. timeout: seconds after which waiting for one, now or later, is an error.
-
-        GPUs exchange gradients by nccl; gloo works everywhere, and also carries the numbers that are on the CPU.
-        """
+        """Meet the other ranks. timeout: seconds after which waiting for one, now or later, is an error."""
         if self.world == 1:
             return
-        cuda = device.startswith("cuda")
-        if backend == "nccl" and not cuda:
-            note(f"backend=nccl works between GPUs, and the device is {device}: gloo instead")
-        backend = "cpu:gloo,cuda:nccl" if cuda and backend != "gloo" else "gloo"
+        if device.startswith("cuda") and backend != "gloo":
+            backend = "cpu:gloo,cuda:nccl"
+        else:
+            backend = "gloo"
         timeout = datetime.timedelta(seconds=timeout)
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -58,14 +54,14 @@ class Processes:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"the processes cannot meet at {where}: {str(error).splitlines()[0]}",
                             "torchrun --standalone, which finds a free port, or another MASTER_PORT") from None
-        # After a restart (--max-restarts) torchrun still has the old store, with the addresses of dead processes, and
-        # gloo would wait for them. So each attempt gets keys of its own.
+        # After a restart (--max-restarts) torchrun's store still has the addresses of dead processes, and gloo would
+        # wait for them. So each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
     def all_reduce_sum(self, values):
-        """The sums over all ranks of a list of numbers, in float64."""
+        """The sums of a list of numbers over all ranks, in float64."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -81,55 +77,44 @@ class Processes:
         return value.item()
 
     def all_gather(self, value):
-        """The values of all ranks, a list."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value):
-        """The value of rank 0: for whatever depends on its clock or its disk."""
+        """The value of rank 0."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def barrier(self):
-        """Return when all ranks are here."""
         self.all_reduce_max(0)
 
     def check_same(self, facts):
-        """Raises UserError, in every rank, where one has other facts {name: value} than rank 0."""
+        """Raises UserError where a rank has other facts {name: value} than rank 0."""
         everyone = self.all_gather(facts)
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
                     raise UserError(f"process {rank} has {name}={theirs.get(name)}, process 0 has {value}",
-                                    "all machines need the same command, the same data/ and the same out/ (a shared "
-                                    "disk, or copies)")
+                                    "all machines need the same command, data/ and out/")
 
     def wrap(self, model):
-        """The model as training calls it: with several ranks, backward() averages the gradients over them."""
+        """The model as training calls it: backward() averages the gradients over the ranks."""
         if self.world == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped, unless):
-        """The context of a micro-batch whose gradients stay here; the last one's are sent, with all before them."""
+        """The context of a micro-batch whose gradients are not sent; the last one's are, with all before them."""
         return contextlib.nullcontext() if self.world == 1 or unless else wrapped.no_sync()
 
     def lost(self, error):
-        """Does this exception mean that another rank has ended, or did not answer in time?"""
+        """Does this error mean that another rank has ended, or did not answer in time?"""
         words = "gloo", "Connection closed by peer", "Connection reset", "Timed out", "NCCL", "Broken pipe"
         return self.world > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
-
-
-def number(name, default):
-    """An environment variable as a whole number."""
-    try:
-        return int(os.environ.get(name) or default)
-    except ValueError as error:
-        raise UserError(f"{name} is no number: {error}", "unset it, or use torchrun") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,37 +122,28 @@ def number(name, default):
 
 
 class Stopped(Exception):
-    """Raised between two micro-batches or two validation batches, after a signal asked for the end."""
+    """A signal asked for the end."""
 
 
 class StopSignal:
-    """After `listen`, a signal that asks for the end only sets `signal`: SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal
-    was closed). One that was ignored before, as SIGHUP is under nohup, stays ignored.
+    """After `listen`, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed) only set `signal`. One that was
+    ignored before, as SIGHUP is under nohup, stays ignored.
 
-    A second signal ends the process at once. Not under torchrun: there a Ctrl-C arrives twice, from the terminal and
-    from torchrun, which itself kills after half a minute whatever hangs.
+    A second signal ends the process at once, but not under torchrun, which repeats a Ctrl-C of the terminal.
     """
 
     def __init__(self):
         self.signal = 0
-        self.before = {}
         self.twice_ends = "TORCHELASTIC_RUN_ID" not in os.environ
-
-    def __enter__(self):
-        return self
 
     def listen(self):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # (Windows has no SIGHUP)
             if number and signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.receive)
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        """It may interrupt anything, even a line being printed, so it prints nothing itself."""
+        """It may interrupt a line being printed, so it prints nothing."""
         self.signal = number
         if self.twice_ends:
             signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

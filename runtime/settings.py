@@ -5,12 +5,11 @@ Settings: a typed dataclass, files of plain assignments, and --key=value, read f
     python train.py config/train_small.py --batch_size=32
     python train.py --help
 
-A script keeps its settings in one dataclass. A field is a name, a type, a default and a comment with the meaning, and
-that describes the setting completely: `load` fills the dataclass from the command line, `--help` prints its source as
-it stands, and a wrong name or type is one clear error. A config file is Python whose top-level names are settings, so
-it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and explain its numbers in comments.
+A field of the dataclass is a name, a type, a default and a comment with the meaning, which `--help` prints. A config
+file is Python, so it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and have comments.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -23,20 +22,18 @@ import typing
 from runtime.console import UserError
 from runtime.files import open_file
 
-FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-# The types that a setting can have, in a user's words; and Literal["a", "b"], and unions of these.
+FLAG_WORDS = {"true": True, "false": False}
+# The types of settings, besides Literal["a", "b"] and unions
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
          type(None): "none"}
 
 
 def load(cls, argv, presets=None, files=False):
-    """Fill the dataclass `cls` from the arguments `argv`; later ones win.
+    """Fill the dataclass `cls` from the arguments `argv`; later ones win. Prints the settings and exits on --help.
 
-    presets: {name: {setting: value}}, chosen by the setting `preset`. A preset only changes the defaults: what files
-        and flags say wins, wherever it stands.
-    files: bare arguments are config files (train.py); otherwise they are what the script works on, and are returned.
+    presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
+    files: bare arguments are config files; otherwise they are returned.
     Returns (settings, the set of names that were given, the bare arguments).
-    Prints the settings and exits on --help. Raises UserError for an unknown name or a value of the wrong type.
     """
     kinds = typing.get_type_hints(cls)
     given, bare, argv = {}, [], list(argv)
@@ -63,14 +60,14 @@ def load(cls, argv, presets=None, files=False):
 
 
 def read_flag(argument, following, kinds):
-    """(name, value) of --name=value, of --name and the argument after it, or of --name alone, which means true."""
+    """(name, value) of --name=value, of --name value, or of --name alone, which means true."""
     name, has_value, text = argument[2:].partition("=")
     name = name.replace("-", "_")
     kind = known(name, kinds, f"--{name}")
     if not has_value:
         flag = kind is bool or bool in typing.get_args(kind)
         follows = following and not following[0].startswith("--")
-        if follows and (not flag or fits(following[0], kind)):  # (`--flag FILE`: the file is not its value)
+        if follows and (not flag or following[0].lower() in {"auto", *FLAG_WORDS}):  # (`--flag FILE` is true)
             text = following.pop(0)
         elif flag:
             text = "true"
@@ -80,38 +77,33 @@ def read_flag(argument, following, kinds):
 
 
 def read_config(path, kinds):
-    """The settings that a config file assigns, {name: value}. The file is Python, run in a namespace of its own."""
+    """The settings that a config file assigns, {name: value}."""
     try:
         with open_file(path, most=1 << 20) as file:
-            source = file.read().decode()
+            source = file.read()
     except OSError as error:
         folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
         recipes = sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
         near = difflib.get_close_matches(path, recipes, 1)
         raise UserError(f"cannot read the config file {path}: {error.strerror or error}",
                         near[0] if near else "one of " + ", ".join(recipes)) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file", "a config file holds lines like batch_size = 16") from None
-    namespace = {"__name__": "config", "__file__": path}
+    namespace, line = {"__name__": "config"}, 1
     try:
-        exec(compile(source, path, "exec"), namespace)
+        for node in ast.parse(source).body:
+            line = node.lineno
+            exec(compile(ast.Module([node], []), path, "exec"), namespace)
     except (Exception, SystemExit) as error:
-        trace = error.__traceback__.tb_next  # the line of the file that was running, if it ran at all
-        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else 1)
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
+        raise UserError(f"{path}, line {getattr(error, 'lineno', None) or line}: {type(error).__name__}: {error}",
                         "a config file holds lines like batch_size = 16") from None
-    lines = {node.id: node.lineno for node in ast.walk(ast.parse(source))
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     found = {}
     for name, value in namespace.items():
         if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
-            where = f"{path}, line {lines.get(name, 1)}"
-            found[name] = parse(value, known(name, kinds, where), f"{where}: {name}")
+            found[name] = parse(value, known(name, kinds, path), f"{path}: {name}")
     return found
 
 
 def known(name, kinds, where):
-    """The type of the setting `name`. Raises UserError with the most similar name where there is none."""
+    """The type of the setting `name`. Raises UserError with the most similar name."""
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1)
         raise UserError(f"{where}: there is no setting {name!r}",
@@ -120,7 +112,7 @@ def known(name, kinds, where):
 
 
 def check_limits(settings, limits):
-    """Raises UserError where a number is out of range. limits: {"name name": (smallest, largest)}; None passes."""
+    """Raises UserError for a number out of range. limits: {"name name": (smallest, largest)}; None passes."""
     for names, (smallest, largest) in limits.items():
         for name in names.split():
             value = getattr(settings, name)
@@ -135,18 +127,11 @@ def check_limits(settings, limits):
 
 
 def parse(value, kind, where):
-    """`value`, a text from the command line or a value from a file, as the type that the annotation asks for."""
-    if not fits(value, kind):
-        raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}")
-    return convert(value, kind)
-
-
-def fits(value, kind):
+    """`value`, from the command line or a config file, as the type of the annotation."""
     try:
-        convert(value, kind)
-        return True
+        return convert(value, kind)
     except (ValueError, TypeError, OverflowError):
-        return False
+        raise UserError(f"{where}: {value!r} is not {describe(kind)}", f"give {describe(kind)}") from None
 
 
 def convert(value, kind):
@@ -156,8 +141,6 @@ def convert(value, kind):
         return str(value)
     if kind == list[str]:
         return list(map(str, value)) if isinstance(value, list) else [str(value)]
-    if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
-        return value
     if kind is bool and word in FLAG_WORDS:
         return FLAG_WORDS[word]
     if kind is type(None) and word == "none":
@@ -168,9 +151,12 @@ def convert(value, kind):
         number = float(value)
         if kind(number) == number:  # (NaN is not)
             return kind(number)
-    for option in typing.get_args(kind):  # of a union
-        if not isinstance(option, str) and fits(value, option):
-            return convert(value, option)
+    for option in typing.get_args(kind):  # the words of a Literal, or the types of a union
+        if option == value:
+            return value
+        if not isinstance(option, str):
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
+                return convert(value, option)
     raise ValueError(value)
 
 
@@ -182,7 +168,7 @@ def describe(kind):
 
 
 def help_text(cls):
-    """The fields of a settings class as its source has them: name, type, default, meaning."""
+    """The fields of a settings class as its source has them."""
     parts, seen = [(inspect.getmodule(cls).__doc__ or "").strip(), ""], set()
     for owner in filter(dataclasses.is_dataclass, cls.__mro__):
         for line in map(str.strip, inspect.getsource(owner).split("\n")):

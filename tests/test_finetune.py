@@ -193,7 +193,7 @@ def test_what_a_long_conversation_loses_is_said(lab, capsys):
     for block_size, cut in (32, True), (T, False):
         kept = sum(n for *_, n in data.layout("train", block_size).tolist()) / data.meta["train"]["trained"]
         tune("--eval_only", f"--block_size={block_size}")
-        warning = f"longer than block_size={block_size} are cut: {1 - kept:.1%} of what the assistant says is not"
+        warning = f"longer than block_size={block_size} are cut: {1 - kept:.1%} of the answers is not learned"
         assert (warning in capsys.readouterr().err) == (kept < 1)
         assert kept < 0.9 or not cut
     assert "block_size=4 cuts every conversation" in error(lambda argv: tune(*argv), "--block_size=4")[0]
@@ -277,8 +277,7 @@ def test_a_lora_run_trains_and_keeps_the_corrections_alone(lab, monkeypatch, cap
     with torch.no_grad():
         assert (merged(idx) - model.eval()(idx)).abs().max() < 1e-5
     said, n = capsys.readouterr().err, sum(tensor.numel() for tensor in state["model"].values())
-    whole = sum(p.numel() for p in merged.parameters())
-    assert f"lora: {n:,} numbers are trained in place of {whole:,} weights ({n / (n + whole):.1%})" in said
+    assert f" parameters, {n:,} of them trained (LoRA): " in said
     assert tune(*LORA, "--max_iters=10") == 0 and "out/talk is finished: 10 steps" in capsys.readouterr().err
 
 
@@ -370,9 +369,8 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     validations(monkeypatch, 3.0, 2.0, 2.5, 2.0)
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
     shown = capsys.readouterr().err
-    assert "patience=2: 2 validations brought no lower loss than 2.0000" in shown
+    assert "patience=2: the end, with no lower loss than 2.0000" in shown
     assert "finished: 8 steps" in shown and "a/best.pt: validation loss 2.0000 after 4 steps" in shown
-    assert [row["since_best"] for row in rows("a") if "val_loss" in row] == [0, 0, 1, 2]
     assert ckpt.load_checkpoint("a/best.pt")["step"] == 4 and ckpt.checkpoints("a")[-1].endswith("00000008.pt")
     assert train.main([*PATIENT, "--out_dir=a"]) == 0
     assert "a is finished: 8 steps, ended by patience=2, validation loss 2.0000" in capsys.readouterr().err
@@ -387,13 +385,6 @@ def test_a_run_ends_when_nothing_gets_better(lab, monkeypatch, capsys):
     validations(monkeypatch, 2.0, 1.5, *[1.6] * 9)
     assert train.main([*PATIENT, "--out_dir=b", "--patience=5"]) == 0
     assert ckpt.load_checkpoint("b/best.pt")["step"] == 10 and rows("b")[-1]["step"] == 20
-    assert [row["since_best"] for row in rows("b") if "val_loss" in row] == [0, 0, 1, 2, 0, 1, 2, 3, 4, 5]
-
-
-def test_an_end_between_two_validations_counts_as_one(lab, monkeypatch):
-    validations(monkeypatch, 3.0, 3.5, 3.6, 3.7)
-    assert train.main([*PATIENT, "--max_iters=5", "--patience=3"]) == 0  # at 2, 4 and 5
-    assert [row["since_best"] for row in rows("out/words") if "val_loss" in row] == [0, 1, 2]
 
 
 def test_saving_seldom_does_not_change_where_patience_ends(lab, monkeypatch):
@@ -411,34 +402,25 @@ def test_before_and_after_are_shown(lab, capsys):
     tune("--eval_only")
     due = capsys.readouterr().err
     loss = due.rsplit("validation loss ", 1)[1]
-    assert loss.endswith(" bits per byte: base\n")
     bits = loss.split(", ")[1].split()[0]
     tune("--max_iters=3")
-    assert f"before: validation loss {loss.split(' bits')[0]}" in capsys.readouterr().err
+    assert f"validation loss {loss}" in capsys.readouterr().err
     tune("--max_iters=5")
     shown = capsys.readouterr()
     before, after = shown.err.split(f"--- before: {bits} bits per byte ---\n")[1].split("\n--- after: ")
     row = rows("out/talk")[-1]
-    assert after.startswith(f"{row['val_bpb']:.4f} bits per byte, -") and "before: validation" not in shown.err
+    assert after.startswith(f"{row['val_bpb']:.4f} bits per byte, -")
     question = base.check_tokenizer().decode(base.prompt(T))
     assert before.startswith(question + " -> ") and shown.out.startswith(question + " -> ")
     epochs = 5 * 4 / base.windows(T)
     assert f"5 steps = {epochs:.1f} epochs" in shown.err and row["epoch"] == pytest.approx(epochs)
     assert f"finished: 5 steps = {epochs:.1f} epochs in " in shown.err and " MB at most; " in shown.err
-    assert "nothing was gained" not in shown.err
-
-
-def test_a_fine_tune_that_makes_it_worse_says_so(lab, capsys):
-    train.main(["--dataset=words", "--init_from=base", "--max_iters=2", *FAST, "--learning_rate=3", "--warmup_iters=0"])
-    shown = capsys.readouterr().err
-    assert "warning: nothing was gained, the held-out text was easier for it before" in shown
-    assert "--- before: " in shown and " bits per byte, +" in shown
 
 
 def test_a_run_from_scratch_has_no_before(lab, capsys):
     train.main(["--dataset=talk", *TINY, f"--block_size={T}", "--max_iters=2"])
     shown = capsys.readouterr().err
-    assert "before" not in shown and "nothing was gained" not in shown and "--- after" not in shown
+    assert "before" not in shown and "--- after" not in shown
     assert ckpt.load_checkpoint("out/talk/best.pt")["before"] is None
 
 
@@ -446,7 +428,7 @@ def test_a_run_from_scratch_has_no_before(lab, capsys):
 
 
 def test_runs_of_an_older_version_go_on(lab, capsys):
-    """Their checkpoints and logs know nothing of all this."""
+    """Their checkpoints know nothing of all this."""
     argv = ["--dataset=words", *TINY, "--max_iters=10", "--lr_decay_iters=20"]
     train.main([*argv, "--out_dir=a"])
     shutil.copytree("a", "b")
@@ -456,15 +438,7 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
             del state[name]
         for name in ("lora_rank", "lora_alpha", "patience"):
             del state["settings"][name]
-        state.get("row", {}).pop("since_best", None)
         ckpt.save_checkpoint(path, state)
-    header, *lines = map(json.loads, open("b/log.jsonl"))
-    for name in ("lora_rank", "lora_alpha", "patience"):
-        del header["settings"][name]
-    for row in lines:
-        row.pop("since_best", None)
-    with open("b/log.jsonl", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (header, *lines))
     for more in ([], ["--patience=2"]):
         capsys.readouterr()
         assert train.main([*argv, "--out_dir=b", *more]) == 0

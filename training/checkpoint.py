@@ -229,15 +229,16 @@ def find_checkpoint(init_from, out_dir):
     return None
 
 
-def best_loss_of(out_dir):
-    """The validation loss of best.pt; infinity where there is none, or none that can be read."""
+def best_of(out_dir):
+    """(the validation loss of best.pt, its step); (infinity, 0) where there is none, or none that can be read."""
     path = os.path.join(out_dir, "best.pt")
     try:
-        return load_checkpoint(path)["val_loss"]
+        best = load_checkpoint(path)
+        return best["val_loss"], best["step"]
     except (UserError, KeyError):
         if os.path.exists(path):
             warn(f"{path} cannot be used; the next validation writes another")
-        return math.inf
+        return math.inf, 0
 
 
 def choose_run(bare, settings):

@@ -5,12 +5,9 @@ The log of a run: log.jsonl, one JSON object per line, and loss.svg, its picture
     log = Log("out/small/log.jsonl", header)
     log.write(dict(step=1, loss=8.3, ...))
 
-The first line, the header, says what the numbers come from: versions, machine, settings, data. Every other line is a
-logged step.
+The first line, the header, says what the numbers come from: versions, machine, settings, data.
 """
-import collections
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -22,55 +19,40 @@ from runtime.files import open_file, replace_file
 class Log:
     """Writes log.jsonl and loss.svg.
 
-    before: a resumed run keeps the rows before this step; those from there on were lost with the process, and come
-        again.
-    unwritten: rows that a full disk held back. A checkpoint carries them, so that a kill does not lose them.
+    before: a resumed run keeps the rows before this step; the others were lost with the process, and come again.
     """
 
-    def __init__(self, path, header, before=0, unwritten=""):
-        self.path, self.unwritten = path, unwritten
-        self.curve = []  # (step, loss, validation loss or None) of every row
+    def __init__(self, path, header, before=0):
+        self.path = path
         self.rewrite(header, before)
 
     def rewrite(self, header, before=math.inf):
         """Write the file anew, with this header and the rows before that step, each step once."""
-        rows = list(read_rows(self.path, self.unwritten)) if before else []
-        self.curve = []
+        rows = list(read_rows(self.path)) if before else []
+        self.curve = []  # (step, loss, validation loss or None) of every row
+        last = 0
         try:
             with replace_file(self.path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(header) + "\n")
-                last = 0
                 for row in rows:
                     if last < row["step"] < before:
                         file.write(json.dumps(row) + "\n")
                         self.add(row)
                         last = row["step"]
+            self.file = open(self.path, "ab", buffering=1 << 20)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}", "make room; the same command continues",
                             code=1) from None
-        self.unwritten = ""
 
     def add(self, row):
         self.curve.append((row["step"], row["loss"], row.get("val_loss")))
 
-    def since_best(self, loss):
-        """How many validations have passed since the one with the lowest loss; the last of them has this loss."""
-        losses = [validation for _, _, validation in self.curve if validation is not None] + [loss]
-        return len(losses) - 1 - losses.index(min(losses))
-
     def write(self, row):
-        """Add a row. If the disk is full, keep it for the next time: a run is worth more than its log."""
+        """Add a row. Where the disk is full, it waits in the buffer of the file, which holds a megabyte."""
         self.add(row)
-        self.unwritten += json.dumps(row) + "\n"
         try:
-            size = os.path.getsize(self.path)
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(self.unwritten)
-            except OSError:
-                os.truncate(self.path, size)  # half a line, which the next one would be appended to
-                raise
-            self.unwritten = ""
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
             if "val_loss" in row:
                 with replace_file(os.path.join(os.path.dirname(self.path), "loss.svg"), "w", encoding="utf-8") as file:
                     file.write(loss_svg(self.curve))
@@ -78,23 +60,15 @@ class Log:
             warn(f"cannot write {self.path}: {error.strerror}; going on")
 
 
-def read_rows(path, unwritten=""):
-    """The rows of a log.jsonl, one at a time. An unfinished last line (after a kill) is skipped."""
-    if os.path.exists(path):
-        with open_file(path, mode="r", encoding="utf-8", errors="replace") as file:
-            for line in itertools.chain(file, unwritten.splitlines()):
-                if row := parse_row(line):
+def read_rows(path):
+    """The rows of a log.jsonl, one dict per logged step. What a kill left half-written is passed over."""
+    with contextlib.suppress(OSError), open_file(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                row = json.loads(line)
+                numbers = [row["step"], row["loss"], row.get("val_loss", 0.0)]
+                if row["step"] > 0 and all(map(math.isfinite, numbers)):
                     yield row
-
-
-def parse_row(line):
-    """A line of a log.jsonl as a row; {} for the header, half a line, and anything else that is no row."""
-    try:
-        row = json.loads(line)
-        numbers = [row["step"], row["loss"], row.get("val_loss", 0.0)]
-        return row if row["step"] > 0 and all(map(math.isfinite, numbers)) else {}
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return {}
 
 
 def read_header(path):
@@ -106,14 +80,8 @@ def read_header(path):
     return {}
 
 
-def last_row(path):
-    """The last row of a log.jsonl, or {}."""
-    rows = collections.deque(read_rows(path), maxlen=1)
-    return rows[0] if rows else {}
-
-
 def progress_line(row, max_iters, peak_share):
-    """The row of a step as a line; peak_share: what share of the machine's peak one token per second is.
+    """The row of a step as a line; peak_share: the share of the machine's peak that one token per second takes.
 
     step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left
     """
@@ -128,10 +96,7 @@ def progress_line(row, max_iters, peak_share):
 
 
 def loss_svg(curve, width=720, height=400):
-    """The loss curve as an SVG picture: grey the training loss, blue the validation loss, in nats per token.
-
-    curve: (step, loss, validation loss or None) of every logged step.
-    """
+    """The loss curve as an SVG picture. curve: (step, loss, validation loss or None) of every logged step."""
     last = curve[-1][0]
     training = [(step, loss) for step, loss, _ in curve[::math.ceil(len(curve) / 1000)]]  # nobody sees more points
     validation = [(step, loss) for step, _, loss in curve if loss is not None]
@@ -149,9 +114,7 @@ def loss_svg(curve, width=720, height=400):
         places = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
         return f'<polyline points="{places}" fill="none" {style}/>'
 
-    power = 10.0 ** math.floor(math.log10((high - low) / 10))
-    unit = next(n * power for n in (1, 2, 5, 10) if 10 * n * power >= high - low)  # at most ten lines
-    unit = max(0.5, unit)
+    unit = max(0.5, 2.0 ** math.ceil(math.log2((high - low) / 10)))  # at most ten lines
     first = math.ceil(low / unit) * unit
     parts = ruling([first + i * unit for i in range(int((high - first) / unit) + 1)], y, width)
     for step in (last * i // 4 for i in range(5)):
