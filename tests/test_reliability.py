@@ -388,15 +388,18 @@ def own_data(lab):
     return lab
 
 
-@pytest.mark.parametrize("command", [
-    "cp data/words/val.bin data/words/train.bin",  # shorter: noticed when it is read
-    "dd if=/dev/zero of=data/words/train.bin bs=1 count=1 conv=notrunc 2> /dev/null"])  # by the next validation
-def test_data_that_change_while_a_run_reads_them(own_data, command):
+@pytest.mark.parametrize("command, saved", [
+    ("cp data/words/val.bin data/words/train.bin", 11),  # shorter: noticed when it is read
+    ("dd if=/dev/zero of=data/words/train.bin bs=1 count=1 conv=notrunc 2> /dev/null", 14)])  # by the next validation
+def test_data_that_change_while_a_run_reads_them(own_data, command, saved):
     lab = own_data
     assert lab.start(fault=f"shell:12,{command}").wait() == 2
-    assert "data/words" in said(lab.path) and "Traceback" not in said(lab.path)
+    assert "data/words" in said(lab.path) and f"the run is saved after {saved} steps" in said(lab.path)
+    assert os.path.exists(lab.run / f"ckpt_{saved:08d}.pt") and "Traceback" not in said(lab.path)
     shutil.copy(lab.reference / "data/words/train.bin", lab.path / "data/words/train.bin")
-    lab.finish()
+    assert lab.start().wait() == 0
+    if saved == 11:  # no step has read the other text
+        assert outcome(lab.run) == lab.due
 
 
 def test_data_that_are_deleted_while_a_run_reads_them(own_data):
