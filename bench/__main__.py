@@ -20,7 +20,7 @@ BENCHES = {  # each is a file here, with a class Settings and a function main(se
     "throughput": "how fast is a training step, and how much memory does it take?",
     "ablation": "what does each idea of the model buy?",
     "scaling": "how good will a long run be? Six short ones predict it",
-    "generate": "how fast is a text written, and where does the time go?",
+    "generate": "how fast is a text written, here and by other programs?",
     "serve": "how fast is the server with 1, 4 and 16 clients?",
 }
 
