@@ -2,7 +2,6 @@
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
 import dataclasses
 import re
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -109,7 +108,6 @@ def test_the_law_is_found_in_its_own_points():
 def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     """With runs that obey a law, all is as it says. (The README's command trains.)"""
     law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
-    runs = []
 
     def trained(name, n_embd, settings, argv):
         asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * n_embd
@@ -117,8 +115,7 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
         every = int(asked[name]["eval_interval"])
         rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * n_embd / 500,
                      wall_seconds=1.0) for step in range(every, updates + 1, every)]
-        runs.append(bench_scaling.Run(n, 6 * n, rows))
-        return runs[-1]
+        return bench_scaling.Run(n, rows)
 
     monkeypatch.setattr(bench_scaling, "trained", trained)
     assert not bench.main(["scaling", "--minutes=2"])
@@ -132,13 +129,8 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
     assert said == pytest.approx(law.bits(n, d), rel=2e-3)
     assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
-    picture = ElementTree.parse("scaling.svg").getroot()
-    lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
-    assert len(lines) == len(runs) == 7 and len(dots) == sum(len(run.points()) for run in runs) > 60
-    assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
-    for points, said in (([], "no validation after 60 steps"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
-        with pytest.raises(UserError, match=said):
-            bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
+    with pytest.raises(UserError, match="no validation after 60 steps"):
+        bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, [])])
 
 
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
