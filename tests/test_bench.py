@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 import torch
 from conftest import error, words
@@ -14,33 +13,26 @@ from bench import generate as bench_generate
 from bench import scaling as bench_scaling
 from runtime import machine
 import model
-import prepare
 from runtime.console import UserError
 
 
 def test_doctor(here, capsys):
     assert bench.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert out.count("[ok]") >= 14 and "[FAIL]" not in out and "0 failed (" in out
-    for line in ("versions", "device", "dtype", "compile", "gpt2: start", "modern: no leak", "modern: cache"):
+    assert out.count("[ok]") >= 10 and "[FAIL]" not in out and out.endswith("\n0 failed\n")
+    for line in ("versions", "device", "dtype", "compile", "gpt2: learns", "modern: no leak", "modern: cache"):
         assert f"   {line}" in out
-    assert "[--]   validation text      data/stdlib is not there: python prepare.py stdlib" in out
 
 
 @pytest.mark.parametrize("fault, line", [
-    ("future", "gpt2: no leak"), ("start", "gpt2: start"), ("deaf", "modern: gradients"), ("cache", "gpt2: cache"),
-    ("memory", "memory"), ("compile", "compile")])
+    ("future", "gpt2: no leak"), ("deaf", "modern: learns"), ("cache", "gpt2: cache"), ("memory", "memory"),
+    ("compile", "compile")])
 def test_doctor_notices(here, capsys, monkeypatch, fault, line):
     if fault == "future":
         real = F.scaled_dot_product_attention
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal=False, **kw: real(*a, **kw))
-    elif fault == "start":
-        real = model.GPT.init_weights
-        monkeypatch.setattr(model.GPT, "init_weights", lambda self: (
-            real(self), [p.data.mul_(50) for p in self.parameters()]))
     elif fault == "deaf":
-        real = model.MLP.forward
-        monkeypatch.setattr(model.MLP, "forward", lambda self, x: real(self, x).detach())
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     elif fault == "cache":
         real = model.KVCache.extend
         monkeypatch.setattr(model.KVCache, "extend", lambda self, layer, k, v: real(self, layer, k * 1.01, v))
@@ -56,18 +48,6 @@ def test_doctor_notices(here, capsys, monkeypatch, fault, line):
         assert code == 0 and "[--]   compile              not here, training does without: no C++ compiler here" in out
     else:
         assert code == 1 and f"[FAIL] {line}" in out and line in out.splitlines()[-1]
-
-
-def test_doctor_warns_of_leaks(here, capsys):
-    """Planted: what is held out, the end of the text, also stands at its start."""
-    rng = np.random.default_rng(0)
-    part = " ".join(map(str, rng.integers(0, 10**6, 200)))
-    (here / "a.txt").write_text(part + "\n" + words(3000) + "\n" + part)
-    prepare.main(["a.txt", "--tokenizer=char", "--val_fraction=0.2"])
-    assert bench.main(["doctor", "--dataset=a"]) == 1
-    out = capsys.readouterr().out
-    assert "[FAIL] validation text" in out and "of the validation split of data/a is repeated from" in out
-    assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
 
 
 def test_the_names_of_benches(capsys):
