@@ -5,12 +5,10 @@ Measurements: every number in the README that names a `python -m bench` command.
     python -m bench                     # what there is
     python -m bench doctor              # is this machine fit to train?
     python -m bench generate --help     # what a bench does, and its settings
-
-Each prints what it measured on standard output. Older numbers are in docs/measurements.md.
 """
 import importlib
 
-from runtime.console import UserError, command_line, say, show
+from runtime.console import UserError, command_line, show
 from runtime.settings import load
 
 BENCHES = {  # each is a file here, with a class Settings and a function main(settings, arguments)
@@ -27,13 +25,11 @@ BENCHES = {  # each is a file here, with a class Settings and a function main(se
 
 def main(argv):
     listing = "\n".join(f"python -m bench {name:12}{question}" for name, question in BENCHES.items())
-    if argv[:1] in (["--help"], ["-h"]):
+    if not argv or argv[0] in ("--help", "-h"):
         show(listing)
         return 0
-    if not argv or argv[0] not in BENCHES:
-        say(listing)
-        raise UserError(f"there is no bench {argv[0]!r}" if argv else "no bench was named",
-                        "python -m bench NAME, one of: " + ", ".join(BENCHES))
+    if argv[0] not in BENCHES:
+        raise UserError(f"there is no bench {argv[0]!r}", "python -m bench NAME, one of: " + ", ".join(BENCHES))
     bench = importlib.import_module(f"bench.{argv[0]}")
     settings, _, arguments = load(bench.Settings, argv[1:])
     return bench.main(settings, arguments)

@@ -4,8 +4,8 @@ How long does nanoGPT take for its recipe on tiny Shakespeare, and how long do w
 
     python -m bench loss shakespeare.txt --peer=../nanoGPT --compiled=true
 
-Times are those of whole processes, with imports, compiling, validation and saving. Both models are evaluated by the
-same code: one pass over all of the validation split, in windows of 64. Returns 1 where our loss is higher.
+Times are those of whole processes. Both losses are of one pass over the whole validation split, in windows of 64.
+Returns 1 where ours is higher.
 """
 import os
 import shutil
@@ -17,7 +17,6 @@ import torch
 import dataset as datasets
 from bench.measure import (TINY, copy_peer, measure, prepare_for_both, project, ratio, spread, table, take_turns,
                            train_ours)
-from runtime.console import say
 from runtime.processes import Processes
 from training import checkpoint as ckpt
 
@@ -31,7 +30,7 @@ SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100
 @dataclass
 class Settings:
     peer: str = ""  # folder of nanoGPT
-    compiled: bool = False  # nanoGPT with --compile=True as well
+    compiled: bool = False  # nanoGPT with --compile=True, too
     repeats: int = 3  # rounds
     tiny: bool = False  # models of no size; only to see that it runs
 
@@ -59,8 +58,7 @@ def main(settings, sources):
         if settings.compiled:
             contestants["nanoGPT, --compile=True"] = lambda i: theirs(i, "--compile=True")
         found = take_turns(contestants, settings.repeats)
-    print(f"tiny Shakespeare, {settings.repeats} rounds, {torch.get_num_threads()} threads: seconds of the whole "
-          "process, loss of a pass over the whole validation split, in windows of 64")
+    print(f"{settings.repeats} rounds, {torch.get_num_threads()} threads")
     rows = []
     base, their_losses = zip(*found["nanoGPT"])
     for name, results in found.items():
@@ -73,10 +71,9 @@ def main(settings, sources):
 
 @torch.no_grad()
 def evaluate(run, data):
-    """Nats per character over the validation split, each predicted once."""
+    """Nats per character over the validation split."""
     model, _, _ = ckpt.load_run(run)
     size = min(64, model.config.block_size)
     total, count = datasets.validation_sums(model, lambda number: data.val_batch(number, size, 64),
                                             data.n_val_batches(size, 64), Processes())
-    say(f"{run}: {model.n_params():,} parameters, loss {total / count:.4f}")
     return total / count

@@ -26,7 +26,7 @@ import torch
 import train
 from bench.measure import TINY, project, table, train_ours
 from model import GPT
-from runtime.console import UserError, say
+from runtime.console import UserError
 from training.log import read_header
 
 SIZES = (64, 96, 128, 192, 256, 384)  # n_embd: 0.7 to 8 million parameters with a vocabulary of 4,096
@@ -54,10 +54,6 @@ class Run:
     def last(self):
         return self.rows[-1]
 
-    def points(self):
-        """(tokens, bits per byte) of the validations that count."""
-        return [(row["tokens"], row["val_bpb"]) for row in self.rows if row["step"] > SKIPPED]
-
 
 @dataclass
 class Law:
@@ -83,8 +79,7 @@ def main(settings, _):
         if settings.tiny:
             argv = ["--max_iters=70", "--eval_interval=3"]
         short[n_embd] = trained(str(n_embd), n_embd, settings, argv)
-    curves = {n_embd: (run.n, run.points()) for n_embd, run in short.items()}
-    law = fit(curves.values())
+    law = fit(short.values())
 
     # What each n_embd would reach in the long time, of which a twentieth is for the start and for validation.
     steps, tokens, predicted = {}, {}, {}
@@ -94,7 +89,7 @@ def main(settings, _):
         predicted[n_embd] = law.bits(run.n, tokens[n_embd])
     best = min(predicted, key=predicted.get)
     # How sure is that? As sure as the laws agree that leave out one of the runs.
-    laws = [fit([curve for n_embd, curve in curves.items() if n_embd != out]) for out in curves]
+    laws = [fit([run for run in short.values() if run is not out]) for out in short.values()]
     others = [other.bits(short[best].n, tokens[best]) for other in laws]
     print(f"bits per byte = {law}\nafter {LONGER * minutes:g} minutes, {best} channels will be the best, with "
           f"{predicted[best]:.4f} bits per byte after {tokens[best]:,} tokens (without one of the runs, each in turn: "
@@ -119,20 +114,21 @@ def trained(name, n_embd, settings, argv):
     *_, rows = train_ours([project("config/train_small.py"), *RATES, *shape, *argv, f"--dataset={settings.dataset}"],
                           ".", out)
     model = GPT(train.TrainConfig(**read_header(os.path.join(out, "log.jsonl"))["settings"]))
-    run = Run(model.n_params(), [row for row in rows if "val_bpb" in row])
-    say(f"{name}: {run.n:,} parameters, {run.last['tokens']:,} tokens, {run.last['val_bpb']:.4f} bits per byte")
-    return run
+    return Run(model.n_params(), [row for row in rows if "val_bpb" in row])
 
 
-def fit(curves):
-    """The law with the smallest squared relative error. curves: for each run (n, [(d, bits per byte), ...]).
+def fit(runs):
+    """The law with the smallest squared relative error. All runs count the same.
 
     Found by L-BFGS, as for Chinchilla (Hoffmann 2022, arXiv 2203.15556, 3.3), on the logarithms of the four numbers,
-    which keeps them positive. All runs count the same.
+    which keeps them positive.
     """
-    if any(not points for _, points in curves):
-        raise UserError(f"a run has no validation after {SKIPPED} steps", "more --minutes")
-    points = [(n, *point, len(points) ** -0.5) for n, points in curves for point in points]
+    points = []
+    for run in runs:
+        rows = [row for row in run.rows if row["step"] > SKIPPED]
+        if not rows:
+            raise UserError(f"a run has no validation after {SKIPPED} steps", "more --minutes")
+        points += [(run.n, row["tokens"], row["val_bpb"], len(rows) ** -0.5) for row in rows]
     n, d, bits, weight = torch.tensor(points, dtype=torch.float64).T  # (P,) each
     logs = torch.tensor([1e6, 0.2, 1e6, 0.25], dtype=torch.float64).log().requires_grad_()
     optimizer = torch.optim.LBFGS([logs], max_iter=1000, tolerance_grad=1e-12, tolerance_change=1e-15,

@@ -8,7 +8,6 @@ How fast is the server with 1, 4 and 16 clients, beside GPT.generate, which writ
 The clients are threads of this process, which stream an answer and ask again; the server is a process of its own on
 the same machine. All texts are greedy.
 """
-import contextlib
 import http.client
 import json
 import multiprocessing
@@ -69,17 +68,21 @@ def main(settings, runs):
                 list(model.generate(torch.tensor([prompt], device=device), NEW))
         return settings.requests * NEW / (time.perf_counter() - started)
 
-    with serving(path, device, settings.dtype) as port:
-        contestants = {"generate": generate}
-        for n in CLIENTS:
-            contestants[n] = lambda _, n=n: ask(port, n, prompts(n))
-        generate(0)  # the first of each is slower
-        ask(port, 1, prompts(1))
-        found = take_turns(contestants, settings.repeats)
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    arguments = queue, path, device, settings.dtype
+    spawn.Process(target=run_server, args=arguments, daemon=True).start()  # it ends with this process
+    port = queue.get()
+    contestants = {"generate": generate}
+    for n in CLIENTS:
+        contestants[n] = lambda _, n=n: ask(port, n, prompts(n))
+    generate(0)  # the first of each is slower
+    ask(port, 1, prompts(1))
+    found = take_turns(contestants, settings.repeats)
 
     print(f"{path or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {PROMPT} tokens, {NEW} new ones, "
-          f"{settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)")
-    print(f"GPT.generate: {spread(found['generate'], 0)} tokens/s")
+          f"{settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)\n"
+          f"GPT.generate: {spread(found['generate'], 0)} tokens/s")
     rows = []
     for n in CLIENTS:
         rates, firsts = zip(*found[n])
@@ -89,26 +92,14 @@ def main(settings, runs):
     table("| clients | tokens/s | times GPT.generate | first token, p50 | p99 |", rows)
 
 
-@contextlib.contextmanager
-def serving(*arguments):
-    """The port of a server in a process of its own."""
-    pipe, other = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(other, *arguments), daemon=True)
-    process.start()
-    yield pipe.recv()
-    pipe.send("stop")
-    process.join()
-
-
-def run_server(pipe, path, device, dtype):
+def run_server(queue, path, device, dtype):
+    """In a process of its own: put the port into the queue when the model is loaded."""
     server = Server(ServeConfig(port=0, device=device, dtype=dtype), lambda: load_model(path, device))
     server.start()
     while server.state == "loading":
         time.sleep(0.05)
-    pipe.send(server.port)
-    with contextlib.suppress(EOFError):  # the bench has ended
-        pipe.recv()
-    server.stop()
+    queue.put(server.port)
+    server.web_thread.join()
 
 
 def ask(port, n, prompts):
