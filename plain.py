@@ -7,8 +7,8 @@ The whole idea of a GPT in one file of plain arithmetic: no layers, no optimizer
     python -m bench parity --peer=plain.py           # train.py has the same losses, but for rounding
 
 A GPT predicts, at every position of a text, the next token, here a character. Text becomes numbers, numbers become
-predictions, a loss says how wrong they are, and every weight takes a step that makes the loss smaller. Only the gradient
-is left to PyTorch.
+predictions, a loss says how wrong they are, and every weight takes a step that makes the loss smaller. Only the
+gradient is left to PyTorch.
 
 B, T, C, V in the comments: batch, time (positions), channels (n_embd), vocabulary.
 """

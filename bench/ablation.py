@@ -3,8 +3,6 @@
 What does each idea buy? config/train_small.py with one switch changed at a time, and the same number of steps.
 
     python -m bench ablation --steps=150
-
-The learning rates were tuned for the recipe: a switch may lose a little by that alone.
 """
 import os
 import statistics
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure import TINY, project, table, take_turns, train_ours
+from bench.measure import ROOT, TINY, table, take_turns, train_ours
 
 RECIPE = "config/train_small.py"
 SWITCHES = {
@@ -34,7 +32,7 @@ class Settings:
     dataset: str = "stdlib"  # data/NAME
     steps: int = 200
     repeats: int = 3  # seeds
-    tiny: bool = False  # models of no size and one switch; only to see that it runs
+    tiny: bool = False  # models of no size and one switch, to see that it runs
 
 
 def main(settings, _):
@@ -43,7 +41,7 @@ def main(settings, _):
         names = names[:2]
     with tempfile.TemporaryDirectory() as folder:
         def run_switch(name, i):
-            argv = [project(RECIPE), f"--dataset={settings.dataset}", f"--seed={1337 + i}", "--compile=false",
+            argv = [ROOT / RECIPE, f"--dataset={settings.dataset}", f"--seed={1337 + i}", "--compile=false",
                     f"--max_iters={steps}", f"--eval_interval={steps}", *SWITCHES[name]]
             argv += TINY if settings.tiny else []
             *_, rows = train_ours(argv, ".", os.path.join(folder, f"{names.index(name)}-{i}"))

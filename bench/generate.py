@@ -4,8 +4,7 @@ How fast does openllm-small write a text, here and in other programs?
 
     python -m bench generate --peer=../nanoGPT --prompt=8 --new_tokens=504
 
-All have the same random weights (what a text says does not change how long it takes) and the same task: read `prompt`
-tokens and write `new_tokens` more, sampled from the 40 most likely at temperature 0.8. transformers takes part where it
+All have the same random weights: what a text says does not change how long it takes. transformers takes part where it
 is installed, nanoGPT with --peer.
 """
 import contextlib
@@ -41,10 +40,10 @@ PAIRS = [  # whose ratios are printed
 @dataclass
 class Settings:
     peer: str = ""  # folder of nanoGPT
-    prompt: int = 32  # tokens of the prompt
-    new_tokens: int = 64  # tokens of the answer
+    prompt: int = 32  # tokens to read
+    new_tokens: int = 64  # tokens to write, from the 40 most likely at temperature 0.8
     repeats: int = 3  # rounds
-    tiny: bool = False  # a model of no size; only to see that it runs
+    tiny: bool = False  # a model of no size, to see that it runs
 
 
 def main(settings, _):
@@ -53,19 +52,19 @@ def main(settings, _):
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=512, vocab_size=512)).eval()
     c, new = model.config, settings.new_tokens
     if settings.prompt + new > c.block_size:
-        raise UserError(f"prompt={settings.prompt} and new_tokens={new} are more than the context of {c.block_size}",
-                        "fewer of them")
+        raise UserError(f"prompt={settings.prompt} and new_tokens={new} exceed the context of {c.block_size}",
+                        "a smaller --new_tokens")
     prompt = [i * 1009 % c.vocab_size for i in range(settings.prompt)]
 
-    # 1. The contestants: {name: function that writes once}. Without a cache, a first time of nanoGPT takes a minute.
+    # 1. The contestants: {name: function that writes once}.
     writers = ours(model, tokenizer, prompt, new)
     if find_spec("transformers"):
         writers["transformers, float32"] = transformers(model, prompt, new)
     else:
-        note("transformers is not installed and left out: pip install transformers")
+        note("transformers is left out: pip install transformers")
     for write in writers.values():
         write()  # the first time, kernels are chosen
-    if settings.peer:
+    if settings.peer:  # it would take a minute more
         writers["nanoGPT, float32"] = nanogpt(model, prompt, new, settings.peer)
     seconds = take_turns({name: lambda _, write=write: seconds_of(write) for name, write in writers.items()},
                          settings.repeats)
@@ -73,8 +72,8 @@ def main(settings, _):
     # 2. Their rates and the ratios.
     texts = {f"int8, {MANY} at once": MANY}
     rates = {name: [texts.get(name, 1) * new / took for took in seconds[name]] for name in writers}
-    print(f"{c.n_layer} layers, n_embd {c.n_embd}, vocabulary {c.vocab_size:,}; {len(prompt)} tokens, then {new} more; "
-          f"{settings.repeats} rounds: median (lowest to highest); {torch.get_num_threads()} threads")
+    print(f"{len(prompt)} tokens, then {new} more; {torch.get_num_threads()} threads; {settings.repeats} rounds: "
+          "median (lowest to highest)")
     table("| | tokens/s | seconds |",
           [[name, spread(rates[name], 0), f"{statistics.median(seconds[name]):.2f}"] for name in writers])
     print()
@@ -88,7 +87,7 @@ def seconds_of(write):
 
 
 def ours(model, tokenizer, prompt, new):
-    """GPT.generate in float32 and int8, and the engine with one request and with several."""
+    """GPT.generate, and the engine with one request and with several."""
     int8 = quantize(copy.deepcopy(model))
     engine = Engine(int8, tokenizer, rows=MANY)
 
@@ -107,8 +106,7 @@ def ours(model, tokenizer, prompt, new):
 
 
 def transformers(model, prompt, new):
-    """generate() of Hugging Face's transformers."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """generate() of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel  # optional
     facts = huggingface.their_config(model.config, "float32", {})
     del facts["dtype"]
@@ -120,15 +118,13 @@ def transformers(model, prompt, new):
 
 
 def nanogpt(model, prompt, new, peer):
-    """generate() of nanoGPT. It has no cache of keys and values, so it reads the whole text again for every token."""
+    """generate() of nanoGPT, which has no cache: it reads the whole text again for every token."""
     with tempfile.TemporaryDirectory() as folder:
         copy_peer(peer, folder)
         sys.path.insert(0, folder)
         theirs, c = runpy.run_path(os.path.join(folder, "model.py")), model.config
         sys.path.remove(folder)
     with contextlib.redirect_stdout(None):
-        gpt = theirs["GPT"](theirs["GPTConfig"](
-            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            bias=c.bias))
+        gpt = theirs["GPT"](theirs["GPTConfig"](c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, bias=c.bias))
     start_from(gpt, peer_weights(model))
     return torch.inference_mode()(lambda: gpt.generate(torch.tensor([prompt]), new, **CHOICE))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-What the benches share: programs measured from outside, contestants that take turns, tables, and nanoGPT beside ours.
+What the benches share.
 
-    seconds, memory, printed = measure(["train.py", "--max_iters=10"], folder)
     found = take_turns({"nanoGPT": run_theirs, "ours": run_ours}, repeats=3)    # {name: [result of each round]}
-    table("| | tokens/s | times as fast |", [["ours", spread(found["ours"]), ratio(found["ours"], found["nanoGPT"])]])
+    table("| tokens/s | times as fast |", [[spread(found["ours"]), ratio(found["ours"], found["nanoGPT"])]])
 
 A machine that is slow for a minute has to be slow for all contestants alike. So they take turns, and what counts is
 the spread of the ratios within a round.
@@ -25,12 +24,8 @@ import dataset as datasets
 from runtime.console import UserError, say
 from training.log import read_rows
 
-TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()  # only to see that a bench runs
-
-
-def project(name):
-    """The path of a file of this project."""
-    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()  # to see that a bench runs
 
 
 def measure(command, folder="."):
@@ -50,12 +45,12 @@ def measure(command, folder="."):
 
 def train_ours(argv, folder, out):
     """Run our train.py in `folder`. Returns what measure does, and the rows of its log."""
-    measured = measure([project("train.py"), *argv, "--device=cpu", f"--out_dir={out}"], folder)
+    measured = measure([ROOT / "train.py", *argv, "--device=cpu", f"--out_dir={out}"], folder)
     return *measured, list(read_rows(os.path.join(folder, out, "log.jsonl")))
 
 
 def take_turns(contestants, repeats):
-    """Run every contestant once a round: {name: function of the number of the round} -> {name: [its results]}."""
+    """Run all once a round: {name: function of the number of the round} -> {name: [its results]}."""
     found = {name: [] for name in contestants}
     for i in range(repeats):
         for name, run in contestants.items():
@@ -82,9 +77,6 @@ def table(header, rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
-# nanoGPT
-
-
 def copy_peer(peer, folder):
     """Copy the programs of nanoGPT into `folder`; of plain.py, a train.py and a model.py that import it."""
     os.makedirs(folder, exist_ok=True)
@@ -100,27 +92,28 @@ def copy_peer(peer, folder):
         shutil.copy(path, folder)
 
 
-def prepare_for_both(source, folder, vocab_size=0):
-    """Prepare a text by characters as `folder`/data/chars, which nanoGPT in `folder`/peer reads too.
+def prepare_for_both(peer, source, folder, vocab_size=0):
+    """Copy nanoGPT to `folder`/peer, and prepare a text by characters as `folder`/data/chars, for both programs.
 
-    vocab_size: of nanoGPT's model, if not that of the text. Returns the Dataset.
+    vocab_size: of nanoGPT's model, if not that of the text. Returns (nanoGPT's folder, Dataset).
     """
-    path = os.path.join(folder, "data", "chars")
+    theirs, path = os.path.join(folder, "peer"), os.path.join(folder, "data", "chars")
+    copy_peer(peer, theirs)
     source = os.path.abspath(source) if os.path.exists(source) else source  # or the name of a download
-    measure([project("prepare.py"), source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
+    measure([ROOT / "prepare.py", source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
     data = datasets.Dataset.open(path)
     vocab_size = vocab_size or data.meta["vocab_size"]
     with open(os.path.join(path, "meta.pkl"), "wb") as file:
         pickle.dump(dict(vocab_size=vocab_size, itos={i: chr(i + 32) for i in range(vocab_size)}), file)
-    os.symlink(os.path.join(folder, "data"), os.path.join(folder, "peer", "data"))
-    return data
+    os.symlink(os.path.join(folder, "data"), os.path.join(theirs, "data"))
+    return theirs, data
 
 
 def peer_weights(model):
     """The weights of our GPT for nanoGPT: the same names, without the padding of our vocabulary."""
     weights = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][:model.config.vocab_size].clone()
+        weights[name] = weights[name][:model.config.vocab_size]
     return weights
 
 

@@ -8,14 +8,12 @@ Six models of different n_embd train for two minutes each. A law is fitted to th
 
     bits per byte = E + ((A / N)^(a / b) + B / D)^b      (Kaplan 2020, arXiv 2001.08361, equation 1.5, and an E)
 
-with N parameters that have read D tokens. A model that has read little is limited by (B / D)^b, one that has read
-enough by its size, (A / N)^a. E, what no model can know, is set by hand, since runs so short fit any. The law says
-which n_embd is best after thirty minutes, and how good. Then that run starts.
+with N parameters that have read D tokens. E, what no model can know, is set by hand, since runs so short fit any. The
+law says which n_embd is best after thirty minutes, and how good. Then that run starts.
 
 Windows have 32 tokens: with more, a model learns at some moment to copy from its context (induction heads, Olsson
 2022, arXiv 2209.11895), a leap that no law of this form predicts. The learning rate stays level after its warm-up, so
-that every moment of a run is the end of a shorter one. The runs stay in out/scaling, and what is finished there is not
-trained again.
+that every moment of a run is the end of a shorter one. A run that is finished in out/scaling is not trained again.
 """
 import math
 import os
@@ -24,15 +22,15 @@ from dataclasses import dataclass
 import torch
 
 import train
-from bench.measure import TINY, project, table, train_ours
+from bench.measure import ROOT, TINY, table, train_ours
 from model import GPT
 from runtime.console import UserError
 from training.log import read_header
 
 SIZES = (64, 96, 128, 192, 256, 384)  # n_embd: 0.7 to 8 million parameters with a vocabulary of 4,096
-LONGER = 15  # the long run takes so many times as long: 30 minutes
+LONGER = 15  # times as long, the long run: 30 minutes
 SKIPPED = 60  # steps of each run that are not fitted: three times the warm-up
-E = 0.7  # bits per byte, in windows of 32 tokens: fits what n_embd=256 reaches in 7 minutes on PyTorch's source
+E = 0.7  # bits per byte: fits what n_embd=256 reaches in 7 minutes on PyTorch's source
 
 RATES = """--decay_lr=false --learning_rate=0.01 --muon_lr=0.0015 --compile=false --eval_iters=8 --save_interval=1000
     --always_save_checkpoint=false""".split()
@@ -42,7 +40,7 @@ RATES = """--decay_lr=false --learning_rate=0.01 --muon_lr=0.0015 --compile=fals
 class Settings:
     dataset: str = "stdlib"  # data/NAME
     minutes: float = 2.0  # of each short run
-    tiny: bool = False  # two models of no size; only to see that it runs
+    tiny: bool = False  # two models of no size, to see that it runs
 
 
 @dataclass
@@ -81,18 +79,18 @@ def main(settings, _):
         short[n_embd] = trained(str(n_embd), n_embd, settings, argv)
     law = fit(short.values())
 
-    # What each n_embd would reach in the long time, of which a twentieth is for the start and for validation.
+    # What each n_embd would reach in the long time, of which a twentieth is not training.
     steps, tokens, predicted = {}, {}, {}
     for n_embd, run in short.items():
         steps[n_embd] = round(LONGER * 60 * minutes / 1.05 * run.last["step"] / run.last["train_seconds"])
         tokens[n_embd] = steps[n_embd] * run.last["tokens"] // run.last["step"]
         predicted[n_embd] = law.bits(run.n, tokens[n_embd])
     best = min(predicted, key=predicted.get)
-    # How sure is that? As sure as the laws agree that leave out one of the runs.
+    # How far do the laws agree that leave out one of the runs?
     laws = [fit([run for run in short.values() if run is not out]) for out in short.values()]
     others = [other.bits(short[best].n, tokens[best]) for other in laws]
     print(f"bits per byte = {law}\nafter {LONGER * minutes:g} minutes, {best} channels will be the best, with "
-          f"{predicted[best]:.4f} bits per byte after {tokens[best]:,} tokens (without one of the runs, each in turn: "
+          f"{predicted[best]:.4f} bits per byte after {tokens[best]:,} tokens (without one of the runs: "
           f"{min(others):.4f} to {max(others):.4f})", flush=True)
 
     argv = [f"--max_iters={steps[best]}", f"--eval_interval={math.ceil(steps[best] / 20)}"]
@@ -111,7 +109,7 @@ def trained(name, n_embd, settings, argv):
     out = os.path.join("out", "scaling", name)
     shape = [f"--n_embd={n_embd}", f"--n_head={max(1, n_embd // 64)}"]
     shape += TINY[-2:] if settings.tiny else ["--block_size=32", "--batch_size=96"]
-    *_, rows = train_ours([project("config/train_small.py"), *RATES, *shape, *argv, f"--dataset={settings.dataset}"],
+    *_, rows = train_ours([ROOT / "config/train_small.py", *RATES, *shape, *argv, f"--dataset={settings.dataset}"],
                           ".", out)
     model = GPT(train.TrainConfig(**read_header(os.path.join(out, "log.jsonl"))["settings"]))
     return Run(model.n_params(), [row for row in rows if "val_bpb" in row])

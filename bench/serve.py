@@ -5,13 +5,11 @@ How fast is the server with 1, 4 and 16 clients, beside GPT.generate, which writ
     python -m bench serve --repeats=5
     python -m bench serve out/small --requests=8        # a RUN in place of openllm-small with random weights
 
-The clients are threads of this process, which stream an answer and ask again; the server is a process of its own on
-the same machine. All texts are greedy.
+The clients are threads of this process, the server is a process of its own on the same machine. All texts are greedy.
 """
 import http.client
 import json
 import multiprocessing
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class Settings:
 
 
 def load_model(path, device):
-    """(model, tokenizer, checkpoint) of a RUN; by default openllm-small with random weights, which writes nonsense."""
+    """(model, tokenizer, checkpoint) of a RUN; by default openllm-small with random weights."""
     if path:
         return ckpt.load_run(path, device=device)
     torch.manual_seed(0)
@@ -55,11 +53,9 @@ def main(settings, runs):
     device = machine.choose_device()
     dtype, _ = machine.choose_dtype(settings.dtype, device)
     model, _, _ = load_model(path, device)
-    rng = random.Random(0)
 
     def prompts(n):
-        """One for each request of n clients, all different."""
-        return [rng.choices(range(model.config.vocab_size), k=PROMPT) for _ in range(n * settings.requests)]
+        return torch.randint(model.config.vocab_size, (n * settings.requests, PROMPT)).tolist()
 
     def generate(_):
         started = time.perf_counter()
@@ -72,7 +68,7 @@ def main(settings, runs):
     queue = spawn.Queue()
     arguments = queue, path, device, settings.dtype
     spawn.Process(target=run_server, args=arguments, daemon=True).start()  # it ends with this process
-    port = queue.get()
+    port = queue.get()  # when the model is loaded
     contestants = {"generate": generate}
     for n in CLIENTS:
         contestants[n] = lambda _, n=n: ask(port, n, prompts(n))
@@ -81,7 +77,7 @@ def main(settings, runs):
     found = take_turns(contestants, settings.repeats)
 
     print(f"{path or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {PROMPT} tokens, {NEW} new ones, "
-          f"{settings.requests} requests per client, {settings.repeats} rounds; median (lowest to highest)\n"
+          f"{settings.requests} requests per client, {settings.repeats} rounds: median (lowest to highest)\n"
           f"GPT.generate: {spread(found['generate'], 0)} tokens/s")
     rows = []
     for n in CLIENTS:
@@ -93,7 +89,6 @@ def main(settings, runs):
 
 
 def run_server(queue, path, device, dtype):
-    """In a process of its own: put the port into the queue when the model is loaded."""
     server = Server(ServeConfig(port=0, device=device, dtype=dtype), lambda: load_model(path, device))
     server.start()
     while server.state == "loading":

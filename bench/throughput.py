@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast is a training step, and how much memory does it take? nanoGPT's train.py and ours in turn, three shapes.
+How fast is a training step, and how much memory does it take? nanoGPT's train.py and ours.
 
     python -m bench throughput --peer=../nanoGPT --steps=11
 
-nanoGPT runs in float32, ours compiled and in the dtype that it chooses. The first steps are left out, and compiling with
-them. "Of the peak" is the share of what this machine does in a large matrix product of the same dtype.
+nanoGPT runs in float32, ours compiled and in the dtype that it chooses. The first steps, which compile, are left out.
+"Of the peak" is the share of what this machine does in a large matrix product of the same dtype.
 """
-import os
 import re
 import statistics
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.measure import TINY, copy_peer, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
+from bench.measure import TINY, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
 from runtime.settings import check_limits
 
 SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True".split()  # openllm-small
@@ -37,7 +37,7 @@ class Settings:
     peer: str = ""  # folder of nanoGPT
     steps: int = 200
     repeats: int = 3  # rounds
-    tiny: bool = False  # a model of no size, not compiled; only to see that it runs
+    tiny: bool = False  # a model of no size, not compiled, to see that it runs
 
 
 def main(settings, _):
@@ -50,16 +50,12 @@ def main(settings, _):
 
 
 def compare(name, shape, batch_size, block_size, vocab_size, settings):
-    """The row of one shape."""
     argv = [*shape, *COMMON, f"--batch_size={batch_size}", f"--block_size={block_size}",
             f"--max_iters={settings.steps}"]
     with tempfile.TemporaryDirectory() as folder:
-        peer = os.path.join(folder, "peer")
-        copy_peer(settings.peer, peer)
-        text = os.path.join(folder, "random.txt")  # what it says does not change how long it takes
-        with open(text, "wb") as file:
-            file.write(np.random.default_rng(0).integers(40, 100, 200_000, dtype=np.uint8).tobytes())
-        prepare_for_both(text, folder, vocab_size)
+        text = Path(folder, "random.txt")  # what it says does not change how long it takes
+        text.write_bytes(np.random.default_rng(0).integers(40, 100, 200_000, dtype=np.uint8))
+        peer, _ = prepare_for_both(settings.peer, str(text), folder, vocab_size)
 
         def theirs(i):
             _, memory, printed = measure(["train.py", *argv, "--compile=False", f"--out_dir=out{i}"], peer)

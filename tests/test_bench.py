@@ -119,9 +119,9 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     monkeypatch.setattr(bench_generate, "find_spec", lambda name: None)
     assert not bench.main(["generate", "--tiny=true", "--repeats=1", "--new_tokens=8", "--prompt=4"])
-    assert "prompt=449 and new_tokens=64 are more than" in error(bench.main, "generate", "--tiny=true", "--prompt=449")[0]
+    assert "prompt=449 and new_tokens=64 exceed the context" in error(bench.main, "generate", "--tiny=true", "--prompt=449")[0]
     out, err = capsys.readouterr()
     assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
-    assert "transformers is not installed" in err
+    assert "transformers is left out" in err
     assert "is not a folder of nanoGPT" in error(
         bench.main, "generate", "--tiny=true", "--new_tokens=8", "--peer=nowhere")[0]
