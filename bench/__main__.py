@@ -3,37 +3,31 @@
 Measurements: every number in the README that names a `python -m bench` command.
 
     python -m bench                     # what there is
-    python -m bench doctor              # is this machine fit to train?
     python -m bench generate --help     # what a bench does, and its settings
-
-Each prints what it measured on standard output. Older numbers are in docs/measurements.md.
 """
 import importlib
 
-from runtime.console import UserError, command_line, say, show
+from runtime.console import UserError, command_line, show
 from runtime.settings import load
 
 BENCHES = {  # each is a file here, with a class Settings and a function main(settings, arguments)
-    "doctor": "is this machine fit to train? A checklist to paste into an issue",
+    "doctor": "is this machine fit to train?",
     "parity": "does training here do what it does in nanoGPT, loss by loss?",
     "loss": "how soon has a model learned as much as nanoGPT's?",
     "throughput": "how fast is a training step, and how much memory does it take?",
     "ablation": "what does each idea of the model buy?",
-    "scaling": "how good will a long run be? Six short ones predict it",
-    "generate": "how fast is a text written, and where does the time go?",
+    "scaling": "how good will a long run be?",
+    "generate": "how fast is a text written, here and by other programs?",
     "serve": "how fast is the server with 1, 4 and 16 clients?",
 }
 
 
 def main(argv):
-    listing = "\n".join(f"python -m bench {name:12}{question}" for name, question in BENCHES.items())
-    if argv[:1] in (["--help"], ["-h"]):
-        show(listing)
+    if not argv or argv[0] in ("--help", "-h"):
+        show("\n".join(f"python -m bench {name:12}{question}" for name, question in BENCHES.items()))
         return 0
-    if not argv or argv[0] not in BENCHES:
-        say(listing)
-        raise UserError(f"there is no bench {argv[0]!r}" if argv else "no bench was named",
-                        "python -m bench NAME, one of: " + ", ".join(BENCHES))
+    if argv[0] not in BENCHES:
+        raise UserError(f"there is no bench {argv[0]!r}", "python -m bench NAME, one of: " + ", ".join(BENCHES))
     bench = importlib.import_module(f"bench.{argv[0]}")
     settings, _, arguments = load(bench.Settings, argv[1:])
     return bench.main(settings, arguments)

@@ -3,8 +3,6 @@
 What does each idea buy? config/train_small.py with one switch changed at a time, and the same number of steps.
 
     python -m bench ablation --steps=150
-
-The learning rates were tuned for the recipe as it is, so that a switch may lose a little by that alone.
 """
 import os
 import statistics
@@ -13,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure import TINY, project, table, take_turns, train_ours
-from runtime.console import say
+from bench.measure import ROOT, TINY, table, take_turns, train_ours
 
 RECIPE = "config/train_small.py"
 SWITCHES = {
@@ -35,29 +32,23 @@ class Settings:
     dataset: str = "stdlib"  # data/NAME
     steps: int = 200
     repeats: int = 3  # seeds
-    seed: int = 1337  # the first of them
-    tiny: bool = False  # models of no size and one switch; only to see that it runs
+    tiny: bool = False  # models of no size and one switch, to see that it runs
 
 
 def main(settings, _):
-    steps, tiny = settings.steps, settings.tiny
-    names = list(SWITCHES)[:2] if tiny else list(SWITCHES)
-    say(f"{len(names)} settings, {settings.repeats} seeds, {steps} steps")
+    steps, names = settings.steps, list(SWITCHES)
+    if settings.tiny:
+        names = names[:2]
     with tempfile.TemporaryDirectory() as folder:
-        if os.path.exists("data"):
-            os.symlink(os.path.abspath("data"), os.path.join(folder, "data"))
-
         def run_switch(name, i):
-            argv = [project(RECIPE), f"--dataset={settings.dataset}", f"--seed={settings.seed + i}", "--compile=false",
-                    f"--max_iters={steps}", f"--eval_interval={steps}", *SWITCHES[name], *(TINY if tiny else [])]
-            *_, rows = train_ours(argv, folder, f"{names.index(name)}-{i}")
-            bits, seconds = rows[-1]["val_bpb"], rows[-1]["train_seconds"]
-            say(f"{name}: {bits:.4f} bits per byte, {seconds:.0f} s")
-            return bits, seconds
+            argv = [ROOT / RECIPE, f"--dataset={settings.dataset}", f"--seed={1337 + i}", "--compile=false",
+                    f"--max_iters={steps}", f"--eval_interval={steps}", *SWITCHES[name]]
+            argv += TINY if settings.tiny else []
+            *_, rows = train_ours(argv, ".", os.path.join(folder, f"{names.index(name)}-{i}"))
+            return rows[-1]["val_bpb"], rows[-1]["train_seconds"]
 
         found = take_turns({name: lambda i, name=name: run_switch(name, i) for name in names}, settings.repeats)
-    print(f"data/{settings.dataset}, {steps} steps, {settings.repeats} seeds, not compiled, "
-          f"{torch.get_num_threads()} threads")
+    print(f"{steps} steps, {settings.repeats} seeds, not compiled, {torch.get_num_threads()} threads")
     recipe = statistics.mean(bits for bits, _ in found[RECIPE])
     rows = []
     for name, results in found.items():

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-What the benches share: programs measured from outside, contestants that take turns, tables, and nanoGPT beside ours.
+What the benches share.
 
-    seconds, memory, printed = measure(["train.py", "--max_iters=10"], folder)
     found = take_turns({"nanoGPT": run_theirs, "ours": run_ours}, repeats=3)    # {name: [result of each round]}
-    table("| | tokens/s | times as fast |", [["ours", spread(found["ours"]), ratio(found["ours"], found["nanoGPT"])]])
+    table("| tokens/s | times as fast |", [[spread(found["ours"]), ratio(found["ours"], found["nanoGPT"])]])
 
-A machine that is slow for a minute has to be slow for all contestants alike. So they take turns, and what counts are
-the ratios within a round, with their spread.
+A machine that is slow for a minute has to be slow for all contestants alike. So they take turns, and what counts is
+the spread of the ratios within a round.
 """
 import os
 import pickle
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -24,13 +24,8 @@ import dataset as datasets
 from runtime.console import UserError, say
 from training.log import read_rows
 
-# The shape of a model of no size, only to see that a bench runs.
-TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()
-
-
-def project(name):
-    """The path of a file of this project."""
-    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2".split()  # to see that a bench runs
 
 
 def measure(command, folder="."):
@@ -38,28 +33,24 @@ def measure(command, folder="."):
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        _, process.returncode, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
-        process.returncode = status
         output.seek(0)
         printed = output.read()
-    if status:
-        *_, error, fix = ["", "", *printed.strip().splitlines()]
-        if not fix.startswith("fix: "):  # not a program of ours
-            say(printed[-2000:])
-            error, fix = "", "see what it printed, above"
-        raise UserError(f"{os.path.basename(command[0])} failed, {error}", fix.removeprefix("fix: "))
+    if process.returncode:
+        say(printed[-2000:])
+        raise UserError(f"{os.path.basename(command[0])} failed", "see what it printed, above")
     return seconds, usage.ru_maxrss * 1024, printed
 
 
 def train_ours(argv, folder, out):
-    """Run our train.py in `folder`. Returns (seconds, bytes of memory, what it printed, the rows of its log)."""
-    measured = measure([project("train.py"), *argv, "--device=cpu", f"--out_dir={out}"], folder)
+    """Run our train.py in `folder`. Returns what measure does, and the rows of its log."""
+    measured = measure([ROOT / "train.py", *argv, "--device=cpu", f"--out_dir={out}"], folder)
     return *measured, list(read_rows(os.path.join(folder, out, "log.jsonl")))
 
 
 def take_turns(contestants, repeats):
-    """Run every contestant once a round: {name: function of the number of the round} -> {name: [its results]}."""
+    """Run all once a round: {name: function of the number of the round} -> {name: [its results]}."""
     found = {name: [] for name in contestants}
     for i in range(repeats):
         for name, run in contestants.items():
@@ -86,51 +77,43 @@ def table(header, rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# nanoGPT
-
-
 def copy_peer(peer, folder):
-    """nanoGPT's own files in `folder`, where data and runs can stand beside them.
-
-    peer: a folder of nanoGPT; or plain.py, which gets a train.py and a model.py that import it.
-    """
+    """Copy the programs of nanoGPT into `folder`; of plain.py, a train.py and a model.py that import it."""
     os.makedirs(folder, exist_ok=True)
     if peer.endswith("plain.py"):
         shutil.copy(peer, folder)
-        for name, line in (("train.py", "import plain; model = plain.main()"), ("model.py", "from plain import *")):
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-                file.write(line + "\n")
+        Path(folder, "train.py").write_text("import plain; model = plain.main()\n", encoding="utf-8")
+        Path(folder, "model.py").write_text("from plain import *\n", encoding="utf-8")
         return
-    if not peer or not os.path.isfile(os.path.join(peer, "train.py")):
+    if not peer or not Path(peer, "train.py").exists():
         raise UserError(f"--peer={peer!r} is not a folder of nanoGPT: it has no train.py",
                         "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
-    for name in os.listdir(peer):
-        if name.endswith(".py"):
-            shutil.copy(os.path.join(peer, name), folder)
+    for path in Path(peer).glob("*.py"):
+        shutil.copy(path, folder)
 
 
-def prepare_for_both(source, folder, vocab_size=0):
-    """A text by characters as data/chars of us in `folder` and of nanoGPT in `folder`/peer. Returns the Dataset.
+def prepare_for_both(peer, source, folder, vocab_size=0):
+    """Copy nanoGPT to `folder`/peer, and prepare a text by characters as `folder`/data/chars, for both programs.
 
-    Both read the same files. vocab_size: of nanoGPT's model, if not that of the text.
+    vocab_size: of nanoGPT's model, if not that of the text. Returns (nanoGPT's folder, Dataset).
     """
-    path = os.path.join(folder, "data", "chars")
-    source = os.path.abspath(source) if os.path.exists(source) else source
-    measure([project("prepare.py"), source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
+    theirs, path = os.path.join(folder, "peer"), os.path.join(folder, "data", "chars")
+    copy_peer(peer, theirs)
+    source = os.path.abspath(source) if os.path.exists(source) else source  # or the name of a download
+    measure([ROOT / "prepare.py", source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
     data = datasets.Dataset.open(path)
     vocab_size = vocab_size or data.meta["vocab_size"]
     with open(os.path.join(path, "meta.pkl"), "wb") as file:
         pickle.dump(dict(vocab_size=vocab_size, itos={i: chr(i + 32) for i in range(vocab_size)}), file)
-    os.symlink(os.path.join(folder, "data"), os.path.join(folder, "peer", "data"))
-    return data
+    os.symlink(os.path.join(folder, "data"), os.path.join(theirs, "data"))
+    return theirs, data
 
 
 def peer_weights(model):
-    """The weights of our GPT as nanoGPT has them: the same names, without the padding of our vocabulary."""
+    """The weights of our GPT for nanoGPT: the same names, without the padding of our vocabulary."""
     weights = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][:model.config.vocab_size].clone()
+        weights[name] = weights[name][:model.config.vocab_size]
     return weights
 
 

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How fast is a training step, and how much memory does it take? nanoGPT's train.py and ours in turn, three shapes.
+How fast is a training step, and how much memory does it take? nanoGPT's train.py and ours.
 
     python -m bench throughput --peer=../nanoGPT --steps=11
 
-Each program runs as it comes: nanoGPT in float32 on a CPU, ours compiled and in the dtype that it chooses. The first
-steps, and with them the time that compiling takes, are left out. "Of the peak": of what this machine reaches in a large
-matrix product of the same dtype.
+nanoGPT runs in float32, ours compiled and in the dtype that it chooses. The first steps, which compile, are left out.
+"Of the peak" is the share of what this machine does in a large matrix product of the same dtype.
 """
-import os
 import re
 import statistics
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.measure import TINY, copy_peer, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
+from bench.measure import TINY, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
 from runtime.settings import check_limits
 
 SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True".split()  # openllm-small
@@ -25,7 +24,7 @@ NARROW = "--n_layer=6 --n_head=6 --n_embd=384 --bias=False".split()
 SHAPES = {  # name: (settings of both programs, batch_size, block_size, vocab_size)
     "openllm-small, 4 x 512": (SMALL, 4, 512, 32000),
     "6 x 6 x 384, 16 x 256": (NARROW, 16, 256, 65),
-    # Its own context and the default batch of train.py, for the memory. A step takes half a minute: one round.
+    # For the memory. A step takes half a minute: one round.
     "openllm-small, 12 x 1024": (SMALL, 12, 1024, 32000),
 }
 COMMON = """--gradient_accumulation_steps=1 --dropout=0.0 --log_interval=1 --eval_iters=1 --eval_interval=1000000
@@ -38,29 +37,25 @@ class Settings:
     peer: str = ""  # folder of nanoGPT
     steps: int = 200
     repeats: int = 3  # rounds
-    tiny: bool = False  # a model of no size, not compiled; only to see that it runs
+    tiny: bool = False  # a model of no size, not compiled, to see that it runs
 
 
 def main(settings, _):
     check_limits(settings, {"steps": (SKIPPED + 1, 100_000)})
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {settings.repeats} rounds, the median of "
-          f"{settings.steps - SKIPPED} steps in each: median (lowest to highest)")
+    print(f"{torch.get_num_threads()} threads, {settings.repeats} rounds of {settings.steps} steps: median (lowest to "
+          "highest)")
     shapes = {"tiny": (TINY, 2, 16, 100)} if settings.tiny else SHAPES
-    table("| shape | nanoGPT, tokens/s | ours | times as fast | of the peak | memory: nanoGPT | ours | share |",
+    table("| shape | nanoGPT, tokens/s | ours | times as fast | of the peak | memory: nanoGPT | ours |",
           (compare(name, *shape, settings) for name, shape in shapes.items()))
 
 
 def compare(name, shape, batch_size, block_size, vocab_size, settings):
-    """The row of one shape."""
     argv = [*shape, *COMMON, f"--batch_size={batch_size}", f"--block_size={block_size}",
             f"--max_iters={settings.steps}"]
     with tempfile.TemporaryDirectory() as folder:
-        peer = os.path.join(folder, "peer")
-        copy_peer(settings.peer, peer)
-        text = os.path.join(folder, "random.txt")  # what it says does not change how long it takes
-        with open(text, "wb") as file:
-            file.write(np.random.default_rng(0).integers(40, 100, 200_000, dtype=np.uint8).tobytes())
-        prepare_for_both(text, folder, vocab_size)
+        text = Path(folder, "random.txt")  # what it says does not change how long it takes
+        text.write_bytes(np.random.default_rng(0).integers(40, 100, 200_000, dtype=np.uint8))
+        peer, _ = prepare_for_both(settings.peer, str(text), folder, vocab_size)
 
         def theirs(i):
             _, memory, printed = measure(["train.py", *argv, "--compile=False", f"--out_dir=out{i}"], peer)
@@ -78,5 +73,4 @@ def compare(name, shape, batch_size, block_size, vocab_size, settings):
     their_rates, their_memory = zip(*found["nanoGPT"])
     our_rates, our_memory, shares = zip(*found["ours"])
     return [name, spread(their_rates, 0), spread(our_rates, 0), ratio(our_rates, their_rates), spread(shares, 0) + "%",
-            f"{max(their_memory) / 1e6:,.0f} MB", f"{max(our_memory) / 1e6:,.0f} MB",
-            f"{max(our_memory) / max(their_memory):.0%}"]
+            f"{max(their_memory) / 1e6:,.0f} MB", f"{max(our_memory) / 1e6:,.0f} MB"]

@@ -2,12 +2,10 @@
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
 import dataclasses
 import re
-from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, error, random_model, words
+from conftest import error, words
 from torch.nn import functional as F
 
 from bench import __main__ as bench
@@ -15,33 +13,26 @@ from bench import generate as bench_generate
 from bench import scaling as bench_scaling
 from runtime import machine
 import model
-import prepare
 from runtime.console import UserError
 
 
 def test_doctor(here, capsys):
     assert bench.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert out.count("[ok]") >= 14 and "[FAIL]" not in out and "0 failed (" in out
-    for line in ("versions", "device", "dtype", "compile", "gpt2: start", "modern: no leak", "modern: cache"):
+    assert out.count("[ok]") >= 10 and "[FAIL]" not in out and out.endswith("\n0 failed\n")
+    for line in ("versions", "device", "dtype", "compile", "gpt2: learns", "modern: no leak", "modern: cache"):
         assert f"   {line}" in out
-    assert "[--]   validation text      data/stdlib is not there: python prepare.py stdlib" in out
 
 
 @pytest.mark.parametrize("fault, line", [
-    ("future", "gpt2: no leak"), ("start", "gpt2: start"), ("deaf", "modern: gradients"), ("cache", "gpt2: cache"),
-    ("memory", "memory"), ("compile", "compile")])
+    ("future", "gpt2: no leak"), ("deaf", "modern: learns"), ("cache", "gpt2: cache"), ("memory", "memory"),
+    ("compile", "compile")])
 def test_doctor_notices(here, capsys, monkeypatch, fault, line):
     if fault == "future":
         real = F.scaled_dot_product_attention
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal=False, **kw: real(*a, **kw))
-    elif fault == "start":
-        real = model.GPT.init_weights
-        monkeypatch.setattr(model.GPT, "init_weights", lambda self: (
-            real(self), [p.data.mul_(50) for p in self.parameters()]))
     elif fault == "deaf":
-        real = model.MLP.forward
-        monkeypatch.setattr(model.MLP, "forward", lambda self, x: real(self, x).detach())
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     elif fault == "cache":
         real = model.KVCache.extend
         monkeypatch.setattr(model.KVCache, "extend", lambda self, layer, k, v: real(self, layer, k * 1.01, v))
@@ -59,23 +50,11 @@ def test_doctor_notices(here, capsys, monkeypatch, fault, line):
         assert code == 1 and f"[FAIL] {line}" in out and line in out.splitlines()[-1]
 
 
-def test_doctor_warns_of_leaks(here, capsys):
-    """Planted: what is held out, the end of the text, also stands at its start."""
-    rng = np.random.default_rng(0)
-    part = " ".join(map(str, rng.integers(0, 10**6, 200)))
-    (here / "a.txt").write_text(part + "\n" + words(3000) + "\n" + part)
-    prepare.main(["a.txt", "--tokenizer=char", "--val_fraction=0.2"])
-    assert bench.main(["doctor", "--dataset=a"]) == 1
-    out = capsys.readouterr().out
-    assert "[FAIL] validation text" in out and "of the validation split of data/a is repeated from" in out
-    assert "data/none" in error(bench.main, "doctor", "--dataset=none")[0]
-
-
 def test_the_names_of_benches(capsys):
-    for argv in ([], ["x"]):
-        assert "one of: doctor, parity, loss" in error(bench.main, *argv)[1]
-        assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().err, re.M)) == 8  # what each is for
-    assert "no bench 'x'" in error(bench.main, "x")[0]
+    assert bench.main([]) == 0
+    assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().out, re.M)) == 8  # what each is for
+    fact, fix = error(bench.main, "x")
+    assert "no bench 'x'" in fact and "one of: doctor, parity, loss" in fix
 
 
 def test_a_bench_knows_its_own_settings_only(capsys):
@@ -95,21 +74,25 @@ def test_the_speed_benches_need_what_they_compare_with(here):
     assert "steps=3" in error(bench.main, "throughput", "--steps=3")[0]
 
 
+def curve(n, tokens, bits):
+    return bench_scaling.Run(n, [dict(step=100, tokens=d, val_bpb=bits(n, d)) for d in tokens])
+
+
 def test_the_law_is_found_in_its_own_points():
     law = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25)
-    curves = [(n, [(d, law.bits(n, d)) for d in (2e5, 5e5, 1e6, 2e6)]) for n in (7e5, 2e6, 4e6, 9e6)]
-    found = bench_scaling.fit(curves)
+    found = bench_scaling.fit([curve(n, (2e5, 5e5, 1e6, 2e6), law.bits) for n in (7e5, 2e6, 4e6, 9e6)])
     assert found == bench_scaling.Law(*(pytest.approx(value, rel=1e-3) for value in dataclasses.astuple(law)))
     assert found.bits(9e6, 1e8) == pytest.approx(0.7 + ((1.2 / 9) ** 0.8 + 1.1 / 100) ** 0.25, rel=1e-4)
     # Larger models that are worse: no such law says so, and what is found is one.
-    worse = bench_scaling.fit([(n, [(d, 1 + n / 1e8 - d / 1e8) for d in (1e5, 1e6)]) for n in (1e6, 1e7)])
+    worse = bench_scaling.fit([curve(n, (1e5, 1e6), lambda n, d: 1 + n / 1e8 - d / 1e8) for n in (1e6, 1e7)])
     assert worse.bits(1e7, 1e6) <= worse.bits(1e6, 1e6) < worse.bits(1e6, 1e5)
+    with pytest.raises(UserError, match="no validation after 60 steps"):
+        bench_scaling.fit([curve(1e6, (1e6,), law.bits), curve(2e6, (), law.bits)])
 
 
 def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     """With runs that obey a law, all is as it says. (The README's command trains.)"""
     law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
-    runs = []
 
     def trained(name, n_embd, settings, argv):
         asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * n_embd
@@ -117,8 +100,7 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
         every = int(asked[name]["eval_interval"])
         rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * n_embd / 500,
                      wall_seconds=1.0) for step in range(every, updates + 1, every)]
-        runs.append(bench_scaling.Run(n, 6 * n, rows))
-        return runs[-1]
+        return bench_scaling.Run(n, rows)
 
     monkeypatch.setattr(bench_scaling, "trained", trained)
     assert not bench.main(["scaling", "--minutes=2"])
@@ -132,26 +114,14 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
     assert said == pytest.approx(law.bits(n, d), rel=2e-3)
     assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
-    picture = ElementTree.parse("scaling.svg").getroot()
-    lines, dots = (picture.findall(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("polyline", "circle"))
-    assert len(lines) == len(runs) == 7 and len(dots) == sum(len(run.points()) for run in runs) > 60
-    assert "minutes=0.1" in error(bench.main, "scaling", "--minutes=0.1")[0]
-    for points, said in (([], "no validation after 60 steps"), ([(1e6, 0.3)], "less than 0.7 bits per byte")):
-        with pytest.raises(UserError, match=said):
-            bench_scaling.fit([(1e6, [(1e6, 1.0)]), (2e6, points)])
 
 
 def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     monkeypatch.setattr(bench_generate, "find_spec", lambda name: None)
     assert not bench.main(["generate", "--tiny=true", "--repeats=1", "--new_tokens=8", "--prompt=4"])
-    assert "prompt=63 leaves no room" in error(bench.main, "generate", "--tiny=true", "--prompt=63")[0]
+    assert "prompt=449 and new_tokens=64 exceed the context" in error(bench.main, "generate", "--tiny=true", "--prompt=449")[0]
     out, err = capsys.readouterr()
     assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
-    assert re.search(r"int8: [\d.]+ ms: matrices \d+%, attention \d+%, choosing a token \d+%", out)
-    for peer in ("transformers is not installed", "is not a folder of nanoGPT"):
-        assert peer in err
-
-
-def test_generate_compares_models_of_gpt2s_layout(here, monkeypatch):
-    monkeypatch.setattr(bench_generate, "load_model", lambda *_: (random_model(**FAMILIES["modern"]), None, {}))
-    assert "GPT-2's layout only" in error(bench.main, "generate", "out/modern")[0]
+    assert "transformers is left out" in err
+    assert "is not a folder of nanoGPT" in error(
+        bench.main, "generate", "--tiny=true", "--new_tokens=8", "--peer=nowhere")[0]

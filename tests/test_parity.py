@@ -82,12 +82,11 @@ def test_parity_notices_a_difference(data, capfd, monkeypatch):
     assert bench.main(["parity", f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=10"]) == 1
 
 
-def test_parity_needs_a_peer(data):
+def test_parity_needs_a_peer(data, capfd):
     for peer in ("--peer=nowhere", "--peer="):
         assert "has no train.py" in error(bench.main, "parity", peer)[0]
-    assert "steps=3" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--steps=3")[0]
-    fact, fix = error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")
-    assert "train.py failed, error: there is no prepared data in data/none" in fact and "python prepare.py" in fix
+    assert "train.py failed" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")[0]
+    assert "there is no prepared data in data/none" in capfd.readouterr().err
 
 
 def test_plain_learns_alone(tmp_path):
