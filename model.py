@@ -7,12 +7,11 @@ The model: a GPT in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one (B, 1) column of ids at a time
 
-A GPT reads token ids and predicts, at every position, the next one. In each layer, attention lets a
-position read from the positions before it, and the MLP processes what was read. Both add their result
-to the residual stream, the vectors that run through the network from bottom to top.
+A GPT predicts at every position the next token. In each layer, attention lets a position read from the
+positions before it, and the MLP processes what was read. Both add to the residual stream, the vectors
+that run through the network from bottom to top.
 
-GPTConfig covers GPT-2 (learned positions, LayerNorm, GELU) and Llama and Qwen3 (rotary positions,
-RMSNorm, SwiGLU). The parts come first, then GPT, then what makes it fast, then checks of shapes.
+GPTConfig covers GPT-2, Llama and Qwen3. The parts come first, then GPT, then what makes it fast.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -87,7 +86,7 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # Each pair of channels turns at a speed of its own, from 1 radian per position down to ~1 / rope_theta.
+    # From 1 radian per position for the first pair of channels to ~1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
@@ -106,9 +105,8 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of the positions up to it whose keys match its query. The division
-    keeps the variance of the scores near 1. Groups of heads may share keys and values (Ainslie 2023,
-    arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query. The division keeps the
+    variance of the scores near 1. Heads may share keys and values (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -273,11 +271,11 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 where all targets are -1."""
+        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 if all are -1."""
         assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained"
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-        # Not float16: the gradient of a frequent token's row is a sum over thousands of positions.
+        # Not float16: the gradient of a frequent token is a sum over thousands of positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
             total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
@@ -311,7 +309,7 @@ class GPT(nn.Module):
         return weight.dtype if weight.is_floating_point() else torch.float32
 
     def n_params(self):
-        """Number of parameters: tied weights once, padding of the vocabulary left out."""
+        """Number of parameters: tied weights once, without the padding of the vocabulary."""
         matrices = 1 if self.config.tie_weights else 2
         padding = matrices * (self.lm_head.weight.size(0) - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
@@ -334,7 +332,7 @@ class GPT(nn.Module):
         c, tokens = self.config, batch_size * self.config.block_size
         weights = sum(p.numel() for p in self.parameters())
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        # What backward needs of a token and a layer: products and attention, and in float32 the norms.
+        # What a layer keeps of a token for backward: of products and attention, and in float32 of the norms.
         scores = c.n_head * c.block_size if tokens * c.n_head * c.block_size <= MOST_SCORES else 0
         mlp = c.n_inner * (4 if c.mlp == "swiglu" else 2)
         norms = c.n_embd * (5 if c.norm == "rmsnorm" else 2)
@@ -348,10 +346,9 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that a new token computes only its own row of attention.
+    """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    k, v: (n_layer, B, n_kv_head, capacity, head_dim). Nothing is allocated as the text grows. Every layer
-    writes after `length` positions; GPT.trunk calls `advance` once all have written.
+    Every layer writes after `length` positions; GPT.trunk calls `advance` once all have written.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -444,9 +441,9 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without ever holding the logits of all tokens.
 
-    With a large vocabulary, the logits are more numbers than the rest of the model. But their gradient
-    is known at once: softmax(logits), minus 1 at the target. So forward also computes the gradients,
-    chunk by chunk, and backward only scales them, once.
+    With a large vocabulary they take more memory than the model. But their gradient is known at once:
+    softmax(logits), minus 1 at the target. So forward also computes the gradients, chunk by chunk, and
+    backward only scales them, once.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
 
@@ -486,8 +483,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits, targets):
-    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient with respect to the logits)."""
-    logprobs = logits.float().log_softmax(dim=-1)  # the sum of exp over the vocabulary needs float32
+    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient: (N, vocab_size))."""
+    logprobs = logits.float().log_softmax(dim=-1)  # a sum over the vocabulary needs float32
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
@@ -496,9 +493,9 @@ def chunk_loss(logits, targets):
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
 
 
-# ---------- Shapes. An assertion reads "fact; what to type", which callers show as the two lines of an error.
+# ---------- Shapes. An assertion reads "fact; what to type": the two lines of a UserError.
 
-LARGEST = 1 << 24  # of the numbers in a shape: beyond any model, and products of a few do not overflow
+LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
 
 
 def round_up(n, multiple):
@@ -506,7 +503,7 @@ def round_up(n, multiple):
 
 
 def resolve(config):
-    """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
+    """A copy with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
@@ -532,18 +529,17 @@ def resolve(config):
 
 
 def check_field(field, value):
-    """Asserts that the value of a field has its type and is one of its choices or in its range."""
+    """Asserts that a value has the type of its field, and is one of its choices or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
     assert type(value) is kind or (kind is float and type(value) is int), f"{name}={value!r} is no {kind.__name__}"
     assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
     if kind is int:
         least = min(field.default, 1)  # 0 where it means "derive it"
-        assert value >= least, f"{name}={value:,} is too small; --{name}={least} or more"
-        assert value <= LARGEST, f"{name}={value:,} cannot be made here; a smaller --{name}"
+        assert least <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}={least} to {LARGEST}"
 
 
 def outline(config, tensors):
-    """A GPT of this shape whose weights take no memory. Asserts that so many tensors suffice for its layers."""
+    """A GPT whose weights take no memory. Asserts that it has no more layers than tensors: a layer takes time."""
     config = resolve(config)
     assert config.n_layer <= tensors, f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors"
     with torch.device("meta"):

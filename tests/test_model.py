@@ -132,7 +132,7 @@ def test_flops_per_token_is_what_the_products_cost():
     from torch.utils.flop_counter import FlopCounterMode
     for family in FAMILIES.values():
         model = random_model(**{**family, "vocab_size": 128})  # no padding, which would be counted here
-        c, T = model.config, 24
+        T = 24
         plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, plain:
             model(torch.randint(100, (1, T)))
