@@ -7,14 +7,11 @@ The model: a GPT in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one (B, 1) column of ids at a time
 
-A GPT reads token ids and predicts, at every position, the token that comes next. Each of its layers
-does two things: attention lets a position read from the positions before it, the MLP processes what
-was read. Both add their result to a stream of vectors that runs through the network from bottom to
-top, the residual stream.
+A GPT predicts at every position the next token. In each layer, attention lets a position read from the
+positions before it, and the MLP processes what was read. Both add to the residual stream, the vectors
+that run through the network from bottom to top.
 
-GPTConfig says where two families differ: GPT-2 (learned positions, LayerNorm, GELU), and Llama and
-Qwen3 (rotary positions, RMSNorm, SwiGLU). The file goes from the parts to the whole, GPT. What
-follows it makes it fast (the KV cache, two formulas for CPUs, the loss in chunks) or checks shapes.
+GPTConfig covers GPT-2, Llama and Qwen3. The parts come first, then GPT, then what makes it fast.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -32,23 +29,23 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     # the shape of the model; parameters grow with n_layer * n_embd^2
-    block_size: int = 1024  # context: the most tokens that the model can look back on
+    block_size: int = 1024  # context: the most tokens that the model can read at once
     vocab_size: int = 50257  # number of distinct tokens
-    n_layer: int = 12  # blocks, one above the other
+    n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head (no sharing)
     n_embd: int = 768  # channels of the residual stream
     head_dim: int = 0  # channels of one head; 0: n_embd / n_head
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
     # the family
-    pos: Literal["learned", "rope"] = "learned"  # positions: a learned vector each, or a rotation of queries and keys
+    pos: Literal["learned", "rope"] = "learned"  # a vector for each position, or a rotation of queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm leaves out the mean: cheaper, as good
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu is GPT-2's tanh form; swiglu multiplies by a gate
-    qk_norm: bool = False  # RMSNorm on queries and keys: keeps attention scores bounded, so stable at higher rates
-    bias: bool = False  # biases in the linear and norm layers: true in GPT-2; false is a bit better and faster
+    qk_norm: bool = False  # RMSNorm on queries and keys: stable at higher learning rates
+    bias: bool = False  # in linear and norm layers: true in GPT-2; false is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
     dropout: float = 0.0  # share of activations set to 0 in training: 0 for one pass over the data, 0.1+ for many
-    rope_theta: float = 10000.0  # rope: the slowest rotation takes about 2 pi rope_theta positions for a turn
+    rope_theta: float = 10000.0  # rope: the slowest turn takes about 2 pi rope_theta positions
     norm_eps: float = 1e-5  # added to the variance before the root
 
 
@@ -89,7 +86,7 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # Each pair of channels turns at a speed of its own, from 1 radian per position down to ~1 / rope_theta.
+    # From 1 radian per position for the first pair of channels to ~1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
@@ -98,9 +95,7 @@ def rotary_table(config):
 def rotate(x, cos, sin):
     """Turn channel i with channel i + head_dim / 2 by the angle of the position (Su 2021, arXiv 2104.09864).
 
-    The product of a rotated query and a rotated key depends on the distance of their positions
-    alone. So the model knows the order of tokens without a learned vector for each position.
-
+    The product of a rotated query and a rotated key depends only on the distance of their positions.
     x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
@@ -108,12 +103,10 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention (Vaswani 2017, arXiv 1706.03762).
+    """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Every position asks with a query, every position up to it answers with a key, and the values of
-    the best matches are averaged: softmax(q k^T / sqrt(head_dim)) v. The division keeps the variance
-    of the scores near 1, so that the softmax is neither flat nor picks one key alone. Several heads
-    look for several things; groups of them may share keys and values (Ainslie 2023, arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query. The division keeps the
+    variance of the scores near 1. Heads may share keys and values (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -135,7 +128,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, _ = x.shape
-        # 1. Queries, keys and values. Heads move next to the batch: each is a product of its own.
+        # 1. Queries, keys and values, with the heads next to the batch.
         heads = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, n_head + 2 n_kv_head, head_dim)
         heads = heads.transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_dim)
         q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -144,7 +137,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        # 2. Each query takes the average of the values that its keys select.
+        # 2. Each query averages the values whose keys it matches.
         if cache is not None:
             y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim)
         elif self.training and x.device.type == "cpu" and B * self.n_head * T * T <= MOST_SCORES:
@@ -161,10 +154,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a nonlinearity between them, applied to each position separately.
+    """Two linear layers with a nonlinearity between them: (B, T, C) -> (B, T, C), each position separately.
 
-    gelu is GPT-2's. swiglu multiplies by silu(gate) instead (Shazeer 2020, arXiv 2002.05202): c_fc
-    then holds the gate and the value side by side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value side by side.
     """
 
     def __init__(self, config):
@@ -189,7 +181,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The norms stand inside the branches: the residual stream itself is never rescaled."""
+    """One layer: (B, T, C) -> (B, T, C). The residual stream itself is never normalized."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -210,11 +202,7 @@ def argmax(logits):
 
 
 class GPT(nn.Module):
-    """The whole model.
-
-    Parameter names are GPT-2's: wte token embedding, wpe position embedding, h the blocks, ln_f the
-    last norm. c_attn, c_proj and c_fc are linear layers; GPT-2 wrote them as convolutions of width 1.
-    """
+    """The whole model, with GPT-2's parameter names: wte and wpe embed tokens and positions, h are the blocks."""
 
     def __init__(self, config):
         super().__init__()
@@ -233,17 +221,14 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.chunk_loss = chunk_loss  # (machine.compile_model replaces it by its compiled form)
+        self.chunk_loss = chunk_loss  # machine.compile_model compiles it
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initial values, over whatever PyTorch's layers drew.
+        """GPT-2's initial values. Small weights make the first prediction nearly uniform: loss ~ ln vocab_size.
 
-        Linear and embedding weights: normal with standard deviation 0.02, small enough that the
-        first prediction is nearly uniform (loss ~ ln vocab_size). Biases: 0. Norm weights: 1. The two
-        layers of a block that write into the residual stream: 0.02 / sqrt(2 n_layer), since 2 n_layer
-        of them add up, and their sum should be as large at the top as if there were one.
+        The 2 n_layer layers that write into the residual stream add up, so each is smaller by the root of that.
         """
         for name, p in self.named_parameters():
             if p.dim() == 1:
@@ -262,10 +247,7 @@ class GPT(nn.Module):
         return self.logits(x) if targets is None else self.loss(x, targets)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T) -> the residual stream above the last block (B, T, C).
-
-        With a cache, idx continues the text that the cache holds.
-        """
+        """Token ids (B, T), after those in the cache -> the residual stream above the last block (B, T, C)."""
         T = idx.size(1)
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
@@ -275,7 +257,7 @@ class GPT(nn.Module):
         rotation = None
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
-        else:  # one axis more, for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2)
+        else:  # with an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2)
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
         x = F.dropout(x, self.config.dropout) if self.training else x
         for block in self.transformer.h:
@@ -289,11 +271,11 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 where all targets are -1."""
-        assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained; ask the model for logits"
+        """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 if all are -1."""
+        assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained"
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-        # Not float16: the gradient of a frequent token's row is a sum over thousands of positions.
+        # Not float16: the gradient of a frequent token is a sum over thousands of positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
             total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
@@ -304,8 +286,7 @@ class GPT(nn.Module):
         """Continue idx (B, T) by n tokens; yields them one by one, as columns of ids (B, 1).
 
         pick: (B, vocab_size) float32 logits -> (B,) ids; argmax is greedy, sample.py has the rest.
-        When the context is full, the model forgets the older half of it and reads the younger half
-        again: a fixed amount of work for block_size / 2 tokens, and the text can go on for ever.
+        When the context is full, the younger half of it is read again into an empty cache.
         """
         size = self.config.block_size
         capacity = min(size, idx.size(1) + n)
@@ -315,7 +296,7 @@ class GPT(nn.Module):
             if cache.length + new.size(1) > size:
                 new = idx[:, -(size // 2):]
                 cache.length = 0
-            x = self.trunk(new, cache)[:, -1]  # (B, C): only the last position predicts something new
+            x = self.trunk(new, cache)[:, -1]  # (B, C)
             new = pick(self.logits(x).float()).to(idx.device)[:, None]  # (B, 1)
             idx = torch.cat((idx, new), dim=1)[:, -size:]
             yield new
@@ -325,10 +306,10 @@ class GPT(nn.Module):
         weight = self.lm_head.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
-        return weight.dtype if weight.is_floating_point() else torch.float32  # (integers are for storage)
+        return weight.dtype if weight.is_floating_point() else torch.float32
 
     def n_params(self):
-        """Number of parameters: tied weights once, padding of the vocabulary left out."""
+        """Number of parameters: tied weights once, without the padding of the vocabulary."""
         matrices = 1 if self.config.tie_weights else 2
         padding = matrices * (self.lm_head.weight.size(0) - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
@@ -336,10 +317,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of training, per token of a context of T (PaLM, arXiv 2204.02311, B).
 
-        A weight of a matrix costs a multiplication and an addition forward, and twice that backward:
-        6, or 4 where it is not trained. Attention adds, per layer, q k^T and the average of v over T
-        positions: 12 n_head head_dim T (counted in full, as is the custom, although the causal half
-        would do). Reading an embedding costs nothing.
+        A weight of a matrix costs a multiplication and an addition forward, and twice that backward: 6,
+        or 4 where it is not trained. Attention adds 12 n_head head_dim T per layer: by custom, the
+        masked half counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -348,53 +328,38 @@ class GPT(nn.Module):
         return attention + sum(n * (6 if trained else 4) for n, trained in matrices)
 
     def training_memory(self, batch_size, width, optimizer_bytes):
-        """About how many bytes training takes, by what for; compiled code keeps less.
-
-        batch_size: of a micro-batch; width: bytes of a number in matrix products; optimizer_bytes: per weight.
-        """
-        c, T = self.config, self.config.block_size
+        """About how many bytes training takes, within a quarter. width: bytes of a number in matrix products."""
+        c, tokens = self.config, batch_size * self.config.block_size
         weights = sum(p.numel() for p in self.parameters())
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        copies = weights * width if width < 4 else 0  # of the weights, in the dtype of the products
-        # What backward needs of a token and layer: inputs and outputs of products and attention ...
-        q, k = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        rotated = q + k if c.pos == "rope" else 0
-        probabilities = c.n_head * T if batch_size * c.n_head * T * T <= MOST_SCORES else 0
+        # What a layer keeps of a token for backward: of products and attention, and in float32 of the norms.
+        scores = c.n_head * c.block_size if tokens * c.n_head * c.block_size <= MOST_SCORES else 0
         mlp = c.n_inner * (4 if c.mlp == "swiglu" else 2)
-        rounded = 2 * c.n_embd + 3 * q + 2 * k + rotated + probabilities + mlp
-        # ... and the inputs of the norms, in float32.
-        full = (4 if c.norm == "rmsnorm" else 2) * c.n_embd + 3 * (q + k) * c.qk_norm
-        tokens = batch_size * T
-        return dict(
-            weights=4 * weights, gradients=4 * trained, optimizer=optimizer_bytes * trained,
-            activations=copies + tokens * c.n_layer * (width * rounded + 4 * full),
-            # of a chunk: logits and their gradient; in float32, logits, probabilities and a temporary
-            scores=min(tokens * c.vocab_size, CHUNK_LOGITS) * (2 * width + 12))
+        norms = c.n_embd * (5 if c.norm == "rmsnorm" else 2)
+        layer = width * (8 * c.n_head * c.head_dim + mlp + scores) + 4 * norms
+        return dict(weights=4 * weights, gradients=4 * trained, optimizer=optimizer_bytes * trained,
+                    activations=tokens * c.n_layer * layer + (weights * width if width < 4 else 0),
+                    logits=min(tokens * c.vocab_size, CHUNK_LOGITS) * (2 * width + 12))
 
 
 # ---------- The KV cache
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that a new token computes only its own row of attention.
+    """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    Its capacity is fixed, so that nothing is allocated or copied as the text grows. Every layer writes
-    after `length` positions, and GPT.trunk calls `advance` once all have written. (GPT uses nothing
-    else but `positions` and `attend`; engine.Rows and export.GrowingCache have their own.)
-
-    Memory: 2 * n_layer * batch_size * capacity * n_kv_head * head_dim numbers, which a CPU takes as
-    they are filled.
+    Every layer writes after `length` positions; GPT.trunk calls `advance` once all have written.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_kv_head, capacity or config.block_size, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.layers = list(zip(self.k, self.v))  # views of the same memory, made once
+        self.layers = list(zip(self.k, self.v))  # views, made once
         self.length = 0
 
     def row(self, i):
-        """Row i as a cache of its own, in the same memory and with a length of its own."""
+        """Row i as a cache in the same memory, with a length of its own."""
         row = copy.copy(self)
         row.number = i
         row.k = self.k[:, i:i + 1]
@@ -403,14 +368,11 @@ class KVCache:
         return row
 
     def positions(self, T):
-        """The positions of T new tokens: an index into tables by position."""
+        """The positions of T new tokens, as an index."""
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
-        """Attention of T new tokens to the past and themselves.
-
-        q: (B, n_head, T, head_dim); k, v: the same with n_kv_head heads.
-        """
+        """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         T, shared = q.size(2), k.size(1) != q.size(1)
         if self.length == 0:
@@ -424,14 +386,13 @@ class KVCache:
     def extend(self, layer, k, v):
         """Write k, v (B, n_kv_head, T, head_dim) after the past. Returns past and new together."""
         end = self.length + k.size(2)
-        assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}; give a larger one"
+        assert end <= self.k.size(3), f"{end} positions do not fit into a cache of {self.k.size(3)}"
         keys, values = self.layers[layer]  # (B, n_kv_head, capacity, head_dim)
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, T):
-        """All layers have written T new positions."""
         self.length += T
 
 
@@ -439,25 +400,22 @@ def look_back(q, k, v):
     """Attention of one token to k and v (B, n_kv_head, T, head_dim). q: (B, n_head, 1, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
-    # Heads that share keys ask like several tokens: (B, n_kv_head, n_head / n_kv_head, head_dim). With
-    # enable_gqa each would get a copy of the keys, 3.6 times as slow in bfloat16.
-    grouped = q.reshape(*k.shape[:2], -1, k.size(3))
+    # Heads that share keys become tokens: enable_gqa copies the keys, 3.6 times as slow in bfloat16.
+    grouped = q.reshape(*k.shape[:2], -1, k.size(3))  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
 
 
 # ---------- Faster training on CPUs
 
-MOST_SCORES = 1 << 25  # B n_head T^2; with more, their memory costs more than the formula saves
+MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
 
 
 def attention(q, k, v, dropout=0.0):
     """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads.
 
-    scaled_dot_product_attention computes the same without ever holding all the scores. But trained
-    on a CPU in bfloat16 it takes twice as long: 54 instead of 28 ms forward and backward for 4 x 8
-    heads of 64 and 512 tokens. (In float32 it takes as long.)
+    scaled_dot_product_attention holds no scores, but takes twice as long to train on a CPU in bfloat16.
     """
-    if k.size(1) < q.size(1):  # a copy of keys and values for every head that shares them
+    if k.size(1) < q.size(1):
         copies = q.size(1) // k.size(1)
         k = k.repeat_interleave(copies, dim=1)
         v = v.repeat_interleave(copies, dim=1)
@@ -483,16 +441,13 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without ever holding the logits of all tokens.
 
-    N tokens have N vocab_size logits: with a large vocabulary, more numbers than all the rest of the
-    model, and their softmax and gradient take as much again. But the gradient of the logits is known
-    at once: softmax(logits), minus 1 at the target. So a chunk of tokens gets its logits, adds its
-    part to the loss and to both gradients, and is forgotten. Forward computes the gradients;
+    With a large vocabulary they take more memory than the model. But their gradient is known at once:
+    softmax(logits), minus 1 at the target. So forward also computes the gradients, chunk by chunk, and
     backward only scales them, once.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
 
-    (torch.nn.functional.linear_cross_entropy has the same idea. In torch 2.13, on a CPU, it takes 1.6 to
-    3.6 times as long, and of bfloat16 numbers the loss itself is rounded to bfloat16: docs/lab-notes.md.)
+    torch.nn.functional.linear_cross_entropy is slower on CPUs and less exact: docs/lab-notes.md.
     """
 
     @staticmethod
@@ -501,8 +456,8 @@ class CrossEntropy(torch.autograd.Function):
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        chunks = max(1, math.ceil(len(x) * vocab_size / CHUNK_LOGITS))
-        size = max(1, math.ceil(len(x) / chunks))  # chunks as equal as can be
+        chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
+        size = math.ceil(len(x) / chunks)  # equal chunks: compiled code is for one size
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
@@ -518,9 +473,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, above):
-        assert ctx.grads is not None, "this loss goes backward once only"
         x_grad, w_grad = ctx.grads
-        ctx.grads = None  # they are large: free them as soon as they are used
+        ctx.grads = None  # they are large
         if x_grad is not None:
             x_grad.mul_(above)
         if w_grad is not None:
@@ -529,8 +483,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits, targets):
-    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient with respect to the logits)."""
-    logprobs = logits.float().log_softmax(dim=-1)  # the sum of exp over the vocabulary needs float32
+    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient: (N, vocab_size))."""
+    logprobs = logits.float().log_softmax(dim=-1)  # a sum over the vocabulary needs float32
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
@@ -539,18 +493,17 @@ def chunk_loss(logits, targets):
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
 
 
-# ---------- Shapes. An assertion reads "fact; what to type", which callers show as the two lines of an error.
+# ---------- Shapes. An assertion reads "fact; what to type": the two lines of a UserError.
 
-LARGEST = 1 << 24  # of the numbers in a shape: beyond any model, and products of a few do not overflow
+LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
 
 
 def round_up(n, multiple):
-    """The smallest multiple that is at least n: matrix kernels like round sizes."""
     return math.ceil(n / multiple) * multiple
 
 
 def resolve(config):
-    """A copy of the config with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
+    """A copy with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
@@ -561,11 +514,11 @@ def resolve(config):
     assert c.head_dim or c.n_embd % c.n_head == 0, (
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={round_up(c.n_embd, c.n_head)}")
     c.head_dim = c.head_dim or c.n_embd // c.n_head
-    assert c.n_head * c.head_dim <= LARGEST, f"n_head={c.n_head:,} heads of head_dim={c.head_dim:,} cannot be made here"
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    assert c.block_size * c.head_dim <= 64 * LARGEST, (  # the tables of rope: 4 GB
-        f"a context of block_size={c.block_size:,} cannot be made here with head_dim={c.head_dim:,}")
+    for name in ("n_head", "block_size"):  # the tables of rope: 4 GB at most
+        assert getattr(c, name) * c.head_dim <= 64 * LARGEST, (
+            f"{name}={getattr(c, name):,} cannot be made here with head_dim={c.head_dim:,}")
 
     c.n_kv_head = c.n_kv_head or c.n_head
     assert c.n_head % c.n_kv_head == 0, (
@@ -576,18 +529,17 @@ def resolve(config):
 
 
 def check_field(field, value):
-    """Asserts that the value of a field has its type and is one of its choices or in its range."""
+    """Asserts that a value has the type of its field, and is one of its choices or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
     assert type(value) is kind or (kind is float and type(value) is int), f"{name}={value!r} is no {kind.__name__}"
     assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
     if kind is int:
         least = min(field.default, 1)  # 0 where it means "derive it"
-        assert value >= least, f"{name}={value:,} is too small; --{name}={least} or more"
-        assert value <= LARGEST, f"a model with {name}={value:,} cannot be made here; a smaller --{name}"
+        assert least <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}={least} to {LARGEST}"
 
 
 def outline(config, tensors):
-    """A GPT of this shape whose weights take no memory. Asserts that so many tensors suffice for its layers."""
+    """A GPT whose weights take no memory. Asserts that it has no more layers than tensors: a layer takes time."""
     config = resolve(config)
     assert config.n_layer <= tensors, f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors"
     with torch.device("meta"):

@@ -4,14 +4,13 @@
 
     model = quantize(model)     # in place; it generates text as before, but is not trained any further
 
-Decoding one token at a time is bound by memory: every weight is read for every token. A quarter of the
-bytes is up to four times the speed. Row n of a matrix becomes integers up to 127 and a scale of its own,
-which fits its largest weight. So does every row of x, when it comes: `top` is its largest number, and
+Decoding one token at a time is bound by memory, so a quarter of the bytes is up to four times the speed. Row n of
+a matrix becomes integers up to 127 and a scale that fits its largest weight. So does every row of x, when it
+comes: `top` is its largest number, and
 
     y[n] = top / 127 scale[n] (sum over k of round(127 x[k] / top) weight[n, k]) + bias[n]
 
-The sum, where the work is, is one of integers. It is exact, so that a row does not depend on the rows that
-are computed with it. Int8Linear is the layer, int8_product the kernel.
+The sum of integers is exact: a row does not depend on the rows that are computed with it.
 """
 import functools
 import warnings
@@ -22,9 +21,9 @@ from torch.nn import functional as F
 
 
 def quantize(model):
-    """Turn the matrices of a trained GPT into 8-bit integers, in place; vectors and learned positions stay. Returns it.
+    """Turn the matrices of a trained GPT into 8-bit integers, in place; vectors and positions stay. Returns it.
 
-    A tied head stays tied: the row that predicts a token is, with its one scale, also the row that reads it.
+    A tied head stays tied: one row of integers, with one scale, reads a token and predicts it.
     """
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -78,7 +77,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_linear(weight, scale, bias):
-    """The function x -> y of an Int8Linear, with the weights laid out as the kernel reads them. For one thread."""
+    """The function x -> y of an Int8Linear: a closure, since looking up a module's tensors takes time. For one thread."""
     product = int8_product(weight)
 
     def compute(x):
@@ -94,57 +93,54 @@ def int8_product(weight):
 
     x: (B, ..., K); top: (B, ..., 1), so that x / top is between -1 and 1.
 
-    The kernel is FBGEMM's, which came with PyTorch's first quantization and is faster than its successors
-    (docs/lab-notes.md has the times). It rounds x itself, to 256 steps between the lowest and the highest
-    number of all rows. So that no row changes another's rounding, each row of x gets two numbers more, the
-    ends of the range, and the matrix two columns of zeros.
+    FBGEMM's kernel is the fastest of PyTorch's (times: docs/lab-notes.md). It rounds x to 256 steps between the
+    lowest and the highest number of all rows. To fix this range, each row of x gets its two ends as two more
+    numbers, and the matrix two columns of zeros.
     """
     end = int8_top() if weight.device.type == "cpu" else None
-    if end is None:  # a GPU, or a PyTorch without the kernel: the same weights, and x in steps of 1 / 127
+    if end is None:  # a GPU, or no such kernel: the same weights, and x in steps of 1 / 127
         return lambda x, top: F.linear((x / top * 127).nan_to_num_(0.0).round(), weight.float()) / 127
-    padded = F.pad(weight, (0, 2))  # (N, K + 2)
-    kernel = torch.fbgemm_pack_quantized_matrix(padded)
-    shape = weight.new_zeros(1, 1).expand(padded.shape)  # the kernel asks the matrix for nothing but its shape
-    sums = padded.sum(dim=1, dtype=torch.int32)
-    zeros = torch.zeros(len(weight))
+    packed = pack(F.pad(weight, (0, 2)))  # (N, K + 2)
     ends = torch.tensor([-1.0, end])
 
     def buffer(*rows):
-        """Memory for x with the ends of the range behind it, (rows, K + 2), and a view of its first K columns."""
+        """Memory for x and the ends of the range, (rows, K + 2), and a view of its first K columns."""
         with torch.inference_mode(False):
             whole = torch.cat((torch.zeros(*rows, weight.size(1)), ends.expand(*rows, 2)), dim=-1)
             return whole, whole[..., :-2]
     kept = functools.lru_cache(maxsize=4)(buffer)
 
     def product(x, top):
-        # One token after the other uses the same memory. (A long prompt would keep megabytes for each matrix.)
+        # Decoding reuses its memory. A long prompt would keep megabytes for each matrix.
         whole, scaled = (kept if top.numel() <= 64 else buffer)(*x.shape[:-1])
         torch.div(x, top, out=scaled)
-        whole.nan_to_num_(0.0)  # 0 / 0. (Where x had a NaN, top is one as well, and so is y.)
-        # x, the matrix, packed, the sums of its rows, its scale, its zero point, bias
-        return torch.fbgemm_linear_int8_weight_fp32_activation(whole, shape, kernel, sums, 1.0, 0, zeros)
+        whole.nan_to_num_(0.0)  # 0 / 0; where x had a NaN, top is one as well, and so is y
+        return torch.fbgemm_linear_int8_weight_fp32_activation(whole, *packed)
     return product
+
+
+def pack(weight):
+    """Integers (N, K) as the kernel's arguments: shape, packed matrix, sums of rows, scale, zero point, bias."""
+    kernel = torch.fbgemm_pack_quantized_matrix(weight)
+    shape = weight.new_zeros(1, 1).expand(weight.shape)  # of this argument, the kernel reads only the shape
+    return shape, kernel, weight.sum(dim=1, dtype=torch.int32), 1.0, 0, torch.zeros(len(weight))
 
 
 @functools.cache
 def int8_top():
     """The upper end of the kernel's range: 1, 3, or None where there is no such kernel.
 
-    Processors without VNNI add two products in 16 bits. 2 x 127 x 255 is too much for them, and they answer 32,767
-    without an error. In a range from -1 to 3, a 1 is step 128 and not step 255: 2 x 127 x 128 just fits.
+    Processors without VNNI add two products in 16 bits, and 2 x 127 x 255 saturates without an error. In a range
+    from -1 to 3, a 1 is step 128 and not step 255, which fits.
     """
-    K = 64
-    largest = torch.full((1, K + 2), 127, dtype=torch.int8)
-    largest[:, K:] = 0
-    sums = torch.tensor([K * 127], dtype=torch.int32)
+    weight = torch.tensor([[127] * 64 + [0, 0]], dtype=torch.int8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch has announced for years that it will remove these functions
         for top in (1.0, 3.0):
-            x = torch.tensor([[1.0] * K + [-1.0, top]])
+            x = torch.tensor([[1.0] * 64 + [-1.0, top]])
             try:
-                kernel = torch.fbgemm_pack_quantized_matrix(largest)
-                y = torch.fbgemm_linear_int8_weight_fp32_activation(x, largest, kernel, sums, 1.0, 0, torch.zeros(1))
+                y = torch.fbgemm_linear_int8_weight_fp32_activation(x, *pack(weight))
             except (AttributeError, RuntimeError):
                 return None
-            if abs(y.item() / (K * 127) - 1) < 0.01:
+            if abs(y.item() / (64 * 127) - 1) < 0.01:
                 return top

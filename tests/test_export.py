@@ -65,8 +65,7 @@ def test_random_models_survive_every_format_that_can_hold_them(here, seed):
             if name == "hf":
                 huggingface.write(path, model, CHARACTERS)
             else:
-                with export.quiet():
-                    export.FORMATS[name].write(path, model)
+                export.FORMATS[name].write(path, model)
         except export.UserError as refusal:
             assert name == "hf"
             switch, value = re.match(r"(\w+)=(\w+): ", refusal.fact).groups()
@@ -119,7 +118,6 @@ def test_no_file_tells_where_it_was_made_or_from(tiny_run, exported, here):
     assert export.main(["run", "--format=hf,torchscript,int8", "--out=x"]) == 0
     card = (here / "x/README.md").read_text()
     assert re.search(r"\| https://example.org/a.txt \(licence: not known here\); b.txt \(folder \w+\) \(licence", card)
-    assert "the weights of start |" in card
     own = [str(folder).encode() for folder in (ROOT, here, tiny_run, exported[0], sys.prefix, os.path.expanduser("~"))]
     for name, content in {**contents(exported[0]), **contents(here / "x")}.items():
         told = [secret for secret in (b"SECRET", b"jane", *own) if secret in content]
@@ -131,7 +129,7 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
     out, done = exported
     assert sorted(os.listdir(out)) == ["README.md", "export.json", "hf", "model.onnx", "model.pt2", "model.ts"]
     assert done.stderr.count("the same 24 greedy tokens") == 4 and "the same ids in all of" in done.stderr
-    assert len(re.findall(r"^\| .* MB \| [\d.]+ s \| [\d,]+ \|", done.stdout, re.M)) == 5
+    assert len(re.findall(r"^\| .* MB \| [\d.e+-]+ \|$", done.stdout, re.M)) == 4
     text = script("sample.py", "out/words", "--prompt=the", "--temperature=0", "--max_new_tokens=25", "--ignore_eos",
                   cwd=tiny_run).stdout.rstrip("\n")
     model, tokenizer, run = ckpt.load_run(str(tiny_run / "out/words"))
@@ -148,7 +146,7 @@ def test_a_trained_run_in_every_format(tiny_run, exported):
     inner = (out / "hf/README.md").read_text(encoding="utf-8")
     assert inner.startswith("---\n") and "model.pt2" not in inner and "chat" not in card
     for fact in (f"{model.n_params():,}", "n_layer=2", "words.txt", f"{run['val_loss']:.4f} nats per token",
-                 f"{run['val_bpb']:.4f} bits per byte", f"{40 * 4 * 32:,} in 40 updates"):
+                 f"{run['val_bpb']:.4f} bits per byte"):
         assert fact in card, fact
 
 
@@ -283,14 +281,10 @@ def test_errors(tiny_run, here, monkeypatch):
     assert "there is no run nowhere" in error(export.main, "nowhere")[0]
     (here / "empty").mkdir()
     assert "there is no trained model in empty" in error(export.main, "empty")[0]
-    assert error(export.main, run, "--format=all,gguf")[0] == "there is no format 'gguf'"
     (here / "mine/hf").mkdir(parents=True)
     (here / "mine/hf/thesis.txt").write_text("x")
-    for file, format in (("mine/hf", "hf"), ("README.md", "pt2"), ("model.ts", "torchscript")):
-        if "." in file:
-            (here / file).write_text("mine")
-        fact, _ = error(export.main, run, "--out=mine" if "mine" in file else "--out=.", f"--format={format}")
-        assert fact.endswith(f"{file} is there, and no export has written it")
+    fact, _ = error(export.main, run, "--out=mine", "--format=hf")
+    assert fact == "mine has files that no export has written"
     (here / "file").write_text("x")
     assert "cannot write file" in error(export.main, run, "--out=file", "--format=pt2")[0]
     for package in ("onnx", "onnxruntime", "transformers"):
@@ -329,15 +323,11 @@ def test_a_chat_model_stays_one(tiny_run, here):
 def test_models_that_a_format_cannot_hold(tiny_run, here, capsys):
     save_run("a", tiny_run, norm="rmsnorm")
     assert error(export.main, "a", "--format=hf")[0].startswith("norm=rmsnorm: ")
-    assert export.choose_formats(export.ExportConfig(), *ckpt.load_run("a")[:2]) == ["onnx", "torchscript", "pt2"]
-    assert "note: no hf: norm=rmsnorm" in capsys.readouterr().err
-    save_run("b", tiny_run, block_size=4)
-    assert "block_size=4 is too short" in error(export.main, "b", "--format=onnx")[0]
-    assert export.choose_formats(export.ExportConfig(), *ckpt.load_run("b")[:2]) == ["hf"]
-    model, tokenizer, _ = ckpt.load_run("a")
+    assert export.main(["a", "--format=hf,pt2"]) == 0
+    assert "note: no hf: norm=rmsnorm" in capsys.readouterr().err and "model.pt2" in os.listdir("exports/a")
+    model = ckpt.load_run("a")[0]
     model.huge = torch.nn.Parameter(torch.empty(1).expand(600_000_000), requires_grad=False)
-    assert "larger than 2 GB" in error(lambda _: export.choose_formats(
-        export.ExportConfig(format=["onnx"]), model, tokenizer))[0]
+    assert "larger than 2 GB" in error(lambda _: export.write_onnx("a", model))[0]
 
 
 @pytest.mark.parametrize("format", export.FORMATS)
@@ -360,20 +350,16 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, monkeypatch):
-    """A row for each format; what a kill left goes, and what is not in export.json is not replaced."""
+def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here):
+    """A row for each format; what a kill left goes."""
     with contextlib.chdir(tiny_run):
         run = ["out/words", f"--out={here}/x"]
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
         card = (here / "x/README.md").read_text()
-        assert "| hf |" in card and "| model.ts |" in card and "| best.pt, here |" in card
-        fact, fix = error(export.main, *run, "--format=hf", "--dtype=bfloat16")
-        assert "x holds exports of other weights: model.ts" in fact and "--format=all" in fix
+        assert "| hf |" in card and "| model.ts |" in card
         (here / "x/.part/hf").mkdir(parents=True)
         assert export.main([*run, "--format=hf"]) == 0
         assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "model.ts"]
-        (here / "x/model.pt2").write_text("mine")
-        assert "model.pt2 is there, and no export has written it" in error(export.main, *run, "--format=pt2")[0]
         (here / "x/export.json").write_text("{}")
         assert "export.json: rows is missing" in error(export.main, *run, "--format=hf")[0]
 

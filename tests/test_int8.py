@@ -264,7 +264,7 @@ def test_the_folder_and_what_is_said_about_it(exported):
     assert sorted(os.listdir(out / "int8")) == ["best.pt", "tokenizer"]
     before, after = map(float, re.search(r"int8: ([\d.]+) bits per byte before, ([\d.]+) after", said).groups())
     assert 1 < before < 4 and abs(after / before - 1) < 0.01
-    assert re.search(r"on what data/words holds out; logits within .*, [\d,]+ tokens/s instead of [\d,]+\n", said)
+    assert re.search(r"on what data/words holds out; logits within .*\n", said)
     assert "python sample.py FOLDER/int8" in (out / "README.md").read_text()
 
 
@@ -320,19 +320,7 @@ def test_large_matrices_take_a_third(tiny_run, here, capsys):
     ckpt.save_checkpoint("large/best.pt", {**run, "settings": settings, "model": model.state_dict()})
     assert export.main(["large", "--format=int8"]) == 0
     assert os.path.getsize("exports/large/int8/best.pt") < 0.35 * os.path.getsize("large/best.pt")
-    assert "note: bits per byte are not compared" in (said := capsys.readouterr().err) and "tokens/s instead" in said
-
-
-def test_int8_is_written_when_it_is_asked_for(tiny_run):
-    model, tokenizer, _ = ckpt.load_run(str(tiny_run / "out/words"))
-
-    def formats(*asked):
-        return export.choose_formats(export.ExportConfig(format=list(asked)), model, tokenizer)
-    others = [name for name in export.FORMATS if name != "int8"]
-    assert formats("int8") == ["int8"] and formats("pt2,int8") == ["pt2", "int8"]
-    for package in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    assert formats() == formats("all") == others and formats("all", "int8") == [*others, "int8"]
+    assert "int8: logits within" in capsys.readouterr().err  # without the data, no bits per byte
 
 
 def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
@@ -378,7 +366,7 @@ def test_both_folders_can_be_replaced_at_once(tiny_run, here, monkeypatch):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     monkeypatch.setattr(export, "find_spec", lambda _: True)
     # (Whether hf/ is right, test_export.py proves.)
-    monkeypatch.setattr(export, "prove", lambda *_: dict(load_seconds=0.0, tokens_per_second=1.0))
+    monkeypatch.setattr(export, "prove", lambda path: None)
     monkeypatch.setattr(export, "compare", lambda *_: (0.0, "", True))
     monkeypatch.chdir(tiny_run)
     for _ in range(2):

@@ -132,7 +132,7 @@ def test_flops_per_token_is_what_the_products_cost():
     from torch.utils.flop_counter import FlopCounterMode
     for family in FAMILIES.values():
         model = random_model(**{**family, "vocab_size": 128})  # no padding, which would be counted here
-        c, T = model.config, 24
+        T = 24
         plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, plain:
             model(torch.randint(100, (1, T)))
@@ -197,7 +197,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(idx, idx)
     parts = model.training_memory(2, dtype.itemsize, 8)
-    assert 0.9 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.35
+    assert 0.75 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.25
     n = sum(p.numel() for p in model.parameters())
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)
 
@@ -244,21 +244,6 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, logits, tie_weights):
     gpt.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)  # as with LoRA: the head itself is not trained
     found = torch.autograd.grad(gpt(idx, targets), [gpt.transformer.h[0].mlp.c_fc.weight])
     assert len(found) == 1 and found[0].abs().sum() > 0
-
-
-def test_the_loss_goes_backward_once():
-    gpt, idx = random_model().train(), torch.randint(64, (2, 9))
-    loss = gpt(idx, idx)
-    loss.backward(retain_graph=True)
-    with pytest.raises(AssertionError, match="once only"):
-        loss.backward()
-
-
-def test_the_loss_of_nothing_is_0():
-    gpt = random_model().train()
-    loss = gpt.loss(torch.zeros(0, 5, gpt.config.n_embd), torch.zeros(0, 5, dtype=torch.long))
-    loss.backward()
-    assert loss == 0 and gpt.lm_head.weight.grad.abs().sum() == 0
 
 
 def test_a_validation_computes_no_gradients(monkeypatch):

@@ -23,7 +23,6 @@ from shlex import quote
 import torch
 
 import tokenizer as tokenizers
-from formats.quantized import quantize
 from model import GPT, GPTConfig, outline
 from runtime.console import UserError, origin, warn
 from runtime.files import check_like, foreign, locked, replace_file
@@ -192,6 +191,7 @@ def check_checkpoint(state, path):
 
 def check_model(settings, weights, path, int8=False):
     """Raises UserError where weights do not fit the model that the settings describe; before it is built."""
+    from formats.quantized import quantize  # late: few models have 8 bits
     try:
         model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError, ValueError) as error:
@@ -313,6 +313,7 @@ def load_run(run, which="best", device="cpu", int8=False):
 
     int8: with matrices of 8-bit integers (formats/quantized.py); an export of that kind has them anyway.
     """
+    from formats.quantized import quantize
     checkpoint, tokenizer = read_run(run, which)
     path, stored = checkpoint["path"], bool(checkpoint.get("int8"))
     try:
