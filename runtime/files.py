@@ -52,10 +52,10 @@ def read_json(path, fix, **options):
     return parse_json(text, path, fix, **options)
 
 
-def parse_json(text, where, fix, **options):
-    """The value of a stranger's JSON text. where: the file, and maybe the line, that the error names."""
-    if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
-        raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
+def parse_json(text, where, fix, most=JSON_VALUES, **options):
+    """The value of a stranger's JSON text, of at most so many values. where: the file that the error names."""
+    if len(text) > most and sum(map(text.count, "[{,:")) > most:
+        raise UserError(f"{where}: more than {most:,} brackets, commas and colons, too many values to hold",
                         "split it, or write it as a .jsonl file, one object per line")
     try:
         return json.loads(text, **options)

@@ -21,7 +21,7 @@ from sample import Sampler
 class Numbers:
     """A tokenizer whose tokens are their numbers."""
 
-    special = {}
+    special = settings = {}
 
     def token_bytes(self, i):
         return b"%d " % i

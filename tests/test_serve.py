@@ -145,7 +145,6 @@ def test_a4_what_the_model_is(tiny):
     one = models["data"][0]
     assert one["id"] == info["name"] and one["object"] == "model"
     assert isinstance(one["created"], int) and isinstance(one["owned_by"], str)
-    assert tiny.get(f"/v1/models/{info['name']}").json == one
     for answer in (tiny.complete(max_tokens=1, model="gpt-4"), tiny.chat(max_tokens=1, model="gpt-4")):
         assert answer["model"] == info["name"]
 
@@ -1008,7 +1007,7 @@ def use_openai(openai, client):
     assert "".join(part.choices[0].delta.content or "" for part in parts[:-1]) == chat.choices[0].message.content
 
     name = client.models.list().data[0].id
-    assert client.models.retrieve(name).id == name == chat.model
+    assert name == chat.model
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(prompt="ab", **{**body, "temperature": 3})
     assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"
@@ -1312,7 +1311,6 @@ def test_g3_every_route_asks_for_the_key(keyed):
         body = {"prompt": "x"} if method == "POST" else None
         status = keyed.ask(method, path, body, Authorization=None).status
         assert status == (200 if path in public else 401), (method, path, status)
-    assert keyed.get("/v1/models/x", Authorization=None).status == 401
 
 
 @pytest.mark.parametrize("path", ["/generate/", "/GENERATE", "/generate;x", "/generate?x", "/v1/models/", "/V1/models",
