@@ -8,18 +8,15 @@ The server: a trained model over HTTP, with nothing but the standard library.
 
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
 
-There are three kinds of threads. One accepts connections. Every connection has one of its own, which reads a request,
-checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. Requests
-go to it through one queue, events come back through another.
+There are three kinds of threads. One accepts connections. Each connection has its own, which checks a request, waits
+for its tokens and writes them. The engine's is the only one that uses the model: requests reach it through one queue,
+events come back through another.
 
-    serving/web.py      connections: everything that can be wrong with HTTP, and a limit on everything
+    serving/web.py      connections, and every limit on them
     serving/api.py      what a request may say, and what the answers look like
     serving/engine.py   many requests at once on one model
     serving/page.html   the page at /
     serve.py            this file: the settings, the paths, the life of a request and of the process
-
-A request ends early when its client hangs up, or when its time is over. The process ends by a signal, after which what
-is running may finish, or with a model that fails whatever it is given.
 """
 import base64
 import contextlib
@@ -47,21 +44,21 @@ from training import log
 
 @dataclass
 class ServeConfig(ModelConfig):
-    host: str = "127.0.0.1"  # the address to listen on; this one can be reached from this machine alone
+    host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
     port: int = 8000  # 0: any free one
-    rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
-    block_size: int = 0  # cut the context to so many tokens, which takes less memory; 0: all that the model can
-    max_queue: int = 64  # requests that may wait for a row; more are told to come back
+    rows: int = 16  # requests that run at once; each has a cache for a whole context
+    block_size: int = 0  # cut the context to so many tokens, which saves memory; 0: the model's own
+    max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
     body_timeout: float = 30  # seconds for its body
-    write_timeout: float = 10  # seconds for which a client may not take what it is sent
+    write_timeout: float = 10  # seconds for a client to take what it is sent
     request_timeout: float = 300  # seconds for an answer
     drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
-    api_key_file: str = ""  # the key that clients have to send is the first line of this file; or $OPENLLM_API_KEY
-    no_auth: bool = False  # listen on other addresses without a key: whoever reaches the port can use it
-    cors_origin: str = ""  # the pages of this origin may use the server from a browser: https://example.org
+    api_key_file: str = ""  # its first line is the key that clients have to send; or $OPENLLM_API_KEY
+    no_auth: bool = False  # listen on other addresses without a key
+    cors_origin: str = ""  # pages of this origin may use the server: https://example.org
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
@@ -69,13 +66,13 @@ LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0
           "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
 BUCKETS = ("0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "+Inf")  # seconds, of the histograms
-TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
-PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
+TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
+PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
 
 
 class Served:
-    """The model that is served, and what there is to say about it."""
+    """The model that is served, and its facts."""
 
     def __init__(self, settings, model, tokenizer, run):
         path, device = run.get("path", "model"), str(model.lm_head.weight.device)
@@ -86,19 +83,18 @@ class Served:
         parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
         self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
         self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, model.config.vocab_size)
-        # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
+        # A text of more bytes does not fit into the context. (4: Unicode's NFC may shorten it.)
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
         dtype = "int8" if run.get("int8") else str(dtype).removeprefix("torch.")
         self.info = self.facts(model.config, run) | dict(parameters=parameters, device=device, dtype=dtype)
 
     def facts(self, config, run):
-        """What /model-info says of a run; of files it gives names, and no places."""
+        """What /model-info says of a run: names of files, but no folders."""
         rows = [*log.read_rows(os.path.join(self.folder, "log.jsonl"))]
-        measured = [row for row in rows if row["step"] == run.get("step") and "val_bpb" in row]
-        row = measured[0] if measured else {}
+        row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
         every = math.ceil(len(rows) / 500)
-        sources = [] if run.get("path") == self.folder else run.get("source", [])  # nobody knows a Hugging Face model's
+        sources = [] if run.get("path") == self.folder else run.get("source", [])  # a Hugging Face folder has none
         defaults = {field.name: field.default for field in fields(Sampling) if field.name in api.RANGES}
         return dict(
             name=self.name, step=run.get("step") or None, chat=self.chat, rows=self.engine.rows, context=self.context,
@@ -115,22 +111,23 @@ class Served:
 class Server:
     """The model, its engine's thread, and the web server around them.
 
-    load() -> (model, tokenizer, run) is called by the engine's thread. state is loading, ok, draining or dead.
-    Raises UserError where the port is taken, or where others could get in without a key.
+    load() -> (model, tokenizer, run) is called by the engine's thread. Raises UserError where the port is taken, or
+    where others could get in without a key.
     """
 
     def __init__(self, settings, load):
         self.settings, self.load = settings, load
-        self.served = self.failure = None  # a Served, when it is loaded; the error that ended a thread
+        self.served = None  # a Served, when it is loaded
+        self.failure = None  # the error that ended a thread
         self.draining = False
         self.ended = threading.Event()
-        self.lock = threading.Lock()  # guards what /metrics tells
+        self.lock = threading.Lock()  # guards the numbers of /metrics
         self.answers = Counter()
         self.first, self.took = new_histogram(), new_histogram()
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
-                            "OPENLLM_API_KEY=... or --api_key_file=FILE; or --no_auth=True, if everyone may use it")
+                            "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
         routes = {
             "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
@@ -162,7 +159,7 @@ class Server:
         self.web_thread.start()
 
     def work(self):
-        """The engine's thread: load the model, then compute whenever there is something to compute."""
+        """The engine's thread: load the model, then run it."""
         self.served = Served(self.settings, *self.load())
         say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
             f"of {self.served.context} tokens")
@@ -170,29 +167,29 @@ class Server:
             self.engine.run()
 
     def guard(self, function, *arguments):
-        """Run what the server cannot do without. Whatever ends it, the server is dead."""
+        """Run a thread without which the server is dead."""
         try:
             function(*arguments)
-        except BaseException as error:  # (a panic of Rust code is no Exception)
-            self.failure = error
+        except BaseException as error:  # a panic of Rust code is no Exception
             if not isinstance(error, UserError):
                 print_error(f"{traceback.format_exc()}error: a thread of the server ended by {error!r}")
+            self.failure = error
         self.ended.set()
 
     def stop(self, drain=0):
-        """Give running requests `drain` seconds, end those that are left, and close all connections."""
+        """Give running requests `drain` seconds, then end them and close all connections."""
         self.draining = True
         if not self.failure:
             self.web.wait_until_idle(drain)
         if self.engine:
             self.engine.end()
-            self.web.wait_until_idle(1)  # each request gets its last words
+            self.web.wait_until_idle(1)  # for their last events
         self.web.close()
         if self.engine:
             self.engine_thread.join(10)
 
     def ready(self):
-        """The model; raises Refuse while there is none."""
+        """The Served; raises Refuse while there is none."""
         if self.state != "ok":
             raise Refuse(503, f"the server is {self.state}", code=self.state)
         return self.served
@@ -201,16 +198,14 @@ class Server:
 
     def generate(self, connection):
         served = self.ready()
-        deadline = time.monotonic() + self.settings.request_timeout  # for all that follows
+        deadline = time.monotonic() + self.settings.request_timeout
         dialect = DIALECTS[connection.route]
         job = connection.job = connection.read_body(lambda body: dialect(body, served, deadline))
-        if len(job.requests) > served.engine.rows + self.settings.max_queue:
-            raise Refuse(400, f"{len(job.requests)} texts at once are more than this server can ever take", "n")
         try:
             served.engine.submit(*job.requests)
         except Full:
             raise Refuse(503, "too many requests are waiting", code="overloaded") from None
-        # The engine keeps to the deadline; this limit is for a client that takes its answer too slowly.
+        # The engine keeps to the deadline; this is for a client that reads too slowly.
         connection.limit(self.settings.request_timeout + self.settings.write_timeout)
         try:
             if job.stream:
@@ -222,10 +217,10 @@ class Server:
             connection.respond(200, job.answer())
         finally:
             for request in job.requests:
-                request.cancelled = True  # where it is not over yet, the row is free at the next step
+                request.cancelled = True  # its row is free at the next step
 
     def wait(self, connection, job):
-        """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
+        """Lists of the events of a job as they come. Raises ConnectionError when the client has gone."""
         left, looked = len(job.requests), 0.0
         while left:
             events = []
@@ -288,8 +283,7 @@ class Server:
     # What it tells those who watch
 
     def answered(self, connection, route, status):
-        """Count the answer, and write a line about it: no prompt, no key, nothing that a client could fake lines with.
-        """
+        """Count the answer, and log a line without a prompt, a key or anything else that the client chose."""
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
             self.answers[f'{{route="{route}",status="{status}"}}'] += 1
@@ -297,13 +291,13 @@ class Server:
                 if request.first:
                     count(self.first, request.first - request.submitted)
                     count(self.took, now - request.submitted)
-        if route != "/health":  # for which somebody asks every few seconds
+        if route != "/health":  # which is asked every few seconds
             command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
             tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
             say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
 
     def metrics(self, connection):
-        """For Prometheus: a line per number. The histograms are of every choice of an answer."""
+        """The text format of Prometheus. Every choice of an answer counts in the histograms."""
         engine = self.engine
         with self.lock:
             families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
@@ -323,7 +317,7 @@ class Server:
 
 
 def new_histogram():
-    """{what stands behind its name in /metrics: value}: how many values were at most so large, for each of BUCKETS."""
+    """{suffix of its name in /metrics: value}; a bucket counts the values up to its bound."""
     return dict.fromkeys([*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), "_sum", "_count"], 0)
 
 
@@ -335,14 +329,14 @@ def count(histogram, value):
 
 
 def resident_memory():
-    """Bytes of memory that this process holds; 0 where the system does not say (Linux does)."""
+    """Bytes that this process holds; 0 where the system is not Linux."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
 def read_key(settings):
-    """The key that clients have to send; an empty one: none."""
+    """The key that clients have to send, or ""."""
     key, where = os.environ.get("OPENLLM_API_KEY"), "OPENLLM_API_KEY"
     if settings.api_key_file:
         where = f"the first line of {settings.api_key_file}"
@@ -352,14 +346,14 @@ def read_key(settings):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
                             "--api_key_file=FILE, whose first line is the key") from None
-    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what an HTTP header can carry everywhere
+    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
         raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
                         "a key like that of `openssl rand -hex 32`")
     return key.strip() if key else ""
 
 
 def read_page():
-    """The page, and the policy under which a browser runs nothing but its style and script, known by their hashes."""
+    """The page, and the policy that lets a browser run its own style and script alone, by their hashes."""
     with open(PAGE, "rb") as file:
         page = file.read()
 
@@ -387,16 +381,16 @@ def main(argv):
         signal.signal(number, on_signal)
     server.start()
     say(f"http://{settings.host}:{server.port} is open; loading the model")
-    while not server.ended.wait(0.1):  # a handler runs when this thread wakes up, and not always does a signal wake it
+    while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs
         pass
     loaded = server.served is not None
     if signals and loaded:
-        say(f"{signal.Signals(signals[0]).name}: {settings.drain:g} s for what is running; once more to end at once")
+        say(f"{settings.drain:g} s for what is running; once more to end at once")
     server.stop(settings.drain if signals else 0)
     if isinstance(server.failure, UserError):
         raise server.failure
     if signals and not loaded:
-        os._exit(128 + signals[0])  # the other thread is at its loading, and would not hear of an ordinary end
+        os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
     return 1 if server.failure else 0
 
 

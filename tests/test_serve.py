@@ -1131,20 +1131,11 @@ def test_e5_whatever_was_sent_before(script):
     assert leaves(script, wire) == 1
 
 
-def test_e3_what_can_never_be_taken(script):
-    assert "more than this server" in script.refused("n", COMPLETE, prompt=["x"] * 3, n=4)  # 12 > 4 rows + 4 waiting
-
-
 def test_b12_a_long_text_is_not_even_encoded(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.server.served.tokenizer), "encode", None)
     assert "more than 512" in tiny.refused("prompt", prompt="x" * 513)
     assert "more than 512" in tiny.refused("messages", CHAT, messages=[{"role": "user", "content": "x" * 513}])
     assert "65536" in tiny.refused("text", "/tokenize", text="x" * 65537)
-
-
-def test_c4_two_names_of_one_field(tiny):
-    assert "the same field" in tiny.refused("max_new_tokens", prompt="ab", max_tokens=2, max_new_tokens=3)
-    assert tiny.generate("ab", max_tokens=2, max_new_tokens=2)["completion_tokens"] == 2
 
 
 def test_d11_a_bug_of_ours_in_a_stream(script, log, monkeypatch):
