@@ -295,12 +295,6 @@ def test_what_does_not_fit_is_refused():
     assert requests[2].text == greedy(random_model(block_size=16), requests[2])
 
 
-@pytest.mark.parametrize("wrong", [dict(ids=[5, 100]), dict(ids=[-1]), dict(ids=[1], logit_bias={100: 1.0})], ids=str)
-def test_ids_that_the_model_does_not_know_are_refused(wrong):
-    with pytest.raises(ValueError, match="none of the 100"):
-        make().submit(Request(ids=[1], max_tokens=3), Request(max_tokens=3, **wrong))
-
-
 @pytest.mark.parametrize("part", ["read", "reuse_prefix", "score"])
 def test_who_fails_fails_alone(part, monkeypatch, capsys):
     """Whatever goes wrong with one request, and however often: its neighbours get what they asked for."""
