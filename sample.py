@@ -8,12 +8,11 @@ Sampling: let a trained model write in the terminal.
     python sample.py out/chat --chat                        # a conversation with a model that was tuned to answer
     python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder
 
-The text goes to standard output, everything else to standard error. A model gives a logit to every token of its
-vocabulary. This file is the way from there to text:
+The text goes to standard output, everything else to standard error. Two steps lead from a model's logits to text:
 
 1. From logits to a token: filter_logits drops what is too unlikely, sample_tokens samples one of the rest.
-2. From tokens to text: a token is bytes, maybe a part of a character; TextStream gives out whole characters, and nothing
-   that may be the beginning of a stop string.
+2. From tokens to text: a token may be a part of a character. TextStream gives out whole characters, and no part of a
+   stop string.
 """
 import codecs
 import os
@@ -55,7 +54,7 @@ class Sampling:
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
     top_k: int = 50  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and text get less likely
     presence_penalty: float = 0.0  # subtracted from the logit of every token of the text; OpenAI's
     frequency_penalty: float = 0.0  # the same, for each time that it was written
@@ -109,8 +108,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
     """Make used tokens less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
 
-    repetition divides the positive logits of used tokens, and multiplies the negative ones (CTRL, arXiv 1909.05858).
-    presence is subtracted from those of written tokens, frequency for each time (OpenAI's API).
+    repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858). presence is subtracted for
+    written tokens, frequency for each time (OpenAI's API).
     """
     if repetition != 1.0 and (prompt or written):
         ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
@@ -134,9 +133,8 @@ def is_greedy(settings):
 def sample_tokens(logits, settings, generators):
     """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    Each row has its own generator, so that its tokens do not depend on the others. The inverse of the cumulative
-    distribution (cdf) makes a token of a uniform number. (torch.multinomial has one generator for all rows, and takes
-    seven times as long for 32,768 tokens.)
+    A row does not depend on the others: it has its own generator, whose uniform number becomes a token by the inverse
+    of the cumulative distribution (cdf). (torch.multinomial takes seven times as long for 32,768 tokens.)
     """
     if is_greedy(settings):  # of equals the lowest id
         best = logits.max(dim=-1)
@@ -146,9 +144,9 @@ def sample_tokens(logits, settings, generators):
         best = logits.topk(settings.top_k)
         logits, ids = best.values, best.indices.cpu()  # (B, k)
     kept = filter_logits(logits.cpu(), settings.temperature, 0, settings.top_p, settings.min_p)
-    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # float32 would lose rare tokens
+    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # in float32, rare tokens get lost
     uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    # A point in (0, total] never falls on a token of probability 0.
+    # No point in (0, total] falls on a token of probability 0.
     total = cdf[:, -1:]  # (B, 1); 1 but for rounding, or nan where a logit is not finite
     tokens = torch.searchsorted(cdf, (1 - uniform) * total)  # (B, 1)
     if ids is not None:
@@ -164,22 +162,18 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
         self.written = []
         self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
-        self.changes = self.penalties != (1, 0, 0) or bool(bias)
-        # The engine samples the texts of a group together. (But whole vocabularies one by one: a row stays in the
-        # processor's cache, which takes half the time of 8 rows of 32,768.)
-        if self.changes or not (settings.top_k or is_greedy(settings)):
+        # The engine samples the texts of a group together. (Whole vocabularies one by one take half the time, since a
+        # row stays in the processor's cache.)
+        self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
+        if self.penalties != (1, 0, 0) or bias or not (settings.top_k or is_greedy(settings)):
             self.group = id(self)
-        else:
-            self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
 
     def change(self, logits):
         return penalize(logits, self.prompt, self.written, *self.penalties, self.bias)
 
     def __call__(self, logits):
         """Logits (1, V) -> a token (1,)."""
-        if self.changes:
-            logits = self.change(logits)
-        token = sample_tokens(logits, self.settings, [self.generator])
+        token = sample_tokens(self.change(logits), self.settings, [self.generator])
         if token.item() < 0:
             raise UserError("the model returned logits that are not finite", "--device=cpu --dtype=float32")
         self.written.append(token.item())
@@ -201,11 +195,10 @@ class TextStream:
         self.stopped = False  # a stop string has come
 
     def push(self, token):
-        """The text that is certain after this token."""
         return self.add(self.decoder.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self):
-        """The rest, when no more tokens come; half a character becomes U+FFFD."""
+        """The rest of the text; half a character becomes U+FFFD."""
         text = self.add(self.decoder.decode(b"", final=True)) + self.pending
         self.pending = ""
         return text
@@ -215,7 +208,7 @@ class TextStream:
             return ""
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
-        if ends:  # the stop that is complete first, however the text came in tokens; of those the longest
+        if ends:  # the stop that is complete first, and of those the longest
             self.stopped = True
             self.pending = ""
             return text[:min(ends)[1]]
@@ -230,12 +223,11 @@ class TextStream:
 
 
 def read_prompt(prompt):
-    """The text of --prompt: itself, or of FILE:path."""
     try:
         if prompt.startswith("FILE:"):
             with open(prompt[5:], encoding="utf-8", newline="") as file:
                 return file.read()
-        prompt.encode()  # fails where the terminal sent other bytes than UTF-8
+        prompt.encode()  # fails where it came as other bytes than UTF-8
         return prompt
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the prompt {prompt}: {getattr(error, 'strerror', 'it is not UTF-8')}",
@@ -277,12 +269,12 @@ def write(model, tokenizer, ids, settings, seed):
 
 
 class Writer:
-    """Answers prompts: each by its continuation or, with --chat, all in one conversation."""
+    """Answers prompts: each by its continuation or, with --chat, in one conversation."""
 
     def __init__(self, model, tokenizer, settings, seed):
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
         self.messages = []  # the conversation so far
-        self.has_forgotten = False
+        self.forgets = False
 
     def begin(self, prompt):
         """Print the prompt; its ids. An empty one begins as every document does."""
@@ -290,23 +282,21 @@ class Writer:
         start = self.tokenizer.special.get(tokenizers.END_OF_TEXT)
         return self.tokenizer.encode(prompt) or ([start] if start is not None else self.tokenizer.encode("\n"))
 
-    def fit(self, messages):
-        """The ids of a conversation that leaves space for an answer."""
-        size, n = self.model.config.block_size, len(messages)
-        ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
-        if len(messages) < n and not self.has_forgotten:
-            note(f"the conversation outgrows the context of {size:,} tokens; the oldest messages are dropped")
-            self.has_forgotten = True
-        return ids
-
     def answer(self, prompt):
         messages = [*self.messages, dict(role="user", content=prompt)]
+        size = self.model.config.block_size
         for _ in range(self.settings.num_samples):
-            seed, self.seed = self.seed, self.seed + 1
-            ids = self.fit(messages) if self.settings.chat else self.begin(prompt)
+            if self.settings.chat:
+                ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
+            else:
+                ids = self.begin(prompt)
             started = time.perf_counter()
-            text, n = write(self.model, self.tokenizer, ids, self.settings, seed)
-            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
+            text, n = write(self.model, self.tokenizer, ids, self.settings, self.seed)
+            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={self.seed}]")
+            self.seed += 1
+        if len(messages) <= len(self.messages) and not self.forgets:
+            note(f"the conversation outgrows the context of {size:,} tokens: the oldest messages are forgotten")
+            self.forgets = True
         self.messages = [*messages, dict(role="assistant", content=text)]
 
 
@@ -337,7 +327,6 @@ def load_model(settings, runs):
 
 
 def check_chat(run, tokenizer):
-    """Raises UserError where the model has no chat format."""
     path = run["path"]
     folder = quote(path if os.path.isdir(path) else os.path.dirname(path) or ".")
     fix = pretrained.CHAT_FIX

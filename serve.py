@@ -8,9 +8,8 @@ The server: a trained model over HTTP, with nothing but the standard library.
 
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
 
-There are three kinds of threads. One accepts connections. Each connection has its own, which checks a request, waits
-for its tokens and writes them. The engine's is the only one that uses the model: requests reach it through one queue,
-events come back through another.
+One thread accepts connections. Each connection has its own, which checks a request, waits for its tokens and writes
+them. The engine's thread alone uses the model: requests reach it through one queue, events come back through another.
 
     serving/web.py      connections, and every limit on them
     serving/api.py      what a request may say, and what the answers look like
@@ -65,14 +64,12 @@ LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0
           "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
           "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
-BUCKETS = ("0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "+Inf")  # seconds, of the histograms
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
 
 
 class Served:
-    """The model that is served, and its facts."""
 
     def __init__(self, settings, model, tokenizer, run):
         path, device = run.get("path", "model"), str(model.lm_head.weight.device)
@@ -90,14 +87,14 @@ class Served:
         self.info = self.facts(model.config, run) | dict(parameters=parameters, device=device, dtype=dtype)
 
     def facts(self, config, run):
-        """What /model-info says of a run: names of files, but no folders."""
+        """What /model-info says of a run, without its folders."""
         rows = [*log.read_rows(os.path.join(self.folder, "log.jsonl"))]
         row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
-        every = math.ceil(len(rows) / 500)
+        every = math.ceil(len(rows) / 500)  # steps of the curve
         sources = [] if run.get("path") == self.folder else run.get("source", [])  # a Hugging Face folder has none
         defaults = {field.name: field.default for field in fields(Sampling) if field.name in api.RANGES}
         return dict(
-            name=self.name, step=run.get("step") or None, chat=self.chat, rows=self.engine.rows, context=self.context,
+            name=self.name, step=run.get("step") or None, chat=self.chat, context=self.context,
             source=[re.split(r"[/\\]", source.partition("?")[0])[-1] for source in sources],
             val_loss=run.get("val_loss", row.get("val_loss")), val_bpb=row.get("val_bpb"),
             vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
@@ -109,10 +106,9 @@ class Served:
 
 
 class Server:
-    """The model, its engine's thread, and the web server around them.
+    """The model, its engine's thread, and the web server. load() -> (model, tokenizer, run) runs in that thread.
 
-    load() -> (model, tokenizer, run) is called by the engine's thread. Raises UserError where the port is taken, or
-    where others could get in without a key.
+    Raises UserError where the port is taken, or where others could get in without a key.
     """
 
     def __init__(self, settings, load):
@@ -123,7 +119,7 @@ class Server:
         self.ended = threading.Event()
         self.lock = threading.Lock()  # guards the numbers of /metrics
         self.answers = Counter()
-        self.first, self.took = new_histogram(), new_histogram()
+        self.first, self.took = Counter(), Counter()  # seconds to the first token, and to the last
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
@@ -177,7 +173,7 @@ class Server:
         self.ended.set()
 
     def stop(self, drain=0):
-        """Give running requests `drain` seconds, then end them and close all connections."""
+        """Give running requests `drain` seconds, then end them."""
         self.draining = True
         if not self.failure:
             self.web.wait_until_idle(drain)
@@ -189,7 +185,7 @@ class Server:
             self.engine_thread.join(10)
 
     def ready(self):
-        """The Served; raises Refuse while there is none."""
+        """The Served. Raises Refuse while there is none."""
         if self.state != "ok":
             raise Refuse(503, f"the server is {self.state}", code=self.state)
         return self.served
@@ -209,18 +205,23 @@ class Server:
         connection.limit(self.settings.request_timeout + self.settings.write_timeout)
         try:
             if job.stream:
-                return self.stream(connection, job)
+                connection.start_events()
             for events in self.wait(connection, job):
+                if job.stream:
+                    connection.send_events(*(chunk for event in events for chunk in job.chunks(event)))
                 for event in events:
                     if refuse := job.failure(event.finish_reason):
                         raise refuse
-            connection.respond(200, job.answer())
+            if job.stream:
+                connection.send_events(*job.last(), end=True)
+            else:
+                connection.respond(200, job.answer())
         finally:
             for request in job.requests:
                 request.cancelled = True  # its row is free at the next step
 
     def wait(self, connection, job):
-        """Lists of the events of a job as they come. Raises ConnectionError when the client has gone."""
+        """Lists of events as they come. Raises ConnectionError when the client has gone."""
         left, looked = len(job.requests), 0.0
         while left:
             events = []
@@ -234,19 +235,6 @@ class Server:
                     raise ConnectionError
             left -= sum(bool(event.finish_reason) for event in events)
             yield events
-
-    def stream(self, connection, job):
-        connection.start_events()
-        for events in self.wait(connection, job):
-            chunks = []
-            for event in events:
-                if refuse := job.failure(event.finish_reason):
-                    chunks += job.chunks(event._replace(finish_reason=""))
-                    connection.send_events(*chunks, refuse.body, end=True)
-                    return refuse.status
-                chunks += job.chunks(event)
-            connection.send_events(*chunks)
-        connection.send_events(*job.last(), end=True)
 
     # The other paths
 
@@ -265,14 +253,12 @@ class Server:
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
         ids = connection.read_body(lambda body: api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES))
-        ids = list(map(int, ids))
         connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
 
     def detokenize(self, connection):
         tokenizer = self.ready().tokenizer
         ids = connection.read_body(lambda body: api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size))
-        size = sum(len(tokenizer.token_bytes(i)) for i in ids)
-        api.check_size("the text of ids", size, TOKENIZE_BYTES, "ids")
+        api.check_size("ids", sum(len(tokenizer.token_bytes(i)) for i in ids), TOKENIZE_BYTES)
         connection.respond(200, {"text": tokenizer.decode(ids)})
 
     def playground(self, connection):
@@ -289,20 +275,21 @@ class Server:
             self.answers[f'{{route="{route}",status="{status}"}}'] += 1
             for request in requests:
                 if request.first:
-                    count(self.first, request.first - request.submitted)
-                    count(self.took, now - request.submitted)
+                    self.first.update(_sum=request.first - request.submitted, _count=1)
+                    self.took.update(_sum=now - request.submitted, _count=1)
         if route != "/health":  # which is asked every few seconds
-            command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
-            tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
-            say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
+            line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
+            if requests:
+                line += f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens"
+            say(line)
 
     def metrics(self, connection):
-        """The text format of Prometheus. Every choice of an answer counts in the histograms."""
+        """The text format of Prometheus."""
         engine = self.engine
         with self.lock:
             families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
-                        ("first_token_seconds", "histogram", dict(self.first)),
-                        ("request_seconds", "histogram", dict(self.took))]
+                        ("first_token_seconds", "summary", {"_sum": 0, "_count": 0} | self.first),
+                        ("request_seconds", "summary", {"_sum": 0, "_count": 0} | self.took)]
         gauges = {"connections": len(self.web.connections), "resident_memory_bytes": resident_memory(),
                   "requests_running": len(engine.running) if engine else 0,
                   "requests_waiting": len(engine.waiting) if engine else 0}
@@ -316,20 +303,8 @@ class Server:
         connection.respond(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
-def new_histogram():
-    """{suffix of its name in /metrics: value}; a bucket counts the values up to its bound."""
-    return dict.fromkeys([*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), "_sum", "_count"], 0)
-
-
-def count(histogram, value):
-    for bound in BUCKETS:
-        histogram[f'_bucket{{le="{bound}"}}'] += value <= float(bound)
-    histogram["_sum"] += value
-    histogram["_count"] += 1
-
-
 def resident_memory():
-    """Bytes that this process holds; 0 where the system is not Linux."""
+    """In bytes; 0 where the system is not Linux."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -337,14 +312,13 @@ def resident_memory():
 
 def read_key(settings):
     """The key that clients have to send, or ""."""
-    key, where = os.environ.get("OPENLLM_API_KEY"), "OPENLLM_API_KEY"
+    key, where = os.environ.get("OPENLLM_API_KEY"), settings.api_key_file or "OPENLLM_API_KEY"
     if settings.api_key_file:
-        where = f"the first line of {settings.api_key_file}"
         try:
             with open(settings.api_key_file, encoding="utf-8-sig") as file:
-                key = file.readline(1 << 16)
+                key = file.readline()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
+            raise UserError(f"cannot read the key from {where}: {getattr(error, 'strerror', error)}",
                             "--api_key_file=FILE, whose first line is the key") from None
     if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
         raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
@@ -353,7 +327,7 @@ def read_key(settings):
 
 
 def read_page():
-    """The page, and the policy that lets a browser run its own style and script alone, by their hashes."""
+    """The page, and a content security policy that allows its own style and script alone."""
     with open(PAGE, "rb") as file:
         page = file.read()
 

@@ -7,11 +7,9 @@ The contract of the server: from a client's JSON to requests of the engine, and 
     job.chunks(event)            # what a stream sends for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-There are three dialects: Generate is this project's own; Completions and Chat are OpenAI's. What would change an answer
-and is not supported is refused, not ignored.
-
-Everything is checked here, before it reaches the model: a wrong value is a Refuse with status 400 that names the field.
-(On a GPU, a token id beyond the vocabulary ends the process.)
+Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is not
+supported is refused, not ignored. Everything is checked here: a wrong value is a Refuse with status 400 that names the
+field. (On a GPU, a token id beyond the vocabulary would end the process.)
 """
 import codecs
 import difflib
@@ -26,8 +24,8 @@ from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling
 from serving.engine import Request
 from serving.web import Refuse
 
-MAX_PROMPTS, MAX_CHOICES, MAX_MESSAGES, MAX_BIASES = 8, 4, 2048, 300
-MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # of one answer, to bound its memory
+MAX_PROMPTS, MAX_CHOICES, MAX_BIASES = 8, 4, 300
+MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
 UNSUPPORTED = {  # OpenAI's fields that would change the answer: {name: the value that changes nothing}
     "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
 MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
@@ -37,7 +35,7 @@ FAILURES = {  # finish_reason: the Refuse that stands for it
 
 
 def short(value):
-    """A value as an error shows it, at most 40 characters."""
+    """A value as an error shows it."""
     if isinstance(value, list):
         return "a list"
     if isinstance(value, dict):
@@ -82,17 +80,15 @@ def text(value, name):
 
 def stops(value, name):
     found = value if type(value) is list else [value]
-    need(len(found) <= MAX_STOPS, name, f"{name} may be {MAX_STOPS} texts, not {len(found)}")
-    for stop in found:
-        size = len(text(stop, name))
-        need(1 <= size <= STOP_LENGTH, name, f"a stop text has 1 to {STOP_LENGTH} characters, not {size}")
+    fits = len(found) <= MAX_STOPS and all(1 <= len(text(stop, name)) <= STOP_LENGTH for stop in found)
+    need(fits, name, f"{name} may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters")
     return found
 
 
 def logit_bias(value, name):
     """{id: bias}"""
     fits = type(value) is dict and len(value) <= MAX_BIASES
-    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} token ids")
+    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} ids")
     for key in value:
         need(re.fullmatch("[0-9]{1,9}", key), name, f"{name} has {short(key)}, which is no token id")
     check = number(float, -100, 100)
@@ -111,14 +107,13 @@ def token_ids(value, name, vocab_size):
     return value
 
 
-def check_size(what, size, most_bytes, name):
-    need(size <= most_bytes, name, f"{what} has {size} bytes; more than {most_bytes} are too many",
-         "context_length_exceeded")
+def check_size(name, size, most_bytes):
+    need(size <= most_bytes, name, f"{name} has {size} bytes, more than {most_bytes}", "context_length_exceeded")
 
 
 def encode(value, name, tokenizer, most_bytes):
     """The ids of a text. One that is too long is not even encoded."""
-    check_size(name, len(text(value, name).encode()), most_bytes, name)
+    check_size(name, len(text(value, name).encode()), most_bytes)
     try:
         return tokenizer.encode(value)
     except UserError as error:  # a character that the vocabulary does not have
@@ -126,7 +121,6 @@ def encode(value, name, tokenizer, most_bytes):
 
 
 def prompt_ids(value, served):
-    """The ids of a prompt, which is a text or a list of ids."""
     what = f"prompt must be a text or a list of token ids, not {short(value)}"
     need(type(value) in (str, list), "prompt", what)
     ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
@@ -135,10 +129,9 @@ def prompt_ids(value, served):
 
 
 def check_messages(value, most_bytes):
-    """OpenAI's messages as [{"role", "content"}], the content a text."""
+    """[{"role", "content"}], each content a text."""
     name, found = "messages", []
-    fits = type(value) is list and 1 <= len(value) <= MAX_MESSAGES
-    need(fits, name, f"messages must be a list of 1 to {MAX_MESSAGES} messages")
+    need(type(value) is list and value, name, "messages must be a list of messages")
     for message in value:
         fits = type(message) is dict and message.get("role") in ("system", "user", "assistant")
         need(fits, name, "a message must have a role, one of system, user, assistant")
@@ -146,7 +139,7 @@ def check_messages(value, most_bytes):
         if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
             content = "".join(text(part.get("text"), name) for part in content)
         found.append(dict(role=message["role"], content=text(content, name)))
-    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes, name)
+    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes)
     need(found[-1]["role"] != "assistant", name, "the last message must not be the assistant's")
     return found
 
@@ -171,7 +164,7 @@ def finite(logprob):
 
 
 class Job:
-    """What the dialects share: reading the fields, fitting the answer into the context, the queue of events."""
+    """What the dialects share."""
 
     fields = FIELDS
     defaults = {}  # where they differ from those of sample.py
@@ -182,13 +175,13 @@ class Job:
     def __init__(self, body, served, deadline):
         self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
         self.requests, self.events = [], queue.SimpleQueue()
-        self.created, self.started = time.time(), time.monotonic()
+        self.started = time.monotonic()
         self.stream = self.get("stream", False)
         self.read()
         self.body = None  # to free its memory
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        what = f"the answer could have {logprobs:,} log-probabilities, more than {MAX_LOGPROBS:,}; lower max_tokens"
+        what = f"the answer could have {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
         need(logprobs <= MAX_LOGPROBS, "logprobs", what)
 
     def get(self, name, default=None):
@@ -197,9 +190,9 @@ class Job:
         return default if value is None else self.fields[name](value, name)
 
     def request(self, ids, logprobs, name="prompt", lowest=1, **more):
-        """A request of the engine: the prompt `ids`, from the field `name`, and the settings of the body."""
+        """A request of the engine. name: the field that the prompt `ids` came in."""
         token_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
-        settings = {field: self.get(field, default) for field, default in self.defaults.items()}
+        settings = dict(self.defaults)
         for field in vars(Sampling()):
             if self.body.get(field) is not None:
                 settings[field] = self.get(field)
@@ -210,7 +203,7 @@ class Job:
                        events=self.events, **settings, **more)
 
     def fit(self, ids, name, lowest):
-        """How many tokens the answer may have. Raises Refuse where they do not fit behind the prompt."""
+        """How many tokens the answer may have."""
         size = self.served.context
         left = size - len(ids)
         if self.echo and left == 0:
@@ -222,19 +215,19 @@ class Job:
         need(left > 0, name, what, "context_length_exceeded")
         if not limit:
             return min(self.max_tokens or left, left)
-        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; {left} would fit"
+        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens"
         need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
     def token(self, i, logprob):
-        return {"token": spell(self.tokenizer, i), "logprob": finite(logprob), "bytes": [*self.tokenizer.token_bytes(i)]}
+        tokenizer = self.tokenizer
+        return {"token": spell(tokenizer, i), "logprob": finite(logprob), "bytes": [*tokenizer.token_bytes(i)]}
 
     def failure(self, reason):
-        """The Refuse of a finish_reason that is no answer, or None."""
         return Refuse(*self.failures[reason]) if reason in self.failures else None
 
     def last(self):
-        """Chunks after all requests have ended."""
+        """The chunks after all requests have ended."""
         return []
 
 
@@ -273,13 +266,13 @@ class Generate(Job):
         chunks = []
         if event.text or event.tokens:
             chunks.append({"text": event.text} | self.tokens(event.tokens))
-        if event.finish_reason:
+        if event.finish_reason and not self.failure(event.finish_reason):
             chunks.append({"text": ""} | self.numbers(event.request))
         return chunks
 
 
 class Choice:
-    """One of the texts of an answer, and the state of its stream."""
+    """One text of an answer, and the state of its stream."""
 
     def __init__(self, index):
         self.index = index
@@ -303,14 +296,12 @@ class Completions(Job):
         prompts = self.body.get("prompt")
         if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
             prompts = [prompts]
-        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}")
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}")
         self.echo, logprobs = self.get("echo", False), self.get("logprobs")
         prompts = [(prompt_ids(prompt, self.served), prompt) for prompt in prompts]
         scored = 0 if self.echo and logprobs is not None else None
         self.ask([ids for ids, _ in prompts], logprobs, lowest=0 if self.echo else 1, prompt_logprobs=scored)
         if self.echo:
-            echoed = self.n * sum(len(self.tokenizer.token_bytes(i)) for ids, _ in prompts for i in ids)
-            check_size("the echo", echoed, ECHO_BYTES, "prompt")
             for choice in self.choices.values():
                 ids, prompt = prompts[choice.index // self.n]
                 choice.prompt = prompt if type(prompt) is str else self.tokenizer.decode(ids)
@@ -324,12 +315,11 @@ class Completions(Job):
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
         need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
-        wanted = (options or {}).get("include_usage")
-        self.usage_wanted = wanted is not None and flag(wanted, "include_usage")
-        self.id = self.prefix + secrets.token_hex(12)
+        self.usage_wanted = flag((options or {}).get("include_usage") or False, "include_usage")
+        self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
 
     def ask(self, prompts, logprobs, **more):
-        """n requests for each prompt. Choice j of every prompt has the seed + j, so that each can be had alone."""
+        """n requests for each prompt. Choice j has the seed + j, so that it can be had alone."""
         self.n = self.get("n", 1)
         self.requests = [self.request(ids, logprobs, **more) for ids in prompts for _ in range(self.n)]
         for i, request in enumerate(self.requests):
@@ -338,7 +328,7 @@ class Completions(Job):
         self.choices = {request: Choice(i) for i, request in enumerate(self.requests)}
 
     def frame(self, kind, choices, **more):
-        return {"id": self.id, "object": kind, "created": int(self.created), "model": self.served.name,
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name,
                 "choices": choices, **more}
 
     def usage(self):
@@ -367,7 +357,7 @@ class Completions(Job):
             chunks += [self.choice(request, content, None) for content in self.opening]
         if text or tokens:
             chunks.append(self.choice(request, self.delta(text), self.logprobs(request, tokens)))
-        if event.finish_reason:
+        if event.finish_reason and not self.failure(event.finish_reason):
             chunks.append(self.choice(request, self.delta(""), None, ended=True))
         usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
         return [self.frame(self.chunk_kind, [chunk], **usage) for chunk in chunks]
@@ -407,14 +397,13 @@ class Chat(Completions):
     def read(self):
         self.read_common()
         messages = check_messages(self.body.get("messages"), self.served.most_bytes)
-        wanted, top = self.get("logprobs", False), self.get("top_logprobs", 0)
-        need(wanted or not top, "top_logprobs", "top_logprobs goes with logprobs=true alone")
+        top = self.get("top_logprobs", 0) if self.get("logprobs") else None
         need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
         try:
             ids = self.tokenizer.chat(messages)
         except UserError as error:
             raise Refuse(400, error.fact, "messages") from None
-        self.ask([ids], top if wanted else None, name="messages")
+        self.ask([ids], top, name="messages")
 
     def content(self, text):
         return {"message": {"role": "assistant", "content": text}}

@@ -7,9 +7,9 @@ The engine: many requests at once, one model.
     engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-Decoding one token reads every weight of the model, and is bound by memory; sixteen texts can share that reading. Texts
-begin and end at different times, so the engine has a fixed number of slots, each with its own row of the KV cache: a
-request takes a free slot, and returns it at its end (continuous batching; Orca, Yu 2022). A step:
+Decoding is bound by memory: each token reads every weight. Sixteen texts can share that reading. The engine has a fixed
+number of slots, each with a row of the KV cache, that requests take and return at any time (continuous batching; Orca,
+Yu 2022). A step:
 
 1. admit: cancelled and late requests leave, waiting ones take the free slots;
 2. decode: every slot that is writing gets its next token, all in one batch;
@@ -17,9 +17,8 @@ request takes a free slot, and returns it at its end (continuous batching; Orca,
    prompt that a slot has read is copied from there.
 
 A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same places;
-attention works on each row alone; each request has its own random numbers. That leaves the matrix products of decoding,
-where a kernel may add in another order for 3 rows than for 5. So the engine finds the batch sizes that give the same
-bits when it starts, and uses no others.
+attention works on each row alone; each request has its own random numbers. In the matrix products of decoding, a kernel
+may add in another order for 3 rows than for 5; the engine uses only batch sizes that give the same bits.
 """
 import contextlib
 import queue
@@ -70,7 +69,7 @@ class Request(Sampling):
     seed: int = 0
     logit_bias: dict = field(default_factory=dict)  # {id: what to add to its logit}
     logprobs: int | None = None  # keep the log-probability of each token, and of so many of the likeliest
-    prompt_logprobs: int | None = None  # those of the prompt, too, from this token on
+    prompt_logprobs: int | None = None  # and those of the prompt, from this token on
     deadline: float = float("inf")  # of time.monotonic()
     streams: bool = False  # send events as it goes, and not only at the end
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -86,7 +85,7 @@ class Request(Sampling):
 
 
 class Slot:
-    """A row of the cache, and the state of the request that has it."""
+    """A row of the cache, and the state of its request."""
 
     def __init__(self, cache):
         self.cache = cache
@@ -98,11 +97,11 @@ class Slot:
         self.stream = TextStream(tokenizer, request.stop)
         self.read = 0  # prompt tokens that are in the cache
         self.last = None  # the last token, which is not in the cache yet
-        self.sent_text = self.sent_tokens = 0  # how much of the answer the events have had
+        self.sent_text = self.sent_tokens = 0  # how much of the answer was in events
         self.sent_at = 0.0
 
     def unsent(self):
-        """(text, tokens) of the answer that are in no event yet."""
+        """The (text, tokens) that are in no event yet."""
         text = self.request.text[self.sent_text:]
         tokens = self.request.tokens[self.sent_tokens:]
         self.sent_text += len(text)
@@ -123,10 +122,8 @@ class Rows:
         self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
 
     def views(self, whole, places):
-        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view whose last place is for the new token.
-
-        All layers at once: one by one would take a twentieth of a step.
-        """
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view whose last place is for the new token."""
+        # All layers at once: one by one would take a twentieth of a step.
         return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
     def positions(self, T):
@@ -151,9 +148,8 @@ class Rows:
 def batch_invariant_sizes(model, rows):
     """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
 
-    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: a sum is then only
-    its rounding error, and shows the order of its additions. (Rounded to bfloat16, ordinary sums nearly always agree.)
-    [1] where even the place in a batch matters.
+    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum is nothing
+    but its rounding error, and shows the order of the additions. [1] where even the place in a batch matters.
     """
     rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
@@ -182,9 +178,6 @@ def batch_invariant_sizes(model, rows):
         wanted = compute(x[:REFERENCE])
         sizes = [n for n in sizes if torch.equal(compute(x[:n])[:REFERENCE], wanted[:n])]
     return sizes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -220,17 +213,15 @@ class Engine:
         if self.context < least:
             raise UserError(f"there is no memory for a context of {least} tokens: {why}",
                             "end other programs, or take a smaller model")
-        if self.rows < rows:
-            note(f"rows={self.rows} instead of {rows}: {why}")
-        if self.context < wanted:
-            note(f"context {wanted:,} cut to {self.context:,} tokens: {why}")
+        if self.rows < rows or self.context < wanted:
+            note(f"{self.rows} rows of {self.context:,} tokens instead of {rows} of {wanted:,}: {why}")
 
     # For any thread
 
     def submit(self, *requests):
-        """Queue the requests, all or none. Raises ValueError where one does not fit, queue.Full where the queue is full.
+        """Queue the requests, all or none; their ids must be below the model's vocab_size.
 
-        All ids must be below the model's vocab_size.
+        Raises ValueError where one does not fit into the context, queue.Full where the queue is full.
         """
         for request in requests:
             # (+ 1: the last token of an answer is never read.)
@@ -253,15 +244,14 @@ class Engine:
     # For the thread that computes
 
     def complete(self, requests):
-        """Submit the requests and work until all are done."""
         self.submit(*requests)
         while self.waiting or self.running:
             self.step()
         return requests
 
     def run(self):
-        """Work until `end`; what is left then is cancelled. Raises where the model fails three times in a row, or on a
-        GPU once: after an error it computes nothing more."""
+        """Work until `end`; what is left is cancelled. Raises where the model fails three times in a row, or once on a
+        GPU, which computes nothing after an error."""
         while not self.stopping:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.running or self.stopping)
@@ -310,22 +300,20 @@ class Engine:
 
     def leave(self, reason=""):
         """End cancelled and late requests; with a reason, all."""
-        now = time.monotonic()
 
         def why(request):
             if request.cancelled:
                 return "cancelled"
-            return "timeout" if now > request.deadline else reason
+            return "timeout" if time.monotonic() > request.deadline else reason
 
         with self.changed:
-            ended = [request for request in self.waiting if why(request)]
-            for request in ended:
-                self.waiting.remove(request)
-        for request in ended:
-            self.tell_end(request, "", [], why(request))
+            for request in [*self.waiting]:
+                if found := why(request):
+                    self.waiting.remove(request)
+                    self.tell_end(request, "", [], found)
         for slot in [*self.running]:
-            if why(slot.request):
-                self.finish(slot, why(slot.request))
+            if found := why(slot.request):
+                self.finish(slot, found)
 
     @contextlib.contextmanager
     def or_fail(self, slots):
@@ -339,7 +327,6 @@ class Engine:
         self.failures = 0
 
     def decode(self, slots):
-        """The next token of each slot, from the one before it."""
         size = next(size for size in self.batch_sizes if size >= len(slots))
         fill = size - len(slots)
         ids = [slot.last for slot in slots] + [0] * fill
@@ -349,7 +336,7 @@ class Engine:
         self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
     def reuse_prefix(self, slot):
-        """Copy the beginning of a prompt, such as the chat so far, from a slot that has read the same. Only in parts of
+        """Copy the beginning of a prompt, such as the chat so far, from a slot that has read the same: only parts of
         CHUNK tokens, which have the bits that reading would give."""
         ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is read: it predicts the first token
         if slot.request.prompt_logprobs is not None:
@@ -371,7 +358,7 @@ class Engine:
         self.prompt_tokens += n
 
     def read(self, slot, part):
-        """The next part of a prompt; after the last, the first token."""
+        """Read the next part of a prompt; after the last, choose the first token."""
         request, start = slot.request, slot.read
         x = self.model.trunk(torch.tensor([part], device=self.device), slot.cache)  # (1, T, C)
         slot.read += len(part)
@@ -393,18 +380,15 @@ class Engine:
                 self.choose([slot], self.model.logits(x[:, -1]).float())
 
     def choose(self, slots, logits):
-        """The next token of each slot, by its row of logits (B, vocab_size). An error ends one request."""
+        """The next token of each slot, by its row of logits (B, vocab_size)."""
         for i, (slot, token) in enumerate(zip(slots, self.sample(slots, logits))):
-            try:
-                if token < 0:
-                    raise ValueError("the model returned logits that are not finite")
-                self.take(slot, token, logits[i:i + 1])
-            except Exception as error:
-                print_error(f"a request failed: {error}")
+            if token < 0:
+                print_error("the model returned logits that are not finite")
                 self.finish(slot, "error")
+            else:
+                self.take(slot, token, logits[i:i + 1])
 
     def sample(self, slots, logits):
-        """A token for each row of logits. Rows of one group are sampled together."""
         groups, tokens = {}, [0] * len(slots)
         for i, slot in enumerate(slots):
             groups.setdefault(slot.sampler.group, []).append(i)
@@ -413,15 +397,13 @@ class Engine:
             part = logits[rows[0]:rows[-1] + 1]
             if len(part) > len(rows):
                 part = logits[rows]
-            if samplers[0].changes:  # then it is alone in its group
-                part = samplers[0].change(part)
+            part = samplers[0].change(part)  # where that changes something, it is alone in its group
             found = sample_tokens(part, samplers[0].settings, [sampler.generator for sampler in samplers])
             for i, token in zip(rows, found.tolist()):
                 tokens[i] = token
         return tokens
 
     def take(self, slot, token, logits):
-        """Add a token to the answer: its text, its log-probability, an event, the end."""
         request = slot.request
         ended = token in self.ends and not request.ignore_eos
         text = "" if ended else slot.stream.push(token)
@@ -444,7 +426,6 @@ class Engine:
                 request.events.put(Event(request, text, tokens, ""))
 
     def finish(self, slot, reason):
-        """The last event of a request; its slot is free again."""
         if slot not in self.running:  # it has ended already
             return
         self.running.remove(slot)
@@ -463,7 +444,7 @@ class Engine:
 
 
 def score(logits, ids, top):
-    """Tokens with their log-probabilities. logits: (T, vocab_size), those at t predict ids[t]; ids: T ids."""
+    """The Tokens of ids. logits: (T, vocab_size), where those at t predict ids[t]."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.int64)].tolist()
     best = logprobs.topk(min(top, logprobs.size(-1)))

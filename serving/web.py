@@ -6,11 +6,11 @@ HTTP that trusts nothing: the standard library's server, with a bound on everyth
     web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
 
 Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends. Here the
-number of connections, the size of a body and the time for each step have limits. A request that is beyond its limit, or
-ambiguous about where the next one begins, gets one short answer, and the connection is closed.
+number of connections, the size of a body and the time for each step have limits. A request beyond them, or ambiguous
+about where the next one begins, gets one short answer, and the connection is closed.
 
-Every connection has a thread, which mostly waits; a hundred of them are cheap. When all are taken, a new connection
-replaces the one that has waited longest for its client, so that nobody can keep others out by sending nothing.
+Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest for its
+client, so that nobody can keep others out by sending nothing.
 """
 import contextlib
 import hmac
@@ -54,13 +54,10 @@ def dump(content):
 
 
 def parse(data):
-    """The JSON object in a body."""
     try:
         body = parse_json(data.decode(), "the body", "", MAX_VALUES)
-    except UnicodeDecodeError:
-        raise Refuse(400, "the body is not UTF-8") from None
-    except UserError as error:
-        raise Refuse(400, error.fact) from None
+    except (UnicodeDecodeError, UserError) as error:
+        raise Refuse(400, getattr(error, "fact", "the body is not UTF-8")) from None
     if type(body) is not dict:
         raise Refuse(400, "the body must be a JSON object")
     return body
@@ -72,7 +69,7 @@ def hang_up(connection):
 
 
 class Head:
-    """The file that a request is read from, with a limit on the sum of its lines."""
+    """The file of a connection, with a limit on all headers of a request."""
 
     def __init__(self, file):
         self.file = file
@@ -112,21 +109,20 @@ class Web(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
-        except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on {settings.host}:{settings.port}: {getattr(error, 'strerror', error)}",
-                            f"--port={settings.port + 1}, or --port=0 for a free one") from None
+        except OSError as error:
+            raise UserError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+                            "--port=0 for a free one") from None
 
     def server_bind(self):  # HTTPServer's own asks DNS for our name, which can take seconds
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        if len(self.connections) >= self.settings.max_connections:
-            for other in list(self.silent):
-                if self.silent.pop(other, False):  # otherwise its request has just come
-                    hang_up(other)
-                    break
-        if not self.places.acquire(timeout=0.1):  # the thread of a closed connection ends at once
+        silent = list(self.silent) if len(self.connections) >= self.settings.max_connections else []
+        closed = next((other for other in silent if self.silent.pop(other, False)), None)
+        if closed:
+            hang_up(closed)
+        if not self.places.acquire(timeout=1 if closed else 0):  # the thread of a closed connection ends at once
             return self.shutdown_request(connection)
         self.connections.add(connection)
         self.silent[connection] = True
@@ -134,7 +130,7 @@ class Web(ThreadingHTTPServer):
             super().process_request(connection, address)  # starts the thread
         except RuntimeError:  # the system has no more threads
             self.forget(connection)
-            self.shutdown_request(connection)
+            raise
 
     def process_request_thread(self, connection, address):
         try:
@@ -149,7 +145,6 @@ class Web(ThreadingHTTPServer):
         self.places.release()
 
     def at_work(self):
-        """The number of connections with a request."""
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
@@ -176,8 +171,6 @@ class Web(ThreadingHTTPServer):
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection and its thread."""
-
     protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
     server_version, sys_version = "openllm", ""
     wbufsize, disable_nagle_algorithm = -1, True  # sent at once, when it is flushed
@@ -188,11 +181,9 @@ class Connection(BaseHTTPRequestHandler):
         self.rfile = Head(self.rfile)
 
     def limit(self, seconds):
-        """Close the connection in so many seconds."""
         self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     def wait_for_client(self):
-        """From now on, this connection may be closed when its place is needed."""
         self.server.silent[self.connection] = True
 
     def begin_work(self):
@@ -251,7 +242,6 @@ class Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
     def answer(self):
-        """Returns the status, or None for 200. The cheap checks come first, the key before the body."""
         server = self.server
         self.check_headers()
         if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
@@ -273,7 +263,6 @@ class Connection(BaseHTTPRequestHandler):
         return function(self)
 
     def find_route(self):
-        """The route of the path, by exact look-up."""
         path = self.path.partition("?")[0]
         if path not in self.server.routes:
             raise Refuse(404, "there is no such path")
@@ -305,7 +294,6 @@ class Connection(BaseHTTPRequestHandler):
             raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def body_size(self):
-        """The length of the body that the headers announce. Raises Refuse where it is not wanted."""
         headers, most = self.headers, self.server.settings.max_body
         lengths = headers.get_all("Content-Length", [])
         if headers.get("Transfer-Encoding") is not None:
@@ -351,7 +339,7 @@ class Connection(BaseHTTPRequestHandler):
     # 2. Answering
 
     def respond(self, status, content, headers=()):
-        """Send an answer. content: bytes, or what becomes JSON."""
+        """content: bytes, or what becomes JSON."""
         data = content if type(content) is bytes else dump(content)
         self.limit(self.server.settings.write_timeout)
         self.send_head(status, {"Content-Type": JSON, "Content-Length": str(len(data)), **dict(headers)})
@@ -377,8 +365,8 @@ class Connection(BaseHTTPRequestHandler):
         self.end_headers()
 
     def start_events(self):
-        """Begin to send events: in chunks, or in HTTP/1.0 until the connection ends."""
-        self.streaming, self.chunked = True, self.request_version != "HTTP/1.0"
+        self.streaming = True
+        self.chunked = self.request_version != "HTTP/1.0"  # which ends a stream by closing the connection
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -388,7 +376,7 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send_events(self, *contents, end=False):
-        """Server-sent events, one for each of contents."""
+        """Server-sent events (text/event-stream)."""
         data = b"".join(b"data: %b\n\n" % dump(content) for content in contents)
         if end:
             data += b"data: [DONE]\n\n"

