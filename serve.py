@@ -20,6 +20,7 @@ them. The engine's thread alone uses the model: requests reach it through one qu
 import base64
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -33,12 +34,12 @@ from queue import Empty, Full
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
+from runtime.files import open_file
 from runtime.settings import check_limits, load
 from sample import ModelConfig, Sampling, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
-from training import log
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Served:
 
     def facts(self, config, run):
         """What /model-info says of a run, without its folders."""
-        rows = [*log.read_rows(os.path.join(self.folder, "log.jsonl"))]
+        rows = read_log(os.path.join(self.folder, "log.jsonl"))
         row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
         every = math.ceil(len(rows) / 500)  # steps of the curve
         sources = [] if run.get("path") == self.folder else run.get("source", [])  # a Hugging Face folder has none
@@ -103,6 +104,19 @@ class Served:
             defaults=defaults | {"max_tokens": api.Generate.max_tokens},
             curve=[(row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(rows)
                    if "val_loss" in row or i % every == 0])
+
+
+def read_log(path):
+    """The rows of a run's log.jsonl. What is none, such as half a line, is skipped."""
+    rows = []
+    with contextlib.suppress(OSError), open_file(path, mode="r", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                row = json.loads(line)
+                numbers = row["step"], row["loss"], row.get("val_loss", 0), row.get("val_bpb", 0)
+                if all(map(math.isfinite, numbers)):
+                    rows.append(row)
+    return rows
 
 
 class Server:
