@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Sampling: let a trained model write, in the terminal.
+Sampling: let a trained model write in the terminal.
 
     python sample.py                                        # the newest run under out/; asks for prompts in a terminal
     python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
@@ -8,12 +8,11 @@ Sampling: let a trained model write, in the terminal.
     python sample.py out/chat --chat                        # a conversation with a model that was tuned to answer
     python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder
 
-The text goes to standard output as it is written, everything else to standard error. A model gives a logit to every
-token of its vocabulary. This file is the way from there to text:
+The text goes to standard output, everything else to standard error. Two steps lead from a model's logits to text:
 
 1. From logits to a token: filter_logits drops what is too unlikely, sample_tokens samples one of the rest.
-2. From tokens to text: a token is bytes, and maybe only a part of a character; TextStream gives out whole characters,
-   and nothing that may yet turn out to be the beginning of a stop string.
+2. From tokens to text: a token may be a part of a character. TextStream gives out whole characters, and no part of a
+   stop string.
 """
 import codecs
 import os
@@ -38,7 +37,7 @@ from training import checkpoint as ckpt
 class RunConfig:
     # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
-    init_from: str = ""  # the RUN as well
+    init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
 
 
@@ -49,31 +48,31 @@ class ModelConfig(RunConfig):
     quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
 
 
-@dataclass(eq=False)  # two requests of the engine are never the same, whatever they ask for
+@dataclass(eq=False)  # two equal requests of the engine are still two
 class Sampling:
     # how tokens are chosen from their logits, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
     top_k: int = 50  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1: tokens that were used, in the prompt too, get less likely
-    presence_penalty: float = 0.0  # taken from the logit of every token that was written already; OpenAI's
-    frequency_penalty: float = 0.0  # the same, once for each time that it was written
-    stop: list[str] = field(default_factory=list)  # end before this text, may be given several times; \n is a line end
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and text get less likely
+    presence_penalty: float = 0.0  # subtracted from the logit of every token of the text; OpenAI's
+    frequency_penalty: float = 0.0  # the same, for each time that it was written
+    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated; \n is a line end
     ignore_eos: bool = False  # go on after the end-of-text token
 
 
 @dataclass
 class SampleConfig(Sampling, ModelConfig):
-    prompt: str = ""  # the text to continue, as it stands; FILE:path reads it from a file
+    prompt: str = ""  # the text to continue; FILE:path reads it from a file
     start: str = ""  # the same, by nanoGPT's name
     num_samples: int = 1  # how many texts to write, one after the other
     max_new_tokens: int = 128  # longest text, in tokens
-    chat: bool = False  # the prompt is a message to a chat model, in its format; in a terminal, a conversation
+    chat: bool = False  # the prompt is a message to a chat model; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
 
 
-# The ranges of settings, inclusive: here, and of a request to the server (serving/api.py).
+# The ranges of settings, inclusive, here and in serving/api.py.
 RANGES = {
     "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1)}
@@ -87,11 +86,11 @@ MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Logits (..., V) -> logits whose softmax is the distribution to sample from; -inf for what is left out.
 
-    In this order: temperature divides the logits; top_k keeps the k highest (and what equals the last of them); min_p
-    keeps what has at least min_p times the highest probability (arXiv 2407.01082); top_p keeps the smallest set that
-    has at least this probability together (nucleus sampling, arXiv 1904.09751). The likeliest token always stays.
+    In this order: temperature divides the logits; top_k keeps the k highest; min_p keeps what has at least min_p times
+    the highest probability (arXiv 2407.01082); top_p keeps the smallest set that has at least this probability
+    (nucleus sampling, arXiv 1904.09751). The likeliest token always stays.
     """
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: nothing can overflow
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: no overflow
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -100,18 +99,17 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
     if top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier
-        # order[j] is the token of rank j; nothing is above the likeliest
+        above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier; 0 for the best
         drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (above >= top_p) & (above > 0))
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
 
 def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
-    """Make tokens that were used less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
+    """Make used tokens less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
 
-    repetition divides the logits above 0 of whatever is in prompt or text, and multiplies the others (CTRL, arXiv
-    1909.05858). presence is taken from the logit of what was written, frequency for each time (OpenAI's API).
+    repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858). presence is subtracted for
+    written tokens, frequency for each time (OpenAI's API).
     """
     if repetition != 1.0 and (prompt or written):
         ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
@@ -135,22 +133,21 @@ def is_greedy(settings):
 def sample_tokens(logits, settings, generators):
     """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    Each row has a generator of its own, so that its tokens do not depend on the others. A uniform number becomes a
-    token by the inverse of the cumulative distribution (cdf). (torch.multinomial takes one generator for all rows, and
-    a random number for each token of the vocabulary: seven times as long for 32,768 of them.)
+    A row does not depend on the others: it has its own generator, whose uniform number becomes a token by the inverse
+    of the cumulative distribution (cdf). (torch.multinomial takes seven times as long for 32,768 tokens.)
     """
     if is_greedy(settings):  # of equals the lowest id
         best = logits.max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, -1).cpu()
     ids = None
-    if 0 < settings.top_k < logits.size(-1):  # all that follows is done with k numbers, not V
+    if 0 < settings.top_k < logits.size(-1):  # what follows takes k numbers, not V
         best = logits.topk(settings.top_k)
         logits, ids = best.values, best.indices.cpu()  # (B, k)
     kept = filter_logits(logits.cpu(), settings.temperature, 0, settings.top_p, settings.min_p)
-    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # 50,000 float32 additions would lose the rare
+    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # in float32, rare tokens get lost
     uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    # A point in (0, total] falls on the first token whose end is not before it: never on one of probability 0.
-    total = cdf[:, -1:]  # (B, 1); 1 but for rounding. nan and inf, which are among the likeliest, make it nan
+    # No point in (0, total] falls on a token of probability 0.
+    total = cdf[:, -1:]  # (B, 1); 1 but for rounding, or nan where a logit is not finite
     tokens = torch.searchsorted(cdf, (1 - uniform) * total)  # (B, 1)
     if ids is not None:
         tokens = ids.gather(-1, tokens.clamp(max=ids.size(-1) - 1))
@@ -158,33 +155,25 @@ def sample_tokens(logits, settings, generators):
 
 
 class Sampler:
-    """Chooses the tokens of one text: the `pick` of GPT.generate, with random numbers and penalties of its own.
-
-    settings: a Sampling. prompt: ids. bias: {id: what to add to its logit}.
-    """
+    """Chooses the tokens of one text: the `pick` of GPT.generate. settings: a Sampling; prompt, bias: of penalize."""
 
     def __init__(self, settings, prompt, seed, bias=None):
         self.settings, self.prompt, self.bias = settings, prompt, bias
         self.generator = torch.Generator().manual_seed(seed)
         self.written = []
         self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
-        self.changes = self.penalties != (1, 0, 0) or bool(bias)
-        # Texts of one group are sampled together. (A cdf of the whole vocabulary is made for one row at a time, which
-        # stays in the processor's cache: half the time of 8 rows of 32,768 together.)
-        if self.changes or not (settings.top_k or is_greedy(settings)):
+        # The engine samples the texts of a group together. (Whole vocabularies one by one take half the time, since a
+        # row stays in the processor's cache.)
+        self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
+        if self.penalties != (1, 0, 0) or bias or not (settings.top_k or is_greedy(settings)):
             self.group = id(self)
-        else:
-            self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
 
     def change(self, logits):
-        """Logits (1, V) with penalties and bias."""
         return penalize(logits, self.prompt, self.written, *self.penalties, self.bias)
 
     def __call__(self, logits):
         """Logits (1, V) -> a token (1,)."""
-        if self.changes:
-            logits = self.change(logits)
-        token = sample_tokens(logits, self.settings, [self.generator])
+        token = sample_tokens(self.change(logits), self.settings, [self.generator])
         if token.item() < 0:
             raise UserError("the model returned logits that are not finite", "--device=cpu --dtype=float32")
         self.written.append(token.item())
@@ -196,21 +185,20 @@ class Sampler:
 
 
 class TextStream:
-    """Puts text together from tokens as they come. What push and finish return, joined, is the text of the whole."""
+    """Makes text of tokens as they come: what push and finish return, joined, is the whole text."""
 
     def __init__(self, tokenizer, stops=()):
         self.tokenizer = tokenizer
-        self.stops = [stop for stop in stops if stop]
+        self.stops = stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
         self.pending = ""  # text that may be the beginning of a stop string
-        self.stopped = False  # a stop string has come: what follows is not part of the text
+        self.stopped = False  # a stop string has come
 
     def push(self, token):
-        """The text that is certain now that `token` has come; often the token's own, sometimes none."""
         return self.add(self.decoder.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self):
-        """The rest, when no more tokens come; half a character becomes U+FFFD."""
+        """The rest of the text; half a character becomes U+FFFD."""
         text = self.add(self.decoder.decode(b"", final=True)) + self.pending
         self.pending = ""
         return text
@@ -220,7 +208,7 @@ class TextStream:
             return ""
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
-        if ends:  # of several the one that is complete first, however the text came in tokens; then the longest
+        if ends:  # the stop that is complete first, and of those the longest
             self.stopped = True
             self.pending = ""
             return text[:min(ends)[1]]
@@ -235,25 +223,20 @@ class TextStream:
 
 
 def read_prompt(prompt):
-    """The text of --prompt: itself, or of FILE:path."""
-    if not prompt.startswith("FILE:"):
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are none
-            raise UserError(f"the prompt {prompt!r} is not UTF-8", "--prompt=FILE:path of a UTF-8 text")
-        return prompt
     try:
-        with open(prompt[5:], encoding="utf-8", newline="") as file:  # a file, or a pipe that ends
-            text = file.read(10_000_001)
-        if len(text) > 10_000_000:
-            raise ValueError("it has more than 10,000,000 characters")
-        return text
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the prompt from {prompt[5:]}: {getattr(error, 'strerror', None) or error}",
+        if prompt.startswith("FILE:"):
+            with open(prompt[5:], encoding="utf-8", newline="") as file:
+                return file.read()
+        prompt.encode()  # fails where it came as other bytes than UTF-8
+        return prompt
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the prompt {prompt}: {getattr(error, 'strerror', 'it is not UTF-8')}",
                         "--prompt='some text', or --prompt=FILE:path of a UTF-8 text") from None
 
 
 def fit(messages, tokenizer, capacity):
-    """The ids of a conversation, at most `capacity` of them if that is possible: its oldest questions and answers are
-    taken out of `messages`, whole ones. A system message stays, and the last question."""
+    """The ids of a conversation. Where there are more than `capacity`, the oldest questions and answers are removed
+    from `messages`, but not a system message or the last question."""
     oldest = int(messages[0]["role"] == "system")
     ids = tokenizer.chat(messages)
     while len(ids) > capacity and len(messages) > oldest + 1:
@@ -263,10 +246,10 @@ def fit(messages, tokenizer, capacity):
 
 
 def write(model, tokenizer, ids, settings, seed):
-    """Print the continuation of the prompt `ids` as it comes. Returns (the text, the number of tokens)."""
+    """Print the continuation of the prompt `ids` as it comes; (the text, the number of tokens)."""
     size, ends = model.config.block_size, tokenizers.ends(tokenizer)
     if len(ids) > size:
-        note(f"the prompt has {len(ids):,} tokens, the context is {size}; the first {len(ids) - size:,} are ignored")
+        note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
         ids = ids[-size:]
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
     stream, text, n = TextStream(tokenizer, stops), "", 0
@@ -286,55 +269,50 @@ def write(model, tokenizer, ids, settings, seed):
 
 
 class Writer:
-    """Answers prompts: each with a text that goes on from it or, with --chat, all in one conversation."""
+    """Answers prompts: each by its continuation or, with --chat, in one conversation."""
 
     def __init__(self, model, tokenizer, settings, seed):
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
         self.messages = []  # the conversation so far
-        self.has_forgotten = False  # is it longer than the context?
+        self.forgets = False
 
     def begin(self, prompt):
-        """Print the prompt; its ids. Without one, the text begins as every document does."""
+        """Print the prompt; its ids. An empty one begins as every document does."""
         show(prompt, end="")
         start = self.tokenizer.special.get(tokenizers.END_OF_TEXT)
         return self.tokenizer.encode(prompt) or ([start] if start is not None else self.tokenizer.encode("\n"))
 
-    def fit(self, messages):
-        """The ids of a conversation, with space for an answer behind them."""
-        size, n = self.model.config.block_size, len(messages)
-        ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
-        if len(messages) < n and not self.has_forgotten:
-            note(f"the conversation outgrows the context of {size:,} tokens: the model forgets the oldest messages")
-            self.has_forgotten = True
-        return ids
-
     def answer(self, prompt):
         messages = [*self.messages, dict(role="user", content=prompt)]
+        size = self.model.config.block_size
         for _ in range(self.settings.num_samples):
-            seed, self.seed = self.seed, self.seed + 1
-            ids = self.fit(messages) if self.settings.chat else self.begin(prompt)
+            if self.settings.chat:
+                ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
+            else:
+                ids = self.begin(prompt)
             started = time.perf_counter()
-            text, n = write(self.model, self.tokenizer, ids, self.settings, seed)
-            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
+            text, n = write(self.model, self.tokenizer, ids, self.settings, self.seed)
+            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={self.seed}]")
+            self.seed += 1
+        if len(messages) <= len(self.messages) and not self.forgets:
+            note(f"the conversation outgrows the context of {size:,} tokens: the oldest messages are forgotten")
+            self.forgets = True
         self.messages = [*messages, dict(role="assistant", content=text)]
 
 
 def ask(writer):
-    """Answer what is typed, until Ctrl-D. One bad prompt does not end it."""
+    """Answer what is typed, until Ctrl-D."""
     say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
     while True:
         try:
             prompt = input("> ")
-            prompt.encode()  # (in some locales, what is not UTF-8 comes as half a character)
+            prompt.encode()
+            if prompt.strip() or not writer.settings.chat:
+                writer.answer(prompt)
         except EOFError:
             return say()
         except UnicodeError:
             say("error: a prompt has to be UTF-8")
-            continue
-        if writer.settings.chat and not prompt.strip():
-            continue
-        try:
-            writer.answer(prompt)
         except UserError as error:
             say(f"error: {error.fact}")
         except KeyboardInterrupt:
@@ -349,14 +327,13 @@ def load_model(settings, runs):
 
 
 def check_chat(run, tokenizer):
-    """Raises UserError where the model has no chat format."""
-    if run["chat"]:
-        return
     path = run["path"]
     folder = quote(path if os.path.isdir(path) else os.path.dirname(path) or ".")
-    fix = (f"python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer={folder}, then train.py with "
-           f"--init_from={folder}")
-    raise UserError(f"{path} has no chat format", fix if tokenizers.END in tokenizer.special else pretrained.CHAT_FIX)
+    fix = pretrained.CHAT_FIX
+    if tokenizers.END in tokenizer.special:
+        fix = f"python prepare.py CHATS.jsonl --format=chat --tokenizer={folder}, then train.py --init_from={folder}"
+    if not run["chat"]:
+        raise UserError(f"{path} has no chat format", fix)
 
 
 def main(argv):

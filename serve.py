@@ -8,22 +8,19 @@ The server: a trained model over HTTP, with nothing but the standard library.
 
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
 
-There are three kinds of threads. One accepts connections. Every connection has one of its own, which reads a request,
-checks it, waits for its tokens and writes them. And one is the engine's, the only one that touches the model. Requests
-go to it through one queue, events come back through another.
+One thread accepts connections. Each connection has its own, which checks a request, waits for its tokens and writes
+them. The engine's thread alone uses the model: requests reach it through one queue, events come back through another.
 
-    serving/web.py      connections: everything that can be wrong with HTTP, and a limit on everything
+    serving/web.py      connections, and every limit on them
     serving/api.py      what a request may say, and what the answers look like
     serving/engine.py   many requests at once on one model
     serving/page.html   the page at /
     serve.py            this file: the settings, the paths, the life of a request and of the process
-
-A request ends early when its client hangs up, or when its time is over. The process ends by a signal, after which what
-is running may finish, or with a model that fails whatever it is given.
 """
 import base64
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -31,52 +28,49 @@ import signal
 import threading
 import time
 import traceback
-import urllib.parse
 from collections import Counter
 from dataclasses import dataclass, fields
 from queue import Empty, Full
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
+from runtime.files import open_file
 from runtime.settings import check_limits, load
 from sample import ModelConfig, Sampling, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
-from training import log
 
 
 @dataclass
 class ServeConfig(ModelConfig):
-    host: str = "127.0.0.1"  # the address to listen on; this one can be reached from this machine alone
+    host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
     port: int = 8000  # 0: any free one
-    rows: int = 16  # requests that are worked on at once; each has a cache for a whole context
-    block_size: int = 0  # cut the context to so many tokens, which takes less memory; 0: all that the model can
-    max_queue: int = 64  # requests that may wait for a row; more are told to come back
+    rows: int = 16  # requests that run at once; each has a cache for a whole context
+    block_size: int = 0  # cut the context to so many tokens, which saves memory; 0: the model's own
+    max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
     body_timeout: float = 30  # seconds for its body
-    write_timeout: float = 10  # seconds for which a client may not take what it is sent
+    write_timeout: float = 10  # seconds for a client to take what it is sent
     request_timeout: float = 300  # seconds for an answer
     drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
-    api_key_file: str = ""  # the key that clients have to send is the first line of this file; or $OPENLLM_API_KEY
-    no_auth: bool = False  # listen on other addresses without a key: whoever reaches the port can use it
-    cors_origin: str = ""  # the pages of this origin may use the server from a browser: https://example.org
+    api_key_file: str = ""  # its first line is the key that clients have to send; or $OPENLLM_API_KEY
+    no_auth: bool = False  # listen on other addresses without a key
+    cors_origin: str = ""  # pages of this origin may use the server: https://example.org
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
           "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
           "drain": (0, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
-BUCKETS = ("0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "+Inf")  # seconds, of the histograms
-TOKENIZE_BYTES = 1 << 16  # of the longest text for /tokenize, and from /detokenize
-PROMPT_BYTES = 1 << 21  # of the longest prompt: to tokenize more could take a second of the processor, which all share
+TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
+PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
 
 
 class Served:
-    """The model that is served, and what there is to say about it."""
 
     def __init__(self, settings, model, tokenizer, run):
         path, device = run.get("path", "model"), str(model.lm_head.weight.device)
@@ -87,22 +81,21 @@ class Served:
         parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
         self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
         self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, model.config.vocab_size)
-        # A text of more bytes is longer than the context; what makes ids may shorten a text, though (Unicode's NFC).
+        # A text of more bytes does not fit into the context. (4: Unicode's NFC may shorten it.)
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
         dtype = "int8" if run.get("int8") else str(dtype).removeprefix("torch.")
         self.info = self.facts(model.config, run) | dict(parameters=parameters, device=device, dtype=dtype)
 
     def facts(self, config, run):
-        """What /model-info says of a run; of files it gives names, and no places."""
-        rows = [*log.read_rows(os.path.join(self.folder, "log.jsonl"))]
-        measured = [row for row in rows if row["step"] == run.get("step") and "val_bpb" in row]
-        row = measured[0] if measured else {}
-        every = math.ceil(len(rows) / 500)
-        sources = [] if run.get("path") == self.folder else run.get("source", [])  # nobody knows a Hugging Face model's
+        """What /model-info says of a run, without its folders."""
+        rows = read_log(os.path.join(self.folder, "log.jsonl"))
+        row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
+        every = math.ceil(len(rows) / 500)  # steps of the curve
+        sources = [] if run.get("path") == self.folder else run.get("source", [])  # a Hugging Face folder has none
         defaults = {field.name: field.default for field in fields(Sampling) if field.name in api.RANGES}
         return dict(
-            name=self.name, step=run.get("step") or None, chat=self.chat, rows=self.engine.rows, context=self.context,
+            name=self.name, step=run.get("step") or None, chat=self.chat, context=self.context,
             source=[re.split(r"[/\\]", source.partition("?")[0])[-1] for source in sources],
             val_loss=run.get("val_loss", row.get("val_loss")), val_bpb=row.get("val_bpb"),
             vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
@@ -113,30 +106,43 @@ class Served:
                    if "val_loss" in row or i % every == 0])
 
 
-class Server:
-    """The model, its engine's thread, and the web server around them.
+def read_log(path):
+    """The rows of a run's log.jsonl. What is none, such as half a line, is skipped."""
+    rows = []
+    with contextlib.suppress(OSError), open_file(path, mode="r", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                row = json.loads(line)
+                numbers = row["step"], row["loss"], row.get("val_loss", 0), row.get("val_bpb", 0)
+                if all(map(math.isfinite, numbers)):
+                    rows.append(row)
+    return rows
 
-    load() -> (model, tokenizer, run) is called by the engine's thread. state is loading, ok, draining or dead.
+
+class Server:
+    """The model, its engine's thread, and the web server. load() -> (model, tokenizer, run) runs in that thread.
+
     Raises UserError where the port is taken, or where others could get in without a key.
     """
 
     def __init__(self, settings, load):
         self.settings, self.load = settings, load
-        self.served = self.failure = None  # a Served, when it is loaded; the error that ended a thread
+        self.served = None  # a Served, when it is loaded
+        self.failure = None  # the error that ended a thread
         self.draining = False
         self.ended = threading.Event()
-        self.lock = threading.Lock()  # guards what /metrics tells
+        self.lock = threading.Lock()  # guards the numbers of /metrics
         self.answers = Counter()
-        self.first, self.took = new_histogram(), new_histogram()
+        self.first, self.took = Counter(), Counter()  # seconds to the first token, and to the last
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
-                            "OPENLLM_API_KEY=... or --api_key_file=FILE; or --no_auth=True, if everyone may use it")
+                            "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
         routes = {
             "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
             "/model-info": {"GET": self.model_info}, "/info": {"GET": self.model_info},
-            "/v1/models": {"GET": self.models}, "/v1/models/": {"GET": self.models},
+            "/v1/models": {"GET": self.models},
             "/tokenize": {"POST": self.tokenize}, "/detokenize": {"POST": self.detokenize},
             **{path: {"POST": self.generate} for path in DIALECTS}}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
@@ -163,7 +169,7 @@ class Server:
         self.web_thread.start()
 
     def work(self):
-        """The engine's thread: load the model, then compute whenever there is something to compute."""
+        """The engine's thread: load the model, then run it."""
         self.served = Served(self.settings, *self.load())
         say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
             f"of {self.served.context} tokens")
@@ -171,29 +177,29 @@ class Server:
             self.engine.run()
 
     def guard(self, function, *arguments):
-        """Run what the server cannot do without. Whatever ends it, the server is dead."""
+        """Run a thread without which the server is dead."""
         try:
             function(*arguments)
-        except BaseException as error:  # (a panic of Rust code is no Exception)
-            self.failure = error
+        except BaseException as error:  # a panic of Rust code is no Exception
             if not isinstance(error, UserError):
                 print_error(f"{traceback.format_exc()}error: a thread of the server ended by {error!r}")
+            self.failure = error
         self.ended.set()
 
     def stop(self, drain=0):
-        """Give running requests `drain` seconds, end those that are left, and close all connections."""
+        """Give running requests `drain` seconds, then end them."""
         self.draining = True
         if not self.failure:
             self.web.wait_until_idle(drain)
         if self.engine:
             self.engine.end()
-            self.web.wait_until_idle(1)  # each request gets its last words
+            self.web.wait_until_idle(1)  # for their last events
         self.web.close()
         if self.engine:
             self.engine_thread.join(10)
 
     def ready(self):
-        """The model; raises Refuse while there is none."""
+        """The Served. Raises Refuse while there is none."""
         if self.state != "ok":
             raise Refuse(503, f"the server is {self.state}", code=self.state)
         return self.served
@@ -202,31 +208,34 @@ class Server:
 
     def generate(self, connection):
         served = self.ready()
-        deadline = time.monotonic() + self.settings.request_timeout  # for all that follows
+        deadline = time.monotonic() + self.settings.request_timeout
         dialect = DIALECTS[connection.route]
         job = connection.job = connection.read_body(lambda body: dialect(body, served, deadline))
-        if len(job.requests) > served.engine.rows + self.settings.max_queue:
-            raise Refuse(400, f"{len(job.requests)} texts at once are more than this server can ever take", "n")
         try:
             served.engine.submit(*job.requests)
         except Full:
             raise Refuse(503, "too many requests are waiting", code="overloaded") from None
-        # The engine keeps to the deadline; this limit is for a client that takes its answer too slowly.
+        # The engine keeps to the deadline; this is for a client that reads too slowly.
         connection.limit(self.settings.request_timeout + self.settings.write_timeout)
         try:
             if job.stream:
-                return self.stream(connection, job)
+                connection.start_events()
             for events in self.wait(connection, job):
+                if job.stream:
+                    connection.send_events(*(chunk for event in events for chunk in job.chunks(event)))
                 for event in events:
                     if refuse := job.failure(event.finish_reason):
                         raise refuse
-            connection.respond(200, job.answer())
+            if job.stream:
+                connection.send_events(*job.last(), end=True)
+            else:
+                connection.respond(200, job.answer())
         finally:
             for request in job.requests:
-                request.cancelled = True  # where it is not over yet, the row is free at the next step
+                request.cancelled = True  # its row is free at the next step
 
     def wait(self, connection, job):
-        """The events of a job, as many at a time as there are. Raises ConnectionError when the client has gone."""
+        """Lists of events as they come. Raises ConnectionError when the client has gone."""
         left, looked = len(job.requests), 0.0
         while left:
             events = []
@@ -241,19 +250,6 @@ class Server:
             left -= sum(bool(event.finish_reason) for event in events)
             yield events
 
-    def stream(self, connection, job):
-        connection.start_events()
-        for events in self.wait(connection, job):
-            chunks = []
-            for event in events:
-                if refuse := job.failure(event.finish_reason):
-                    chunks += job.chunks(event._replace(finish_reason=""))
-                    connection.send_events(*chunks, refuse.body, end=True)
-                    return refuse.status
-                chunks += job.chunks(event)
-            connection.send_events(*chunks)
-        connection.send_events(*job.last(), end=True)
-
     # The other paths
 
     def health(self, connection):
@@ -266,22 +262,17 @@ class Server:
 
     def models(self, connection):
         one = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models").removeprefix("/")
-        if name not in ("", one["id"]):
-            raise Refuse(404, "there is no such model", "model", "model_not_found")
-        connection.respond(200, one if name else {"object": "list", "data": [one]})
+        connection.respond(200, {"object": "list", "data": [one]})
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
         ids = connection.read_body(lambda body: api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES))
-        ids = list(map(int, ids))
         connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
 
     def detokenize(self, connection):
         tokenizer = self.ready().tokenizer
         ids = connection.read_body(lambda body: api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size))
-        size = sum(len(tokenizer.token_bytes(i)) for i in ids)
-        api.check_size("the text of ids", size, TOKENIZE_BYTES, "ids")
+        api.check_size("ids", sum(len(tokenizer.token_bytes(i)) for i in ids), TOKENIZE_BYTES)
         connection.respond(200, {"text": tokenizer.decode(ids)})
 
     def playground(self, connection):
@@ -292,27 +283,27 @@ class Server:
     # What it tells those who watch
 
     def answered(self, connection, route, status):
-        """Count the answer, and write a line about it: no prompt, no key, nothing that a client could fake lines with.
-        """
+        """Count the answer, and log a line without a prompt, a key or anything else that the client chose."""
         requests, now = connection.job.requests if connection.job else [], time.monotonic()
         with self.lock:
             self.answers[f'{{route="{route}",status="{status}"}}'] += 1
             for request in requests:
                 if request.first:
-                    count(self.first, request.first - request.submitted)
-                    count(self.took, now - request.submitted)
-        if route != "/health":  # for which somebody asks every few seconds
-            command = connection.command if connection.command in ("GET", "HEAD", "POST") else "-"
-            tokens = f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens" if requests else ""
-            say(f"{command} {route} {status} {1000 * (now - connection.started):.0f} ms{tokens}")
+                    self.first.update(_sum=request.first - request.submitted, _count=1)
+                    self.took.update(_sum=now - request.submitted, _count=1)
+        if route != "/health":  # which is asked every few seconds
+            line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
+            if requests:
+                line += f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens"
+            say(line)
 
     def metrics(self, connection):
-        """For Prometheus: a line per number. The histograms are of every choice of an answer."""
+        """The text format of Prometheus."""
         engine = self.engine
         with self.lock:
             families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
-                        ("first_token_seconds", "histogram", dict(self.first)),
-                        ("request_seconds", "histogram", dict(self.took))]
+                        ("first_token_seconds", "summary", {"_sum": 0, "_count": 0} | self.first),
+                        ("request_seconds", "summary", {"_sum": 0, "_count": 0} | self.took)]
         gauges = {"connections": len(self.web.connections), "resident_memory_bytes": resident_memory(),
                   "requests_running": len(engine.running) if engine else 0,
                   "requests_waiting": len(engine.waiting) if engine else 0}
@@ -326,44 +317,31 @@ class Server:
         connection.respond(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
-def new_histogram():
-    """{what stands behind its name in /metrics: value}: how many values were at most so large, for each of BUCKETS."""
-    return dict.fromkeys([*(f'_bucket{{le="{bound}"}}' for bound in BUCKETS), "_sum", "_count"], 0)
-
-
-def count(histogram, value):
-    for bound in BUCKETS:
-        histogram[f'_bucket{{le="{bound}"}}'] += value <= float(bound)
-    histogram["_sum"] += value
-    histogram["_count"] += 1
-
-
 def resident_memory():
-    """Bytes of memory that this process holds; 0 where the system does not say (Linux does)."""
+    """In bytes; 0 where the system is not Linux."""
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
 def read_key(settings):
-    """The key that clients have to send; an empty one: none."""
-    key, where = os.environ.get("OPENLLM_API_KEY"), "OPENLLM_API_KEY"
+    """The key that clients have to send, or ""."""
+    key, where = os.environ.get("OPENLLM_API_KEY"), settings.api_key_file or "OPENLLM_API_KEY"
     if settings.api_key_file:
-        where = f"the first line of {settings.api_key_file}"
         try:
             with open(settings.api_key_file, encoding="utf-8-sig") as file:
-                key = file.readline(1 << 16)
+                key = file.readline()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the key from {settings.api_key_file}: {getattr(error, 'strerror', error)}",
+            raise UserError(f"cannot read the key from {where}: {getattr(error, 'strerror', error)}",
                             "--api_key_file=FILE, whose first line is the key") from None
-    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what an HTTP header can carry everywhere
+    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
         raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
                         "a key like that of `openssl rand -hex 32`")
     return key.strip() if key else ""
 
 
 def read_page():
-    """The page, and the policy under which a browser runs nothing but its style and script, known by their hashes."""
+    """The page, and a content security policy that allows its own style and script alone."""
     with open(PAGE, "rb") as file:
         page = file.read()
 
@@ -391,16 +369,16 @@ def main(argv):
         signal.signal(number, on_signal)
     server.start()
     say(f"http://{settings.host}:{server.port} is open; loading the model")
-    while not server.ended.wait(0.1):  # a handler runs when this thread wakes up, and not always does a signal wake it
+    while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs
         pass
     loaded = server.served is not None
     if signals and loaded:
-        say(f"{signal.Signals(signals[0]).name}: {settings.drain:g} s for what is running; once more to end at once")
+        say(f"{settings.drain:g} s for what is running; once more to end at once")
     server.stop(settings.drain if signals else 0)
     if isinstance(server.failure, UserError):
         raise server.failure
     if signals and not loaded:
-        os._exit(128 + signals[0])  # the other thread is at its loading, and would not hear of an ordinary end
+        os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
     return 1 if server.failure else 0
 
 

@@ -46,10 +46,10 @@ def read_json(path, fix, **options):
                         "check the file, or leave it out") from None
 
 
-def parse_json(text, where, fix, **options):
-    """The value of a stranger's JSON text. where: the place that the error names."""
-    if len(text) > JSON_VALUES and sum(map(text.count, "[{,:")) > JSON_VALUES:
-        raise UserError(f"{where}: more than {JSON_VALUES:,} brackets, commas and colons, too many values to hold",
+def parse_json(text, where, fix, most=JSON_VALUES, **options):
+    """The value of a stranger's JSON text, of at most so many values. where: the file that the error names."""
+    if len(text) > most and sum(map(text.count, "[{,:")) > most:
+        raise UserError(f"{where}: more than {most:,} brackets, commas and colons, too many values to hold",
                         "split it, or write it as a .jsonl file, one object per line")
     try:
         return json.loads(text, **options)

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The contract of the server: from the JSON of a client to requests for the engine, and from their tokens back to JSON.
+The contract of the server: from a client's JSON to requests of the engine, and from their tokens back to JSON.
 
     job = Generate({"prompt": "def ", "max_tokens": 20}, served, deadline)
     job.requests                 # for engine.submit; their events come in job.events
-    job.chunks(event)            # what a streaming client gets for an event: a list of JSON objects
+    job.chunks(event)            # what a stream sends for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-Three dialects: Generate is this project's own; Completions and Chat speak OpenAI's, for programs that were written for
-it. What would change an answer and is not supported is refused, not ignored.
-
-Everything is checked here, before it gets near the model: a wrong value is a Refuse with status 400 that names the
-field. (A token id beyond the vocabulary would end a process with a GPU for good.)
+Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is not
+supported is refused, not ignored. Everything is checked here: a wrong value is a Refuse with status 400 that names the
+field. (On a GPU, a token id beyond the vocabulary would end the process.)
 """
 import codecs
 import difflib
@@ -26,9 +24,9 @@ from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling
 from serving.engine import Request
 from serving.web import Refuse
 
-MAX_PROMPTS, MAX_CHOICES, MAX_MESSAGES, MAX_BIASES = 8, 4, 2048, 300
-MAX_LOGPROBS, ECHO_BYTES = 1 << 17, 1 << 20  # in one answer: a short request must not fill the memory
-UNSUPPORTED = {  # OpenAI's fields that would change the answer: name: the value that changes nothing
+MAX_PROMPTS, MAX_CHOICES, MAX_BIASES = 8, 4, 300
+MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
+UNSUPPORTED = {  # OpenAI's fields that would change the answer: {name: the value that changes nothing}
     "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
 MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
 FAILURES = {  # finish_reason: the Refuse that stands for it
@@ -37,13 +35,11 @@ FAILURES = {  # finish_reason: the Refuse that stands for it
 
 
 def short(value):
-    """A value as an error may show it: a scalar, and not much of it."""
+    """A value as an error shows it."""
     if isinstance(value, list):
         return "a list"
     if isinstance(value, dict):
         return "an object"
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a number of very many digits"  # (Python refuses to print more than some 4,000 of them)
     return json.dumps(value[:40] if isinstance(value, str) else value)[:40]
 
 
@@ -52,7 +48,6 @@ def short(value):
 
 
 def need(condition, name, message, code=None):
-    """Refuse a request whose field `name` does not meet a condition."""
     if not condition:
         raise Refuse(400, message, name, code)
 
@@ -61,7 +56,7 @@ def number(kind, lowest, highest):
     what = f"{'a whole number' if kind is int else 'a number'} from {lowest} to {highest}"
 
     def check(value, name):
-        # (type and not isinstance: true is an int to Python. A NaN is not between anything.)
+        # type and not isinstance: true is an int to Python. (A NaN fails the comparison.)
         fits = type(value) in (int, kind) and lowest <= value <= highest
         need(fits, name, f"{name} must be {what}, not {short(value)}")
         return kind(value)
@@ -74,7 +69,7 @@ def flag(value, name):
 
 
 def text(value, name):
-    """A text that can be written as UTF-8: JSON can say half a surrogate pair, which is no character."""
+    """A text that is valid Unicode: JSON can hold half a surrogate pair."""
     need(type(value) is str, name, f"{name} must be a text, not {short(value)}")
     try:
         value.encode()
@@ -85,17 +80,15 @@ def text(value, name):
 
 def stops(value, name):
     found = value if type(value) is list else [value]
-    need(len(found) <= MAX_STOPS, name, f"{name} may be {MAX_STOPS} texts, not {len(found)}")
-    for stop in found:
-        size = len(text(stop, name))
-        need(1 <= size <= STOP_LENGTH, name, f"a stop text has 1 to {STOP_LENGTH} characters, not {size}")
+    fits = len(found) <= MAX_STOPS and all(1 <= len(text(stop, name)) <= STOP_LENGTH for stop in found)
+    need(fits, name, f"{name} may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters")
     return found
 
 
 def logit_bias(value, name):
-    """{id: bias}. (Job.request looks whether the model has the ids.)"""
+    """{id: bias}"""
     fits = type(value) is dict and len(value) <= MAX_BIASES
-    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} token ids")
+    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} ids")
     for key in value:
         need(re.fullmatch("[0-9]{1,9}", key), name, f"{name} has {short(key)}, which is no token id")
     check = number(float, -100, 100)
@@ -114,42 +107,39 @@ def token_ids(value, name, vocab_size):
     return value
 
 
-def check_size(what, size, most_bytes, name):
-    need(size <= most_bytes, name, f"{what} has {size} bytes; more than {most_bytes} are too many",
-         "context_length_exceeded")
+def check_size(name, size, most_bytes):
+    need(size <= most_bytes, name, f"{name} has {size} bytes, more than {most_bytes}", "context_length_exceeded")
 
 
 def encode(value, name, tokenizer, most_bytes):
-    """The ids of a text; one that is too long is not even encoded, since all share the processor."""
-    check_size(name, len(text(value, name).encode()), most_bytes, name)
+    """The ids of a text. One that is too long is not even encoded."""
+    check_size(name, len(text(value, name).encode()), most_bytes)
     try:
         return tokenizer.encode(value)
-    except UserError as error:  # a character that a vocabulary of characters does not have
+    except UserError as error:  # a character that the vocabulary does not have
         raise Refuse(400, error.fact, name) from None
 
 
 def prompt_ids(value, served):
-    """A prompt, a text or a list of token ids, as ids."""
     what = f"prompt must be a text or a list of token ids, not {short(value)}"
     need(type(value) in (str, list), "prompt", what)
     ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
-    need(ids, "prompt", "prompt is empty; to start from nothing, give the id of the end-of-text token")
+    need(ids, "prompt", "prompt is empty; to start from nothing, send the id of the end-of-text token")
     return ids
 
 
 def check_messages(value, most_bytes):
-    """OpenAI's messages as [{"role", "content"}], the content a text."""
+    """[{"role", "content"}], each content a text."""
     name, found = "messages", []
-    fits = type(value) is list and 1 <= len(value) <= MAX_MESSAGES
-    need(fits, name, f"messages must be a list of 1 to {MAX_MESSAGES} messages")
+    need(type(value) is list and value, name, "messages must be a list of messages")
     for message in value:
         fits = type(message) is dict and message.get("role") in ("system", "user", "assistant")
         need(fits, name, "a message must have a role, one of system, user, assistant")
         content = message.get("content")
         if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
-            content = "".join(text(part.get("text"), name) for part in content)  # other parts are not understood here
+            content = "".join(text(part.get("text"), name) for part in content)
         found.append(dict(role=message["role"], content=text(content, name)))
-    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes, name)
+    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes)
     need(found[-1]["role"] != "assistant", name, "the last message must not be the assistant's")
     return found
 
@@ -159,7 +149,7 @@ def check_messages(value, most_bytes):
 
 
 def spell(tokenizer, i):
-    """A token as a text: its own, the name of a special one, or `bytes:\\xe4` where it is not whole characters."""
+    """A token as a text: its own, the name of a special one, or `bytes:\\xe4` of a part of a character."""
     raw = tokenizer.token_bytes(i)
     if not raw:
         return next((name for name, number in tokenizer.special.items() if number == i), "")
@@ -174,7 +164,7 @@ def finite(logprob):
 
 
 class Job:
-    """What the dialects share: reading the fields, the check that prompt and answer fit, and the queue of events."""
+    """What the dialects share."""
 
     fields = FIELDS
     defaults = {}  # where they differ from those of sample.py
@@ -185,24 +175,24 @@ class Job:
     def __init__(self, body, served, deadline):
         self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
         self.requests, self.events = [], queue.SimpleQueue()
-        self.created, self.started = time.time(), time.monotonic()
+        self.started = time.monotonic()
         self.stream = self.get("stream", False)
         self.read()
-        self.body = None  # it takes memory, and all of it has been read
+        self.body = None  # to free its memory
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        need(logprobs <= MAX_LOGPROBS, "logprobs", f"the answer could have {logprobs:,} log-probabilities, more than "
-             f"{MAX_LOGPROBS:,}: give a lower max_tokens, or ask for fewer alternatives")
+        what = f"the answer could have {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
+        need(logprobs <= MAX_LOGPROBS, "logprobs", what)
 
     def get(self, name, default=None):
-        """The value of a field. None, JSON's null, always means the default."""
+        """The value of a field; null means the default."""
         value = self.body.get(name)
         return default if value is None else self.fields[name](value, name)
 
     def request(self, ids, logprobs, name="prompt", lowest=1, **more):
-        """A request of the engine: the prompt `ids`, which came in the field `name`, and the settings of the body."""
-        token_ids(ids, name, self.served.vocab_size)  # (the model may have fewer than the tokenizer)
-        settings = {field: self.get(field, default) for field, default in self.defaults.items()}
+        """A request of the engine. name: the field that the prompt `ids` came in."""
+        token_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
+        settings = dict(self.defaults)
         for field in vars(Sampling()):
             if self.body.get(field) is not None:
                 settings[field] = self.get(field)
@@ -213,35 +203,31 @@ class Job:
                        events=self.events, **settings, **more)
 
     def fit(self, ids, name, lowest):
-        """How many tokens the answer may have. Raises Refuse where they do not fit behind the prompt."""
+        """How many tokens the answer may have."""
         size = self.served.context
-        given = {field: self.body[field] for field in MAX_TOKENS if self.body.get(field) is not None}
-        for field, value in given.items():
-            number(int, lowest, RANGES["max_new_tokens"][1])(value, field)
-        *_, last = [MAX_TOKENS[0], *given]
-        need(len(set(given.values())) < 2, last, f"{' and '.join(given)} are the same field, and have two values")
-        limit, asked = next(iter(given.items()), ("max_tokens", None))
         left = size - len(ids)
         if self.echo and left == 0:
-            left = 1  # a prompt that fills the context can be scored, and its one next token needs no position
+            left = 1  # to score a prompt that fills the context: the next token needs no position
+        limit = next((field for field in MAX_TOKENS if self.body.get(field) is not None), None)
+        if limit:
+            asked = number(int, lowest, RANGES["max_new_tokens"][1])(self.body[limit], limit)
         what = f"{name} takes {len(ids)}/{size} tokens of the context, and leaves none for an answer"
         need(left > 0, name, what, "context_length_exceeded")
-        if asked is None:
+        if not limit:
             return min(self.max_tokens or left, left)
-        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens; {left} would fit"
+        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens"
         need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
     def token(self, i, logprob):
-        """A token as JSON."""
-        return {"token": spell(self.tokenizer, i), "logprob": finite(logprob), "bytes": [*self.tokenizer.token_bytes(i)]}
+        tokenizer = self.tokenizer
+        return {"token": spell(tokenizer, i), "logprob": finite(logprob), "bytes": [*tokenizer.token_bytes(i)]}
 
     def failure(self, reason):
-        """The Refuse that stands for a finish_reason that is no answer, or None."""
         return Refuse(*self.failures[reason]) if reason in self.failures else None
 
     def last(self):
-        """Chunks after all requests have ended."""
+        """The chunks after all requests have ended."""
         return []
 
 
@@ -249,7 +235,7 @@ class Generate(Job):
     """POST /generate"""
 
     fields = FIELDS | {"logprobs": number(int, 0, 20)}
-    failures = {reason: refuse for reason, refuse in FAILURES.items() if reason != "timeout"}  # an answer, so far
+    failures = {reason: FAILURES[reason] for reason in ("cancelled", "error")}  # a timeout is an answer, so far
 
     def read(self):
         known = [*self.fields, "prompt", *MAX_TOKENS]
@@ -280,22 +266,24 @@ class Generate(Job):
         chunks = []
         if event.text or event.tokens:
             chunks.append({"text": event.text} | self.tokens(event.tokens))
-        if event.finish_reason:
+        if event.finish_reason and not self.failure(event.finish_reason):
             chunks.append({"text": ""} | self.numbers(event.request))
         return chunks
 
 
 class Choice:
-    """One of the texts of an answer, and what its stream has to remember from a chunk to the next."""
+    """One text of an answer, and the state of its stream."""
 
-    def __init__(self, index, prompt):
-        self.index, self.prompt = index, prompt  # prompt: what is repeated of it
+    def __init__(self, index):
+        self.index = index
+        self.prompt = ""  # what is echoed of it
         self.begun = False  # has anything of it been sent?
-        self.offset, self.decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")  # characters so far
+        self.offset = 0  # in characters, of the next token
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
 
 class Completions(Job):
-    """POST /v1/completions: several prompts, several choices each, the prompt's own log-probabilities."""
+    """POST /v1/completions"""
 
     fields = FIELDS | {"n": number(int, 1, MAX_CHOICES), "echo": flag, "logprobs": number(int, 0, 5)}
     defaults = {"temperature": 1.0, "top_k": 0}
@@ -308,14 +296,12 @@ class Completions(Job):
         prompts = self.body.get("prompt")
         if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
             prompts = [prompts]
-        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}, not of {len(prompts)}")
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}")
         self.echo, logprobs = self.get("echo", False), self.get("logprobs")
         prompts = [(prompt_ids(prompt, self.served), prompt) for prompt in prompts]
         scored = 0 if self.echo and logprobs is not None else None
         self.ask([ids for ids, _ in prompts], logprobs, lowest=0 if self.echo else 1, prompt_logprobs=scored)
         if self.echo:
-            echoed = self.n * sum(len(self.tokenizer.token_bytes(i)) for ids, _ in prompts for i in ids)
-            check_size("the echo", echoed, ECHO_BYTES, "prompt")
             for choice in self.choices.values():
                 ids, prompt = prompts[choice.index // self.n]
                 choice.prompt = prompt if type(prompt) is str else self.tokenizer.decode(ids)
@@ -329,21 +315,20 @@ class Completions(Job):
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
         need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
-        wanted = (options or {}).get("include_usage")
-        self.usage_wanted = wanted is not None and flag(wanted, "include_usage")
-        self.id = self.prefix + secrets.token_hex(12)
+        self.usage_wanted = flag((options or {}).get("include_usage") or False, "include_usage")
+        self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
 
     def ask(self, prompts, logprobs, **more):
-        """n requests for each prompt. Choice j has the seed + j, for every prompt: each is what it would be alone."""
+        """n requests for each prompt. Choice j has the seed + j, so that it can be had alone."""
         self.n = self.get("n", 1)
         self.requests = [self.request(ids, logprobs, **more) for ids in prompts for _ in range(self.n)]
         for i, request in enumerate(self.requests):
             if self.body.get("seed") is not None:
                 request.seed = (request.seed + i % self.n) % 2**63
-        self.choices = {request: Choice(i, "") for i, request in enumerate(self.requests)}
+        self.choices = {request: Choice(i) for i, request in enumerate(self.requests)}
 
     def frame(self, kind, choices, **more):
-        return {"id": self.id, "object": kind, "created": int(self.created), "model": self.served.name,
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name,
                 "choices": choices, **more}
 
     def usage(self):
@@ -372,7 +357,7 @@ class Completions(Job):
             chunks += [self.choice(request, content, None) for content in self.opening]
         if text or tokens:
             chunks.append(self.choice(request, self.delta(text), self.logprobs(request, tokens)))
-        if event.finish_reason:
+        if event.finish_reason and not self.failure(event.finish_reason):
             chunks.append(self.choice(request, self.delta(""), None, ended=True))
         usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
         return [self.frame(self.chunk_kind, [chunk], **usage) for chunk in chunks]
@@ -386,7 +371,7 @@ class Completions(Job):
     delta = content
 
     def logprobs(self, request, tokens):
-        """The older form: four lists. text_offset: where in the text of the choice a token begins."""
+        """Four lists. text_offset: where in the text of the choice each token begins."""
         choice = self.choices[request]
         if request.logprobs is None:
             return None
@@ -403,7 +388,7 @@ class Completions(Job):
 
 
 class Chat(Completions):
-    """POST /v1/chat/completions: messages, which the model's own chat format makes a prompt of."""
+    """POST /v1/chat/completions: the model's chat format makes a prompt of messages."""
 
     fields = Completions.fields | {"logprobs": flag, "top_logprobs": number(int, 0, 20)}
     max_tokens, prefix, kind, chunk_kind = None, "chatcmpl-", "chat.completion", "chat.completion.chunk"
@@ -412,14 +397,13 @@ class Chat(Completions):
     def read(self):
         self.read_common()
         messages = check_messages(self.body.get("messages"), self.served.most_bytes)
-        wanted, top = self.get("logprobs", False), self.get("top_logprobs", 0)
-        need(wanted or not top, "top_logprobs", "top_logprobs goes with logprobs=true alone")
+        top = self.get("top_logprobs", 0) if self.get("logprobs") else None
         need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
         try:
             ids = self.tokenizer.chat(messages)
         except UserError as error:
             raise Refuse(400, error.fact, "messages") from None
-        self.ask([ids], top if wanted else None, name="messages")
+        self.ask([ids], top, name="messages")
 
     def content(self, text):
         return {"message": {"role": "assistant", "content": text}}

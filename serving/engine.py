@@ -7,19 +7,18 @@ The engine: many requests at once, one model.
     engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-Decoding one token reads every weight of the model, and is bound by memory; sixteen texts can share that reading. Texts
-begin and end at different times, so the engine has a fixed number of slots, each with its own row of the cache of keys
-and values: a request takes a free slot, and gives it back when it ends (continuous batching; Orca, Yu 2022). A step:
+Decoding is bound by memory: each token reads every weight. Sixteen texts can share that reading. The engine has a fixed
+number of slots, each with a row of the KV cache, that requests take and return at any time (continuous batching; Orca,
+Yu 2022). A step:
 
-1. admit: requests that were cancelled or are late leave, waiting ones take the free slots;
-2. decode: every slot that is writing gets its next token, all in one batch through the model;
-3. prefill: at most CHUNK prompt tokens are read, so that a long prompt delays the others by a moment only. What begins
-   like a prompt that a slot has read, now or earlier, is copied from there.
+1. admit: cancelled and late requests leave, waiting ones take the free slots;
+2. decode: every slot that is writing gets its next token, all in one batch;
+3. prefill: at most CHUNK prompt tokens are read, so that a long prompt hardly delays the others. What begins like a
+   prompt that a slot has read is copied from there.
 
-What a request gets does not depend on its neighbours (batch invariance): prompts are read alone, in parts cut at the
-same places every time; attention works on each row alone; every request has random numbers of its own. The matrix
-products of decoding remain: a kernel may add in another order for 3 rows than for 5, and change the last bits. So the
-engine finds out at its start which batch sizes give the same bits, and uses no others.
+A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same places;
+attention works on each row alone; each request has its own random numbers. In the matrix products of decoding, a kernel
+may add in another order for 3 rows than for 5; the engine uses only batch sizes that give the same bits.
 """
 import contextlib
 import queue
@@ -43,14 +42,14 @@ from runtime.console import UserError, note, print_error
 from sample import Sampler, Sampling, TextStream, sample_tokens
 
 CHUNK = 128  # prompt tokens that are read in one step
-EVENTS = 100  # a second, for all streams together: to wake a thread for every token would cost a tenth of all tokens
-REFERENCE = 16  # the batch size whose bits count: engines with more or fewer rows write the same texts
+EVENTS = 100  # a second, of all streams together: waking a thread for every token would cost a tenth of the speed
+REFERENCE = 16  # the batch size whose bits count, however many rows an engine has
 
 
 class Token(NamedTuple):
-    """A token and its log-probability (natural, before temperature and filters)."""
+    """A token and its natural log-probability before temperature and filters."""
     id: int
-    logprob: float | None  # None for the first of a text, which nothing predicts
+    logprob: float | None  # None for the first of a text
     top: list  # the likeliest ones, [(id, logprob), ...]
 
 
@@ -59,38 +58,38 @@ class Event(NamedTuple):
     request: "Request"
     text: str
     tokens: list
-    finish_reason: str  # of the last one: stop (end of text, a stop string), length, timeout, cancelled or error
+    finish_reason: str  # of the last event: stop, length, timeout, cancelled or error
 
 
 @dataclass(eq=False)
 class Request(Sampling):
-    """What is asked, and what was answered so far."""
+    """What is asked, and the answer so far."""
     ids: list[int] = field(default_factory=list)  # the prompt
     max_tokens: int = 128  # 0: only score the prompt
     seed: int = 0
     logit_bias: dict = field(default_factory=dict)  # {id: what to add to its logit}
-    logprobs: int | None = None  # keep each token with its log-probability, and so many of the likeliest
-    prompt_logprobs: int | None = None  # those of the prompt, too, from this token on
+    logprobs: int | None = None  # keep the log-probability of each token, and of so many of the likeliest
+    prompt_logprobs: int | None = None  # and those of the prompt, from this token on
     deadline: float = float("inf")  # of time.monotonic()
-    streams: bool = False  # events as it goes, and not just one at the end
+    streams: bool = False  # send events as it goes, and not only at the end
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False  # may be set by anyone at any time
     # the answer
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
-    n: int = 0  # tokens that were computed, an end-of-text token included
+    n: int = 0  # tokens that were computed, with the end-of-text token
     finish_reason: str = ""
     submitted: float = 0.0  # time.monotonic()
-    first: float | None = None  # when its first token was there
+    first: float | None = None  # time of the first token
 
 
 class Slot:
-    """A row of the cache, and where the engine is with the request that has it."""
+    """A row of the cache, and the state of its request."""
 
     def __init__(self, cache):
         self.cache = cache
-        self.cached = []  # prompt ids whose keys and values are in the row; they stay when a request ends
+        self.cached = []  # prompt ids whose keys and values are in the row, also after the request
 
     def start(self, request, tokenizer):
         self.request = request
@@ -98,11 +97,11 @@ class Slot:
         self.stream = TextStream(tokenizer, request.stop)
         self.read = 0  # prompt tokens that are in the cache
         self.last = None  # the last token, which is not in the cache yet
-        self.sent_text = self.sent_tokens = 0  # how much of the answer the events have told
+        self.sent_text = self.sent_tokens = 0  # how much of the answer was in events
         self.sent_at = 0.0
 
     def unsent(self):
-        """(text, tokens) of the answer of which no event has told; from now on, one has."""
+        """The (text, tokens) that are in no event yet."""
         text = self.request.text[self.sent_text:]
         tokens = self.request.tokens[self.sent_tokens:]
         self.sent_text += len(text)
@@ -112,21 +111,19 @@ class Slot:
 
 
 class Rows:
-    """Some rows of a KVCache as one, for a batch of one new token each: every row attends to its own past."""
+    """Some rows of a KVCache as one, for a batch of one new token each. Each row attends to its own past."""
 
     def __init__(self, memory, caches):
         self.memory, self.caches = memory, caches
-        self.length = max(cache.length for cache in caches)  # (which GPT.trunk checks)
+        self.length = max(cache.length for cache in caches)  # for GPT.trunk
         places = [(cache.number, cache.length) for cache in caches]
         # (B,) each: which row of the memory, and where in it the new token goes
         self.numbers, self.ends = torch.tensor(places, device=memory.k.device).unbind(1)
         self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
 
     def views(self, whole, places):
-        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view of the memory, whose last place is still empty.
-
-        (For all layers at once: one by one would take a twentieth of a step.)
-        """
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view whose last place is for the new token."""
+        # All layers at once: one by one would take a twentieth of a step.
         return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
     def positions(self, T):
@@ -151,9 +148,8 @@ class Rows:
 def batch_invariant_sizes(model, rows):
     """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
 
-    The whole model is tried, with random tokens, and each shape of a matrix, with numbers that cancel: a sum is then
-    nothing but its rounding error, and shows the order in which it was added up. (Ordinary numbers hide it: rounded to
-    bfloat16, two orders nearly always give the same.) [1] where even the place in a batch matters: one row at a time.
+    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum is nothing
+    but its rounding error, and shows the order of the additions. [1] where even the place in a batch matters.
     """
     rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
@@ -167,7 +163,7 @@ def batch_invariant_sizes(model, rows):
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
         N, K = layer.weight.shape
-        again = torch.randperm(K // 2, generator=generator)  # the second half: the first one, shuffled and negated
+        again = torch.randperm(K // 2, generator=generator)  # the second half is the first, shuffled and negated
         w = torch.randn(N, K // 2, generator=generator)
         x = torch.randn(rows, K // 2, generator=generator)
         w = F.pad(torch.cat((w, w[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
@@ -184,13 +180,10 @@ def batch_invariant_sizes(model, rows):
     return sizes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Engine:
-    """Requests on the rows of one model, which is the engine's from here on.
+    """Requests on the rows of one model, which it changes. context: cut the model's own to so many tokens.
 
-    context: cut the model's own to so many tokens. Raises UserError where there is too little memory.
+    Raises UserError where there is too little memory.
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
@@ -200,7 +193,7 @@ class Engine:
         self.batch_sizes = batch_invariant_sizes(model, self.rows)
         self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
         self.slots = [Slot(self.memory.row(i)) for i in range(self.rows)]
-        self.spare = self.memory.row(self.rows)  # it only fills up batches
+        self.spare = self.memory.row(self.rows)  # only fills up batches
         self.free, self.running, self.waiting = deque(self.slots), [], deque()  # slots, slots, requests
         self.stopping = False
         self.changed = threading.Condition()  # guards `waiting` and `stopping`
@@ -208,35 +201,32 @@ class Engine:
         self.steps = self.cancelled = self.prompt_tokens = self.completion_tokens = 0  # for /metrics
 
     def fit_into_memory(self, rows, context):
-        """Keys and values may take half of the free memory: first there are fewer rows, then the context is cut."""
+        """Keys and values may take half of the free memory: first the rows are reduced, then the context."""
         c = self.model.config
         size = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.model.dtype().itemsize  # of a token, in bytes
         budget = int(min(machine.free_memory(str(self.device)) / 2, 1e15) // size)  # tokens
         wanted = min(context or c.block_size, c.block_size)
-        self.context = min(wanted, budget // 2)  # at least one row, and one more that fills up batches
+        self.context = min(wanted, budget // 2)  # at least one row, and the spare one
         self.rows = max(1, min(rows, budget // wanted - 1))
         least = min(wanted, CHUNK)
-        why = f"a token takes {size:,} bytes, and all tokens half of the free memory, {budget * size / 1e6:,.0f} MB"
+        why = f"keys and values of {budget:,} tokens take half of the free memory"
         if self.context < least:
             raise UserError(f"there is no memory for a context of {least} tokens: {why}",
                             "end other programs, or take a smaller model")
-        if self.rows < rows:
-            note(f"rows={self.rows} instead of {rows}: {why}")
-        if self.context < wanted:
-            note(f"context {wanted:,} cut to {self.context:,} tokens: {why}")
+        if self.rows < rows or self.context < wanted:
+            note(f"{self.rows} rows of {self.context:,} tokens instead of {rows} of {wanted:,}: {why}")
 
     # For any thread
 
     def submit(self, *requests):
-        """Queue the requests, all or none. Raises ValueError where one cannot fit, queue.Full where the queue is full.
+        """Queue the requests, all or none; their ids must be below the model's vocab_size.
+
+        Raises ValueError where one does not fit into the context, queue.Full where the queue is full.
         """
-        size, vocab_size = self.context, self.model.config.vocab_size
         for request in requests:
-            # (+ 1: the last token of an answer is never read, so one fits behind a full context.)
-            if not request.ids or len(request.ids) + max(1, request.max_tokens) > size + 1:
-                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {size}")
-            if not all(0 <= i < vocab_size for i in (*request.ids, *request.logit_bias)):
-                raise ValueError(f"an id that is none of the {vocab_size} that the model knows")
+            # (+ 1: the last token of an answer is never read.)
+            if not request.ids or len(request.ids) + max(1, request.max_tokens) > self.context + 1:
+                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {self.context}")
         with self.changed:
             if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
                 raise queue.Full
@@ -246,7 +236,7 @@ class Engine:
             self.changed.notify()
 
     def end(self):
-        """Have run() return."""
+        """Make run() return."""
         with self.changed:
             self.stopping = True
             self.changed.notify()
@@ -254,15 +244,14 @@ class Engine:
     # For the thread that computes
 
     def complete(self, requests):
-        """Submit the requests and work until all are done."""
         self.submit(*requests)
         while self.waiting or self.running:
             self.step()
         return requests
 
     def run(self):
-        """Work until `end`; what is left then is cancelled. Raises where the model fails three times in a row (on a GPU
-        at the first: after an error it does nothing more)."""
+        """Work until `end`; what is left is cancelled. Raises where the model fails three times in a row, or once on a
+        GPU, which computes nothing after an error."""
         while not self.stopping:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.running or self.stopping)
@@ -300,7 +289,7 @@ class Engine:
             if not left:
                 break
             with self.or_fail([slot]):
-                if slot.read == 0:  # (not sooner: a slot before this one may be reading the same)
+                if slot.read == 0:  # not sooner: an older slot may be reading the same
                     self.reuse_prefix(slot)
                 part = slot.request.ids[slot.read:slot.read + CHUNK]
                 if len(part) > left:
@@ -310,27 +299,25 @@ class Engine:
         self.steps += 1
 
     def leave(self, reason=""):
-        """End the requests that were cancelled or are late; with a reason, all."""
-        now = time.monotonic()
+        """End cancelled and late requests; with a reason, all."""
 
         def why(request):
             if request.cancelled:
                 return "cancelled"
-            return "timeout" if now > request.deadline else reason
+            return "timeout" if time.monotonic() > request.deadline else reason
 
         with self.changed:
-            ended = [request for request in self.waiting if why(request)]
-            for request in ended:
-                self.waiting.remove(request)
-        for request in ended:
-            self.tell_end(request, "", [], why(request))
+            for request in [*self.waiting]:
+                if found := why(request):
+                    self.waiting.remove(request)
+                    self.tell_end(request, "", [], found)
         for slot in [*self.running]:
-            if why(slot.request):
-                self.finish(slot, why(slot.request))
+            if found := why(slot.request):
+                self.finish(slot, found)
 
     @contextlib.contextmanager
     def or_fail(self, slots):
-        """An error ends the requests of these slots and no others."""
+        """An error ends the requests of these slots only."""
         try:
             yield
         except Exception:
@@ -340,19 +327,18 @@ class Engine:
         self.failures = 0
 
     def decode(self, slots):
-        """The next token of each slot, from the one before it."""
         size = next(size for size in self.batch_sizes if size >= len(slots))
         fill = size - len(slots)
         ids = [slot.last for slot in slots] + [0] * fill
         caches = [slot.cache for slot in slots] + [self.spare] * fill
         x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (size, 1, C)
-        self.spare.length = 0  # (it was advanced for every row that it filled up)
+        self.spare.length = 0
         self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
     def reuse_prefix(self, slot):
-        """Copy the beginning of a prompt from a slot that has read the same: the same examples, the chat so far. Only
-        whole parts of CHUNK tokens: their bits are those that reading would give."""
-        ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is always read: it predicts the first token
+        """Copy the beginning of a prompt, such as the chat so far, from a slot that has read the same: only parts of
+        CHUNK tokens, which have the bits that reading would give."""
+        ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is read: it predicts the first token
         if slot.request.prompt_logprobs is not None:
             most = min(most, slot.request.prompt_logprobs - 1)
 
@@ -372,14 +358,14 @@ class Engine:
         self.prompt_tokens += n
 
     def read(self, slot, part):
-        """The next part of a prompt; behind its end, the first token."""
+        """Read the next part of a prompt; after the last, choose the first token."""
         request, start = slot.request, slot.read
         x = self.model.trunk(torch.tensor([part], device=self.device), slot.cache)  # (1, T, C)
         slot.read += len(part)
         slot.cached = request.ids[:slot.read]
         self.prompt_tokens += len(part)
         if request.prompt_logprobs is not None:
-            skip = min(len(part), max(0, request.prompt_logprobs - start - 1))  # nobody asks what followed these
+            skip = min(len(part), max(0, request.prompt_logprobs - start - 1))  # tokens that nobody asks for
             following = request.ids[start + skip + 1:slot.read + 1]
             logits = self.model.logits(x[0, skip:skip + len(following)]).float()  # (T, vocab_size)
             if not torch.isfinite(logits.sum()):
@@ -394,18 +380,15 @@ class Engine:
                 self.choose([slot], self.model.logits(x[:, -1]).float())
 
     def choose(self, slots, logits):
-        """The next token of each slot, by its row of logits (B, vocab_size). What fails here fails one request."""
+        """The next token of each slot, by its row of logits (B, vocab_size)."""
         for i, (slot, token) in enumerate(zip(slots, self.sample(slots, logits))):
-            try:
-                if token < 0:
-                    raise ValueError("the model returned logits that are not finite")
-                self.take(slot, token, logits[i:i + 1])
-            except Exception as error:
-                print_error(f"a request failed: {error}")
+            if token < 0:
+                print_error("the model returned logits that are not finite")
                 self.finish(slot, "error")
+            else:
+                self.take(slot, token, logits[i:i + 1])
 
     def sample(self, slots, logits):
-        """A token for each row of logits. Rows that ask for the same choice are sampled together."""
         groups, tokens = {}, [0] * len(slots)
         for i, slot in enumerate(slots):
             groups.setdefault(slot.sampler.group, []).append(i)
@@ -414,15 +397,13 @@ class Engine:
             part = logits[rows[0]:rows[-1] + 1]
             if len(part) > len(rows):
                 part = logits[rows]
-            if samplers[0].changes:  # then it is alone
-                part = samplers[0].change(part)
+            part = samplers[0].change(part)  # where that changes something, it is alone in its group
             found = sample_tokens(part, samplers[0].settings, [sampler.generator for sampler in samplers])
             for i, token in zip(rows, found.tolist()):
                 tokens[i] = token
         return tokens
 
     def take(self, slot, token, logits):
-        """What follows from a token: its text, its log-probability, an event, the end."""
         request = slot.request
         ended = token in self.ends and not request.ignore_eos
         text = "" if ended else slot.stream.push(token)
@@ -445,7 +426,6 @@ class Engine:
                 request.events.put(Event(request, text, tokens, ""))
 
     def finish(self, slot, reason):
-        """The last event of a request; its slot is free again."""
         if slot not in self.running:  # it has ended already
             return
         self.running.remove(slot)
@@ -453,7 +433,7 @@ class Engine:
         self.free.append(slot)
         request = slot.request
         request.text += slot.stream.finish()
-        if slot.stream.stopped and reason == "length":  # the stop string was complete with the last bytes
+        if slot.stream.stopped and reason == "length":  # the last bytes completed a stop string
             reason = "stop"
         self.tell_end(request, *slot.unsent(), reason)
 
@@ -464,7 +444,7 @@ class Engine:
 
 
 def score(logits, ids, top):
-    """Tokens with their log-probabilities. logits: (T, vocab_size), of which those at t predict ids[t]; ids: T ids."""
+    """The Tokens of ids. logits: (T, vocab_size), where those at t predict ids[t]."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.int64)].tolist()
     best = logprobs.topk(min(top, logprobs.size(-1)))

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-HTTP that believes nothing: the standard library's server, with a bound on everything.
+HTTP that trusts nothing: the standard library's server, with a bound on everything.
 
     web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
     web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
 
-Python's http.server believes what it is sent: a length of -1, a body that hides a second request, a header that never
-ends. Here everything has a limit: the number of connections, the size of a body, and the time for each step: to send
-headers, to send a body, to take the answer. A request that is beyond its limit, or ambiguous about where the next one
-begins, gets one short answer, and the connection is closed.
+Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends. Here the
+number of connections, the size of a body and the time for each step have limits. A request beyond them, or ambiguous
+about where the next one begins, gets one short answer, and the connection is closed.
 
-Every connection has a thread, which spends its life waiting; a hundred of them are cheap. When all are taken, a new
-connection replaces one that is waiting for its client: nobody can keep others out by saying nothing. What is served is
-not known here: that is serve.py.
+Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest for its
+client, so that nobody can keep others out by sending nothing.
 """
 import contextlib
-import email.errors
-import hashlib
 import hmac
 import http.client
 import json
@@ -28,26 +24,24 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.console import UserError, print_error
+from runtime.files import parse_json
 
 JSON = "application/json"
-MAX_HEAD = 1 << 17  # bytes of the request line and all headers; of one line http.server takes half of that
-PARSERS = 4  # bodies that are parsed at once: each can become 30 times its bytes in Python objects
-SPARE = 8  # connections beyond max_connections: they can ask for /health, and else are told that the server is busy
+MAX_HEAD = 1 << 17  # bytes of the request line and all headers
+MAX_VALUES = 200_000  # of the JSON in a body: a megabyte of "{}," would become 30 of Python objects
+PARSERS = 4  # bodies that are parsed at once
+SPARE = 8  # connections beyond max_connections, for /health; other paths answer 503 there
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
-MALFORMED = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect,
-             email.errors.InvalidHeaderDefect)
 
 
 class Refuse(Exception):
-    """An answer other than the one that was asked for: a status, and an error as OpenAI has it."""
+    """An answer that is an error, in OpenAI's form."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
-        super().__init__(message)
         kinds = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
         self.status, self.headers = status, {"Retry-After": "1"} if status == 503 else dict(headers)
         self.body = {"error": {"message": message[:300], "type": kinds.get(status, "invalid_request_error"),
@@ -55,23 +49,18 @@ class Refuse(Exception):
 
 
 def dump(content):
-    """JSON in ASCII, without the character that a browser could take for the beginning of a tag."""
+    """JSON in ASCII, without the < that could begin a tag in a browser."""
     return json.dumps(content, allow_nan=False).replace("<", "\\u003c").encode()
 
 
 def parse(data):
-    """The JSON object in a body."""
     try:
-        body = json.loads(data.decode())
-    except ValueError:
-        raise Refuse(400, "the body is not JSON") from None
+        body = parse_json(data.decode(), "the body", "", MAX_VALUES)
+    except (UnicodeDecodeError, UserError) as error:
+        raise Refuse(400, getattr(error, "fact", "the body is not UTF-8")) from None
     if type(body) is not dict:
         raise Refuse(400, "the body must be a JSON object")
     return body
-
-
-def digest(key):
-    return hashlib.sha256(key.encode("latin-1")).digest()  # in which http.server reads headers
 
 
 def hang_up(connection):
@@ -80,7 +69,7 @@ def hang_up(connection):
 
 
 class Head:
-    """The file that a request is read from, with a limit on all lines together."""
+    """The file of a connection, with a limit on all headers of a request."""
 
     def __init__(self, file):
         self.file = file
@@ -92,7 +81,7 @@ class Head:
     def readline(self, limit):
         line = self.file.readline(limit)
         self.size += len(line)
-        self.odd |= b"\r" in line[:-2]  # a line end to some, a character to others
+        self.odd |= b"\r" in line[:-2]  # a line end to some parsers
         if self.size > MAX_HEAD:
             raise http.client.LineTooLong("headers")
         return line
@@ -102,12 +91,10 @@ class Head:
 
 
 class Web(ThreadingHTTPServer):
-    """The listening socket, and the limits that concern connections as such.
+    """The listening socket, and the limits on connections.
 
-    settings: host, port, max_connections, max_body, header_timeout, body_timeout, write_timeout, cors_origin.
-    routes: {path: {method: function of a Connection}}; a path that ends in / stands for all below it. public: those for
-    which no key is needed. answered(connection, route, status) is called after every answer.
-    Raises UserError where the address cannot be listened on.
+    settings: a serve.ServeConfig. routes: {path: {method: function of a Connection}}. public: the paths without a key.
+    answered(connection, route, status) is called after every answer. Raises UserError where the port is taken.
     """
 
     request_queue_size, allow_reuse_address, daemon_threads = 128, True, True
@@ -118,40 +105,32 @@ class Web(ThreadingHTTPServer):
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
-        self.silent = {}  # {connection: (address, since when)}: those that wait for their clients
+        self.silent = {}  # {connection: True} of those that wait for their clients, the longest first
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
-        except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on {settings.host}:{settings.port}: {getattr(error, 'strerror', error)}",
-                            f"--port={settings.port + 1}, or --port=0 for a free one") from None
+        except OSError as error:
+            raise UserError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+                            "--port=0 for a free one") from None
 
-    def server_bind(self):  # HTTPServer's own asks the network for our name, which can take seconds
+    def server_bind(self):  # HTTPServer's own asks DNS for our name, which can take seconds
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
-        if not self.places.acquire(timeout=1 if closed else 0):  # (the thread of a closed connection ends at once)
+        silent = list(self.silent) if len(self.connections) >= self.settings.max_connections else []
+        closed = next((other for other in silent if self.silent.pop(other, False)), None)
+        if closed:
+            hang_up(closed)
+        if not self.places.acquire(timeout=1 if closed else 0):  # the thread of a closed connection ends at once
             return self.shutdown_request(connection)
         self.connections.add(connection)
-        self.silent[connection] = address[0], time.monotonic()
+        self.silent[connection] = True
         try:
             super().process_request(connection, address)  # starts the thread
         except RuntimeError:  # the system has no more threads
             self.forget(connection)
-            self.shutdown_request(connection)
-
-    def close_silent(self):
-        """Close the connection that has been silent for the longest time, of the address with the most of them: a crowd
-        does not push out the others. (A limit for each address would limit a proxy.) Returns whether there was one."""
-        silent = self.silent.copy()
-        crowds = Counter(address for address, _ in silent.values())
-        for connection in sorted(silent, key=lambda c: (-crowds[silent[c][0]], silent[c][1])):
-            if self.silent.pop(connection, None):  # (else its request has just come)
-                hang_up(connection)
-                return True
-        return False
+            raise
 
     def process_request_thread(self, connection, address):
         try:
@@ -166,11 +145,10 @@ class Web(ThreadingHTTPServer):
         self.places.release()
 
     def at_work(self):
-        """The number of connections that are at work on a request."""
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
-        """At every turn of serve_forever: close what is late. (A socket's own timeout begins anew with every byte.)"""
+        """Close what is late; called by serve_forever. (A socket's own timeout starts again with every byte.)"""
         for connection, deadline in self.deadlines.copy().items():
             if time.monotonic() > deadline:
                 hang_up(connection)
@@ -185,7 +163,7 @@ class Web(ThreadingHTTPServer):
             time.sleep(0.01)
 
     def close(self):
-        """Stop listening and hang up on everyone. Call it from another thread than that of serve_forever."""
+        """Stop listening and hang up on everyone; not in the thread of serve_forever."""
         self.shutdown()
         for connection in list(self.connections):
             hang_up(connection)
@@ -193,31 +171,27 @@ class Web(ThreadingHTTPServer):
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection and its thread."""
-
     protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
     server_version, sys_version = "openllm", ""
-    wbufsize, disable_nagle_algorithm = -1, True  # what belongs together is sent at once, when it is flushed
+    wbufsize, disable_nagle_algorithm = -1, True  # sent at once, when it is flushed
 
     def setup(self):
-        self.timeout = self.server.settings.write_timeout  # of a single read or write
+        self.timeout = self.server.settings.write_timeout  # of one read or write
         super().setup()
         self.rfile = Head(self.rfile)
 
     def limit(self, seconds):
-        """From now on, the client has so many seconds; then the connection is closed."""
         self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     def wait_for_client(self):
-        """From now on, this connection may be closed when its place is needed."""
-        self.server.silent[self.connection] = self.client_address[0], time.monotonic()
+        self.server.silent[self.connection] = True
 
     def begin_work(self):
-        """Its place is its own again. Raises ConnectionError where it was given away."""
-        if not self.server.silent.pop(self.connection, None):
+        """Raises ConnectionError where the place was given away while waiting."""
+        if not self.server.silent.pop(self.connection, False):
             raise ConnectionError
 
-    # 1. Reading a request. http.server reads the lines; what it lets pass is caught here.
+    # 1. Reading a request. http.server reads the lines; what it accepts wrongly is refused here.
 
     def handle_one_request(self):
         self.command, self.path, self.requestline, self.request_version = "-", "-", "", "HTTP/1.1"
@@ -236,24 +210,23 @@ class Connection(BaseHTTPRequestHandler):
         return super().parse_request()
 
     def handle_expect_100(self):
-        return True  # "continue" is said in read_body, when we know that we want the body
+        return True  # read_body says "continue", when the body is wanted
 
     def send_error(self, code, message=None, explain=None):
-        """What http.server complains of itself. Its own page would repeat to the client what the client sent."""
+        """An error that http.server found. Its own page would repeat what the client sent."""
         self.close_connection, self.body_read = True, False
         self.respond(code, Refuse(code, http.HTTPStatus(code).phrase).body)
         self.server.answered(self, "-", code)
 
     def handle_request(self):
-        """Every request whose first line and method http.server knows."""
         self.route, status = "-", 200
         try:
             self.begin_work()
             status = self.answer() or 200
-        except OSError:  # the client has gone: 499 is nginx's number for an answer that nobody gets
+        except OSError:  # the client has gone; 499 is nginx's status for that
             self.close_connection, status = True, 499
-        except BaseException as error:  # (a panic of Rust code is no Exception)
-            if not isinstance(error, Refuse):  # a mistake of ours
+        except BaseException as error:  # a panic of Rust code is no Exception
+            if not isinstance(error, Refuse):  # a bug
                 print_error(traceback.format_exc())
                 error = Refuse(500, "the server made a mistake")
             status = error.status
@@ -269,10 +242,9 @@ class Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
     def answer(self):
-        """The order of the checks is that of trust. Returns the status, or None for 200."""
         server = self.server
         self.check_headers()
-        if self.command == "OPTIONS" and "Origin" in self.headers:  # a browser asks for a page of another origin
+        if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
             if not self.allowed_origin():
                 raise Refuse(403, "this origin is not allowed")
             self.respond(204, b"")
@@ -291,42 +263,37 @@ class Connection(BaseHTTPRequestHandler):
         return function(self)
 
     def find_route(self):
-        """The key of the routes that the path means. An exact look-up: there are no files here to stray among."""
         path = self.path.partition("?")[0]
-        below = path[:path.rfind("/") + 1]
-        for route in path, below:
-            if route in self.server.routes and (route == path or route != "/"):
-                return route
-        raise Refuse(404, "there is no such path")
+        if path not in self.server.routes:
+            raise Refuse(404, "there is no such path")
+        return path
 
     def check_headers(self):
         headers = self.headers
-        # After a line that is no header, the parser drops all others, a Content-Length too.
-        defects = any(isinstance(defect, MALFORMED) for defect in headers.defects)
-        if defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
+        # After a line that is no header, the parser drops the rest, such as a Content-Length.
+        if headers.defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
             raise Refuse(400, "malformed headers")
         self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
         host = headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
-        # Any site can make its name mean 127.0.0.1, so that its page reaches us from its visitor's browser.
+        # DNS rebinding: a site can point its name at 127.0.0.1, and reach us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
             raise Refuse(403, "this server answers to localhost alone")
 
     def allowed_origin(self):
-        """The Origin of the page that asks, if it is the one that may."""
+        """The Origin header, if it is cors_origin."""
         origin = self.headers.get("Origin")
         return origin if origin and origin == self.server.settings.cors_origin.rstrip("/") else None
 
     def check_key(self):
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
-        # Comparing digests takes the same time for every wrong key, and tells nothing of its length.
-        if not hmac.compare_digest(digest(given), digest(self.server.key)):
+        # In constant time; http.server reads headers as latin-1.
+        if not hmac.compare_digest(given.encode("latin-1"), self.server.key.encode()):
             raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def body_size(self):
-        """The length of the body, which is read only when it is clear that it is wanted."""
         headers, most = self.headers, self.server.settings.max_body
         lengths = headers.get_all("Content-Length", [])
         if headers.get("Transfer-Encoding") is not None:
@@ -337,12 +304,12 @@ class Connection(BaseHTTPRequestHandler):
             raise Refuse(400, "bad Content-Length")
         if int(lengths[0]) > most:
             raise Refuse(413, f"the body is larger than {most} bytes")
-        if headers.get_content_type() != JSON:  # this keeps out the forms of other sites, too: they cannot send it
+        if headers.get_content_type() != JSON:  # which a form of another site cannot send
             raise Refuse(415, f"Content-Type must be {JSON}")
         return int(lengths[0])
 
     def read_body(self, use):
-        """use(the JSON object that was sent). It should keep no more of it than it needs: few are held at once."""
+        """use(the JSON object that was sent), PARSERS at a time, which bounds the memory."""
         self.body_read = False
         size = self.body_size()
         if self.headers.get("Expect", "").lower() == "100-continue":
@@ -353,19 +320,16 @@ class Connection(BaseHTTPRequestHandler):
         self.wait_for_client()
         data = self.rfile.read(size)
         self.begin_work()
-        self.server.deadlines.pop(self.connection, None)  # from here on, we are the slow side
+        self.server.deadlines.pop(self.connection, None)  # what follows is our own time
         if len(data) < size:
             raise Refuse(400, "the body is shorter than its Content-Length")
         self.body_read = True
         with self.server.parsers:
-            try:
-                return use(parse(data))
-            except RecursionError:
-                raise Refuse(400, "the body is nested too deeply") from None
+            return use(parse(data))
 
     def is_gone(self):
-        """Has the client hung up? (One that only says that it has nothing more to send has, too.) May raise OSError."""
-        if hasattr(select, "POLLRDHUP"):  # Linux tells, whatever the client sent before
+        """Has the client hung up? A half-closed connection counts. May raise OSError."""
+        if hasattr(select, "POLLRDHUP"):  # Linux, whatever the client sent before
             poll = select.poll()
             poll.register(self.connection, select.POLLRDHUP)
             return bool(poll.poll(0))
@@ -375,7 +339,7 @@ class Connection(BaseHTTPRequestHandler):
     # 2. Answering
 
     def respond(self, status, content, headers=()):
-        """Send an answer. content: an object, which becomes JSON; or bytes."""
+        """content: bytes, or what becomes JSON."""
         data = content if type(content) is bytes else dump(content)
         self.limit(self.server.settings.write_timeout)
         self.send_head(status, {"Content-Type": JSON, "Content-Length": str(len(data)), **dict(headers)})
@@ -391,7 +355,7 @@ class Connection(BaseHTTPRequestHandler):
             if self.command == "OPTIONS":
                 headers["Access-Control-Allow-Methods"] = "GET, POST"
                 headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
-        if not self.body_read:  # what is left of the body would be taken for the next request
+        if not self.body_read:  # the rest of the body would be taken for the next request
             self.close_connection = True
         if self.close_connection:
             headers["Connection"] = "close"
@@ -401,8 +365,8 @@ class Connection(BaseHTTPRequestHandler):
         self.end_headers()
 
     def start_events(self):
-        """Begin to send events: in chunks, or, to a client of HTTP/1.0, until the connection ends."""
-        self.streaming, self.chunked = True, self.request_version != "HTTP/1.0"
+        self.streaming = True
+        self.chunked = self.request_version != "HTTP/1.0"  # which ends a stream by closing the connection
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -412,7 +376,7 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send_events(self, *contents, end=False):
-        """An event for each: a line `data: JSON` and an empty one."""
+        """Server-sent events (text/event-stream)."""
         data = b"".join(b"data: %b\n\n" % dump(content) for content in contents)
         if end:
             data += b"data: [DONE]\n\n"
@@ -424,8 +388,7 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def finish(self):
-        """After an answer that came before the whole request was read, read on for a moment: the system would discard
-        the answer if something was left unread."""
+        """Read the rest of a refused body for a moment: closing with unread input could discard the answer."""
         if not self.body_read:
             with contextlib.suppress(OSError):
                 self.wfile.flush()
@@ -437,4 +400,4 @@ class Connection(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *_):
-        """Nothing: http.server's lines have whatever the client sent. Web.answered writes ours."""
+        """Nothing: http.server's lines repeat what the client sent. Server.answered writes ours."""

@@ -49,7 +49,7 @@ os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one
 class ByteTokenizer:
     """One id per byte: every character outside ASCII is spread over several tokens. Then END_OF_TEXT, then `words`."""
 
-    kind, special = "bytes", {END_OF_TEXT: END}
+    kind, special, settings = "bytes", {END_OF_TEXT: END}, {}
 
     def __init__(self, words=()):
         self.bytes = [*(bytes([i]) for i in range(256)), b"", *words]

@@ -70,7 +70,8 @@ def test_f2_deep_and_long(script, body):
     b'{"prompt": [' + b"{}," * 300_000 + b"1]}", b'{"prompt": [' + b"1," * 400_000 + b"1]}"],
     ids=["lists", "two fields", "objects", "numbers"])
 def test_f2_many_brackets(script, body):
-    assert script.raw(post(body)).status == 400
+    answer = script.raw(post(body))
+    assert answer.status == 400 and ("more than 200,000" in answer.error["message"]) == (len(body) > 10_000)
 
 
 def test_f2_few_bodies_are_parsed_at_once(script, monkeypatch):
@@ -97,7 +98,7 @@ def test_f3_the_same_key_twice(script):
 
 @pytest.mark.parametrize("kind, status", [
     ("text/plain", 415), (None, 415), ("", 415), ("application/x-www-form-urlencoded", 415),
-    ("multipart/form-data; boundary=x", 415), ("application/jsonx", 415), ("text/plain; application/json", 415),
+    ("multipart/form-data; boundary=x", 400), ("application/jsonx", 415), ("text/plain; application/json", 415),
     ("application/json; charset=utf-8", 200), ("Application/JSON", 200)])
 def test_f4_content_types(script, kind, status):
     assert script.raw(post(Content_Type=kind)).status == status
@@ -203,7 +204,7 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
 
 @pytest.mark.parametrize("sent", [b"", b"POST /gen", post(b"{", Content_Length=9)], ids=["none", "a head", "a body"])
 def test_f14_the_silent_make_room(sent):
-    """Whoever has sent nothing, or half of something, gives way to who comes: the oldest of the largest crowd."""
+    """Whoever has sent nothing, or half of something, gives way to who comes, the oldest first."""
     with serving(ScriptModel(), max_connections=8, header_timeout=30, body_timeout=30) as client:
         idle = []
         for _ in range(8):
@@ -218,19 +219,6 @@ def test_f14_the_silent_make_room(sent):
         assert until(lambda: len(client.server.web.connections) <= 8 + web.SPARE)
         for wire in idle:
             wire.close()
-
-
-def test_f14_a_crowd_pushes_out_its_own():
-    with serving(ScriptModel(), max_connections=8, header_timeout=30) as client:
-        with client.wire() as other:
-            server = client.server.web
-            assert until(lambda: len(server.silent) == 1)
-            server.silent.update({key: ("192.0.2.1", since) for key, (_, since) in server.silent.items()})
-            crowd = [client.wire() for _ in range(40)]
-            assert client.raw(HEALTH).status == 200
-            assert other.send(HEALTH).answer().status == 200
-            for wire in crowd:
-                wire.close()
 
 
 def test_f14_health_is_answered_when_all_are_at_work():

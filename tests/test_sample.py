@@ -200,7 +200,7 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
     assert in_process(tiny_run, monkeypatch, capsys, f"--prompt=FILE:{tmp_path}/p.txt").out.startswith("my friend ")
     long = "the cat sees a dog. " * 10  # 200 characters, a context of 32
     shown = in_process(tiny_run, monkeypatch, capsys, f"--prompt={long}")
-    assert "the prompt has 200 tokens, the context is 32; the first 168 are ignored" in shown.err
+    assert "the prompt has 200 tokens, the context 32: the first 168 are ignored" in shown.err
     assert shown.out.startswith(long)
     assert len(in_process(tiny_run, monkeypatch, capsys, "--seed=1").out) > 2  # none: starts from end-of-text
 
@@ -228,9 +228,6 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
-    (here / "large.txt").touch()
-    os.truncate(here / "large.txt", 20_000_000)
-    assert "more than 10,000,000 characters" in error(sample.main, f"--prompt=FILE:{here}/large.txt")[0]
     assert "2: a b" in error(sample.main, "a", "b")[0]
     assert "no trained model in data" in error(sample.main, "data")[0]
     if not torch.cuda.is_available():
@@ -255,7 +252,7 @@ def test_a_conversation_in_a_terminal(tiny_run):
     said = chat.communicate(timeout=120)[1]
     os.close(leader)
     assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said and "has to be UTF-8" in said
-    assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=3]" in said
+    assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=2]" in said
 
 
 def test_logits_that_are_not_finite_are_refused():
@@ -325,5 +322,5 @@ def test_a_run_that_cannot_chat(tiny_run, monkeypatch):
     for run in ("out/words", "out/words/best.pt"):
         fact, fix = error(sample.main, run, "--chat", "--prompt=x")
         assert fact == "out/words/best.pt has no chat format"
-        assert fix == ("python prepare.py YOUR_CHATS.jsonl --format=chat --tokenizer=out/words, then train.py with "
+        assert fix == ("python prepare.py CHATS.jsonl --format=chat --tokenizer=out/words, then train.py "
                        "--init_from=out/words")

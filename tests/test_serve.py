@@ -126,14 +126,14 @@ def fail(idx):
 
 
 INFO = {"name", "parameters", "step", "val_loss", "val_bpb", "source", "context", "vocab_size", "n_layer", "n_head",
-        "n_embd", "family", "dtype", "device", "tokenizer", "chat", "rows", "curve", "defaults"}
+        "n_embd", "family", "dtype", "device", "tokenizer", "chat", "curve", "defaults"}
 
 
 def test_a4_what_the_model_is(tiny):
     info = tiny.get("/model-info").json
     assert info == tiny.get("/info").json and INFO <= set(info) <= INFO | {"license"}
     assert info["parameters"] == tiny.model.n_params() and info["context"] == 128 and info["vocab_size"] == 257
-    assert (info["n_layer"], info["n_head"], info["n_embd"], info["rows"]) == (2, 4, 32, 4)
+    assert (info["n_layer"], info["n_head"], info["n_embd"]) == (2, 4, 32)
     assert info["family"] == "learned layernorm gelu" and info["dtype"] == "float32" and info["device"] == "cpu"
     assert (info["step"], info["val_loss"], info["source"]) == (40, 2.5, ["words", "notes.txt"])
     assert info["tokenizer"] == {"kind": "bytes", "sha256": "ab" * 32} and info["chat"] is True
@@ -145,7 +145,6 @@ def test_a4_what_the_model_is(tiny):
     one = models["data"][0]
     assert one["id"] == info["name"] and one["object"] == "model"
     assert isinstance(one["created"], int) and isinstance(one["owned_by"], str)
-    assert tiny.get(f"/v1/models/{info['name']}").json == one
     for answer in (tiny.complete(max_tokens=1, model="gpt-4"), tiny.chat(max_tokens=1, model="gpt-4")):
         assert answer["model"] == info["name"]
 
@@ -182,7 +181,7 @@ def test_a5_metrics(script):
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     name = r"openllm_[a-z_]+"
     for line in answer.body.decode().splitlines():
-        assert re.fullmatch(rf'# HELP {name} .+|# TYPE {name} (counter|gauge|histogram)|'
+        assert re.fullmatch(rf'# HELP {name} .+|# TYPE {name} (counter|gauge|summary)|'
                             rf'{name}(\{{[a-z]+="[^"\\]*"(,[a-z]+="[^"\\]*")*\}})? [0-9.e+-]+', line), line
     after = script.metrics()
     assert {"openllm_requests_running", "openllm_requests_waiting", "openllm_connections", "openllm_cancelled_total",
@@ -196,9 +195,7 @@ def test_a5_metrics(script):
     assert more("openllm_cancelled_total") == 0 and 10 <= more("openllm_steps_total") <= 11
     assert 1e6 < after["openllm_resident_memory_bytes"] < 1e12
     for name in "openllm_first_token_seconds", "openllm_request_seconds":
-        buckets = [value for key, value in after.items() if key.startswith(name + "_bucket")]
-        assert len(buckets) > 3 and buckets == sorted(buckets)
-        assert buckets[-1] == after[name + "_count"] == after[name + '_bucket{le="+Inf"}'] >= 1
+        assert after[name + "_count"] > before.get(name + "_count", 0)
         assert after[name + "_sum"] > before.get(name + "_sum", 0)
 
 
@@ -426,17 +423,14 @@ def test_b18_tokenize_and_back(script):
 
 
 def test_b18_a_short_request_has_no_endless_answer(log):
-    """What is answered is bounded before it is made: the text of ids, an echo, log-probabilities."""
+    """What is answered is bounded before it is made: the text of ids, log-probabilities."""
     with serving(ScriptModel(vocab_size=258), ByteTokenizer(words=[b" " * 1000])) as client:
         assert len(client.ok("/detokenize", ids=[257] * 65)["text"]) == 65_000
         assert "66000 bytes" in client.refused("ids", "/detokenize", ids=[257] * 66)
-        assert len(texts(client.complete([257] * 200, echo=True, n=4, max_tokens=1))) == 4
-        assert "1200000 bytes" in client.refused("prompt", COMPLETE, prompt=[257] * 300, echo=True, n=4, max_tokens=1)
         scored = dict(prompt=["x" * 3000] * 4, echo=True, max_tokens=0)
         assert "144,000 log-probabilities" in client.refused("logprobs", COMPLETE, **scored, n=2, logprobs=5)
         assert "160,000 log-prob" in client.refused("logprobs", CHAT, messages=SAID, max_tokens=2000, n=4,
                                                     logprobs=True, top_logprobs=19)
-        assert "of 1 to 2048 messages" in client.refused("messages", CHAT, messages=SAID * 2049)
 
 
 def test_b19_several_choices(tiny):
@@ -1008,7 +1002,7 @@ def use_openai(openai, client):
     assert "".join(part.choices[0].delta.content or "" for part in parts[:-1]) == chat.choices[0].message.content
 
     name = client.models.list().data[0].id
-    assert client.models.retrieve(name).id == name == chat.model
+    assert name == chat.model
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(prompt="ab", **{**body, "temperature": 3})
     assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"
@@ -1132,20 +1126,11 @@ def test_e5_whatever_was_sent_before(script):
     assert leaves(script, wire) == 1
 
 
-def test_e3_what_can_never_be_taken(script):
-    assert "more than this server" in script.refused("n", COMPLETE, prompt=["x"] * 3, n=4)  # 12 > 4 rows + 4 waiting
-
-
 def test_b12_a_long_text_is_not_even_encoded(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.server.served.tokenizer), "encode", None)
     assert "more than 512" in tiny.refused("prompt", prompt="x" * 513)
     assert "more than 512" in tiny.refused("messages", CHAT, messages=[{"role": "user", "content": "x" * 513}])
     assert "65536" in tiny.refused("text", "/tokenize", text="x" * 65537)
-
-
-def test_c4_two_names_of_one_field(tiny):
-    assert "the same field" in tiny.refused("max_new_tokens", prompt="ab", max_tokens=2, max_new_tokens=3)
-    assert tiny.generate("ab", max_tokens=2, max_new_tokens=2)["completion_tokens"] == 2
 
 
 def test_d11_a_bug_of_ours_in_a_stream(script, log, monkeypatch):
@@ -1312,7 +1297,6 @@ def test_g3_every_route_asks_for_the_key(keyed):
         body = {"prompt": "x"} if method == "POST" else None
         status = keyed.ask(method, path, body, Authorization=None).status
         assert status == (200 if path in public else 401), (method, path, status)
-    assert keyed.get("/v1/models/x", Authorization=None).status == 401
 
 
 @pytest.mark.parametrize("path", ["/generate/", "/GENERATE", "/generate;x", "/generate?x", "/v1/models/", "/V1/models",
