@@ -397,7 +397,7 @@ def earlier(out, files):
     path = os.path.join(out, "export.json")
     before, ours = dict(rows={}), []
     if os.path.lexists(path):
-        before = huggingface.read_json(path)
+        before = huggingface.read_dict(path)
         check_like(before, dict(rows={}), path)
         ours = [*before["rows"], "README.md"]
     for file in [*files, "README.md"]:
