@@ -313,7 +313,7 @@ def earlier_rows(out):
     path = os.path.join(out, "export.json")
     if not os.path.exists(path):
         raise UserError(f"{out} has files that no export has written", "--out=ANOTHER_FOLDER")
-    earlier = huggingface.read_json(path)
+    earlier = huggingface.read_dict(path)
     check_like(earlier, dict(rows={}), path)
     return earlier["rows"]
 

@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import threading
+import urllib.parse
 import time
 import traceback
 from collections import Counter
@@ -142,7 +143,7 @@ class Server:
         routes = {
             "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
             "/model-info": {"GET": self.model_info}, "/info": {"GET": self.model_info},
-            "/v1/models": {"GET": self.models},
+            "/v1/models": {"GET": self.models}, "/v1/models/": {"GET": self.models},
             "/tokenize": {"POST": self.tokenize}, "/detokenize": {"POST": self.detokenize},
             **{path: {"POST": self.generate} for path in DIALECTS}}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
@@ -262,7 +263,10 @@ class Server:
 
     def models(self, connection):
         one = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-        connection.respond(200, {"object": "list", "data": [one]})
+        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models").removeprefix("/")
+        if name not in ("", one["id"]):
+            raise Refuse(404, "there is no such model", "model", "model_not_found")
+        connection.respond(200, one if name else {"object": "list", "data": [one]})
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer

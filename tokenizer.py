@@ -3,45 +3,43 @@ r"""
 Tokenizers: text to ids and back, without loss.
 
     python tokenizer.py --train --input=notes.txt --tokenizer=bpe --vocab_size=4096 --out=data/my-tokenizer
-    python tokenizer.py --inspect="Hello, world!" --tokenizer=gpt2      # what does a model see? ids and pieces
-    python tokenizer.py --compare=bpe,unigram,char --input=notes.txt    # which one is the shortest on this text?
+    python tokenizer.py --inspect="Hello, world!" --tokenizer=gpt2      # ids and pieces
+    python tokenizer.py --compare=bpe,unigram,char --input=notes.txt    # which needs the fewest tokens?
 
     tokenizer = train("bpe", ["some", "texts"], vocab_size=4096)
     ids = tokenizer.encode("def f(x):\n\treturn x")
     assert tokenizer.decode(ids) == "def f(x):\n\treturn x"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load("data/mine/tokenizer")
 
-A language model never sees text, it sees integers. Three kinds of tokenizers are learned from the text itself:
+Three kinds are learned from the text itself:
 
-char     One id per distinct character of the training text: the smallest vocabulary, the longest sequences, and no id
-         for a character that the text did not contain.
+char     One id per distinct character: the smallest vocabulary, the longest sequences, and no id for a character that
+         the training text did not contain.
 bpe      Byte-pair encoding (Sennrich 2016, arXiv 1508.07909), trained by SentencePiece. Start from single characters;
-         again and again, make a new piece of the pair that occurs most often. The rest is spelled in bytes.
+         again and again, make a new piece of the most frequent pair. The rest is spelled in bytes.
 unigram  (Kudo 2018, arXiv 1804.10959), also by SentencePiece. Start from many pieces with a probability each; again
          and again, remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
 
-The vocabularies of others, GPT-2's, Llama 3's and so on, are read by text/pretrained.py.
+The vocabularies of others, such as GPT-2's and Llama's, are read by text/pretrained.py.
 
-A token stands for *bytes*, not for characters (an emoji may be spread over four tokens). So text is put together by
-joining token_bytes and decoding the UTF-8 once: `decode` does that for a whole text, sample.py for one that grows.
+A token stands for bytes, not for characters: an emoji may be spread over four tokens. So `decode` joins the bytes of
+all tokens before it decodes the UTF-8.
 
-Special tokens (<|endoftext|> in every vocabulary, all of SPECIAL in those that are learned here) are inserted by id.
-Text that merely contains the characters "<|endoftext|>" is encoded as these characters, so nobody can forge one. In a
-chat they mark the turns:
+Special tokens are inserted by id. The characters "<|endoftext|>" in a text are encoded as characters, so nobody can
+forge one. In a chat they mark the turns:
 
     <|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
 
-A prompt (`chat`) ends with <|assistant|>. What follows, up to its <|end|>, is what a model learns: to answer, and to
-stop (`conversation`, whose mask says so). The models of others keep the format that they have learned.
+A prompt (`chat`) ends with <|assistant|>. What follows, up to its <|end|>, is what a model learns (`conversation`).
 """
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import tempfile
 import time
@@ -50,14 +48,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from text import pretrained
-from text.pretrained import read
+from text.pretrained import careful, read
 from runtime.console import UserError, command_line, needs, note, say, show, public
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
-END_OF_TEXT = "<|endoftext|>"  # stands before every document: "what follows has nothing to do with what came before"
-END = "<|end|>"  # stands behind every message of a chat
-SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END)  # the others mark the turns of a chat
+END_OF_TEXT = "<|endoftext|>"  # before every document
+END = "<|end|>"  # behind every message of a chat
+SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END)
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -65,16 +63,16 @@ CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 LEARNED = ("bpe", "unigram", "char")
-SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text: more changes few pieces
+SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 SCORE_STEPS = 64  # scores of unigram pieces are multiples of 1/64: float32 then adds some 30,000 of them exactly
-# Parts of about 2000 characters, which end where a word does: no piece crosses that, and SentencePiece encodes two
-# short texts twice as fast as a long one.
+# Parts of about 2000 characters, which end where a word does, so no piece crosses a border. SentencePiece encodes
+# short texts twice as fast.
 PARTS = re.compile(r".{2000}.*?(?<=\S)(?= [^\W\d_])|.+", re.DOTALL)
 
 
 def code_points(text):
-    """The numbers of the characters of a text: (n,) uint16, or uint32 where one is beyond 65,535."""
+    """The code points of a text: (n,) uint16, or uint32 where one is beyond 65,535."""
     raw = text.encode("utf-16-le")
     return np.frombuffer(raw, "<u2") if len(raw) == 2 * len(text) else np.frombuffer(text.encode("utf-32-le"), "<u4")
 
@@ -86,17 +84,16 @@ class Learned(pretrained.Tokenizer):
     """What they have in common: the chat format."""
 
     def chat(self, messages, answer=True):
-        """The ids of a conversation. messages: [{"role": "user", "content": "..."}, ...].
+        """The ids of a conversation, [{"role": "user", "content": "..."}, ...].
 
-        answer: end with the beginning of the assistant's turn. Raises UserError for other roles, and other content.
+        answer: end with the beginning of the assistant's turn.
         """
         return self.conversation(messages)[0] + [self.special["<|assistant|>"]] * bool(answer)
 
     def conversation(self, messages):
-        """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
+        """(ids, mask) of a conversation, two lists: the mask is 1 on each answer that is not empty, and its end token.
 
-        That is every answer of the assistant with the end token behind it, but for empty ones. Each message is encoded
-        alone, so that what is before an answer are the ids of the prompt that asks for it.
+        Each message is encoded alone, so that the ids before an answer are those of the prompt that asks for it.
         """
         if not self.special.keys() >= set(SPECIAL):  # nanoGPT's characters have none
             raise UserError("this vocabulary has no tokens that mark the turns of a chat",
@@ -112,7 +109,7 @@ class Learned(pretrained.Tokenizer):
 
 
 class CharTokenizer(Learned):
-    """One id per character: first the specials, then the characters of the training text in code point order."""
+    """One id per character, after the special tokens."""
 
     kind = "char"
 
@@ -130,23 +127,21 @@ class CharTokenizer(Learned):
         if ids.size and ids.min() < 0:
             character = text[int(ids.argmin())]
             raise UserError(f"the character {character!r} (U+{ord(character):04X}) is not among the "
-                            f"{len(self.characters)} that this character vocabulary was made from",
-                            "leave it out, or prepare the data with --tokenizer=bpe, which spells anything")
+                            f"{len(self.characters)} of this character vocabulary",
+                            "leave it out, or --tokenizer=bpe, which spells anything")
         return ids
 
 
 class SentencePieceTokenizer(Learned):
-    """bpe or unigram by SentencePiece, with the options that make it lossless (see train_sentencepiece)."""
+    """bpe or unigram, by SentencePiece."""
 
     def __init__(self, model, kind):
         self.model, self.kind, self.files = model, kind, {"tokenizer.model": model}
         self.processor = processor = needs("sentencepiece", "bpe and unigram").SentencePieceProcessor(model_proto=model)
         self.vocab_size = processor.vocab_size()
-        if not self.vocab_size:
-            raise ValueError("tokenizer.model is empty")
         self.special = {name: processor.piece_to_id(name) for name in SPECIAL}
-        # SentencePiece turns spaces into U+2581 and back, so a U+2581 in the text would come back as a space. It is
-        # spelled in the three bytes of its UTF-8 form instead, which have pieces of their own, like every byte.
+        # SentencePiece turns spaces into U+2581 and back, so a U+2581 in the text would come back as a space. Its
+        # three bytes, which have pieces like every byte, spell it instead.
         self.space_mark_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self.bytes = []
         for i in range(self.vocab_size):
@@ -171,7 +166,7 @@ class SentencePieceTokenizer(Learned):
 
 
 def train(kind, texts, vocab_size=4096, character_coverage=1.0):
-    """A new tokenizer, learned from an iterable of texts. All of them are read into memory: give a sample."""
+    """A new tokenizer, learned from an iterable of texts, all of which are held in memory."""
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind in LEARNED:
@@ -180,11 +175,11 @@ def train(kind, texts, vocab_size=4096, character_coverage=1.0):
 
 
 def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
-    """SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), told to keep every space and every character.
+    """SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), with options that keep every space and character.
 
     character_coverage: the share of all characters that get a piece; the rarest, beyond it, are spelled in bytes.
     """
-    # 1) it wants pieces of bounded length: some lines each, with their line ends
+    # 1) pieces of bounded length: some lines each, with their line ends
     lines, counts = [], np.zeros(0x110000, dtype=np.int64)
     for text in texts:
         found = np.bincount(code_points(text))
@@ -195,31 +190,29 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
             lines.append(text[start:end])
             start = end
 
-    # 2) what it would refuse in words of its own
+    # 2) is it possible?
     smallest = smallest_vocab(counts, character_coverage)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size={vocab_size} is too small: this text has {np.count_nonzero(counts):,} distinct "
-                        f"characters, and those that get a piece, 256 bytes and {len(SPECIAL) + 1} special tokens need "
-                        f"{smallest:,}", f"--vocab_size={smallest} or more, a --character_coverage below "
-                        f"{character_coverage:g}, or --tokenizer=char")
+        raise UserError(f"vocab_size={vocab_size} is too small: the characters of this text, the 256 bytes and the "
+                        f"special tokens need {smallest:,}",
+                        f"--vocab_size={smallest} or more, a smaller --character_coverage, or --tokenizer=char")
     if not any(line.strip() for line in lines):
-        raise UserError(f"nothing to learn a vocabulary from: {sum(map(len, lines))} characters, all white space",
-                        "more text, or --tokenizer=char")
+        raise UserError("nothing to learn a vocabulary from but white space", "more text, or --tokenizer=char")
 
     # 3) the vocabulary
     model = io.BytesIO()
     needs("sentencepiece", "bpe and unigram").SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size,
-        hard_vocab_limit=False,  # a short text has fewer pieces than asked for: make what there is
+        hard_vocab_limit=False,  # a short text has fewer pieces than asked for
         normalization_rule_name="identity",  # no NFKC: what goes in comes out
-        remove_extra_whitespaces=False, add_dummy_prefix=False,  # nor are spaces removed or added
-        allow_whitespace_only_pieces=True,  # so that an indentation is one token
+        remove_extra_whitespaces=False, add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,  # an indentation can be one token
         split_by_unicode_script=False,  # so that "(self," can be one: 7% fewer tokens on Python
-        split_digits=True,  # 2026 is four tokens: numbers are spelled alike wherever they stand
-        character_coverage=character_coverage, byte_fallback=True,  # what has no piece is spelled in bytes, but
-        required_chars=SPACE_MARK,  # a space must have one: as bytes, the mark would come back in its place
+        split_digits=True,  # 2026 is four tokens
+        character_coverage=character_coverage, byte_fallback=True,  # what has no piece is spelled in bytes
+        required_chars=SPACE_MARK,  # but a space must have one: as bytes, the mark would come back in its place
         control_symbols=list(SPECIAL), unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # text never becomes a control symbol
-        num_threads=16,  # a fixed number: unigram adds up in another order with another, and learns other pieces
+        num_threads=16,  # fixed: it decides the order of sums, and so the pieces of unigram
         max_sentence_length=1 << 16, minloglevel=2)
     tokenizer = SentencePieceTokenizer(model.getvalue(), kind)
     if kind == "unigram":
@@ -232,44 +225,44 @@ def train_sentencepiece(kind, texts, vocab_size, character_coverage=1.0):
 def round_scores(tokenizer):
     """The bytes of a unigram model whose scores are multiples of 1 / SCORE_STEPS.
 
-    Often two ways to cut a text are equally likely (the same pieces in another order), and then the rounding of their
-    sums decides. Where sums are exact, every program that reads this model decides alike.
+    Often two ways to cut a text are equally likely (the same pieces in another order), and then rounding decides.
+    Where sums are exact, every program that reads this model decides alike.
     """
     model, at = bytearray(tokenizer.model), 0
     for i in range(tokenizer.vocab_size):
         piece, score = tokenizer.processor.id_to_piece(i).encode(), tokenizer.processor.get_score(i)
-        field = bytes([0x0A, len(piece)]) + piece + b"\x15"  # in the file: the piece, and the score as a float32
-        at = model.index(field + struct.pack("<f", score), at) + len(field)
+        entry = bytes([0x0A, len(piece)]) + piece + b"\x15"  # in the file: the piece, and the score as a float32
+        at = model.index(entry + struct.pack("<f", score), at) + len(entry)
         struct.pack_into("<f", model, at, round(score * SCORE_STEPS) / SCORE_STEPS)
     return bytes(model)
 
 
 def smallest_vocab(counts, character_coverage=1.0):
-    """The fewest tokens that bpe and unigram can do with: the characters, 256 bytes, the specials and the unknown.
+    """The smallest vocabulary for bpe and unigram: the characters, 256 bytes, the specials and the unknown.
 
-    counts: how often every code point occurs, an array. SentencePiece takes characters in, the most frequent first,
-    until their share of the text is character_coverage.
+    counts: how often every code point occurs. SentencePiece takes characters in, the most frequent first, until their
+    share of the text is character_coverage.
     """
     counts = counts.copy()
     counts[ord(SPACE_MARK)] += counts[ord(" ")]
     counts[[ord(" "), 0]] = 0  # a space is written as the mark; NUL never has a piece
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     falling = counts[order]
-    before = (np.cumsum(falling) - falling) / max(falling.sum(), 1)  # the share of all that come before it
-    taken = set(order[before < character_coverage].tolist()) | {ord(SPACE_MARK)}  # the mark always has one
+    before = (np.cumsum(falling) - falling) / max(falling.sum(), 1)  # the share of those before it
+    taken = set(order[before < character_coverage].tolist()) | {ord(SPACE_MARK)}
     return len(taken) + 256 + len(SPECIAL) + 1
 
 
 def sample(texts, total_bytes):
-    """Of texts with so many bytes in all, as much as a vocabulary is learned from, spread evenly over them.
+    """Up to SAMPLE_BYTES of texts with so many bytes in all, spread evenly over them.
 
-    The start of each long text, and of short ones some, whole: half words would make a vocabulary of half words.
+    That is the start of each long text, and some of the short ones, whole: half words would become pieces.
     """
     share, due = min(1.0, SAMPLE_BYTES / max(total_bytes, 1)), 0.0
     if share < 1:
         note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the {total_bytes / 1e6:,.0f}")
     for text in texts:
-        due += len(text) * share  # characters that should have been given by now, and were not
+        due += len(text) * share  # characters that should have been given by now
         if due >= min(len(text), 2000):
             part = text[:round(due)]
             due -= len(part)
@@ -281,7 +274,7 @@ def sample(texts, total_bytes):
 
 def load(folder):
     """The tokenizer that `save` wrote into this folder. Raises UserError where it is damaged."""
-    try:
+    with careful(f"the tokenizer in {folder} is damaged"):
         about = json.loads(read(folder, "config.json"))
         kind = about["kind"]
         if kind == "char":
@@ -293,21 +286,17 @@ def load(folder):
         if kind == "hugging_face":
             return pretrained.from_hugging_face(folder)
         raise ValueError(f"there is no kind {kind!r}")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, AttributeError) as error:
-        raise UserError(f"the tokenizer in {folder} is damaged: {type(error).__name__}: {error}",
-                        "take the folder tokenizer/ from a copy, or prepare the data again") from None
 
 
 def load_from(path, sha256=None):
     """The tokenizer of a tokenizer folder, of prepared data, of a run or of a Hugging Face folder.
 
-    sha256: the fingerprint of the one that is meant; another is refused.
+    sha256: the fingerprint that it must have.
     """
     both = path, os.path.join(path, "tokenizer")  # (an exported Hugging Face folder holds ours as well)
     folder = next(filter(is_ours, both), None)
     if folder is None and not os.path.exists(os.path.join(path, "tokenizer.json")):
-        raise UserError(f"{path} holds no tokenizer (no config.json, no tokenizer/config.json, no tokenizer.json)",
-                        "--tokenizer=bpe, or a folder that prepare.py or train.py has written")
+        raise UserError(f"{path} holds no tokenizer", "--tokenizer=bpe, or a folder that prepare.py or train.py wrote")
     tokenizer = None if folder else pretrained.from_hugging_face(path)
     if sha256 is not None:
         found = digest(files_in(folder)) if folder else fingerprint(tokenizer)
@@ -318,23 +307,19 @@ def load_from(path, sha256=None):
 
 
 def is_ours(folder):
-    """Is there a config.json as `save` writes it (maybe damaged)? A Hugging Face folder has one about the model."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        return False
-    about = read(folder, "config.json")
-    theirs = b'"model_type"' in about or os.path.exists(os.path.join(folder, "tokenizer.json"))
-    return b'"kind"' in about or not theirs
+    """Is there a config.json as `save` writes it? A Hugging Face folder has one about the model."""
+    return os.path.isfile(os.path.join(folder, "config.json")) and b'"kind"' in read(folder, "config.json")
 
 
 def get(name):
-    """The tokenizer that exists under a name: a folder, see load_from, or one of tiktoken's encodings."""
+    """The tokenizer of a folder, or one of tiktoken's encodings."""
     if os.path.isdir(name):
         return load_from(name)
     encodings = pretrained.tiktoken().list_encoding_names()
     if name in encodings:
         return pretrained.from_tiktoken(name)
-    raise UserError(f"there is no tokenizer {name!r}: no folder, and no name that is known",
-                    f"one of {', '.join((*LEARNED, *encodings))}; or a folder: a run, data/NAME, a Hugging Face model")
+    raise UserError(f"there is no tokenizer {name!r}",
+                    f"one of {', '.join((*LEARNED, *encodings))}; or the folder of a run, of data or of a model")
 
 
 def fingerprint(tokenizer):
@@ -350,12 +335,12 @@ def digest(files):
 
 
 def files_in(folder):
-    """{name: bytes} of all files. (Links to nowhere or to other folders are none.)"""
+    """{name: bytes} of all files in it."""
     return {name: read(folder, name) for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))}
 
 
 def keep(tokenizer, folder, sha256):
-    """Write a tokenizer to folder/tokenizer, unless the same one is there. Another one is kept, as *.damaged."""
+    """Write a tokenizer to folder/tokenizer, unless it is there. Another one becomes tokenizer.damaged."""
     path = os.path.join(folder, "tokenizer")
     with contextlib.suppress(UserError):
         load_from(folder, sha256)
@@ -364,15 +349,15 @@ def keep(tokenizer, folder, sha256):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as part:
             tokenizer.save(os.path.join(part, "new"))
             if os.path.lexists(path):
-                aside = (f"{path}.damaged{n or ''}" for n in itertools.count())
-                os.replace(path, next(name for name in aside if not os.path.lexists(name)))
+                shutil.rmtree(path + ".damaged", ignore_errors=True)
+                os.replace(path, path + ".damaged")
             os.replace(os.path.join(part, "new"), path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", "make room, or another --out_dir") from None
 
 
 def ends(tokenizer):
-    """The ids after which a text, or an answer in a chat, is over. (nanoGPT's characters have none.)"""
+    """The ids after which a text, or an answer in a chat, is over."""
     names = END_OF_TEXT, END, tokenizer.settings.get("eos_token")
     return {tokenizer.special[name] for name in names if name in tokenizer.special}
 
@@ -391,24 +376,22 @@ class TokenizerConfig:
     tokenizer: str = ""  # --train: bpe (the default), unigram or char; --inspect: gpt2, ..., or a folder that holds one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
-    out: str = ""  # --train: the folder to write
+    out: str = ""  # --train: the folder to write, by default data/KIND-tokenizer
     chat: bool = False  # --inspect: the text is a message in a chat
 
 
 def main(argv):
-    # What reads texts is loaded where texts are read: nobody else who imports this file needs the downloader.
+    # The downloader is loaded only where texts are read.
     from text.sources import fetch
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
-    if settings.train or settings.compare:
-        settings.input += bare
-        bare = []
-    if bare or [settings.train, settings.inspect != "", settings.compare != ""].count(True) != 1:
-        raise UserError(f"what is to be done with {bare[0]!r}?" if bare else "one thing at a time is to be done",
+    if [settings.train, settings.inspect != "", settings.compare != ""].count(True) != 1:
+        raise UserError("one thing at a time is to be done",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     if settings.inspect:
         inspect(settings)
         return
+    settings.input += bare
     if not settings.input:
         raise UserError("no text to learn from or to compare on", "--input=FILE")
     sources, _ = fetch(settings.input)
@@ -419,18 +402,16 @@ def main(argv):
         compare(settings, sources, total)
         return
     kind = settings.tokenizer or "bpe"
-    if not settings.out:
-        raise UserError("no folder to write to", f"--out=data/{kind}-tokenizer")
-    if os.path.isdir(settings.out) and os.listdir(settings.out):
-        raise UserError(f"{settings.out} is not empty", "--out=ANOTHER_FOLDER")
+    out = settings.out or f"data/{kind}-tokenizer"
+    if os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"{out} is not empty", "--out=ANOTHER_FOLDER")
     tokenizer = learn(kind, settings, sources, total)
     try:
-        tokenizer.save(settings.out)
+        tokenizer.save(out)
     except OSError as error:
-        raise UserError(f"cannot write {settings.out}: {error.strerror}", "--out=ANOTHER_FOLDER") from None
-    say(f"{settings.out}: {kind}, {tokenizer.vocab_size:,} tokens from {total:,} bytes (with what prepare.py "
-        "will hold out)")
-    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={settings.out}"]))
+        raise UserError(f"cannot write {out}: {error.strerror}", "--out=ANOTHER_FOLDER") from None
+    say(f"{out}: {kind}, {tokenizer.vocab_size:,} tokens from {total:,} bytes")
+    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={out}"]))
 
 
 def blocks(sources):
@@ -447,8 +428,10 @@ def inspect(settings):
     if settings.tokenizer in ("", *LEARNED):
         raise UserError("--inspect needs a tokenizer that exists", "--tokenizer=gpt2, or a folder: data/stdlib")
     tokenizer = get(settings.tokenizer)
-    ids = (tokenizer.chat([dict(role="user", content=settings.inspect)]) if settings.chat
-           else tokenizer.encode(settings.inspect))
+    if settings.chat:
+        ids = tokenizer.chat([dict(role="user", content=settings.inspect)])
+    else:
+        ids = tokenizer.encode(settings.inspect)
     names = {i: name for name, i in tokenizer.special.items()}
     for i in ids:
         piece = tokenizer.token_bytes(i)
@@ -456,9 +439,7 @@ def inspect(settings):
             show(f"{i:7} {names.get(i) or repr(piece.decode())}")
         except UnicodeDecodeError:  # a part of a character
             print(f"{i:7} {piece!r}")
-    size = len(settings.inspect.encode())
-    each = "" if settings.chat else f" for {size} bytes: {size / max(len(ids), 1):.2f} bytes each"
-    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}{each}")
+    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}, for {len(settings.inspect.encode())} bytes")
 
 
 def compare(settings, sources, total):
@@ -469,15 +450,15 @@ def compare(settings, sources, total):
     existing = {name: get(name) for name in names if name not in LEARNED}
     for name in names:
         tokenizer = existing[name] if name in existing else learn(name, settings, sources, total)
-        tokens = seconds = lost = 0
+        tokens, seconds, lost = 0, 0, False
         for block in blocks(sources):
             start = time.perf_counter()
             ids = tokenizer.encode_to_numpy(block)
             seconds += time.perf_counter() - start
             tokens += len(ids)
-            lost += tokenizer.decode(ids.tolist()) != block
+            lost |= tokenizer.decode(ids.tolist()) != block
         print(f"{name:24} {tokenizer.vocab_size:10,} {tokens:12,} {total / max(tokens, 1):15.3f} "
-              f"{total / 1e6 / max(seconds, 1e-9):6.1f}  {f'lost in {lost} blocks' if lost else 'exact'}", flush=True)
+              f"{total / 1e6 / max(seconds, 1e-9):6.1f}  {'lossy' if lost else 'exact'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ Hugging Face folders, both ways: the same models under other names.
     checkpoint, tokenizer = read("SmolLM2-135M")    # config.json and *.safetensors, as a checkpoint of this project
     write("exports/small/hf", model, tokenizer)     # a folder for AutoModelForCausalLM and AutoTokenizer
 
-GPT-2, Llama and Qwen3 are this project's GPT with other names for its parts. So there are two things to
-translate, and one table or rule serves both directions: the settings (KINDS) and the tensors (`parts`). The
-tokenizer is read by text/pretrained.py and written by formats/tokenizer_json.py. What would not be exactly the
-same is refused.
+GPT-2, Llama and Qwen3 are this project's GPT with other names for its parts. Two things are translated, and one
+table or rule serves both directions: the settings (KINDS) and the tensors (`parts`). The tokenizer is read by
+text/pretrained.py and written by formats/tokenizer_json.py. What would not be exactly the same is refused.
 """
 import glob
 import json
@@ -21,7 +20,7 @@ import torch
 import tokenizer as tokenizers
 from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
-from runtime.files import check_like, open_file
+from runtime.files import check_like, read_json
 
 # ---------- The settings
 
@@ -58,23 +57,20 @@ def our_config(theirs):
     """The GPTConfig for a config.json (a dict). Raises UserError for what this model does not have."""
     try:
         return translate(theirs)
-    except ValueError as error:
-        fact = f"config.json {error}"
     except KeyError as error:
         fact = f"config.json lacks or has an unknown {error}"
-    except (AssertionError, TypeError, AttributeError) as error:
+    except (AssertionError, ValueError, TypeError, AttributeError) as error:
         fact = f"config.json describes no model that can be built: {error}"
     raise UserError(fact, "use another model")
 
 
 def translate(theirs):
-    """The same; what is wrong is a ValueError that goes on after "config.json"."""
     # 1. The shape.
     if theirs.get("quantization_config"):
-        raise ValueError("has a quantization_config: the model is quantized")
+        raise ValueError("it is quantized")
     model_type = theirs.get("model_type")
     if model_type not in list(KINDS):
-        raise ValueError(f"says model_type={model_type}, which is none of {', '.join(KINDS)}")
+        raise ValueError(f"model_type={model_type} is none of {', '.join(KINDS)}")
     kind = KINDS[model_type]
     given = {name: value for name, value in theirs.items() if value is not None}
     both = kind["default"] | given
@@ -97,12 +93,12 @@ def translate(theirs):
     for settings in (given, rope, given.get("rope_scaling", {}), *layers):
         for name, value in only.items():
             if settings.get(name, value) != value:
-                raise ValueError(f"says {name}={settings[name]}; this model has only {value}")
+                raise ValueError(f"{name}={settings[name]}, but this model has only {value}")
     return resolve(GPTConfig(**shape))
 
 
 def their_kind(config):
-    """gpt2, llama or qwen3, by the switches of a GPTConfig. Raises UserError for one that none of them has."""
+    """gpt2, llama or qwen3, by the switches of a GPTConfig. Raises UserError where none has all of them."""
     if config.pos == "learned":
         kind = "gpt2"
     else:
@@ -116,9 +112,8 @@ def their_kind(config):
         needed["n_embd"] = f"a multiple of n_head={config.n_head}"
     for name, value in needed.items():
         if getattr(config, name) != value:
-            raise UserError(f"{name}={getattr(config, name)}: with pos={config.pos}, transformers has "
-                            f"{KINDS[kind]['cls']}, where {name} is {value}",
-                            "--format=onnx, pt2 or torchscript, which hold every model")
+            raise UserError(f"{name}={getattr(config, name)}: in transformers' {KINDS[kind]['cls']}, it is {value}",
+                            "--format=onnx, pt2 or torchscript")
     return kind
 
 
@@ -140,7 +135,7 @@ def their_config(config, dtype, ends):
 
 # ---------- The tensors
 
-LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3." here and "model.layers.3." there
+LLAMA_NAMES = {  # ours: theirs; in a block, after "transformer.h.3." here and "model.layers.3." there
     "transformer.wte": ["model.embed_tokens"],
     "transformer.ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
@@ -153,16 +148,15 @@ LLAMA_NAMES = {  # ours: theirs; what stands in a block follows "transformer.h.3
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
-SOURCE = "take the folder's files from their source again, all of one model"
+SOURCE = "take the folder's files from their source again"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
 
 
 def parts(name, tensor, config):
     """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
 
-    The padding of the vocabulary is left out. GPT-2 has our names, but its linear layers are stored transposed:
-    (in, out), as in the TensorFlow original. Llama and Qwen3 keep apart what is one product here: q, k and v; gate
-    and value of the MLP.
+    The padding of the vocabulary is left out. GPT-2 has our names, but stores its linear layers transposed: (in, out),
+    as in the TensorFlow original. Llama and Qwen3 split what is one product here: q, k and v; gate and value of the MLP.
     """
     if name in ("transformer.wte.weight", "lm_head.weight"):
         tensor = tensor[:config.vocab_size]
@@ -181,7 +175,7 @@ def parts(name, tensor, config):
 
 
 def their_weights(model, dtype=torch.float32):
-    """{their name: tensor}: tied weights once, and zero biases where the class has some and the model has none."""
+    """{their name: tensor}: tied weights once, and zero biases where only their class has some."""
     config, weights = model.config, {}
     for name, ours in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_weights:
@@ -196,14 +190,14 @@ def their_weights(model, dtype=torch.float32):
 def our_weights(theirs, config, where):
     """Their tensors {name: tensor} under our names, as a state_dict of GPT(config), in float32.
 
-    Raises UserError that names a tensor that is missing, misshapen, of a type without a fraction, or unknown.
+    Raises UserError for a tensor that is missing, misshapen, of a wrong dtype or unknown.
     """
     try:
-        like = outline(config, len(theirs)).state_dict()  # it takes no memory, whatever config.json says
+        like = outline(config, len(theirs)).state_dict()  # takes no memory
     except AssertionError as error:
         raise UserError(f"{where} does not hold what its config.json says: {error}", SOURCE) from None
     prefix = "transformer." if config.pos == "learned" else "model."
-    if not any(name.startswith(prefix) for name in theirs):  # saved without the head that predicts: GPT-2's own file
+    if not any(name.startswith(prefix) for name in theirs):  # saved without the head: GPT-2's own file
         theirs = {name if name.startswith("lm_head.") else prefix + name: value for name, value in theirs.items()}
     if config.tie_weights:
         del like["lm_head.weight"]
@@ -218,7 +212,7 @@ def our_weights(theirs, config, where):
             view.copy_(theirs[part])
     unknown = [name for name in theirs if name not in known and not name.endswith(BUFFERS)]
     if unknown:
-        raise UserError(f"{where}: {', '.join(unknown[:20])}: tensors that its config.json does not know of", SOURCE)
+        raise UserError(f"{where}: tensors that its config.json does not know of: {', '.join(unknown[:20])}", SOURCE)
     if config.tie_weights:
         weights["lm_head.weight"] = tied = weights["transformer.wte.weight"]
         head = theirs.get("lm_head.weight", tied[:config.vocab_size])
@@ -232,42 +226,37 @@ def our_weights(theirs, config, where):
 
 
 def is_folder(path):
-    """Is this a Hugging Face folder, and no run? It has their weights, or a config.json with a model_type."""
+    """Does it hold their weights, or a config.json with a model_type?"""
     if glob.glob("model.safetensors*", root_dir=path):
         return True
     try:
-        return "model_type" in read_json(os.path.join(path, "config.json"))
+        return "model_type" in read_dict(os.path.join(path, "config.json"))
     except UserError:
         return False
 
 
-def read_json(path, missing=None):
-    """The dict in a JSON file, or `missing` where there is no file. Raises UserError where it is none."""
-    if missing is not None and not os.path.exists(path):
-        return missing
-    try:
-        with open_file(path, most=100 << 20) as file:
-            value = json.load(file)
-        if not isinstance(value, dict):
-            raise ValueError("no object {...}")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", SOURCE) from None
+def read_dict(path):
+    value = read_json(path, SOURCE)
+    check_like(value, {}, path)
+    return value
 
 
 def read(folder):
     """(checkpoint, tokenizer) of a Hugging Face folder; the checkpoint is like ours, in float32, on the CPU.
 
-    It has two parts more: `dtype` of the tensors in the files, and `generation`, their settings for sampling.
+    It also has `dtype` of the tensors in the files, and `generation`, their settings for sampling.
     """
-    theirs = read_json(os.path.join(folder, "config.json"))
+    theirs = read_dict(os.path.join(folder, "config.json"))
     config = our_config(theirs)
     tensors = read_tensors(folder)
     weights = our_weights(tensors, config, folder)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     tokenizer = tokenizers.load_from(folder)
-    ends = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
-    generation = read_json(os.path.join(folder, "generation_config.json"), missing=ends)
+    generation_path = os.path.join(folder, "generation_config.json")
+    if os.path.exists(generation_path):
+        generation = read_dict(generation_path)
+    else:
+        generation = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
     return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder], generation=generation,
                 dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
@@ -278,22 +267,16 @@ def read_tensors(folder):
     safetensors = needs("safetensors", "Hugging Face folders")
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
-    if not os.path.exists(os.path.join(folder, *files)):
-        if not os.path.exists(index):
-            pickles = glob.glob("*.bin", root_dir=folder)
-            if pickles:
-                raise UserError(f"{folder} has no model.safetensors, only {', '.join(pickles[:3])}",
-                                "take a folder with safetensors; transformers writes it with save_pretrained")
-            raise UserError(f"{folder} has no model.safetensors", SOURCE)
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{index} has no weight_map of file names", SOURCE)
-        files = sorted({os.path.basename(name) for name in weight_map.values()})
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, *files)):
+        weight_map = read_dict(index).get("weight_map")
+        check_like(weight_map, {}, index, "weight_map")
+        files = sorted({os.path.basename(str(name)) for name in weight_map.values()})
     tensors = {}
     for name in files:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            raise UserError(f"{path} is missing, one of {len(files)} files", SOURCE)
+            fix = "transformers writes such files with save_pretrained" if glob.glob("*.bin", root_dir=folder) else SOURCE
+            raise UserError(f"{path} is missing", fix)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
@@ -309,7 +292,7 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     """
     safetensors = needs("safetensors", "Hugging Face folders")
     from safetensors.torch import save_file
-    from formats.tokenizer_json import tokenizer_files  # (whoever only reads a folder does without it)
+    from formats.tokenizer_json import tokenizer_files  # (not needed to read a folder)
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
     settings = tokenizer.settings
     start = tokenizer.special.get(settings.get("bos_token"), end)
@@ -317,7 +300,7 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     config = their_config(model.config, str(dtype).removeprefix("torch."), dict(bos_token_id=start, eos_token_id=stop))
     files = tokenizer_files(tokenizer, model.config.block_size, chat)
     if not generation:
-        ends = sorted(tokenizers.ends(tokenizer)) if chat else stop  # an answer ends otherwise than a text
+        ends = sorted(tokenizers.ends(tokenizer)) if chat else stop
         generation = dict(bos_token_id=start, eos_token_id=ends, pad_token_id=stop, do_sample=True, temperature=0.8,
                           top_k=50)
     for name, value in {"config.json": config, "generation_config.json": generation}.items():
@@ -326,11 +309,11 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     for name, content in files.items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
-    if tokenizer.kind != "hugging_face":  # so that the folder comes back with the very same one
+    if tokenizer.kind != "hugging_face":  # to read the very same one back
         tokenizer.save(os.path.join(folder, "tokenizer"))
     path = os.path.join(folder, "model.safetensors")
     try:
         save_file(their_weights(model, dtype), path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # of a full disk, too
         raise OSError(str(error)) from None
-    shutil.copymode(os.path.join(folder, "config.json"), path)  # it would be for its owner alone
+    shutil.copymode(os.path.join(folder, "config.json"), path)  # safetensors makes it readable for its owner alone

@@ -5,11 +5,11 @@ Reading an export back: how other people's programs do it, one function per form
     step = open_onnx("exports/small/model.onnx")
     ids = greedy(step, torch.tensor([[1, 2, 3]]), 50)       # the 50 likeliest tokens after these three
 
-Nothing of this project is imported here. export.py runs this file in a process of its own that cannot see this
-folder (python -I), and compares its answers with those of the model.
+export.py runs this file in a process of its own that cannot see this project (python -I), and compares its answers
+with those of the model. So nothing of ours is imported here.
 
-Each function returns a step: step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids
-that come after the past. The past is None at first, and then whatever the step before returned.
+Each function returns a step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids after
+the past. The past is None at first, and then whatever the step before returned.
 """
 import sys
 import time
@@ -18,7 +18,6 @@ import torch
 
 
 def open_hugging_face(path):
-    """A folder, read by transformers."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
@@ -29,7 +28,7 @@ def open_hugging_face(path):
 
 
 def open_onnx(path):
-    """A graph with a cache, run by onnxruntime: keys and values go in, and come out longer."""
+    """A graph with a cache: keys and values go in, and come out longer."""
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]  # input_ids, past_key_values.0.key, ...
@@ -48,12 +47,11 @@ def open_torchscript(path):
 
 
 def open_pt2(path):
-    """A program of torch.export."""
     return without_cache(torch.export.load(path).module())
 
 
 def without_cache(forward):
-    """A step for a graph that keeps nothing: it reads the whole text again each time."""
+    """A step for a graph that reads the whole text again each time."""
     def step(idx, past):
         idx = idx if past is None else torch.cat((past, idx), dim=1)
         return forward(idx), idx
@@ -61,7 +59,7 @@ def without_cache(forward):
 
 
 def greedy(step, prompt, n):
-    """The n likeliest tokens after the prompt (1, T), one after the other: (n,)."""
+    """The n likeliest tokens (n,) after the prompt (1, T)."""
     tokens, new, past = [], prompt, None
     for _ in range(n):
         logits, past = step(new, past)
@@ -70,14 +68,14 @@ def greedy(step, prompt, n):
     return torch.tensor(tokens)
 
 
-OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the file's ending; a folder is Hugging Face's
+OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the file's ending
 
 
 @torch.no_grad()
 def answer(path, questions):
     """questions: batches [idx (B, T)], the positions [(n,)] of the logits to compare; prompt, n; lines of text.
 
-    Returns a dict: logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids of the lines.
+    Returns logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids of the lines.
     """
     ending = path.rpartition(".")[2]
     started = time.perf_counter()
@@ -87,7 +85,7 @@ def answer(path, questions):
     prompt, n = questions["prompt"], questions["n"]
     tokens = greedy(step, prompt, n)
     started = time.perf_counter()
-    greedy(step, prompt, n)  # the second time counts: some of them compile something in the first
+    greedy(step, prompt, n)  # the second time counts: the first may compile
     rate = n / (time.perf_counter() - started)
     ids = None
     if ending not in OPEN:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.console import UserError, print_error
@@ -105,7 +106,7 @@ class Web(ThreadingHTTPServer):
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
-        self.silent = {}  # {connection: True} of those that wait for their clients, the longest first
+        self.silent = {}  # {connection: address} of those that wait for their clients, the longest first
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), Connection)
@@ -118,19 +119,27 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        silent = list(self.silent) if len(self.connections) >= self.settings.max_connections else []
-        closed = next((other for other in silent if self.silent.pop(other, False)), None)
-        if closed:
-            hang_up(closed)
+        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
         if not self.places.acquire(timeout=1 if closed else 0):  # the thread of a closed connection ends at once
             return self.shutdown_request(connection)
         self.connections.add(connection)
-        self.silent[connection] = True
+        self.silent[connection] = address[0]
         try:
             super().process_request(connection, address)  # starts the thread
         except RuntimeError:  # the system has no more threads
             self.forget(connection)
             raise
+
+    def close_silent(self):
+        """Close the connection that has been silent longest, of the address with the most of them: a crowd does not
+        push out the others. Returns whether there was one."""
+        silent = self.silent.copy()
+        crowds = Counter(silent.values())
+        for connection in sorted(silent, key=lambda connection: -crowds[silent[connection]]):
+            if self.silent.pop(connection, None):  # else its request has just come
+                hang_up(connection)
+                return True
+        return False
 
     def process_request_thread(self, connection, address):
         try:
@@ -184,7 +193,7 @@ class Connection(BaseHTTPRequestHandler):
         self.server.deadlines[self.connection] = time.monotonic() + seconds
 
     def wait_for_client(self):
-        self.server.silent[self.connection] = True
+        self.server.silent[self.connection] = self.client_address[0]
 
     def begin_work(self):
         """Raises ConnectionError where the place was given away while waiting."""
@@ -264,9 +273,11 @@ class Connection(BaseHTTPRequestHandler):
 
     def find_route(self):
         path = self.path.partition("?")[0]
-        if path not in self.server.routes:
-            raise Refuse(404, "there is no such path")
-        return path
+        below = path[:path.rfind("/") + 1]
+        for route in path, below:
+            if route in self.server.routes and (route == path or route != "/"):
+                return route
+        raise Refuse(404, "there is no such path")
 
     def check_headers(self):
         headers = self.headers

@@ -204,7 +204,7 @@ def test_f12_f13_f14_the_slow_are_cut_off(script):
 
 @pytest.mark.parametrize("sent", [b"", b"POST /gen", post(b"{", Content_Length=9)], ids=["none", "a head", "a body"])
 def test_f14_the_silent_make_room(sent):
-    """Whoever has sent nothing, or half of something, gives way to who comes, the oldest first."""
+    """Whoever has sent nothing, or half of something, gives way to who comes, the oldest of the largest crowd."""
     with serving(ScriptModel(), max_connections=8, header_timeout=30, body_timeout=30) as client:
         idle = []
         for _ in range(8):
@@ -219,6 +219,19 @@ def test_f14_the_silent_make_room(sent):
         assert until(lambda: len(client.server.web.connections) <= 8 + web.SPARE)
         for wire in idle:
             wire.close()
+
+
+def test_f14_a_crowd_pushes_out_its_own():
+    with serving(ScriptModel(), max_connections=8, header_timeout=30) as client:
+        with client.wire() as other:
+            server = client.server.web
+            assert until(lambda: len(server.silent) == 1)
+            server.silent.update(dict.fromkeys(server.silent, "192.0.2.1"))
+            crowd = [client.wire() for _ in range(40)]
+            assert client.raw(HEALTH).status == 200
+            assert other.send(HEALTH).answer().status == 200
+            for wire in crowd:
+                wire.close()
 
 
 def test_f14_health_is_answered_when_all_are_at_work():

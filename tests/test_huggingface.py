@@ -112,7 +112,7 @@ def test_gpt2_with_two_names_for_a_setting(here):
     edit(here / "a/config.json", num_attention_heads=4, hidden_size=32)
     ckpt.load_run("a")
     edit(here / "a/config.json", num_attention_heads=2)
-    assert "num_attention_heads=2; this model has only 4" in error(lambda _: ckpt.load_run("a"))[0]
+    assert "num_attention_heads=2, but this model has only 4" in error(lambda _: ckpt.load_run("a"))[0]
 
 
 def tensors_of_all(folder):
@@ -138,10 +138,10 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
         return wrong(lambda folder: save_file({name: tensor for name, tensor in {**good, **change}.items()
                                                if tensor is not None}, folder / "model.safetensors"))
 
-    assert "model_type=bert, which is none of gpt2, llama, qwen3" in settings(model_type="bert")
+    assert "model_type=bert is none of gpt2, llama, qwen3" in settings(model_type="bert")
     assert "attention_bias" in settings(model_type="qwen3", attention_bias=True)
-    assert "mlp_bias=False; this model has only True" in settings(attention_bias=True)
-    assert "rope_type=yarn; this model has only default" in settings(rope_parameters=dict(rope_type="yarn"))
+    assert "mlp_bias=False, but this model has only True" in settings(attention_bias=True)
+    assert "rope_type=yarn, but this model has only default" in settings(rope_parameters=dict(rope_type="yarn"))
     assert "type=llama3" in settings(rope_scaling=dict(type="llama3"))
     assert "partial_rotary_factor=0.5" in settings(rope_parameters=dict(partial_rotary_factor=0.5))
     assert "sliding_attention" in settings(layer_types=["full_attention", "sliding_attention"])
@@ -180,37 +180,36 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
     assert f"{q} is a tensor (32, 32) of type int8, but" in tensors(**{q: good[q].to(torch.int8)})
     head = torch.ones_like(good["model.embed_tokens.weight"])
     assert "says that lm_head.weight is the embedding, and it is not" in tensors(**{"lm_head.weight": head})
-    assert "bad: extra: tensors that its config.json does not know of" in tensors(extra=torch.ones(1))
-    assert "q_proj.bias: tensors that" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
+    assert "bad: tensors that its config.json does not know of: extra" in tensors(extra=torch.ones(1))
+    assert "does not know of: model.layers.0.self_attn.q_proj.bias" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
 
-    assert "bad has no model.safetensors take" in wrong(lambda folder: (folder / "model.safetensors").unlink())
-    assert "only pytorch_model.bin" in wrong(
+    assert "bad/model.safetensors is missing take" in wrong(lambda folder: (folder / "model.safetensors").unlink())
+    assert "is missing transformers writes such files" in wrong(
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
     index = dict(weight_map={"a": "model-1.safetensors"})
 
     def shards(folder):
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-1.safetensors is missing, one of 1 files" in wrong(shards)
+    assert "model-1.safetensors is missing" in wrong(shards)
     index = []
-    assert "model.safetensors.index.json cannot be read" in wrong(shards)
-    for names in ([1], None, {"a": 1}, {"a": ["m"]}, {"a": 1, "b": "m"}):
-        index = dict(weight_map=names)
-        assert "has no weight_map of file names" in wrong(shards)
+    assert "model.safetensors.index.json: all of it is of type list" in wrong(shards)
+    index = dict(weight_map=[1])
+    assert "weight_map is of type list" in wrong(shards)
     index = dict(weight_map=dict(a="../good/model.safetensors"))  # not outside of the folder
     assert "bad/model.safetensors is missing" in wrong(shards)
-    assert "config.json cannot be read: it is a folder, a pipe" in wrong(lambda folder: [
+    assert "config.json: it is a folder, a pipe" in wrong(lambda folder: [
         (folder / "config.json").unlink(), os.mkfifo(folder / "config.json")])  # and no waiting
     assert "holds no tokenizer" in wrong(lambda folder: [(folder / "tokenizer.json").unlink(),
                                                          shutil.rmtree(folder / "tokenizer")])
-    assert "generation_config.json cannot be read" in wrong(
+    assert "generation_config.json: not JSON" in wrong(
         lambda folder: (folder / "generation_config.json").write_text("{"))
 
     content, rng = (here / "good/model.safetensors").read_bytes(), random.Random(0)
     for cut in [0, 8, *(rng.randrange(len(content)) for _ in range(20))]:
         assert "model.safetensors is damaged" in wrong(
             lambda folder: (folder / "model.safetensors").write_bytes(content[:cut]))
-    assert "config.json cannot be read" in wrong(lambda folder: (folder / "config.json").write_text("{"))
+    assert "config.json: not JSON" in wrong(lambda folder: (folder / "config.json").write_text("{"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +400,7 @@ def huggingface_files(folder, tokenizer):
 def test_tokenizers_that_cannot_be_the_same_are_refused(monkeypatch):
     encoding = small_encoding("cl100k")
     encoding.name = "another"
-    assert "the regular expression of another" in error(lambda _: tokenizer_json.tokenizer_files(encoding, 64))[0]
+    assert "the encoding another is none of gpt2" in error(lambda _: tokenizer_json.tokenizer_files(encoding, 64))[0]
     monkeypatch.setattr(tokenizers, "round_scores", lambda tokenizer: tokenizer.model)
     old = tokenizers.train("unigram", [words(5000)], 300)
     assert "cannot be added exactly" in error(lambda _: tokenizer_json.tokenizer_files(old, 64))[0]

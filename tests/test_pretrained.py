@@ -208,20 +208,18 @@ def test_formats_that_cannot_be_learned(tmp_path):
     forgets = CHATML.replace("in messages", "in messages[-2:]")
     for template in (last, forgets, CHATML.replace("assistant\n", "assistant\n<think>")):
         fact, fix = refused(template)
-        assert fact == "the chat template of a rewrites earlier text as a conversation goes on, so it cannot be told " \
-            "what to learn" and "one question" in fix
+        assert "rewrites earlier text as a conversation goes on" in fact and "one question" in fix
     tokenizer = pretrained.from_hugging_face(folder(tmp_path / "a", config={"chat_template": last}))
     assert tokenizer.decode(check_conversation(tokenizer, turns("a", "b")[1:], tokenizer.special["<|im_end|>"])[0]) \
         == "<think>b"
     fact, fix = refused(CHATML.replace("<|im_end|>", ""))
-    assert "puts no <|im_end|> behind an answer" in fact and "tokenizer_config.json" in fix
+    assert "puts no eos_token behind an answer" in fact and "tokenizer_config.json" in fix
     for eos in (None, "</s>"):
-        assert "names no special token as its eos_token" in refused(CHATML, eos_token=eos)[0]
+        assert "puts no eos_token behind an answer" in refused(CHATML, eos_token=eos)[0]
     for template in ("<|endoftext|>" + CHATML, CHATML.replace("im_end", "endoftext")):
         fact, _ = refused(template, eos_token="<|im_end|>" if template[0] == "<" else "<|endoftext|>")
         assert "contains its end-of-text token, which stands between conversations in prepared data" in fact
     assert "no chat template" in refused("")[0]
-    assert "makes nothing of these messages" in refused("{# nothing #}", turns("a"))[0]
     assert "without role or without text" in refused(CHATML, [*turns("a"), dict(role="assistant")])[0]
     assert "SecurityError" in refused("{{ ''.__class__.__mro__[1].__subclasses__() }}")[0]
 
@@ -409,13 +407,13 @@ DAMAGED = "tokenizer.json is damaged, or of an unknown layout: "
 @pytest.mark.parametrize("changes, config, fact", [
     *((dict(added_tokens=[END, added(i, "<x>", special=False)]), {}, DAMAGED)
       for i in (-1, 1 << 24, 10**12, 10**400, 5.0, True, "5", None)),
-    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 1, END["content"]: 0}, merges=[])), {}, "two tokens have the"),
-    (dict(model=dict(type="BPE", vocab={"a": 1 << 24, END["content"]: 0}, merges=[])), {}, "an id is not a number"),
+    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 1, END["content"]: 0}, merges=[])), {}, "an id is given twice"),
+    (dict(model=dict(type="BPE", vocab={"a": 1 << 24, END["content"]: 0}, merges=[])), {}, "or is no number"),
     *((dict(added_tokens=[END, added(5000, text)]), {}, DAMAGED) for text in ("", 5, "\ud800")),
     (dict(pre_tokenizer=split("(" * 10_000)), {}, DAMAGED),
     (dict(truncation=dict(max_length=1), padding=5), dict(chat_template="\ud800"), "UnicodeEncodeError"),
     (SLOW, {}, "the tokenizer a fails on a text: PanicException"),
-    ({}, dict(chat_template="x" * 3_000_000), "the chat template is no text, or has more than a million characters"),
+    ({}, dict(chat_template=5), "the chat template fails on these messages"),
     *(({}, dict(chat_template="{{ %s }}" % value), "the chat template fails on these messages")
       for value in ("10 ** 10 ** 9", "'a' * 10 ** 9", "'a' * 999999999", "'%0999999999d' % 1", "'a'.ljust(999999999)",
                     "'a' | center(999999999)", "'{:999999999}'.format(1)")),
@@ -432,9 +430,8 @@ def test_an_end_token_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("tokens, special, fact", [
-    ({b"a": 0, b"b": 0}, {}, "two tokens have the same id"), ({b"a": 0}, {}, "the tokens are not 256 bytes"),
-    ({b"a": 10**18}, {}, "an id is not a number"), ({b"a": -1}, {}, "an id is not a number"),
-    ({b"a": 0}, {END["content"]: 1e9}, "an id is not a number"), ({b"a": 0}, [END["content"]], "damaged"),
+    ({b"a": 0, b"b": 0}, {}, "an id is given twice"), ({b"a": 10**18}, {}, "an id is"), ({b"a": -1}, {}, "an id is"),
+    ({b"a": 0}, {END["content"]: 1e9}, "an id is"), ({b"a": 0}, [END["content"]], "damaged"),
     ({}, {}, "damaged")])
 def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
     (tmp_path / "config.json").write_text('{"kind": "tiktoken"}')
@@ -494,8 +491,7 @@ def test_gpt2(gpt2, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("run", [" " * 200_000 + "x", "\n" * 500_000 + "x", "a \t" * 3 + " " * 1_000_000 + "b c"])
-def test_nothing_panics(gpt2, monkeypatch, run, capfd):
-    """tiktoken alone ends the process with a panic of Rust on such text."""
+def test_long_white_space(gpt2, monkeypatch, run, capfd):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2)
     tokenizer = tokenizers.get("gpt2")
     assert tokenizer.decode(tokenizer.encode(run)) == run and "panicked" not in capfd.readouterr().err

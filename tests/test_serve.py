@@ -145,6 +145,7 @@ def test_a4_what_the_model_is(tiny):
     one = models["data"][0]
     assert one["id"] == info["name"] and one["object"] == "model"
     assert isinstance(one["created"], int) and isinstance(one["owned_by"], str)
+    assert tiny.get(f"/v1/models/{info['name']}").json == one
     for answer in (tiny.complete(max_tokens=1, model="gpt-4"), tiny.chat(max_tokens=1, model="gpt-4")):
         assert answer["model"] == info["name"]
 
@@ -1002,7 +1003,7 @@ def use_openai(openai, client):
     assert "".join(part.choices[0].delta.content or "" for part in parts[:-1]) == chat.choices[0].message.content
 
     name = client.models.list().data[0].id
-    assert name == chat.model
+    assert client.models.retrieve(name).id == name == chat.model
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(prompt="ab", **{**body, "temperature": 3})
     assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"

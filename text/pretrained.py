@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Other people's vocabularies, with the ids that their models have learned, and the chat formats that come with them.
+Other people's vocabularies, with the ids that their models have learned, and their chat formats.
 
     tokenizer = from_tiktoken("gpt2")           # an encoding of tiktoken: gpt2, cl100k_base, o200k_base, ...
     tokenizer = from_hugging_face("SmolLM2")    # a folder with a tokenizer.json: Llama, Mistral, Gemma, Qwen, ...
     ids = tokenizer.chat([{"role": "user", "content": "Hello"}])    # a prompt, in the model's own chat format
     ids, mask = tokenizer.conversation([..., {"role": "assistant", "content": "Hi!"}])  # what to learn: mask 1
 
-GPT-2 and most models after it start from bytes (Radford et al. 2019): 256 tokens can spell any text, and the merges,
-in the order in which they were learned, join them to longer ones. Before that a regular expression cuts the text into
-words, which no merge crosses. Llama 2, Mistral and Gemma start from characters, as SentencePiece does, and spell in
-bytes only what has no token ("byte fallback"). The packages tiktoken and tokenizers do this work; here stands what
-they do not know: which bytes a token stands for, and that a text never becomes a special token.
+GPT-2 and most models after it start from bytes (Radford et al. 2019): 256 tokens can spell any text, and merges, in
+the order in which they were learned, join them to longer ones. A regular expression first cuts the text into words,
+which no merge crosses. Llama 2, Mistral and Gemma start from characters, as SentencePiece does, and spell in bytes
+what has no token ("byte fallback"). The packages tiktoken and tokenizers do this work. Here stands which bytes a token
+stands for, and that a text never becomes a special token.
 """
 import base64
 import contextlib
@@ -27,28 +27,28 @@ import numpy as np
 from runtime.console import UserError, needs
 from runtime.files import open_file
 
-# GPT-2's expression, which is also what "ByteLevel" means in a tokenizer.json: contractions, words and numbers with the
-# space before them, runs of other signs, white space. The last space before a word is left to that word.
+# GPT-2's expression: contractions, words and numbers with the space before them, runs of other signs, white space. The
+# last space before a word is left to that word.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONG_RUN = 1 << 14  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
-MOST_IDS = 1 << 24  # each takes memory, and no vocabulary that exists has a tenth of them
+MOST_IDS = 1 << 24  # each takes memory
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
-SOURCE_FIX = "take the tokenizer's files from their source again"
+SOURCE_FIX = "take the tokenizer's files from their source again, or prepare the data again"
 ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
-PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a Hugging Face folder; copied by `save`
+PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a Hugging Face folder
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
-BEFORE = "\ufdd4"  # stands for any text that came before
+BEFORE = "\ufdd4"  # stands for any text before
 
 
 class Tokenizer:
-    """What every tokenizer has: encode_to_numpy, chat and conversation, and this.
+    """What all tokenizers have in common. They add encode_to_numpy, and chat and conversation.
 
-    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for; files: {name: bytes} that
-    `save` writes. template: the chat format of a model of others; settings: the names of special tokens for it.
-    missing: bytes that no token stands for, which are dropped. rewrites: can a text come back changed otherwise?
-    prefix: is a space put before a text? (`decode` takes it away.)
+    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for. files: {name: bytes} that
+    `save` writes. template: the chat format of a model of others; settings: the special tokens that it names.
+    missing: bytes that no token stands for. rewrites: can a text come back changed otherwise?
+    prefix: is a space put before a text, which `decode` takes away?
     """
 
     missing, rewrites, prefix, template, settings = b"", False, False, "", {}
@@ -64,7 +64,15 @@ class Tokenizer:
         return raw.removeprefix(b" " * self.prefix).decode(errors="replace")
 
     def save(self, folder):
-        write(folder, self)
+        os.makedirs(folder, exist_ok=True)
+        for name, content in files_of(self).items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
+    def chat(self, messages, answer=True):
+        raise UserError(f"the tokenizer {self.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
+
+    conversation = chat
 
 
 def read(folder, name):
@@ -73,16 +81,9 @@ def read(folder, name):
 
 
 def files_of(tokenizer):
-    """{name: bytes} of all that `save` writes: config.json says which kind it is, and its special tokens."""
+    """{name: bytes} of all that `save` writes."""
     about = dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, special=tokenizer.special)
     return {**tokenizer.files, "config.json": json.dumps(about, indent=1).encode()}
-
-
-def write(folder, tokenizer):
-    os.makedirs(folder, exist_ok=True)
-    for name, content in files_of(tokenizer).items():
-        with open(os.path.join(folder, name), "wb") as file:
-            file.write(content)
 
 
 @contextlib.contextmanager
@@ -100,25 +101,23 @@ def careful(fact):
 
 def check_ids(ids):
     """Raises ValueError where an id is out of range, or given twice."""
-    if not all(type(i) is int and 0 <= i < MOST_IDS for i in ids):
-        raise ValueError(f"an id is not a number from 0 to {MOST_IDS - 1:,}")
-    if len(set(ids)) < len(ids):
-        raise ValueError("two tokens have the same id")
+    if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < MOST_IDS for i in ids):
+        raise ValueError(f"an id is given twice, or is no number from 0 to {MOST_IDS - 1:,}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tiktoken's encodings
 
 def from_tiktoken(name):
-    """An encoding by its name in tiktoken, which fetches it once. Raises UserError where it cannot."""
+    """An encoding by its name in tiktoken, which fetches it once."""
     library = tiktoken()
     try:
         encoding = library.get_encoding(name)
-    except Exception as error:  # of requests, of the disk, or a checksum that is not the due one
+    except Exception as error:  # of requests, of the disk, or a wrong checksum
         reason = f"{type(error).__name__}: {error}".split("(Caused")[0][:200]
         raise UserError(f"tiktoken cannot fetch the vocabulary {name}: {reason}",
-                        "connect to the network once; or copy tiktoken's cache from a machine that has it to a folder, "
-                        "and set TIKTOKEN_CACHE_DIR to that; or --tokenizer=bpe") from None
+                        "connect to the network once; or set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache; or "
+                        "--tokenizer=bpe") from None
     about = dict(name=name, pattern=encoding._pat_str, special=encoding._special_tokens)
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items())
     return TiktokenTokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": b"".join(lines)})
@@ -140,11 +139,8 @@ class TiktokenTokenizer(Tokenizer):
         about, lines = json.loads(files["encoding.json"]), files["encoding.tiktoken"].splitlines()
         self.files, self.name, self.pattern, self.special = files, about["name"], about["pattern"], about["special"]
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        check_ids(self.ranks.values())
-        check_ids(self.special.values())
-        if not self.ranks.keys() >= {bytes([byte]) for byte in range(256)} or b"" in self.ranks:
-            raise ValueError("the tokens are not 256 bytes, and longer ones")
-        # (Special tokens are ours to put in, but without any, tiktoken looks for an empty one behind every character.)
+        check_ids([*self.ranks.values(), *self.special.values()])
+        # Special tokens are inserted here, but without any, tiktoken looks for an empty one behind every character.
         self.encoding = tiktoken().Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
                                             special_tokens={"<|unused|>": max(self.ranks.values()) + 1})
         self.vocab_size = max(*self.ranks.values(), *self.special.values()) + 1
@@ -157,11 +153,6 @@ class TiktokenTokenizer(Tokenizer):
         with careful(f"the tokenizer {self.name} fails on a text"):
             ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in short_runs(text)]
         return np.concatenate(ids)
-
-    def chat(self, messages, answer=True):
-        raise no_template(self)
-
-    conversation = chat
 
 
 def short_runs(text):
@@ -198,13 +189,13 @@ class HuggingFaceTokenizer(Tokenizer):
         # 1) the special tokens: those that either file calls special
         added = {token["content"]: token for token in spec.get("added_tokens") or []}
         for text, token in added.items():
-            token["special"] = token["special"] or text in self.settings.values()
+            token["special"] |= text in self.settings.values()
         self.added_special = {text: token for text, token in added.items() if token["special"]}
         ends = ("<|endoftext|>", "<|end_of_text|>", self.settings.get("eos_token"))
         end = next((text for text in ends if text in self.added_special), None)
         if end is None:
-            raise UserError(f"{path} names no special token for the end of a text: neither <|endoftext|> nor an "
-                            "eos_token", "add the folder's tokenizer_config.json, which names it")
+            raise UserError(f"{path} names no special token for the end of a text, <|endoftext|> or an eos_token",
+                            "add the folder's tokenizer_config.json, which names it")
         self.special = {"<|endoftext|>": self.added_special[end]["id"]}  # the name that the other scripts know
         self.special |= {text: token["id"] for text, token in self.added_special.items()}
         self.special_of = {token["id"]: token for token in self.added_special.values()}
@@ -218,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self.library.get_vocab()
         check_ids(vocabulary.values())
         if any(text == "" or vocabulary.get(text) != token["id"] for text, token in added.items()):
-            raise ValueError("an added token has no text, or another id than its place in the vocabulary")
+            raise ValueError("an added token has no text, or not the id of the vocabulary")
 
         # 3) the bytes of each token
         before, decoder = steps(spec.get("normalizer")) + steps(spec.get("pre_tokenizer")), steps(spec.get("decoder"))
@@ -233,20 +224,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.rewrites = bool(spec.get("normalizer")) or not byte_level
 
         # 4) what is put before a text
-        self.n_before = len(self.encode(BEFORE))
+        unknown = self.encode(BEFORE)
+        self.n_before = len(unknown)
         self.prefix = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
         self.prefix_once = any(step.get("prepend_scheme") == "first" for step in before)
 
         # 5) special tokens that the model itself makes of their names, as Unigram does: they are spelled in two parts.
         # (Not the one that any unknown character becomes.)
-        unknown, parts = self.encode(BEFORE), {}
+        parts = {}
         for text, i in self.special.items():
             if i in self.encode(text) + self.encode(text, follows=True) and i not in unknown:
                 parts[i] = self.encode(text[:1], follows=True) + self.encode(text[1:], follows=True)
         self.unforged = {i: [j for j in ids if j not in parts] for i, ids in parts.items()}
 
     def encode(self, text, follows=False):
-        """The ids of a text, or of a text that follows another one, so that no space is put before it."""
+        """The ids of a text. follows: another text comes before it, so no space is put there."""
         shown = BEFORE + text if follows and self.prefix else text
         with careful(f"the tokenizer {self.name} fails on a text"):
             found, = self.library.encode_batch_fast([shown], add_special_tokens=False)  # (lets other threads work)
@@ -259,15 +251,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(self.encode(text, follows), dtype=np.uint32)
 
     def encode_with_special(self, text, before=()):
-        """The ids of a chat, in whose text the names of special tokens stand for these.
-
-        before: the ids of what comes before it.
-        """
+        """The ids of a chat, in whose text the names of special tokens stand for these. before: the ids before it."""
         parts = re.split(f"({self.special_names})", text)  # text, name, text, ..., name, text
         ids = list(before)
         for part, name in itertools.zip_longest(parts[::2], parts[1::2]):
             last = self.special_of.get(ids[-1]) if ids else None
-            if last and last["rstrip"]:  # it takes along the white space behind it
+            if last and last["rstrip"]:  # it takes in the white space behind it
                 part = part.lstrip()
             if name and self.added_special[name]["lstrip"]:
                 part = part.rstrip()
@@ -279,39 +268,33 @@ class HuggingFaceTokenizer(Tokenizer):
         return ids[len(before):]
 
     def chat(self, messages, answer=True):
-        """The ids of a conversation in this model's own format. messages: [{"role": "user", "content": "..."}, ...].
+        """The ids of a conversation, [{"role": "user", "content": "..."}, ...], in this model's own format.
 
         answer: end with the beginning of the assistant's turn. The format is a Jinja template that came with the
         model. What a message contains stays text: "<|im_end|>" in it ends nothing.
         """
-        return not_nothing(self.encode_with_special(self.fill(self.guard(messages), answer)))
+        return self.encode_with_special(self.fill(self.guard(messages), answer))
 
     def conversation(self, messages):
-        """(ids, mask) of a whole conversation, two lists of the same length: the mask is 1 on what is to be learned.
+        """(ids, mask) of a conversation, two lists: the mask is 1 on each answer that is not empty, and its end token.
 
-        That is every answer of the assistant with its end token, but for empty ones. A template does not say which of
-        its text comes from which message. So it is asked for the text up to each answer, as for a prompt, and for the
-        text with that answer; each has to begin with the one before.
+        A template does not say which of its text comes from which message. So it is asked for the text up to each
+        answer, as for a prompt, and for the text with that answer; each has to begin with the one before.
         """
         guarded = self.guard(messages)
-        eos_token = self.settings.get("eos_token")
-        end = self.special.get(eos_token)
-        if end is None:
-            raise UserError(f"the tokenizer {self.name} names no special token as its eos_token, which ends an answer",
-                            "name it in the folder's tokenizer_config.json")
+        end = self.special.get(self.settings.get("eos_token"))
         text, ids, mask = "", [], []
 
         def go_on(longer, learned):
             nonlocal text
             if not longer.startswith(text):
-                raise UserError(f"the chat template of {self.name} rewrites earlier text as a conversation goes on, so "
-                                "it cannot be told what to learn", "conversations of one question and one answer, or "
-                                "another template")
+                raise UserError(f"the chat template of {self.name} rewrites earlier text as a conversation goes on",
+                                "conversations of one question and one answer, or another template")
             new = self.encode_with_special(longer[len(text):], before=ids)
             if learned and end not in new:
-                raise UserError(f"the chat template of {self.name} puts no {eos_token} behind an answer, so a model "
-                                "would not learn to end", "in the folder's tokenizer_config.json, name as eos_token "
-                                "what the template puts there")
+                raise UserError(f"the chat template of {self.name} puts no eos_token behind an answer, so a model "
+                                "would not learn to end", "name the token that it puts there as eos_token in the "
+                                "folder's tokenizer_config.json")
             n = new.index(end) + 1 if learned else 0
             ids.extend(new)
             mask.extend([1] * n + [0] * (len(new) - n))
@@ -325,22 +308,20 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.special["<|endoftext|>"] in ids:
             raise UserError(f"the chat template of {self.name} contains its end-of-text token, which stands between "
                             "conversations in prepared data", "a model whose turns end with another token")
-        return not_nothing(ids), mask
+        return ids, mask
 
     def guard(self, messages):
         """The messages with BREAK inside of everything that looks like a special token."""
         if not self.template:
-            raise no_template(self)
+            super().chat(messages)
         check_messages(messages)
         return changed(messages, self.broken)
 
     def broken(self, text):
-        cuts = [found.start() + 1 for found in re.finditer(f"(?={self.special_names})", text)]
-        if any(len(name) == 1 and name in text for name in self.added_special):
-            raise UserError("a message contains characters that cannot be told from a special token of this model",
-                            "leave them out")
-        borders = [0, *cuts, len(text)]
-        return BREAK.join(text[start:end] for start, end in itertools.pairwise(borders))
+        text = re.sub(f"(?={self.special_names})(?s:.)", lambda found: found[0] + BREAK, text)
+        if re.search(self.special_names, text):  # one of a single character
+            raise UserError("a message contains a special token of this model", "leave it out")
+        return text
 
     def fill(self, messages, answer):
         return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
@@ -360,13 +341,11 @@ def chat_template(files, config):
     template = files.get("chat_template.jinja", b"").decode() or config.get("chat_template") or ""
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), "")
-    if not isinstance(template, str) or len(template) > 1 << 20:  # a hundred times as long as the longest ones
-        raise ValueError("the chat template is no text, or has more than a million characters")
     return template
 
 
 def steps(part):
-    """The steps of a part of a tokenizer.json, which is one, a Sequence of several, or null."""
+    """The steps of a part of a tokenizer.json: one, a Sequence of several, or none."""
     if not part or part["type"] != "Sequence":
         return [part] if part else []
     inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
@@ -407,8 +386,8 @@ def spelled(token, decoder, byte_level):
 # Chats
 
 def tree(texts):
-    """An expression that finds any of the texts, the longest first. As a tree, it tries a common beginning once, and
-    not once for each of a thousand texts."""
+    """An expression that finds any of the texts, the longest first. It tries a common beginning only once: special
+    tokens number thousands."""
     start = os.path.commonprefix([*texts])
     branches = {}
     for text in texts:
@@ -418,24 +397,13 @@ def tree(texts):
     return re.escape(start) + (f"(?:{'|'.join(map(tree, branches.values()))}){end}" if branches else "")
 
 
-def no_template(tokenizer):
-    return UserError(f"the tokenizer {tokenizer.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
-
-
 def check_messages(messages, roles=()):
-    """Raises UserError where a message has no text, or a role that is none of these; without any, all may speak."""
+    """Raises UserError where a message has no text, or a role that is none of these (without any: all are allowed)."""
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
             raise UserError("a message without role or without text", MESSAGES_FIX)
         if roles and message["role"] not in roles:
-            raise UserError(f"a message of {message['role']!r}, but those who speak are {', '.join(roles)}",
-                            MESSAGES_FIX)
-
-
-def not_nothing(ids):
-    if not ids:
-        raise UserError("the chat template makes nothing of these messages", CHAT_FIX)
-    return ids
+            raise UserError(f"a message of {message['role']!r}: the roles are {', '.join(roles)}", MESSAGES_FIX)
 
 
 def changed(value, change):
@@ -453,9 +421,9 @@ def render(template, **values):
         text = compiled(template).render(**values)
         text.encode()  # half a character (a surrogate) cannot be tokenized
         return text
-    except UserError:
+    except UserError:  # jinja2 is missing
         raise
-    except Exception as error:  # a template is a program: whatever it does wrong is its own
+    except Exception as error:  # a template is a program
         raise UserError(f"the chat template fails on these messages: {type(error).__name__}: {error}",
                         "check the roles and their order: most want user and assistant to alternate") from None
 
@@ -466,12 +434,18 @@ PADDING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zf
 
 @functools.lru_cache(maxsize=8)  # it takes a hundred times as long as filling it in
 def compiled(template):
-    """A chat template: Jinja in its sandbox, with the filter and the functions that such templates expect."""
+    """A chat template: Jinja in its sandbox, which keeps it from running code, with what such templates expect."""
     needs("jinja2", "chat templates")
     import jinja2.sandbox
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
+
+    def tojson(value, indent=None):  # Jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=False, indent=indent and min(indent, 8))
+
+    def strftime_now(form):
+        return datetime.now().strftime(form)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Jinja's own keeps a template from running code; this one also from filling the memory in a moment."""
@@ -492,9 +466,8 @@ def compiled(template):
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     for name in PADDING & sandbox.filters.keys():
         del sandbox.filters[name]
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False,
-                                                                      indent=indent and min(indent, 8))
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     # {% generation %} marks what the assistant says, for training; here it is an `if` that is always true.
     template = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})",
                       lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
