@@ -169,6 +169,8 @@ def train(settings, given, ranks, folder):
     if resumed:
         chosen = resumed["chosen"]
     else:
+        if folder.writes:
+            resume.check_begun(settings)
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = ranks.broadcast(dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile))
     facts = dict(format=1, order=data.ORDER, tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],

@@ -137,6 +137,10 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(data):
     os.makedirs("out/words")
     header = dict(settings=train.asdict(train.TrainConfig()))
     pathlib.Path("out/words/log.jsonl").write_text(json.dumps(header) + "\n" + '{"step": 1, "loss": 3.5}\n')
+    before = content("out")
+    fact, fix = error(lambda _: run("--max_iters=3"))
+    assert "n_layer=12" in fact and "now it is" in fact and "n_layer=2" in fact and content("out") == before
+    pathlib.Path("out/words/log.jsonl").write_text(json.dumps(header) + "\n")  # no step was made: nothing to lose
     run("--max_iters=3")
     assert log("out/words")[0]["settings"]["n_layer"] == 2
 

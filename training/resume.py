@@ -18,7 +18,7 @@ from runtime.console import UserError, note, say, warn
 from runtime.files import check_like
 from runtime.settings import check_limits
 from training import checkpoint as ckpt
-from training.log import read_rows
+from training.log import read_header, read_rows
 from training.muon import Muon
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,6 +207,16 @@ def how_it_ended(resumed, settings):
 def is_stuck(settings, steps):
     """Has the lowest validation loss been so many steps ago that the patience is over?"""
     return 0 < settings.patience * settings.eval_interval <= steps
+
+
+def check_begun(settings):
+    """A run that was stopped before its first checkpoint begins again, and replaces its log. Raises UserError where the
+    log is that of a run with other settings."""
+    path = os.path.join(settings.out_dir, "log.jsonl")
+    if any(read_rows(path)):
+        was = read_header(path).get("settings", {}) | dict(init_from=settings.init_from)
+        check_same(was, asdict(settings), f"{settings.out_dir} holds the log of a run with", "--out_dir=out/ANOTHER")
+        note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
 
 
 def load_start(settings, given, data):
