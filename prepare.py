@@ -362,7 +362,8 @@ def prepare(sources, settings):
         with locked(out, wait=missing):  # of two commands that need the same new data, the second waits
             held = held_by(out)
             if held and held != new and not settings.overwrite:
-                raise UserError(f"{out} holds {held}; {new} would replace it", "--overwrite, or --out=data/ANOTHER_NAME")
+                raise UserError(f"{out} holds {held}; {new} would replace it",
+                                "--overwrite, or --out=data/ANOTHER_NAME")
             if held and missing:
                 note(f"{out} has just been written by another process, with settings of its own")
                 return out, datasets.read_meta(out)

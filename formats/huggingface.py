@@ -156,7 +156,7 @@ def parts(name, tensor, config):
     """Our tensor as theirs: [(their name, a view of ours)]. To copy from these views is to write, into them to read.
 
     The padding of the vocabulary is left out. GPT-2 has our names, but stores its linear layers transposed: (in, out),
-    as in the TensorFlow original. Llama and Qwen3 split what is one product here: q, k and v; gate and value of the MLP.
+    as in the TensorFlow original. Llama and Qwen3 split what is one product here: q, k, v; gate and value of the MLP.
     """
     if name in ("transformer.wte.weight", "lm_head.weight"):
         tensor = tensor[:config.vocab_size]
@@ -275,7 +275,8 @@ def read_tensors(folder):
     for name in files:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            fix = "transformers writes such files with save_pretrained" if glob.glob("*.bin", root_dir=folder) else SOURCE
+            old = glob.glob("*.bin", root_dir=folder)
+            fix = "transformers writes such files with save_pretrained" if old else SOURCE
             raise UserError(f"{path} is missing", fix)
         try:
             with safetensors.safe_open(path, framework="pt") as file:

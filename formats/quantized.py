@@ -77,7 +77,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_linear(weight, scale, bias):
-    """The function x -> y of an Int8Linear: a closure, since looking up a module's tensors takes time. For one thread."""
+    """The function x -> y of an Int8Linear: a closure, since looking up a module's tensors takes time. One thread."""
     product = int8_product(weight)
 
     def compute(x):

@@ -36,7 +36,7 @@ CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_t
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
 SOURCE_FIX = "take the tokenizer's files from their source again, or prepare the data again"
 ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
-PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a Hugging Face folder
+PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a folder
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
 BEFORE = "\ufdd4"  # stands for any text before
