@@ -50,7 +50,7 @@ def load_model(path, device):
 
 def main(settings, runs):
     path = runs[0] if runs else ""
-    device = machine.choose_device()
+    device = machine.choose_device("auto")
     dtype, _ = machine.choose_dtype(settings.dtype, device)
     model, _, _ = load_model(path, device)
 
