@@ -46,8 +46,9 @@ def read_json(path, fix, **options):
                         "check the file, or leave it out") from None
 
 
-def parse_json(text, where, fix, most=JSON_VALUES, **options):
+def parse_json(text, where, fix, most=None, **options):
     """The value of a stranger's JSON text, of at most so many values. where: the file that the error names."""
+    most = most or JSON_VALUES
     if len(text) > most and sum(map(text.count, "[{,:")) > most:
         raise UserError(f"{where}: more than {most:,} brackets, commas and colons, too many values to hold",
                         "split it, or write it as a .jsonl file, one object per line")

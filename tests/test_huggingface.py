@@ -226,7 +226,7 @@ def test_train_and_sample_from_a_folder(here, capsys):
     assert capsys.readouterr().out.startswith("the")
     assert train.main(["--init_from=model", "--dataset=text", "--eval_only", "--device=cpu", "--compile=false"]) == 0
     before = capsys.readouterr().err
-    assert "validation loss" in before and ": model\n" in before
+    assert "validation loss" in before
     args = ["--init_from=model", "--dataset=text", "--max_iters=20", "--warmup_iters=2", "--learning_rate=1e-2",
             "--device=cpu", "--compile=false", "--block_size=16", "--batch_size=4"]
     assert train.main(args) == 0
