@@ -499,9 +499,13 @@ def choose_max_iters(run):
 
 
 def prepare_stdlib():
+    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process meanwhile ends that one too."""
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), "stdlib"]
     say(f"data/stdlib is missing; preparing it: {join(command)}")
-    if subprocess.run(command).returncode:
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    code = subprocess.run(command).returncode  # it kills the command when an exception passes
+    signal.signal(signal.SIGTERM, before)
+    if code:
         raise UserError("prepare.py stdlib has failed", "see its own error above")
 
 

@@ -12,7 +12,6 @@ Each function returns a step(idx, past) -> (logits (B, T, vocab_size), past), wh
 the past. The past is None at first, and then whatever the step before returned.
 """
 import sys
-import time
 
 import torch
 
@@ -75,24 +74,18 @@ OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the fi
 def answer(path, questions):
     """questions: batches [idx (B, T)], the positions [(n,)] of the logits to compare; prompt, n; lines of text.
 
-    Returns logits [(B, n, vocab_size)], tokens (n,), load_seconds, tokens_per_second, and ids of the lines.
+    Returns logits [(B, n, vocab_size)], tokens (n,), and ids of the lines.
     """
     ending = path.rpartition(".")[2]
-    started = time.perf_counter()
     step = OPEN.get(ending, open_hugging_face)(path)
-    load_seconds = time.perf_counter() - started
     logits = [step(idx, None)[0][:, at] for idx, at in zip(questions["batches"], questions["positions"])]
-    prompt, n = questions["prompt"], questions["n"]
-    tokens = greedy(step, prompt, n)
-    started = time.perf_counter()
-    greedy(step, prompt, n)  # the second time counts: the first may compile
-    rate = n / (time.perf_counter() - started)
+    tokens = greedy(step, questions["prompt"], questions["n"])
     ids = None
     if ending not in OPEN:
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(path)
         ids = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in questions["lines"]]
-    return dict(logits=logits, tokens=tokens, load_seconds=load_seconds, tokens_per_second=rate, ids=ids)
+    return dict(logits=logits, tokens=tokens, ids=ids)
 
 
 if __name__ == "__main__":

@@ -407,6 +407,19 @@ def test_data_that_are_deleted_while_a_run_reads_them(own_data):
     assert outcome(own_data.run) == own_data.due and "next: python sample.py out/words" in said(own_data.path)
 
 
+def test_a_run_ends_with_the_prepare_that_it_has_started(lab):
+    stdlib = ["--dataset=stdlib", "--max_iters=1"]
+    assert lab.start(*stdlib, fault="prepare_by:exit 3").wait() == 2
+    assert "error: prepare.py stdlib has failed" in said(lab.path)
+    run = lab.start(*stdlib, fault="prepare_by:echo $$ > pid && exec sleep 60")
+    while not (lab.path / "pid").exists() or not (lab.path / "pid").read_text():
+        time.sleep(0.05)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((lab.path / "pid").read_text()), 0)
+
+
 def test_prepare_killed_at_random_moments(lab):  # row 27
     """A folder data/NAME is whole or not there, and the next try writes the same bytes."""
     os.unlink(lab.path / "data")
