@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The model: a GPT in one file, from token ids to the loss.
+What is a GPT? The model in one file, from token ids to the loss.
 
     model = GPT(GPTConfig(n_layer=6, n_head=8, n_embd=512, vocab_size=32000))
-    loss = model(idx, targets)                      # training: mean cross-entropy, in nats per token
+    loss = model(idx, targets)                      # training: mean cross-entropy, in nats
     logits = model(idx)                             # (B, T, vocab_size)
-    for token in model.generate(idx, n=100): ...    # one (B, 1) column of ids at a time
+    for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-A GPT predicts at every position the next token. In each layer, attention lets a position read from the
-positions before it, and the MLP processes what was read. Both add to the residual stream, the vectors
-that run through the network from bottom to top.
+At every position a GPT predicts the next token. In each block, attention lets a position read
+from the positions before it, and the MLP processes what was read. Both add to the residual
+stream: one vector per position, which runs through the network from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. The parts come first, then GPT, then what makes it fast.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that make
+training fast on a CPU, and the checks of a shape come after it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -36,7 +37,7 @@ class GPTConfig:
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head (no sharing)
     n_embd: int = 768  # channels of the residual stream
     head_dim: int = 0  # channels of one head; 0: n_embd / n_head
-    n_inner: int = 0  # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    n_inner: int = 0  # channels inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
     # the family
     pos: Literal["learned", "rope"] = "learned"  # a vector for each position, or a rotation of queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm leaves out the mean: cheaper, as good
@@ -47,20 +48,6 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations set to 0 in training: 0 for one pass over the data, 0.1+ for many
     rope_theta: float = 10000.0  # rope: the slowest turn takes about 2 pi rope_theta positions
     norm_eps: float = 1e-5  # added to the variance before the root
-
-
-GPT2 = dict(block_size=1024, vocab_size=50257, bias=True)  # OpenAI, 2019
-OPENLLM = dict(vocab_size=32000, bias=True)
-PRESETS = {  # the number behind each is n_params()
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, **GPT2),  # 124,439,808
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),  # 354,823,168
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),  # 774,030,080
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),  # 1,557,611,200
-    "openllm-small": dict(n_layer=6, n_head=8, n_embd=512, block_size=1024, **OPENLLM),  # 35,823,616
-    "openllm-medium": dict(n_layer=12, n_head=12, n_embd=768, block_size=2048, **OPENLLM),  # 111,204,864
-    "openllm-large": dict(n_layer=24, n_head=16, n_embd=1024, block_size=2048, **OPENLLM),  # 337,176,576
-    "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False),  # Qwen3's layout, any size
-}
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +73,7 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # From 1 radian per position for the first pair of channels to ~1 / rope_theta for the last.
+    # From 1 radian per position for the first pair of channels to about 1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
@@ -105,8 +92,8 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of those up to it whose keys match its query. The division keeps the
-    variance of the scores near 1. Heads may share keys and values (Ainslie 2023, arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query. Groups of query heads
+    may share keys and values, which makes the KV cache smaller (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -136,21 +123,15 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-
         # 2. Each query averages the values whose keys it matches.
-        if cache is not None:
-            y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim)
-        elif self.training and x.device.type == "cpu" and B * self.n_head * T * T <= MOST_SCORES:
-            y = attention(q, k, v, self.dropout)  # (B, n_head, T, head_dim)
+        if cache is None:
+            y = attend(q, k, v, self.dropout, self.training)  # (B, n_head, T, head_dim)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=self.n_kv_head != self.n_head)  # (B, n_head, T, head_dim)
-
+            y = cache.attend(self.layer, q, k, v)
         # 3. The heads side by side again, mixed by one more matrix.
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         y = self.c_proj(y)  # (B, T, C)
-        return F.dropout(y, self.dropout) if self.training else y
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -177,7 +158,7 @@ class MLP(nn.Module):
         else:
             x = F.gelu(x)
         x = self.c_proj(x)  # (B, T, C)
-        return F.dropout(x, self.dropout) if self.training else x
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -196,18 +177,14 @@ class Block(nn.Module):
         return x
 
 
-def argmax(logits):
-    """The likeliest token of each row: (B, vocab_size) -> (B,)."""
-    return logits.argmax(dim=-1)
-
-
 class GPT(nn.Module):
     """The whole model, with GPT-2's parameter names: wte and wpe embed tokens and positions, h are the blocks."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config = resolve(config)
-        padded = round_up(config.vocab_size, 64)  # `logits` cuts the padding off again
+        # A multiple of 64 rows is faster; `logits` cuts the padding off again.
+        padded = round_up(config.vocab_size, 64)
         parts = dict(wte=nn.Embedding(padded, config.n_embd))
         if config.pos == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -217,23 +194,25 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.pos == "rope":  # computed, not learned: not part of a checkpoint
+        if config.pos == "rope":
+            # Computed, not learned: not part of a checkpoint.
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.chunk_loss = chunk_loss  # machine.compile_model compiles it
+        self.chunk_loss = chunk_loss  # an attribute, so that machine.compile_model can compile it
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initial values. Small weights make the first prediction nearly uniform: loss ~ ln vocab_size.
-
-        The 2 n_layer layers that write into the residual stream add up, so each is smaller by the root of that.
-        """
+        """GPT-2's initial values. Small weights make the first prediction nearly uniform: loss ~ ln vocab_size."""
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                # The weights of norm layers.
+                p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
+                # 2 n_layer of these add to the residual stream: each is smaller by the root of that.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -244,7 +223,9 @@ class GPT(nn.Module):
         With targets, the mean cross-entropy in nats per target; without, the logits (B, T, vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
-        return self.logits(x) if targets is None else self.loss(x, targets)
+        if targets is None:
+            return self.logits(x)
+        return self.loss(x, targets)
 
     def trunk(self, idx, cache=None):
         """Token ids (B, T), after those in the cache -> the residual stream above the last block (B, T, C)."""
@@ -253,13 +234,16 @@ class GPT(nn.Module):
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
         at = slice(0, T) if cache is None else cache.positions(T)
+        # 1. The vectors of the tokens, and where they are.
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
-        else:  # with an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2)
+        else:
+            # With an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2).
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
-        x = F.dropout(x, self.config.dropout) if self.training else x
+        x = F.dropout(x, self.config.dropout, self.training)
+        # 2. The blocks.
         for block in self.transformer.h:
             x = block(x, rotation, cache)
         if cache is not None:
@@ -272,31 +256,35 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 if all are -1."""
-        assert self.lm_head.weight.is_floating_point(), "8-bit weights cannot be trained"
-        x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C)
-        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        weight = self.lm_head.weight
+        assert weight.is_floating_point(), "8-bit weights cannot be trained"
+        if not torch.is_grad_enabled():
+            weight = weight.detach()
         # Not float16: the gradient of a frequent token is a sum over thousands of positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
+        x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C), where N = B T
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
             total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
         return total / (targets >= 0).sum().clamp(min=1)
 
     @torch.inference_mode()
-    def generate(self, idx, n, pick=argmax):
+    def generate(self, idx, n, pick=None):
         """Continue idx (B, T) by n tokens; yields them one by one, as columns of ids (B, 1).
 
-        pick: (B, vocab_size) float32 logits -> (B,) ids; argmax is greedy, sample.py has the rest.
-        When the context is full, the younger half of it is read again into an empty cache.
+        pick: (B, vocab_size) float32 logits -> (B,) ids; by default the likeliest. sample.py has the rest.
         """
+        pick = pick or argmax
         size = self.config.block_size
         capacity = min(size, idx.size(1) + n)
         cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.dtype())
+        # The model reads the prompt once, then one new token at a time.
         new = idx = idx[:, -size:]
         for _ in range(n):
             if cache.length + new.size(1) > size:
+                # The context is full: read the younger half of it again into an empty cache.
                 new = idx[:, -(size // 2):]
                 cache.length = 0
-            x = self.trunk(new, cache)[:, -1]  # (B, C)
+            x = self.trunk(new, cache)[:, -1]  # (B, C), of the last position
             new = pick(self.logits(x).float()).to(idx.device)[:, None]  # (B, 1)
             idx = torch.cat((idx, new), dim=1)[:, -size:]
             yield new
@@ -327,19 +315,25 @@ class GPT(nn.Module):
         matrices.append((c.vocab_size * c.n_embd, self.lm_head.weight.requires_grad))
         return attention + sum(n * (6 if trained else 4) for n, trained in matrices)
 
-    def training_memory(self, batch_size, width, optimizer_bytes):
-        """About how many bytes training takes, within a quarter. width: bytes of a number in matrix products."""
-        c, tokens = self.config, batch_size * self.config.block_size
-        weights = sum(p.numel() for p in self.parameters())
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        # What a layer keeps of a token for backward: of products and attention, and in float32 of the norms.
-        scores = c.n_head * c.block_size if tokens * c.n_head * c.block_size <= MOST_SCORES else 0
-        mlp = c.n_inner * (4 if c.mlp == "swiglu" else 2)
-        norms = c.n_embd * (5 if c.norm == "rmsnorm" else 2)
-        layer = width * (8 * c.n_head * c.head_dim + mlp + scores) + 4 * norms
-        return dict(weights=4 * weights, gradients=4 * trained, optimizer=optimizer_bytes * trained,
-                    activations=tokens * c.n_layer * layer + (weights * width if width < 4 else 0),
-                    logits=min(tokens * c.vocab_size, CHUNK_LOGITS) * (2 * width + 12))
+
+def argmax(logits):
+    """The likeliest token of each row: (B, vocab_size) -> (B,)."""
+    return logits.argmax(dim=-1)
+
+
+# OpenAI's models of 2019, ours, and the layout of Qwen3 for any size; the number is n_params().
+GPT2 = dict(block_size=1024, vocab_size=50257, bias=True)
+OPENLLM = dict(vocab_size=32000, bias=True)
+PRESETS = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, **GPT2),  # 124,439,808
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),  # 354,823,168
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),  # 774,030,080
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),  # 1,557,611,200
+    "openllm-small": dict(n_layer=6, n_head=8, n_embd=512, block_size=1024, **OPENLLM),  # 35,823,616
+    "openllm-medium": dict(n_layer=12, n_head=12, n_embd=768, block_size=2048, **OPENLLM),  # 111,204,864
+    "openllm-large": dict(n_layer=24, n_head=16, n_embd=1024, block_size=2048, **OPENLLM),  # 337,176,576
+    "modern": dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False),
+}
 
 
 # ---------- The KV cache
@@ -348,7 +342,10 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    Every layer writes after `length` positions; GPT.trunk calls `advance` once all have written.
+    While a token is written, those before it need not be computed again: their keys and values are all
+    that attention reads of them. Anything can stand in for this class that has what GPT.trunk calls:
+    `length`, the number of positions held; `positions(T)`, an index for those of T new tokens;
+    `attend`, which every layer calls with them; and `advance(T)`, once all layers have.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -368,13 +365,13 @@ class KVCache:
         return row
 
     def positions(self, T):
-        """The positions of T new tokens, as an index."""
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
         """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
-        T, shared = q.size(2), k.size(1) != q.size(1)
+        T = q.size(2)
+        shared = k.size(1) != q.size(1)
         if self.length == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         if T == 1:
@@ -410,11 +407,22 @@ def look_back(q, k, v):
 MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
 
 
-def attention(q, k, v, dropout=0.0):
-    """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads.
+def attend(q, k, v, dropout, training):
+    """Causal attention without a cache: (B, n_head, T, head_dim), like q. k, v: n_kv_head heads.
 
-    scaled_dot_product_attention holds no scores, but takes twice as long to train on a CPU in bfloat16.
+    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it twice as long.
     """
+    B, n_head, T, _ = q.shape
+    if not training:
+        dropout = 0.0
+    if training and q.device.type == "cpu" and B * n_head * T * T <= MOST_SCORES:
+        return attention(q, k, v, dropout)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=k.size(1) != n_head)
+
+
+def attention(q, k, v, dropout=0.0):
+    """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
     if k.size(1) < q.size(1):
         copies = q.size(1) // k.size(1)
         k = k.repeat_interleave(copies, dim=1)
@@ -443,11 +451,10 @@ class CrossEntropy(torch.autograd.Function):
 
     With a large vocabulary they take more memory than the model. But their gradient is known at once:
     softmax(logits), minus 1 at the target. So forward also computes the gradients, chunk by chunk, and
-    backward only scales them, once.
+    backward only scales them, once. torch.nn.functional.linear_cross_entropy does the same, but is
+    slower on CPUs and less exact: docs/lab-notes.md.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
-
-    torch.nn.functional.linear_cross_entropy is slower on CPUs and less exact: docs/lab-notes.md.
     """
 
     @staticmethod
@@ -456,8 +463,9 @@ class CrossEntropy(torch.autograd.Function):
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
+        # Equal chunks: compiled code is for one size.
         chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
-        size = math.ceil(len(x) / chunks)  # equal chunks: compiled code is for one size
+        size = math.ceil(len(x) / chunks)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
@@ -493,7 +501,7 @@ def chunk_loss(logits, targets):
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
 
 
-# ---------- Shapes. An assertion reads "fact; what to type": the two lines of a UserError.
+# ---------- Can this shape exist? An assertion reads "fact; what to type", the two lines of a UserError.
 
 LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
 
@@ -510,7 +518,7 @@ def resolve(config):
     for name in ("rope_theta", "norm_eps"):
         assert 0 < getattr(c, name) < 1e12, f"{name}={getattr(c, name)} is out of range: above 0, below 1e12"
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
-
+    # 1. The heads.
     assert c.head_dim or c.n_embd % c.n_head == 0, (
         f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={round_up(c.n_embd, c.n_head)}")
     c.head_dim = c.head_dim or c.n_embd // c.n_head
@@ -519,10 +527,10 @@ def resolve(config):
     for name in ("n_head", "block_size"):  # the tables of rope: 4 GB at most
         assert getattr(c, name) * c.head_dim <= 64 * LARGEST, (
             f"{name}={getattr(c, name):,} cannot be made here with head_dim={c.head_dim:,}")
-
     c.n_kv_head = c.n_kv_head or c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
+    # 2. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd.
     if c.n_inner == 0:
         c.n_inner = round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd
     return c
@@ -531,7 +539,8 @@ def resolve(config):
 def check_field(field, value):
     """Asserts that a value has the type of its field, and is one of its choices or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
-    assert type(value) is kind or (kind is float and type(value) is int), f"{name}={value!r} is no {kind.__name__}"
+    whole_as_float = kind is float and type(value) is int
+    assert type(value) is kind or whole_as_float, f"{name}={value!r} is no {kind.__name__}"
     assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
     if kind is int:
         least = min(field.default, 1)  # 0 where it means "derive it"

@@ -45,7 +45,7 @@ from runtime.console import UserError, command_line, note, say, show, warn
 from runtime.processes import Processes, StopSignal, Stopped
 from runtime.settings import load
 from training import checkpoint as ckpt
-from training import lora, resume
+from training import lora, memory, resume
 from training.log import Log, progress_line
 from training.muon import Muon
 
@@ -134,7 +134,7 @@ def train(settings, given, ranks, folder):
     if folder.writes:
         folder.check_ours()
 
-    # 2) Where to start: at a checkpoint of this run, at the weights of another one, or at random weights.
+    # 2) The start: a checkpoint of this run, the weights of another one, or random weights.
     resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
     start = base = None
     if resumed:
@@ -143,15 +143,17 @@ def train(settings, given, ranks, folder):
             say(ended)
             say_next(out_dir, data)
             return 0
-        base = resumed.get("base")  # where the weights are that a LoRA run corrects
+        base = resumed.get("base")  # a LoRA run names the weights that it corrects
         start = ckpt.read_base(resumed, out_dir) if base else None
     elif settings.init_from not in ("auto", "scratch"):
         start = resume.load_start(settings, given, data)
         base = ckpt.name_base(settings.init_from, start) if settings.lora_rank else None
     resume.check_data(settings, data)
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
-    at = resumed["step"] if resumed else None
-    ranks.check_same(dict(asdict(settings), data=data.sha256(), step=at, torch=versions["torch"]))
+    step = resumed["step"] if resumed else None
+    ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
+
+    # 3) The model.
     torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
     if start:
@@ -163,9 +165,9 @@ def train(settings, given, ranks, folder):
     model.to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        folder.open(at, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
+        folder.open(step, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
 
-    # 3) The run. What `auto` chooses is written into it, and used again when it is resumed.
+    # 4) The run. What `auto` chooses is written into it, and used again when it is resumed.
     if resumed:
         chosen = resumed["chosen"]
     else:
@@ -196,20 +198,17 @@ def train(settings, given, ranks, folder):
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 4) The loop. Weights change at the end of train_step and nowhere else, so when a signal comes, half a step is
+    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal comes, half a step is
     #    thrown away, and memory holds exactly the state after `step` steps.
     run.stop.listen()
     try:
-        while True:
-            # a) Validate. A run that was killed between saving and validating goes on here.
-            if run.step > 0 and validate_and_log(run):
-                break
-            if settings.budget and "max_iters" not in chosen:
-                choose_max_iters(run)
-            # b) One step.
+        if resumed:
+            validate_and_log(run)  # a kill may have come between saving a step and validating it
+        while not run.over():
             train_step(run)
-            # c) Save before validating, where a crash would lose the step.
-            save_if_due(run)
+            choose_max_iters(run)
+            save_if_due(run)  # before validating, where a crash would lose the step
+            validate_and_log(run)
     except datasets.Changed as error:
         if run.step == 0:
             raise
@@ -227,7 +226,7 @@ def train(settings, given, ranks, folder):
         say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
         return 128 + run.stop.signal
 
-    # 5) The result.
+    # 6) The result.
     if run.wandb:
         run.wandb.finish()
     if folder.writes:
@@ -257,30 +256,41 @@ class Run:
     row: dict | None = None  # the last step in numbers: its line in the log
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
+    stuck: bool = False  # the patience is over
     skipped: int = 0  # so many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # of the processes before this one
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
-    log: Log | None = None  # (of rank 0)
+    log: Log | None = None  # of rank 0
     wandb: object = None
 
     def __post_init__(self):
         settings, world = self.settings, self.ranks.world
-        self.wrapped = self.model
+        self.wrapped = self.model  # or DistributedDataParallel around it
         self.optimizers = make_optimizers(self.model, settings, self.device)
         self.dtype = getattr(torch, self.facts["chosen"]["dtype"])
         self.autocast = machine.autocast(self.device, self.dtype)
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
         # In float16, small gradients would round to 0 if the loss were not scaled up.
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=self.dtype == torch.float16)
-        # A step reads the same windows, however many ranks there are: they take its micro-batches in turn, cut into
-        # smaller ones where these are too few.
+        # A step reads the same windows, however many ranks there are: they take its micro-batches in turn,
+        # cut into smaller ones where these are too few.
         cut = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // cut
         self.micros = settings.gradient_accumulation_steps * cut
         self.mine = range(self.ranks.rank, self.micros, world)  # the micro-batches of this rank
         self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, settings.eval_iters * cut)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
+
+    def last(self):
+        return self.step >= self.settings.max_iters
+
+    def over(self):
+        return self.last() or self.stuck
+
+    def validates(self):
+        """Does a validation follow this step?"""
+        return self.last() or self.step % self.settings.eval_interval == 0
 
     def batch(self, step, micro):
         """(idx, targets) of a micro-batch, each (B, T)."""
@@ -305,15 +315,15 @@ class Run:
 
     def validate(self):
         """One pass over the validation split: its loss, also in bits per byte."""
-        settings = self.settings
+        def batch(number):
+            return self.data.val_batch(number, self.settings.block_size, self.batch_size)
+
         self.model.eval()
         with torch.no_grad():
-            total, count = datasets.validation_sums(
-                lambda *batch: self.loss(self.model, *batch),
-                lambda number: self.data.val_batch(number, settings.block_size, self.batch_size),
-                self.val_batches, self.ranks, lambda number: self.check_stop())
+            nats, count = datasets.validation_sums(lambda *batch: self.loss(self.model, *batch), batch,
+                                                   self.val_batches, self.ranks, lambda number: self.check_stop())
         self.model.train()
-        return dict(val_loss=total / count, val_bpb=self.data.bits_per_byte(total / count))
+        return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
 
     def header(self):
         """The first line of the log."""
@@ -324,13 +334,13 @@ class Run:
         """Begin or continue what is in the folder besides checkpoints."""
         settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
-            self.best_loss, self.best_step = ckpt.best_of(out_dir)  # (it may be newer than the checkpoint)
+            self.best_loss, self.best_step = ckpt.best_of(out_dir)  # it may be newer than the checkpoint
         # The log comes first: by it, the folder counts as that of a run.
         self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
         tokenizers.keep(self.tokenizer, out_dir, self.facts["tokenizer_sha256"])
         if settings.wandb_log:
             try:
-                import wandb  # (optional)
+                import wandb  # optional
                 self.wandb = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
                                         config=asdict(settings))
             except ImportError:
@@ -345,9 +355,10 @@ class Run:
         resume.load_optimizers(optimizers, self.scaler, resumed, self.settings.out_dir)
 
     def save_all(self, must=True):
+        """Save what a resume needs."""
         optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
-        if self.save(f"ckpt_{self.step:08d}.pt", must, row=self.row, optimizer=optimizers,
-                     scaler=self.scaler.state_dict()):
+        name = f"ckpt_{self.step:08d}.pt"
+        if self.save(name, must, row=self.row, optimizer=optimizers, scaler=self.scaler.state_dict()):
             ckpt.prune_checkpoints(self.settings.out_dir)
 
     def save(self, name, must, **state):
@@ -372,102 +383,63 @@ def train_step(run):
     batches = [run.batch(run.step, micro) for micro in run.mine]
     counts = [int((targets >= 0).sum()) for _, targets in batches]
     total = ranks.all_reduce_sum([sum(counts)])[0]
-    mean_count = max(1, total) / ranks.world  # (backward averages over the ranks)
+    mean_count = max(1, total) / ranks.world  # backward averages over the ranks
 
-    # 2) The gradient.
+    # 2) The gradient. backward() adds to what the micro-batches before have left in p.grad.
     loss = 0.0
     for micro, count, (idx, targets) in zip(run.mine, counts, batches):
         run.check_stop()
         torch.manual_seed(datasets.fold("dropout", settings.seed, run.step, micro))  # the same masks after a resume
         with ranks.no_sync(run.wrapped, unless=micro == run.mine[-1]):
             part = run.loss(run.wrapped, idx, targets) * (count / mean_count)
-            scaler.scale(part).backward()  # adds to the gradients of the micro-batches before
+            scaler.scale(part).backward()
         loss += part.item()
     loss = ranks.all_reduce_sum([loss])[0] / ranks.world
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf).item()
 
-    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and nothing moves.
+    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
         raise resume.not_finite(run, loss, norm)
 
-    # 4) The move.
+    # 4) The weights move.
     factor = learning_rate_factor(run.step, settings)
-    if not run.skipped:
-        for optimizer, peak_rate in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak_rate * factor
+    for optimizer, peak_rate in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = peak_rate * factor
+        if not run.skipped:
             scaler.step(optimizer)
-    scaler.update()
-    for optimizer, _ in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
+    scaler.update()
     run.step += 1
 
-    # 5) Bookkeeping.
+    # 5) The step in numbers.
     seconds = time.perf_counter() - started
     run.train_seconds += seconds
     run.times = run.times[-9:] + [seconds]
     run.row = dict(step=run.step, tokens=run.step * run.step_tokens, epoch=run.epochs(run.step),
                    train_seconds=run.train_seconds, wall_seconds=run.wall_seconds(), loss=loss,
                    lr=settings.learning_rate * factor,
-                   grad_norm=-1.0 if run.skipped else norm,  # (JSON has no infinity)
+                   grad_norm=-1.0 if run.skipped else norm,  # JSON has no infinity
                    tokens_per_second=run.step_tokens / seconds, memory=machine.peak_memory(run.device))
 
 
 def learning_rate_factor(step, settings):
     """The share of the peak learning rate: up in a line, down in half a cosine, then level."""
-    lowest = settings.min_lr / settings.learning_rate
-    end = settings.lr_decay_iters or settings.max_iters
+    # 1) Up: the first gradients of random weights are wild.
     if step < settings.warmup_iters:
         return (step + 1) / (settings.warmup_iters + 1)
     if not settings.decay_lr:
         return 1.0
+    # 2) Down: smaller and smaller steps settle into a minimum (arXiv 1608.03983).
+    lowest = settings.min_lr / settings.learning_rate
+    end = settings.lr_decay_iters or settings.max_iters
     if step >= end:
         return lowest
-    progress = (step - settings.warmup_iters) / (end - settings.warmup_iters)
+    progress = (step - settings.warmup_iters) / (end - settings.warmup_iters)  # from 0 to 1
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def validate_and_log(run):
-    """Validate if it is time, keep the best weights, log. Returns whether the run is over."""
-    settings, row, writes = run.settings, run.row, run.folder.writes
-    stuck, last = False, run.step >= settings.max_iters
-    if last or run.step % settings.eval_interval == 0:
-        found = run.validate()
-        loss = found["val_loss"]
-        if not math.isfinite(loss):
-            raise UserError(f"the validation loss after {run.step} steps is {loss}", resume.again(settings), code=3)
-        if writes and loss < run.best_loss and run.save("best.pt", must=last, **found):
-            run.best_loss, run.best_step = loss, run.step
-        row |= found
-        stuck = run.ranks.broadcast(resume.is_stuck(settings, run.step - run.best_step))
-    if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
-        row["wall_seconds"] = run.wall_seconds()
-        run.log.write(row)
-        say(progress_line(row, settings.max_iters, run.model.flops_per_token() / (run.peak * run.ranks.world)))
-        if run.wandb:
-            run.wandb.log(row, step=run.step)
-    if stuck and not last:
-        say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
-        if writes:
-            run.save_all()
-    return last or stuck
-
-
-def save_if_due(run):
-    """Save if it is time, or if a validation is next."""
-    settings = run.settings
-    last = run.step >= settings.max_iters
-    saves = last or run.step % (settings.save_interval or settings.eval_interval) == 0
-    validates = run.step % settings.eval_interval == 0
-    if saves or validates:
-        run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    if validates and not saves:  # a run with best.pt alone could not be continued
-        saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
-    if saves and run.folder.writes:
-        run.save_all(must=last)
 
 
 def choose_max_iters(run):
@@ -475,18 +447,19 @@ def choose_max_iters(run):
 
     That is in the warm-up, where the learning rate does not depend on max_iters.
     """
-    settings = run.settings
-    if not run.times or run.step < max(1, min(10, settings.warmup_iters)):
+    settings, chosen = run.settings, run.facts["chosen"]
+    if not settings.budget or "max_iters" in chosen or run.step < max(1, min(10, settings.warmup_iters)):
         return
+    # 1) The time: without the last validation, of which a batch costs a third of a step's (no backward pass).
     left = resume.seconds_of(settings.budget) - run.wall_seconds()
     left, step_seconds = run.ranks.broadcast((left, statistics.median(run.times)))
-    validation = run.val_batches / run.micros * step_seconds / 3  # the forward pass alone is a third of the work
-    left -= validation + 3  # the last validation, and the sample
+    validation = run.val_batches / run.micros * step_seconds / 3
+    left -= validation + 3  # and without the sample
     if left <= 0:
         raise UserError(f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
                         "a longer --budget, or a smaller model")
+    # 2) The steps, each with its share of the validations.
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
-    chosen = run.facts["chosen"]
     settings.max_iters = chosen["max_iters"] = run.step + steps
     if run.log:
         run.log.rewrite(run.header())
@@ -494,12 +467,51 @@ def choose_max_iters(run):
         f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
 
 
+def save_if_due(run):
+    """Save if it is time, or if a validation is next."""
+    settings = run.settings
+    saves = run.last() or run.step % (settings.save_interval or settings.eval_interval) == 0
+    if saves or run.validates():
+        run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
+    if run.validates() and not saves:  # a run with best.pt alone could not be continued
+        saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
+    if saves and run.folder.writes:
+        run.save_all(must=run.last())
+
+
+def validate_and_log(run):
+    """Validate if it is time, keep the best weights, and write the line of the step."""
+    settings, row, writes = run.settings, run.row, run.folder.writes
+    # 1) The validation loss.
+    if run.validates():
+        row |= run.validate()
+        loss = row["val_loss"]
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss after {run.step} steps is {loss}", resume.again(settings), code=3)
+        if writes and loss < run.best_loss:
+            if run.save("best.pt", must=run.last(), val_loss=loss, val_bpb=row["val_bpb"]):
+                run.best_loss, run.best_step = loss, run.step
+        run.stuck = run.ranks.broadcast(resume.is_stuck(settings, run.step - run.best_step))
+    # 2) The line.
+    if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
+        row["wall_seconds"] = run.wall_seconds()
+        run.log.write(row)
+        say(progress_line(row, settings.max_iters, run.model.flops_per_token() / (run.peak * run.ranks.world)))
+        if run.wandb:
+            run.wandb.log(row, step=run.step)
+    # 3) The end before max_iters.
+    if run.stuck and not run.last():
+        say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
+        if writes:
+            run.save_all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
 
 def prepare_stdlib():
-    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process meanwhile ends that one too."""
+    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends that one too."""
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), "stdlib"]
     say(f"data/stdlib is missing; preparing it: {join(command)}")
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -516,11 +528,14 @@ def make_optimizers(model, settings, device):
     """
     inside, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            group = matrices if p.dim() == 2 else vectors
-            if settings.optimizer == "muon" and p.dim() == 2 and ".h." in name:
-                group = inside
-            group.append(p)
+        if not p.requires_grad:
+            continue
+        if p.dim() != 2:
+            vectors.append(p)
+        elif settings.optimizer == "muon" and ".h." in name:
+            inside.append(p)
+        else:
+            matrices.append(p)
     groups = [dict(params=matrices, weight_decay=settings.weight_decay), dict(params=vectors, weight_decay=0.0)]
     betas = settings.beta1, settings.beta2
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=not device.startswith("mps"))
@@ -547,19 +562,19 @@ def is_worth_compiling(run):
 
 def say_plan(run):
     settings, meta, chosen, world = run.settings, run.data.meta, run.facts["chosen"], run.ranks.world
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
     kind = f"conversations, {meta['train']['trained']:,} tokens to learn in" if run.data.chat else "text,"
     say(f"data: {run.data.folder}, {kind} {meta['train']['tokens']:,} tokens of {', '.join(meta['source'])}")
-    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, {settings.n_embd} wide, context "
-        f"{settings.block_size}, vocabulary {settings.vocab_size:,}")
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
+    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, n_embd {settings.n_embd}, "
+        f"context {settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.mine)} for each of {world} processes" if world > 1 else ""
     length = settings.budget or f"{settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs"
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
         f"{shared}; {length}")
-    resume.say_memory(run)
+    memory.say_memory(run)
 
 
 def say_result(run):
@@ -574,18 +589,17 @@ def say_result(run):
             f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
     show(sample(run, model))
     guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
-    if row["val_loss"] > guessing + 0.5:  # (random weights, too, are a little worse than guessing)
+    if row["val_loss"] > guessing + 0.5:  # random weights, too, are a little worse than guessing
         warn(f"the run has diverged: guessing costs {guessing:.2f}; {resume.again(settings)}")
 
 
 def sample(run, model):
-    """What the model writes: the answer to the first validation question, or what follows the first validation words.
-    """
+    """A text by the model: the answer to the first validation question, or what follows the first validation words."""
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
 
-    data, tokenizer, ids = run.data, run.tokenizer, []
-    prompt, ends = data.prompt(model.config.block_size), tokenizers.ends(tokenizer)
+    tokenizer, ids = run.tokenizer, []
+    prompt, ends = run.data.prompt(model.config.block_size), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
     model.eval()
     with run.autocast:
@@ -594,7 +608,7 @@ def sample(run, model):
                 break
             ids.append(token.item())
     model.train()
-    return tokenizer.decode(prompt) + " -> " * data.chat + tokenizer.decode(ids)
+    return tokenizer.decode(prompt) + " -> " * run.data.chat + tokenizer.decode(ids)
 
 
 def say_next(out_dir, data):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import model
 from model import GPT, GPTConfig, KVCache, PRESETS, argmax
+from training.memory import training_memory
 
 
 def reference_logits(model, idx):
@@ -196,7 +197,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(idx, idx)
-    parts = model.training_memory(2, dtype.itemsize, 8)
+    parts = training_memory(model, 2, dtype.itemsize, 8)
     assert 0.75 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.25
     n = sum(p.numel() for p in model.parameters())
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)

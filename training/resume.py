@@ -14,7 +14,7 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import machine
-from runtime.console import UserError, note, say, warn
+from runtime.console import UserError, note, warn
 from runtime.files import check_like
 from runtime.settings import check_limits
 from training import checkpoint as ckpt
@@ -94,18 +94,6 @@ def build_model(settings):
     except AssertionError as error:  # the model states its contract as 'fact; fix'
         fact, _, fix = str(error).partition("; ")
         raise UserError(fact, fix or "python train.py --help") from None
-
-
-def say_memory(run):
-    """About what training will take, and what there is."""
-    settings, model = run.settings, run.model
-    parts = model.training_memory(run.batch_size, run.dtype.itemsize, 4 if settings.optimizer == "muon" else 8)
-    needed, free = sum(parts.values()), machine.free_memory(run.device)
-    if run.device == "cpu":
-        needed *= run.ranks.local_world  # they take it from the same memory
-    say(f"memory: about {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
-    if needed > free:
-        warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps takes less")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
