@@ -5,11 +5,11 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or split over processes, and no
-loader has a state to save. The validation loss is one pass over the whole validation split.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or split over
+processes, and no loader has a state to save. The validation loss is one pass over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window of conversations begins where a
-conversation begins, and the mask beside the tokens says which of them are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window of conversations
+begins where a conversation begins, and the mask beside the tokens says which are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -35,12 +35,6 @@ class Changed(UserError):
     """The data are not what they were when they were opened."""
 
 
-def version(file):
-    """What changes when an open file is written to."""
-    about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns
-
-
 @dataclass
 class Dataset:
     """A folder of prepared data: its meta.json, and its open files, which stay readable when they are replaced."""
@@ -49,7 +43,7 @@ class Dataset:
     meta: dict
     files: dict  # {"train": file, "val": file}, and of conversations also "train.mask" and "val.mask"
     versions: list  # of the files, when they were opened
-    layouts: dict = field(default_factory=dict)  # what `layout` has found: {(split, block_size): windows}
+    layouts: dict = field(default_factory=dict)  # {(split, block_size): windows}, what `layout` has found
 
     ORDER = "permutation"  # how an epoch is shuffled; a run with another order cannot be continued
 
@@ -58,8 +52,9 @@ class Dataset:
         """Raises UserError where a file is not what meta.json says."""
         meta, files = read_meta(folder), {}
         for split in SPLITS:
-            about, itemsize = meta[split], np.dtype(meta["dtype"]).itemsize
-            files[split] = open_part(folder, split, about["tokens"] * itemsize, about["sha256"], hash_all)
+            about = meta[split]
+            size = about["tokens"] * np.dtype(meta["dtype"]).itemsize
+            files[split] = open_part(folder, split, size, about["sha256"], hash_all)
             if meta.get("chat"):
                 mask = split + ".mask"
                 files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
@@ -68,7 +63,10 @@ class Dataset:
     def check_unchanged(self, any_process=bool):
         """Raises Changed where a file was written to. any_process: is it true in any process? Then all raise."""
         if any_process([version(file) for file in self.files.values()] != self.versions):
-            raise Changed(f"{self.folder} was changed while it was being read", f"prepare {self.folder} again")
+            raise self.changed("was changed while it was being read")
+
+    def changed(self, what, alone=False):
+        return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
 
     @property
     def chat(self):
@@ -86,18 +84,17 @@ class Dataset:
 
     def check(self, block_size):
         """Raises UserError where a split has nothing to learn in windows of block_size + 1 tokens."""
+        shortest = min(self.meta[split]["tokens"] for split in SPLITS)
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.layout(split, block_size)):
                 raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its answer",
                                 "a larger --block_size")
             if not self.chat and tokens <= block_size:
-                shortest = min(self.meta[each]["tokens"] for each in SPLITS)
                 raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at least "
                                 f"{block_size + 1}", f"--block_size={max(1, shortest - 1)}, or more text")
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Reading
+    # ---------- Reading
 
     def read(self, name, offset, size):
         """Bytes of a file. Raises Changed where it has become shorter."""
@@ -105,16 +102,16 @@ class Dataset:
         file.seek(offset)
         raw = file.read(size)
         if len(raw) < size:
-            raise Changed(f"{file.name} was cut while it was being read", f"prepare {self.folder} again", alone=True)
+            raise self.changed(f"was changed: {name}.bin has become shorter", alone=True)
         return raw
 
     def tokens(self, split, start, count):
         """`count` ids from position `start` of a split, (count,) int64."""
-        dtype = np.dtype(self.meta["dtype"])
-        ids = np.frombuffer(self.read(split, start * dtype.itemsize, count * dtype.itemsize), dtype)
-        if ids.max(initial=0) >= self.meta["vocab_size"]:
-            raise Changed(f"{self.folder}/{split}.bin has the token {ids.max()}, but the vocabulary has "
-                          f"{self.meta['vocab_size']}", f"prepare {self.folder} again", alone=True)
+        dtype, vocab_size = np.dtype(self.meta["dtype"]), self.meta["vocab_size"]
+        raw = self.read(split, start * dtype.itemsize, count * dtype.itemsize)
+        ids = np.frombuffer(raw, dtype)
+        if ids.max(initial=0) >= vocab_size:
+            raise self.changed(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}", alone=True)
         return ids.astype(np.int64)
 
     def mask(self, split, start, count):
@@ -126,22 +123,24 @@ class Dataset:
         windows = []
         for start, end in spans:
             ids = self.tokens(split, start, end - start)
-            learned = self.mask(split, start + 1, end - start - 1) == 1 if self.chat else True
+            learned = True
+            if self.chat:
+                learned = self.mask(split, start + 1, end - start - 1) == 1
             windows.append((ids, learned))
         return to_batch(windows, block_size)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The training split
+    # ---------- The training split
 
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Micro-batch number `micro` of the `micros` of a step: (idx, targets), each (B, T) int64."""
-        return self.rows("train", self.spans(block_size, batch_size, seed, step, micro, micros).tolist(), block_size)
+        spans = self.spans(block_size, batch_size, seed, step, micro, micros)
+        return self.rows("train", spans.tolist(), block_size)
 
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
-        An epoch visits each of the n windows of the training split once, in shuffled order: sample number g of the
-        whole run is the window at place g mod n of epoch g // n. Nothing is remembered from one batch to the next.
+        An epoch visits each of the n windows of the training split once, in shuffled order: sample number g
+        of the whole run is the window at place g mod n of epoch g // n. So no batch depends on another.
         """
         n = self.windows(block_size)
         spare = self.meta["train"]["tokens"] - n * block_size  # each epoch cuts a text at other places
@@ -150,7 +149,8 @@ class Dataset:
         for sample in range(first, first + batch_size):
             epoch, i = divmod(sample, n)
             window = int(shuffled(n, seed, epoch)[i])
-            spans.append(self.span("train", window, block_size, fold("offset", seed, epoch) % spare))
+            offset = fold("offset", seed, epoch) % spare
+            spans.append(self.span("train", window, block_size, offset))
         return np.array(spans, dtype=np.int64)  # (B, 2)
 
     def span(self, split, window, block_size, offset=0):
@@ -162,10 +162,12 @@ class Dataset:
 
     def windows(self, block_size, split="train"):
         """How many windows a split has; of a text to train on, one fewer than fit, see `spare`."""
-        tokens = self.meta[split]["tokens"]
         if self.chat:
             return len(self.layout(split, block_size))
-        return max(1, tokens // block_size - 1) if split == "train" else math.ceil((tokens - 1) / block_size)
+        tokens = self.meta[split]["tokens"]
+        if split == "train":
+            return max(1, tokens // block_size - 1)
+        return math.ceil((tokens - 1) / block_size)
 
     def epochs(self, windows, block_size):
         """How often so many windows read the training split."""
@@ -174,41 +176,42 @@ class Dataset:
     def layout(self, split, block_size):
         """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
 
-        A window begins with the first token of a conversation, as a prompt does, and holds as many whole ones as fit;
-        the later see the earlier. A longer one is cut at its end. A window that teaches nothing is left out.
+        A window begins with the first token of a conversation, as a prompt does, and holds as many whole
+        ones as fit; the later see the earlier. A longer one is cut. A window that teaches nothing is left out.
         """
-        if (split, block_size) not in self.layouts:
-            tokens, border = self.meta[split]["tokens"], self.meta["special"][tokenizers.END_OF_TEXT]
-            borders = []
-            for start in range(0, tokens, CHUNK):
-                ids = self.tokens(split, start, min(CHUNK, tokens - start))
-                borders.append(start + np.flatnonzero(ids == border))
-            starts = np.concatenate(borders) + 1  # of each conversation, behind its end-of-text token
-            ends = np.append(starts[1:] - 1, tokens)
-            windows, i = [], 0
-            while i < len(starts):
-                start = int(starts[i])
-                limit = start + block_size + 1  # block_size inputs, and the target of the last
-                following = max(i + 1, int(np.searchsorted(ends, limit, side="right")))
-                end = min(int(ends[following - 1]), limit)
-                learned = int(self.mask(split, start + 1, max(end - start - 1, 0)).sum())
-                if learned:
-                    windows.append((start, end, learned))
-                i = following
-            self.layouts[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
+        if (split, block_size) in self.layouts:
+            return self.layouts[split, block_size]
+        # 1. Where each conversation begins and ends: behind its end-of-text token, before the next one.
+        tokens = self.meta[split]["tokens"]
+        border = self.meta["special"][tokenizers.END_OF_TEXT]
+        borders = []
+        for start in range(0, tokens, CHUNK):
+            ids = self.tokens(split, start, min(CHUNK, tokens - start))
+            borders.append(start + np.flatnonzero(ids == border))
+        starts = np.concatenate(borders) + 1
+        ends = np.append(starts[1:] - 1, tokens)
+        # 2. As many as fit, again and again.
+        windows, i = [], 0
+        while i < len(starts):
+            start = int(starts[i])
+            limit = start + block_size + 1  # block_size inputs, and the target of the last
+            following = max(i + 1, int(np.searchsorted(ends, limit, side="right")))
+            end = min(int(ends[following - 1]), limit)
+            learned = int(self.mask(split, start + 1, max(end - start - 1, 0)).sum())
+            if learned:
+                windows.append((start, end, learned))
+            i = following
+        self.layouts[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
         return self.layouts[split, block_size]
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The validation split
+    # ---------- The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch number i of the pass over the validation split, in which each target comes once: (idx, targets).
-
-        The last batch has the shape of the others: code is compiled for each shape.
-        """
-        numbers = range(i * batch_size, min((i + 1) * batch_size, self.windows(block_size, "val")))
-        spans = [self.span("val", number, block_size) for number in numbers]
-        spans += [(0, 1)] * (batch_size - len(spans))  # one token predicts nothing
+        """Batch number i of the pass over the validation split, in which each target comes once: (idx, targets)."""
+        last = min((i + 1) * batch_size, self.windows(block_size, "val"))
+        spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
+        # The last batch has the shape of the others, for compiled code: one token predicts nothing.
+        spans += [(0, 1)] * (batch_size - len(spans))
         return self.rows("val", spans, block_size)
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
@@ -219,8 +222,8 @@ class Dataset:
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Longer tokens are each harder to predict; the information in all of them, spread over the bytes of the text, can
-        be compared between tokenizers. Of conversations, what the assistant says counts.
+        Longer tokens are each harder to predict. The information in all of them, spread over the bytes of
+        the text, can be compared between tokenizers. Of conversations, what the assistant says counts.
         """
         val = self.meta["val"]
         if self.chat:
@@ -230,33 +233,36 @@ class Dataset:
         return loss * tokens_per_byte / math.log(2)
 
     def prompt(self, block_size, nothing=False):
-        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of a text,
-        or, `nothing`, its end-of-text token alone."""
+        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of
+        a text, or, `nothing`, its end-of-text token alone."""
         if self.chat:
             start, end, _ = self.layout("val", block_size)[0].tolist()
-            end = start + int(self.mask("val", start, end - start).argmax())
-            return self.tokens("val", start, end - start).tolist()
+            answer = int(self.mask("val", start, end - start).argmax())
+            return self.tokens("val", start, answer).tolist()
         count = 1 if nothing else 1 + min(24, block_size // 2)
         return self.tokens("val", 0, min(count, self.meta["val"]["tokens"])).tolist()
 
 
 def fold(*parts):
     """A 63-bit seed for a purpose, the same on every machine: fold("dropout", seed, 3)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @functools.lru_cache(maxsize=1)  # the epoch that is being read
 def shuffled(n, seed, epoch):
-    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64: 80 MB and a second for 10 billion tokens in windows
-    of 1,024."""
+    """The numbers 0 to n - 1 in the order of an epoch, (n,) int64.
+
+    For 10 billion tokens in windows of 1,024, 80 MB and a second.
+    """
     return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(n)
 
 
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: behind the end of a short window, and where `learned`, a bool for
-    every target or for all of them, is False.
+    The target of a token is the one after it, or -1: behind the end of a short window, and where `learned`,
+    a bool for every target or for all of them, is False.
     """
     import torch  # prepare.py does without
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
@@ -275,7 +281,8 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
     processes: each takes every world-th batch; however many they are, all get the same sums to the last bit.
     before_each: called equally often in all of them.
     """
-    nats, count = [0.0] * batches, 0  # a place for each batch, since a sum depends on the order of its terms
+    nats = [0.0] * batches  # a place for each batch, since a sum depends on the order of its terms
+    count = 0
     for first in range(0, batches, processes.world):
         before_each(first)
         number = first + processes.rank
@@ -288,8 +295,7 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
     return math.fsum(nats), count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder
+# ---------- The folder
 
 
 def read_meta(folder):
@@ -311,6 +317,12 @@ def read_meta(folder):
         raise UserError(f"{path} is not as format 1 should be", fix)
     meta["source"] = [origin(source) for source in meta["source"]]  # an older meta.json may hold more
     return meta
+
+
+def version(file):
+    """What changes when an open file is written to."""
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
 
 
 def open_part(folder, name, due, sha256, hash_all):
