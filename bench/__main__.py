@@ -12,6 +12,7 @@ from runtime.settings import load
 
 BENCHES = {  # each is a file here, with a class Settings and a function main(settings, arguments)
     "doctor": "is this machine fit to train?",
+    "walkthrough": "what happens to one batch and one prompt, number by number?",
     "parity": "does training here do what it does in nanoGPT, loss by loss?",
     "loss": "how soon has a model learned as much as nanoGPT's?",
     "throughput": "how fast is a training step, and how much memory does it take?",
