@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy
 import torch
 
-# Settings
+# Settings. Each is also an argument: --n_embd=128.
 
 dataset = ""  # data/NAME; by default, files of Python's library
 block_size = 64  # T
@@ -57,17 +57,23 @@ def load_tokens():
     """(ids to train on, ids to validate on, the character of each id)."""
     if dataset:
         return read_ids("train"), read_ids("val"), []
+    # 1) A text of our own.
     library = Path(os.__file__).parent
     text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in LIBRARY)
+    # 2) The vocabulary: an id for every character that occurs.
     characters = sorted(set(text))
     id_of = {character: i for i, character in enumerate(characters)}
     ids = torch.tensor([id_of[character] for character in text])
+    # 3) The last tenth is not trained on: only a text that the model has not seen shows what it has learned.
     border = len(ids) * 9 // 10
     return ids[:border], ids[border:], characters
 
 
 def get_batch(ids):
-    """Windows of the text: (inputs, targets), (B, T) each. The targets are one token later."""
+    """Windows of the text: (inputs, targets), (B, T) each. The targets are one token later.
+
+    For inputs "def f(" the targets are "ef f(x": each position is an exercise, and one pass does all T.
+    """
     starts = torch.randint(len(ids) - block_size, (batch_size,))  # (B,)
     windows = torch.stack([ids[start:start + block_size + 1] for start in starts])  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
@@ -84,6 +90,7 @@ def softmax(x):
 
 def norm(x, weight):
     """LayerNorm (Ba 2016, arXiv 1607.06450): mean 0 and variance 1 for every vector, times a weight per channel."""
+    # Sums of many terms grow with depth; a fixed size keeps every layer in the range where it can learn.
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred ** 2).mean(-1, keepdim=True)
     return centred / (variance + 1e-5).sqrt() * weight
@@ -97,13 +104,17 @@ def gelu(x):
 def attention(q, k, v):
     """One head (Vaswani 2017, arXiv 1706.03762): softmax(q k^T / sqrt(head_dim)) v. q, k, v: (B, T, head_dim).
 
-    Every position takes the mean of all values, weighted by how well its query matches their keys. The future, which is
-    to be predicted, is masked.
+    Every position takes the mean of all values, weighted by how well its query matches their keys. The
+    future, which is to be predicted, is masked.
     """
     T, head_dim = q.shape[1:]
+    # 1) How well does each query match each key? The root keeps the variance near 1 (a sum of head_dim products).
     scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)  # (B, T, T)
+    # 2) Row i may not see column j > i. exp(-inf) is 0, so that the future has no weight.
     future = torch.ones(T, T).triu(1).bool()  # (T, T)
-    return softmax(scores.masked_fill(future, -math.inf)) @ v  # (B, T, head_dim)
+    weights = softmax(scores.masked_fill(future, -math.inf))  # (B, T, T), each row has the sum 1
+    # 3) The mean of the values with these weights.
+    return weights @ v  # (B, T, head_dim)
 
 
 @dataclass
@@ -145,7 +156,8 @@ class GPT:
         x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:idx.size(1)]  # (B, T, C)
         for i in range(self.config.n_layer):
             block = f"transformer.h.{i}."
-            # Attention: positions read from each other; every head looks for something else.
+            # Attention: positions read from each other; every head looks for something else. Adding, not
+            # replacing, lets the gradient pass every block unchanged (He 2015, arXiv 1512.03385).
             qkv = norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T  # (B, T, 3 C)
             q, k, v = (part.chunk(self.config.n_head, dim=-1) for part in qkv.chunk(3, dim=-1))  # n_head parts each
             heads = [attention(*head) for head in zip(q, k, v)]  # (B, T, head_dim) each
@@ -164,6 +176,7 @@ class GPT:
     def generate(self, idx, n, temperature=1.0, top_k=40):
         """Continue idx (B, T) by n tokens, each sampled from the top_k most likely (Fan 2018, arXiv 1805.04833)."""
         for _ in range(n):
+            # The whole context is read again for each token. model.py keeps keys and values instead.
             logits = self.logits(idx[:, -self.config.block_size:])[:, -1]  # (B, V), of the last position
             values, ids = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k) each
             chosen = torch.multinomial(softmax(values / temperature), 1)  # (B, 1)
@@ -176,6 +189,7 @@ class GPT:
 
 def cross_entropy(logits, targets):
     """The mean of -ln p(target), in nats (Shannon 1948). Guessing costs ln V, certainty 0."""
+    # Of all V probabilities at a position, that of the token which really came.
     probability = softmax(logits).gather(-1, targets[..., None])  # (B, T, 1)
     return -probability.log().mean()
 
@@ -204,13 +218,16 @@ def clip_grad_norm_(weights, limit):
 def adamw(w, mean, square, step, rate):
     """AdamW (Loshchilov 2019, arXiv 1711.05101) for one tensor.
 
-    A weight moves against the running mean of its gradient, over the root of the running mean of its square. Both
-    begin at 0, which the powers of beta correct. Matrices also shrink a little.
+    A weight moves against the running mean of its gradient, divided by the root of the running mean of the
+    square. Both begin at 0, which the powers of beta correct. Matrices also shrink a little.
     """
+    # 1) The running means.
     mean.copy_(beta1 * mean + (1 - beta1) * w.grad)
     square.copy_(beta2 * square + (1 - beta2) * w.grad ** 2)
+    # 2) After few steps they are too small, by a known factor.
     direction = mean / (1 - beta1 ** (step + 1))
     size = (square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
+    # 3) The step. Where the gradient keeps its sign, direction / size is near 1: a weight moves by about `rate`.
     decay = weight_decay * w if w.dim() == 2 else 0.0
     w -= rate * (direction / size + decay)
     w.grad = None
@@ -221,10 +238,13 @@ def train(model, ids):
     states = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
     for step in range(max_iters + 1):
         started = time.perf_counter()
+        # 1) The gradient: how the loss changes with each weight, computed backwards by the chain rule.
         for _ in range(gradient_accumulation_steps):
             _, loss = model.forward(*get_batch(ids))
             (loss / gradient_accumulation_steps).backward()  # gradients add up
+        # 2) One bad batch must not throw the weights away.
         clip_grad_norm_(weights, grad_clip)
+        # 3) The step.
         for w, (mean, square) in zip(weights, states):
             adamw(w, mean, square, step, learning_rate_at(step))
         if step % log_interval == 0:
@@ -236,18 +256,21 @@ def train(model, ids):
 
 
 def main():
+    # 1) Settings from the command line.
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name in globals():
             globals()[name] = type(globals()[name])(value)
         else:  # nanoGPT has more: device, dropout, compile, ...
             print(f"plain.py does without {name}")
+    # 2) The same random numbers in every run; float64, so that rounding hides nothing.
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     ids, validation_ids, characters = load_tokens()
     vocab_size = 1 + int(max(ids.max(), validation_ids.max()))
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
     train(model, ids)
+    # 3) How good is it on a text that it has not seen, and what does it write?
     with torch.no_grad():
         loss = sum(model.forward(*get_batch(validation_ids))[1] for _ in range(20)) / 20
     print(f"validation loss {loss:.4f}, a guess would have {math.log(vocab_size):.4f}")
