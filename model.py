@@ -7,12 +7,12 @@ What is a GPT? The model in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-At every position a GPT predicts the next token. In each block, attention lets a position read
-from the positions before it, and the MLP processes what was read. Both add to the residual
-stream: one vector per position, which runs through the network from bottom to top.
+At every position a GPT predicts the next token. In each block, attention lets a position
+read from the positions before it, and the MLP processes what was read. Both add to the
+residual stream: one vector per position, which runs through the network from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that make
-training fast on a CPU, and the checks of a shape come after it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that
+make training fast on a CPU, and the checks of a shape come after it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -34,24 +34,24 @@ class GPTConfig:
     vocab_size: int = 50257  # number of distinct tokens
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
-    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head (no sharing)
+    n_kv_head: int = 0  # heads of keys and values, for groups of query heads; 0: n_head
     n_embd: int = 768  # channels of the residual stream
     head_dim: int = 0  # channels of one head; 0: n_embd / n_head
-    n_inner: int = 0  # channels inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    n_inner: int = 0  # channels inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd
     # the family
-    pos: Literal["learned", "rope"] = "learned"  # a vector for each position, or a rotation of queries and keys
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm leaves out the mean: cheaper, as good
-    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu is GPT-2's tanh form; swiglu multiplies by a gate
+    pos: Literal["learned", "rope"] = "learned"  # a vector per position, or rotated queries and keys
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: cheaper, as good
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu: GPT-2's tanh form
     qk_norm: bool = False  # RMSNorm on queries and keys: stable at higher learning rates
-    bias: bool = False  # in linear and norm layers: true in GPT-2; false is a bit better and faster
+    bias: bool = False  # in linear and norm layers; GPT-2 has it, without it is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
-    dropout: float = 0.0  # share of activations set to 0 in training: 0 for one pass over the data, 0.1+ for many
+    dropout: float = 0.0  # share of activations set to 0 in training: 0.1 or more where data repeats
     rope_theta: float = 10000.0  # rope: the slowest turn takes about 2 pi rope_theta positions
     norm_eps: float = 1e-5  # added to the variance before the root
 
 
 class RMSNorm(nn.Module):
-    """x / root mean square of x, times a learned weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """x / root mean square of x, times a learned weight (Zhang 2019, arXiv 1910.07467)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -65,6 +65,8 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config, dim):
+    # Every vector is brought to the same size before a layer reads it: deep networks train
+    # only so.
     if config.norm == "rmsnorm":
         return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
@@ -73,17 +75,18 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # From 1 radian per position for the first pair of channels to about 1 / rope_theta for the last.
+    # From 1 radian per position for the first pair of channels to about 1 / rope_theta for
+    # the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channel i with channel i + head_dim / 2 by the angle of the position (Su 2021, arXiv 2104.09864).
+    """Turn channel i with channel i + head_dim / 2 by an angle (Su 2021, arXiv 2104.09864).
 
-    The product of a rotated query and a rotated key depends only on the distance of their positions.
-    x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
+    The product of a rotated query and a rotated key depends only on the distance of their
+    positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -92,8 +95,9 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of those up to it whose keys match its query. Groups of query heads
-    may share keys and values, which makes the KV cache smaller (Ainslie 2023, arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query. Groups
+    of query heads may share keys and values, which makes the KV cache smaller (Ainslie
+    2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -105,7 +109,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
-        # q, k and v in one matrix product
+        # q, k and v in one matrix product: three times as large, and faster than three.
         self.c_attn = nn.Linear(config.n_embd, q_width + 2 * kv_width, bias=config.bias)
         self.c_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
@@ -123,7 +127,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # 2. Each query averages the values whose keys it matches.
+        # 2. Each query averages the values whose keys it matches. With a cache, that
+        #    includes the keys and values of earlier calls.
         if cache is None:
             y = attend(q, k, v, self.dropout, self.training)  # (B, n_head, T, head_dim)
         else:
@@ -135,7 +140,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a nonlinearity between them: (B, T, C) -> (B, T, C), each position separately.
+    """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
     For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value side by side.
     """
@@ -144,6 +149,7 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         self.dropout = config.dropout
+        # Usually four times as many channels inside as outside.
         products = 2 if self.kind == "swiglu" else 1
         self.c_fc = nn.Linear(config.n_embd, products * config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
@@ -172,13 +178,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rotation=None, cache=None):
+        # Adding, not replacing: the gradient passes every block unchanged (He 2015, arXiv
+        # 1512.03385).
         x = x + self.attn(self.ln_1(x), rotation, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT(nn.Module):
-    """The whole model, with GPT-2's parameter names: wte and wpe embed tokens and positions, h are the blocks."""
+    """The whole model, with GPT-2's names: wte and wpe embed tokens and positions, h are the blocks."""
 
     def __init__(self, config):
         super().__init__()
@@ -193,6 +201,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
         if config.tie_weights:
+            # The vector that means a token also predicts it (Press 2016, arXiv 1608.05859).
             self.lm_head.weight = self.transformer.wte.weight
         if config.pos == "rope":
             # Computed, not learned: not part of a checkpoint.
@@ -204,7 +213,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initial values. Small weights make the first prediction nearly uniform: loss ~ ln vocab_size."""
+        """GPT-2's initial values: small, so that the first prediction is nearly uniform.
+
+        Its loss is about ln vocab_size. A loss that begins much higher is the first sign of a bug.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -212,7 +224,8 @@ class GPT(nn.Module):
                 # The weights of norm layers.
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2 n_layer of these add to the residual stream: each is smaller by the root of that.
+                # 2 n_layer of these add to the residual stream, whose variance would grow
+                # with depth: so each is smaller by the root of that.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -220,7 +233,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
 
-        With targets, the mean cross-entropy in nats per target; without, the logits (B, T, vocab_size).
+        With targets, the mean cross-entropy in nats per target; without, the logits (B, T,
+        vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
         if targets is None:
@@ -228,7 +242,7 @@ class GPT(nn.Module):
         return self.loss(x, targets)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T), after those in the cache -> the residual stream above the last block (B, T, C)."""
+        """Token ids (B, T), after those in the cache -> the stream above the last block (B, T, C)."""
         T = idx.size(1)
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
@@ -242,6 +256,7 @@ class GPT(nn.Module):
         else:
             # With an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2).
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
+        # Activations are dropped at random, so that none is relied on alone (Srivastava 2014).
         x = F.dropout(x, self.config.dropout, self.training)
         # 2. The blocks.
         for block in self.transformer.h:
@@ -256,25 +271,29 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 if all are -1."""
-        weight = self.lm_head.weight
+        weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights cannot be trained"
         if not torch.is_grad_enabled():
+            # In validation: no gradient is computed for what needs none.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token is a sum over thousands of positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C), where N = B T
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
-            total = CrossEntropy.apply(x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
+            total = CrossEntropy.apply(
+                x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
         return total / (targets >= 0).sum().clamp(min=1)
 
     @torch.inference_mode()
     def generate(self, idx, n, pick=None):
         """Continue idx (B, T) by n tokens; yields them one by one, as columns of ids (B, 1).
 
-        pick: (B, vocab_size) float32 logits -> (B,) ids; by default the likeliest. sample.py has the rest.
+        pick: (B, vocab_size) float32 logits -> (B,) ids; by default the likeliest.
+        sample.py has the rest.
         """
         pick = pick or argmax
         size = self.config.block_size
+        # Memory for as many positions as there will be.
         capacity = min(size, idx.size(1) + n)
         cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.dtype())
         # The model reads the prompt once, then one new token at a time.
@@ -298,20 +317,22 @@ class GPT(nn.Module):
 
     def n_params(self):
         """Number of parameters: tied weights once, without the padding of the vocabulary."""
+        rows = self.lm_head.weight.size(0) - self.config.vocab_size  # of padding
         matrices = 1 if self.config.tie_weights else 2
-        padding = matrices * (self.lm_head.weight.size(0) - self.config.vocab_size) * self.config.n_embd
+        padding = matrices * rows * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, T=None):
-        """Floating-point operations of training, per token of a context of T (PaLM, arXiv 2204.02311, B).
+        """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
-        A weight of a matrix costs a multiplication and an addition forward, and twice that backward: 6,
-        or 4 where it is not trained. Attention adds 12 n_head head_dim T per layer: by custom, the
-        masked half counts too.
+        A weight of a matrix costs a multiplication and an addition forward, and twice that
+        backward: 6, or 4 where it is not trained. Attention adds 12 n_head head_dim T per
+        layer: by custom, the masked half counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
-        matrices = [(p.numel(), p.requires_grad) for p in self.transformer.h.parameters() if p.dim() == 2]
+        blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+        matrices = [(p.numel(), p.requires_grad) for p in blocks]
         matrices.append((c.vocab_size * c.n_embd, self.lm_head.weight.requires_grad))
         return attention + sum(n * (6 if trained else 4) for n, trained in matrices)
 
@@ -342,14 +363,16 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again: their keys and values are all
-    that attention reads of them. Anything can stand in for this class that has what GPT.trunk calls:
-    `length`, the number of positions held; `positions(T)`, an index for those of T new tokens;
-    `attend`, which every layer calls with them; and `advance(T)`, once all layers have.
+    While a token is written, those before it need not be computed again: their keys and
+    values are all that attention reads of them. Anything can stand in for this class that
+    has what GPT.trunk calls: `length`, the number of positions held; `positions(T)`, an
+    index for those of T new tokens; `attend`, which every layer calls with them; and
+    `advance(T)`, once all layers have.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, capacity or config.block_size, config.head_dim)
+        capacity = capacity or config.block_size
+        shape = (config.n_layer, batch_size, config.n_kv_head, capacity, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.layers = list(zip(self.k, self.v))  # views, made once
@@ -357,6 +380,7 @@ class KVCache:
 
     def row(self, i):
         """Row i as a cache in the same memory, with a length of its own."""
+        # The engine gives each request a row; rows are filled to different lengths.
         row = copy.copy(self)
         row.number = i
         row.k = self.k[:, i:i + 1]
@@ -368,16 +392,22 @@ class KVCache:
         return slice(self.length, self.length + T)
 
     def attend(self, layer, q, k, v):
-        """Attention of T new tokens to the past and themselves. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
+        """Attention of T new tokens to the past and themselves: (B, n_head, T, head_dim), like q.
+
+        k, v: (B, n_kv_head, T, head_dim).
+        """
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         T = q.size(2)
         shared = k.size(1) != q.size(1)
+        # 1. A prompt: the square, masked as in training.
         if self.length == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+        # 2. One new token: it sees all, and no mask is needed.
         if T == 1:
             return look_back(q, k, v)
-        # New token i sees everything up to column past + i.
-        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(self.length)  # (T, past + T)
+        # 3. Several after a past: new token i sees everything up to column past + i.
+        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device)
+        mask = mask.tril(self.length)  # (T, past + T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
 
     def extend(self, layer, k, v):
@@ -394,11 +424,13 @@ class KVCache:
 
 
 def look_back(q, k, v):
-    """Attention of one token to k and v (B, n_kv_head, T, head_dim). q: (B, n_head, 1, head_dim)."""
+    """Attention of one token, q (B, n_head, 1, head_dim), to k and v (B, n_kv_head, T, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
-    # Heads that share keys become tokens: enable_gqa copies the keys, 3.6 times as slow in bfloat16.
-    grouped = q.reshape(*k.shape[:2], -1, k.size(3))  # (B, n_kv_head, n_head / n_kv_head, head_dim)
+    # Heads that share keys become tokens: enable_gqa copies the keys, 3.6 times as slow in
+    # bfloat16.
+    B, n_kv_head, _, head_dim = k.shape
+    grouped = q.reshape(B, n_kv_head, -1, head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
 
 
@@ -410,7 +442,8 @@ MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the for
 def attend(q, k, v, dropout, training):
     """Causal attention without a cache: (B, n_head, T, head_dim), like q. k, v: n_kv_head heads.
 
-    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it twice as long.
+    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it
+    twice as long.
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -423,14 +456,19 @@ def attend(q, k, v, dropout, training):
 
 def attention(q, k, v, dropout=0.0):
     """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
+    # 1. Shared heads are copied, one for each query head.
     if k.size(1) < q.size(1):
         copies = q.size(1) // k.size(1)
         k = k.repeat_interleave(copies, dim=1)
         v = v.repeat_interleave(copies, dim=1)
+    # 2. A mask to add: -inf where j > i.
     T = q.size(2)
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where j <= i
+    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device)
+    future = future.triu(1)  # 0 where j <= i
+    # 3. Scaling q, not the scores, takes head_dim products in place of T.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, T)
-    return F.dropout((scores + future).softmax(dim=-1), dropout) @ v  # (B, n_head, T, head_dim)
+    weights = (scores + future).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v  # (B, n_head, T, head_dim)
 
 
 def gelu(x, training):
@@ -447,34 +485,38 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -ln p over the targets other than -1, without ever holding the logits of all tokens.
+    """The sum of -ln p over the targets other than -1, without the logits of all tokens at once.
 
-    With a large vocabulary they take more memory than the model. But their gradient is known at once:
-    softmax(logits), minus 1 at the target. So forward also computes the gradients, chunk by chunk, and
-    backward only scales them, once. torch.nn.functional.linear_cross_entropy does the same, but is
-    slower on CPUs and less exact: docs/lab-notes.md.
+    With a large vocabulary they take more memory than the model. But their gradient is
+    known at once: softmax(logits), minus 1 at the target. So forward also computes the
+    gradients, chunk by chunk, and backward only scales them, once.
+    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and less
+    exact: docs/lab-notes.md.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, dtype, chunk_loss):
+        # 1. Where the gradients go; None where nothing asks for them.
         w = weight[:vocab_size].to(dtype)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        # Equal chunks: compiled code is for one size.
+        # 2. Equal chunks: compiled code is for one size.
         chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
         size = math.ceil(len(x) / chunks)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
+            # The logits exist only here, and die with the turn.
             loss, grad = chunk_loss(F.linear(part, w), targets[rows])  # grad: (chunk, vocab_size)
             total += loss
             if x_grad is not None:
                 x_grad[rows] = grad @ w
             if w_grad is not None:
                 w_grad[:vocab_size] += grad.T @ part
+        # 3. What backward needs.
         ctx.grads = x_grad, w_grad
         return total
 
@@ -491,17 +533,21 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits, targets):
-    """Logits (N, vocab_size), targets (N,) -> (the sum of -ln p, its gradient: (N, vocab_size))."""
+    """Logits (N, vocab_size), targets (N,) -> (sum of -ln p, its gradient (N, vocab_size))."""
     logprobs = logits.float().log_softmax(dim=-1)  # a sum over the vocabulary needs float32
+    # 1. The loss: of each row, the logprob of its target.
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
-    grad = logprobs.exp_()  # the probabilities, in the same memory
+    # 2. The gradient: probabilities (in the memory of their logarithms), minus 1 at the target.
+    grad = logprobs.exp_()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
 
 
-# ---------- Can this shape exist? An assertion reads "fact; what to type", the two lines of a UserError.
+# ---------- Can this shape exist?
+
+# An assertion reads "fact; what to type": the two lines of a UserError.
 
 LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
 
@@ -512,44 +558,52 @@ def round_up(n, multiple):
 
 def resolve(config):
     """A copy with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
+    # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may be given too.
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
     for name in ("rope_theta", "norm_eps"):
-        assert 0 < getattr(c, name) < 1e12, f"{name}={getattr(c, name)} is out of range: above 0, below 1e12"
+        value = getattr(c, name)
+        assert 0 < value < 1e12, f"{name}={value} is out of range: above 0, below 1e12"
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
-    # 1. The heads.
-    assert c.head_dim or c.n_embd % c.n_head == 0, (
-        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={round_up(c.n_embd, c.n_head)}")
+    # 2. The heads.
+    next_embd = round_up(c.n_embd, c.n_head)
+    assert c.head_dim or next_embd == c.n_embd, (
+        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={next_embd}")
     c.head_dim = c.head_dim or c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
     for name in ("n_head", "block_size"):  # the tables of rope: 4 GB at most
-        assert getattr(c, name) * c.head_dim <= 64 * LARGEST, (
-            f"{name}={getattr(c, name):,} cannot be made here with head_dim={c.head_dim:,}")
+        value = getattr(c, name)
+        assert value * c.head_dim <= 64 * LARGEST, (
+            f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
     c.n_kv_head = c.n_kv_head or c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
-    # 2. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd.
+    # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd.
     if c.n_inner == 0:
         c.n_inner = round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd
     return c
 
 
 def check_field(field, value):
-    """Asserts that a value has the type of its field, and is one of its choices or in its range."""
+    """Asserts that a value has the type of its field, and is a choice of it or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
     whole_as_float = kind is float and type(value) is int
     assert type(value) is kind or whole_as_float, f"{name}={value!r} is no {kind.__name__}"
     assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
     if kind is int:
+        # A number from a stranger's file must not make PyTorch try to allocate petabytes.
         least = min(field.default, 1)  # 0 where it means "derive it"
-        assert least <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}={least} to {LARGEST}"
+        assert least <= value <= LARGEST, (
+            f"{name}={value:,} cannot be made here; --{name}={least} to {LARGEST}")
 
 
 def outline(config, tensors):
-    """A GPT whose weights take no memory. Asserts that it has no more layers than tensors: a layer takes time."""
+    """A GPT whose weights take no memory, for a file with so many tensors."""
     config = resolve(config)
-    assert config.n_layer <= tensors, f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors"
+    # A layer takes time to build, even without weights.
+    assert config.n_layer <= tensors, (
+        f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors")
     with torch.device("meta"):
         return GPT(config)
