@@ -5,11 +5,13 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or split over
-processes, and no loader has a state to save. The validation loss is one pass over the whole split.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or
+split over processes, and no loader has a state to save. The validation loss is one pass
+over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window of conversations
-begins where a conversation begins, and the mask beside the tokens says which are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window of
+conversations begins where a conversation begins, and the mask beside the tokens says which
+are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -37,13 +39,13 @@ class Changed(UserError):
 
 @dataclass
 class Dataset:
-    """A folder of prepared data: its meta.json, and its open files, which stay readable when they are replaced."""
+    """A folder of prepared data: meta.json, and open files, which stay readable when they are replaced."""
 
     folder: str
     meta: dict
-    files: dict  # {"train": file, "val": file}, and of conversations also "train.mask" and "val.mask"
+    files: dict  # {"train": file, "val": file}; of conversations also "train.mask", "val.mask"
     versions: list  # of the files, when they were opened
-    layouts: dict = field(default_factory=dict)  # {(split, block_size): windows}, what `layout` has found
+    layouts: dict = field(default_factory=dict)  # what `layout` has found
 
     ORDER = "permutation"  # how an epoch is shuffled; a run with another order cannot be continued
 
@@ -53,6 +55,8 @@ class Dataset:
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about = meta[split]
+            # Sizes and checksums catch a copy that was cut off, and files of two different
+            # runs of prepare.py.
             size = about["tokens"] * np.dtype(meta["dtype"]).itemsize
             files[split] = open_part(folder, split, size, about["sha256"], hash_all)
             if meta.get("chat"):
@@ -61,7 +65,11 @@ class Dataset:
         return cls(folder, meta, files, versions=[version(file) for file in files.values()])
 
     def check_unchanged(self, any_process=bool):
-        """Raises Changed where a file was written to. any_process: is it true in any process? Then all raise."""
+        """Raises Changed where a file was written to.
+
+        any_process: whether something is true in any process, so that all of them raise.
+        """
+        # A batch of a file that is being rewritten would be garbage, and the run would learn it.
         if any_process([version(file) for file in self.files.values()] != self.versions):
             raise self.changed("was changed while it was being read")
 
@@ -83,18 +91,22 @@ class Dataset:
         return tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
 
     def check(self, block_size):
-        """Raises UserError where a split has nothing to learn in windows of block_size + 1 tokens."""
+        """Raises UserError where windows of block_size + 1 tokens teach nothing."""
         shortest = min(self.meta[split]["tokens"] for split in SPLITS)
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.layout(split, block_size)):
-                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its answer",
-                                "a larger --block_size")
+                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its "
+                                "answer", "a larger --block_size")
             if not self.chat and tokens <= block_size:
-                raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at least "
-                                f"{block_size + 1}", f"--block_size={max(1, shortest - 1)}, or more text")
+                raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at "
+                                f"least {block_size + 1}",
+                                f"--block_size={max(1, shortest - 1)}, or more text")
 
     # ---------- Reading
+
+    # By seek and read, not np.memmap: mapped pages count as memory of the process, and a
+    # file that is cut while it is mapped kills it with SIGBUS.
 
     def read(self, name, offset, size):
         """Bytes of a file. Raises Changed where it has become shorter."""
@@ -110,8 +122,11 @@ class Dataset:
         dtype, vocab_size = np.dtype(self.meta["dtype"]), self.meta["vocab_size"]
         raw = self.read(split, start * dtype.itemsize, count * dtype.itemsize)
         ids = np.frombuffer(raw, dtype)
+        # An id beyond the vocabulary would be an index out of range, on a GPU without a
+        # useful message.
         if ids.max(initial=0) >= vocab_size:
-            raise self.changed(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}", alone=True)
+            raise self.changed(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}",
+                               alone=True)
         return ids.astype(np.int64)
 
     def mask(self, split, start, count):
@@ -123,6 +138,7 @@ class Dataset:
         windows = []
         for start, end in spans:
             ids = self.tokens(split, start, end - start)
+            # The mask belongs to targets, which are one token later than inputs.
             learned = True
             if self.chat:
                 learned = self.mask(split, start + 1, end - start - 1) == 1
@@ -139,12 +155,17 @@ class Dataset:
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
-        An epoch visits each of the n windows of the training split once, in shuffled order: sample number g
-        of the whole run is the window at place g mod n of epoch g // n. So no batch depends on another.
+        An epoch visits each of the n windows of the training split once, in shuffled order:
+        sample number g of the whole run is the window at place g mod n of epoch g // n. So
+        no batch depends on another.
         """
+        # 1. Which samples are those of this micro-batch?
         n = self.windows(block_size)
-        spare = self.meta["train"]["tokens"] - n * block_size  # each epoch cuts a text at other places
         first = (step * micros + micro) * batch_size
+        # 2. Each epoch cuts a text at other places, so that a token is not always the first
+        #    of its window.
+        spare = self.meta["train"]["tokens"] - n * block_size
+        # 3. Sample by sample, since a batch may reach into the next epoch.
         spans = []
         for sample in range(first, first + batch_size):
             epoch, i = divmod(sample, n)
@@ -165,6 +186,7 @@ class Dataset:
         if self.chat:
             return len(self.layout(split, block_size))
         tokens = self.meta[split]["tokens"]
+        # The window that training leaves out is the room in which an epoch shifts its windows.
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
@@ -174,14 +196,16 @@ class Dataset:
         return windows / self.windows(block_size)
 
     def layout(self, split, block_size):
-        """The windows of conversations: (n, 3) int64, where each begins and ends, and how many tokens it teaches.
+        """The windows of conversations, (n, 3) int64: their begin, end, and number of learned tokens.
 
-        A window begins with the first token of a conversation, as a prompt does, and holds as many whole
-        ones as fit; the later see the earlier. A longer one is cut. A window that teaches nothing is left out.
+        A window begins with the first token of a conversation, as a prompt does, and holds
+        as many whole ones as fit; the later see the earlier. A longer one is cut. A window
+        that teaches nothing is left out.
         """
         if (split, block_size) in self.layouts:
             return self.layouts[split, block_size]
-        # 1. Where each conversation begins and ends: behind its end-of-text token, before the next one.
+        # 1. Where each conversation begins and ends: behind its end-of-text token, before
+        #    the next one.
         tokens = self.meta[split]["tokens"]
         border = self.meta["special"][tokenizers.END_OF_TEXT]
         borders = []
@@ -190,7 +214,8 @@ class Dataset:
             borders.append(start + np.flatnonzero(ids == border))
         starts = np.concatenate(borders) + 1
         ends = np.append(starts[1:] - 1, tokens)
-        # 2. As many as fit, again and again.
+        # 2. As many whole ones as fit, again and again. No more is packed in by cutting:
+        #    half a question before an answer teaches the wrong thing.
         windows, i = [], 0
         while i < len(starts):
             start = int(starts[i])
@@ -207,10 +232,11 @@ class Dataset:
     # ---------- The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch number i of the pass over the validation split, in which each target comes once: (idx, targets)."""
+        """Batch number i of a pass in which each target of the validation split comes once: (idx, targets)."""
         last = min((i + 1) * batch_size, self.windows(block_size, "val"))
         spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
-        # The last batch has the shape of the others, for compiled code: one token predicts nothing.
+        # The last batch has the shape of the others, for which code was compiled. A window
+        # of one token predicts nothing.
         spans += [(0, 1)] * (batch_size - len(spans))
         return self.rows("val", spans, block_size)
 
@@ -222,9 +248,11 @@ class Dataset:
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Longer tokens are each harder to predict. The information in all of them, spread over the bytes of
-        the text, can be compared between tokenizers. Of conversations, what the assistant says counts.
+        Longer tokens are each harder to predict. The information in all of them, spread
+        over the bytes of the text, can be compared between tokenizers. Of conversations,
+        what the assistant says counts.
         """
+        # The first token of a text has no context, and is not predicted.
         val = self.meta["val"]
         if self.chat:
             tokens_per_byte = val["trained"] / val["trained_bytes"]
@@ -233,8 +261,11 @@ class Dataset:
         return loss * tokens_per_byte / math.log(2)
 
     def prompt(self, block_size, nothing=False):
-        """Ids to go on from, a list: the first validation conversation up to its answer, or the first words of
-        a text, or, `nothing`, its end-of-text token alone."""
+        """Ids to go on from, a list, taken from the validation split.
+
+        The first conversation up to its answer, or the first words of a text; nothing: its end-of-text
+        token alone.
+        """
         if self.chat:
             start, end, _ = self.layout("val", block_size)[0].tolist()
             answer = int(self.mask("val", start, end - start).argmax())
@@ -245,6 +276,7 @@ class Dataset:
 
 def fold(*parts):
     """A 63-bit seed for a purpose, the same on every machine: fold("dropout", seed, 3)."""
+    # Not hash(), which differs between processes.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -261,10 +293,11 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: behind the end of a short window, and where `learned`,
-    a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: behind the end of a short window, and
+    where `learned`, a bool for every target or for all of them, is False.
     """
     import torch  # prepare.py does without
+    # What is behind the end of a short window is token 0, which no target asks about.
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full_like(idx, -1)
     for row, (ids, learned) in enumerate(windows):
@@ -277,17 +310,20 @@ def to_batch(windows, block_size):
 def validation_sums(loss_of, batch, batches, processes, before_each=lambda number: None):
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
-    loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number -> (idx, targets).
-    processes: each takes every world-th batch; however many they are, all get the same sums to the last bit.
-    before_each: called equally often in all of them.
+    loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number
+    -> (idx, targets). processes: each takes every world-th batch; however many they are,
+    all get the same sums to the last bit. before_each: called equally often in all of them.
     """
-    nats = [0.0] * batches  # a place for each batch, since a sum depends on the order of its terms
+    # A place for each batch: a sum of floats depends on the order of its terms, and that
+    # order must not depend on the number of processes.
+    nats = [0.0] * batches
     count = 0
     for first in range(0, batches, processes.world):
         before_each(first)
         number = first + processes.rank
         if number < batches:
             idx, targets = batch(number)
+            # Batches differ in their number of targets, so that a mean of means would be wrong.
             n = int((targets >= 0).sum())
             nats[number] = float(loss_of(idx, targets)) * n
             count += n
@@ -305,24 +341,28 @@ def read_meta(folder):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
-    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
-                          special={tokenizers.END_OF_TEXT: 0}, train={}, val={}), path)
+    check_like(meta, dict(train={}), path)
+    # 1. Does it have all that is read, with the right types? Conversations have more of everything.
     chat = "trained" in meta["train"]
-    counts = ["tokens", "bytes", "documents"] + ["trained", "trained_bytes"] * chat
-    sums = ["sha256"] + ["mask_sha256"] * chat
-    check_like(meta, dict.fromkeys(SPLITS, dict.fromkeys(counts, 1) | dict.fromkeys(sums, "")), path)
-    numbers = [meta["vocab_size"]] + [meta[split][name] for split in SPLITS for name in counts]
+    split = dict(tokens=1, bytes=1, documents=1, sha256="")
+    if chat:
+        split |= dict(trained=1, trained_bytes=1, mask_sha256="")
+    special = {tokenizers.END_OF_TEXT: 0}
+    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
+                          special=special, train=split, val=split), path)
+    # 2. Are the values possible?
+    counts = [meta[name][key] for name in SPLITS for key, like in split.items() if like == 1]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
-    if not known or min(numbers) < 1:
+    if not known or min(meta["vocab_size"], *counts) < 1:
         raise UserError(f"{path} is not as format 1 should be", fix)
-    meta["source"] = [origin(source) for source in meta["source"]]  # an older meta.json may hold more
+    meta["source"] = [origin(source) for source in meta["source"]]  # an older file may hold more
     return meta
 
 
 def version(file):
     """What changes when an open file is written to."""
     about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns
+    return about.st_size, about.st_mtime_ns  # not the inode: a replaced file stays open as it was
 
 
 def open_part(folder, name, due, sha256, hash_all):
@@ -331,9 +371,12 @@ def open_part(folder, name, due, sha256, hash_all):
     size = os.path.getsize(path) if os.path.exists(path) else 0
     if size != due:
         raise UserError(f"{path} has {size:,} bytes, but meta.json says {due:,}", f"prepare {folder} again")
-    if (hash_all or size <= HASHED_BYTES) and (found := file_sha256(path)) != sha256:
-        raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
-                        f"prepare {folder} again")
+    # Hashing takes about a second per gigabyte.
+    if hash_all or size <= HASHED_BYTES:
+        found = file_sha256(path)
+        if found != sha256:
+            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
+                            f"prepare {folder} again")
     return open(path, "rb")
 
 
@@ -349,31 +392,35 @@ def not_ours(folder):
 
 
 def inspect(folder):
-    """Compare every checksum of a prepared folder, and show what it holds: python prepare.py --inspect data/NAME."""
+    """python prepare.py --inspect data/NAME: compare every checksum, and show what the folder holds."""
     data = Dataset.open(folder, hash_all=True)
     tokenizer = data.check_tokenizer()
-    say(f"{folder}: {', '.join(data.meta['source'])}; {data.meta['dtype']}, every checksum is right")
+    sources = ", ".join(data.meta["source"])
+    say(f"{folder}: {sources}; {data.meta['dtype']}, every checksum is right")
     for line in data.meta["report"]:
         say(line)
     show(example(data, tokenizer))
 
 
 def example(data, tokenizer):
-    """A piece of the training split: a border of two documents, or the first conversation that teaches something."""
+    """A piece of the training split: where two documents meet, or the first conversation that teaches."""
     ids = data.tokens("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    documents = np.split(ids, borders)  # each but the first, which is empty, begins with its end-of-text token
+    documents = np.split(ids, borders)  # the first is empty; the others begin with end-of-text
+    # 1. A text: the end of one document and the beginning of the next.
     if not data.chat:
         middle = len(documents) // 2
         before = tokenizer.decode(documents[middle - 1][1:][-60:].tolist())
         after = tokenizer.decode(documents[middle][1:120].tolist())
         return f"{before}\n--- {tokenizers.END_OF_TEXT} ---\n{after}"
+    # 2. A conversation, with brackets around what is learned.
     masks = np.split(data.mask("train", 0, len(ids)), borders)
     number = next((i for i, mask in enumerate(masks) if mask.any()), -1)
     pairs = zip(documents[number][1:400].tolist(), masks[number][1:400].tolist())
     names = {i: name.encode() for name, i in tokenizer.special.items()}
     text = ""
     for learned, run in itertools.groupby(pairs, lambda pair: pair[1]):
-        part = b"".join(names.get(i) or tokenizer.token_bytes(i) for i, _ in run).decode(errors="replace")
+        parts = [names.get(i) or tokenizer.token_bytes(i) for i, _ in run]
+        part = b"".join(parts).decode(errors="replace")
         text += f"\u27e6{part}\u27e7" if learned else part
     return text + "\n(learned: what stands between \u27e6 and \u27e7)"
