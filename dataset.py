@@ -299,7 +299,7 @@ def read_meta(folder):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
-    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""], leaked=0.0,
+    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
                           special={tokenizers.END_OF_TEXT: 0}, train={}, val={}), path)
     chat = "trained" in meta["train"]
     counts = ["tokens", "bytes", "documents"] + ["trained", "trained_bytes"] * chat
