@@ -125,9 +125,8 @@ def make_plan(sources, settings):
 
     # 2) Drop what is empty or short, and what has been there before.
     keys, sizes, split_of = np.array(keys), np.array(sizes), np.array(splits)
-    again = np.ones(len(keys), dtype=bool)
     first_of_each = np.unique(keys, return_index=True)[1]
-    again[first_of_each] = False
+    again = ~np.isin(np.arange(len(keys)), first_of_each)
     reasons = {"exact duplicates": again & (split_of != SKIP), "empty ones": sizes == 0,
                "with too few words": (split_of == SKIP) & (sizes > 0)}
     dropped = ", ".join(f"{which.sum():,} {why}" for why, which in reasons.items() if which.any()) or "nothing"
