@@ -209,10 +209,10 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size if chat else 0)])
     progress = Progress("encoding", plan.bytes)
 
-    # 1) Encode: the threads work on batches, this one writes and counts.
     def work(batch):
         return batch, *encode_batch(batch, tokenizer, chat)
 
+    # 1) Encode: the threads work on batches, this one writes and counts.
     for batch, ids, mask in in_threads(work, batches(texts), threads):
         split = batch[0][0]
         started = [document.name for _, document, starts, _ in batch if starts]

@@ -66,14 +66,11 @@ def overlap(folder, dtype, counts, end, names):
 
     counts: as meta.json has them; end: the token before each document; names: of the documents in val.bin.
     """
-    # 1) Look for the runs: k is a power of two.
     run_tokens = RUN_BYTES * counts["train"]["tokens"] / counts["train"]["bytes"]
     k = 1 << int(np.clip(round(np.log2(run_tokens)), 3, 7))
     one_in = 1 + counts["val"]["tokens"] // SAMPLE
     train, val = os.path.join(folder, "train.bin"), os.path.join(folder, "val.bin")
     repeated, total = repeated_runs(train, val, dtype, end, k, one_in)
-
-    # 2) Say what was found.
     if not total.any():
         return [f"overlap: not looked for, no validation document has {k} tokens"]
     share = repeated / np.maximum(total, 1)  # of each document

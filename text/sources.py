@@ -11,8 +11,6 @@ Sources: where texts come from. Files, folders, well-known data sets, and addres
     .jsonl               one per line, {"text": "..."}
     .json                SQuAD's layout: every paragraph's `context` is one
     .gz of these         the same; a folder is searched to the bottom, for all but .json, which may be anything
-
-Files are read lazily, a block at a time. An error names the file, and the place in it.
 """
 import codecs
 import glob
@@ -25,7 +23,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Callable, Iterator
+from typing import Callable
 from urllib.parse import unquote, urlsplit
 
 from runtime.console import UserError, note, origin, public
@@ -43,7 +41,7 @@ class Document:
     """One text: `blocks()` reads it from the start, in pieces of about a megabyte."""
 
     name: str
-    blocks: Callable[[], Iterator[str]]
+    blocks: Callable
     held_out: bool | None = None  # for validation? None: prepare.py decides
     messages: list | None = None  # of a conversation (text/chats.py): [{"role", "content"}, ...]; None: a text
 
@@ -121,10 +119,7 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
 # Documents
 
 def documents(sources, text_field="text"):
-    """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
-
-    text_field: the field of a .jsonl line that holds the text.
-    """
+    """The documents of all sources, in a fixed order. text_field: the field of a .jsonl line that holds the text."""
     for source in sources:
         for path in files(source):
             if path == "stdlib":
@@ -167,8 +162,7 @@ def check_kind(path, kinds):
 
 
 def files(source, kinds=KINDS, follow_links=False):
-    """The paths of a source: a path stands for itself, for all files of these kinds below a folder, or for what matches
-    a pattern. "stdlib" stands for itself."""
+    """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
     if source == "stdlib":
         return [source]
     if os.path.isdir(source):
@@ -195,8 +189,7 @@ def matches(pattern, follow_links):
 
 
 def walk(folder, follow_links):
-    """All files below a folder. A link may lead anywhere, so links are read only with follow_links; then each folder
-    is read once, even where links form a circle."""
+    """All files below a folder. Links may lead anywhere: they are read only with follow_links, each folder once."""
     def stop(error):
         raise UserError(f"cannot read {error.filename}: {error.strerror}", "change its permissions") from None
 
