@@ -296,7 +296,7 @@ def encode_batch(batch, tokenizer, chat):
         ids.append(np.array(spoken))
         mask += [0, *learned]
     ids = np.concatenate(ids)
-    assert ids.max() < tokenizer.vocab_size  # numpy would turn 70000 into 4464 in uint16 without a word
+    assert ids.max(initial=0) < tokenizer.vocab_size  # numpy would turn 70000 into 4464 in uint16 without a word
     return ids, np.array(mask, dtype=np.uint8)
 
 
@@ -456,7 +456,7 @@ def next_command(out, meta, settings):
         arguments += [f"--dataset={name}", f"--out_dir=out/{os.path.basename(out)}"]
 
     # 3) A context that fits: a power of two.
-    longest = min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1
+    longest = max(min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1, 1)
     block_size = min(256, 1 << (longest.bit_length() - 1))
     if settings.format == "text" and (block_size < 256 or start == "hugging_face"):
         arguments.append(f"--block_size={block_size}")
