@@ -221,7 +221,7 @@ def test_train_and_sample_from_a_folder(here, capsys):
     folder_of(here / "model", n_layer=1)
     (here / "text.txt").write_text(words(4000), encoding="utf-8")
     prepare.main(["text.txt", "--tokenizer=model"])
-    assert "next: python train.py --init_from=model --dataset=text --out_dir=out/text" in capsys.readouterr().err
+    assert "--init_from=model --dataset=text --out_dir=out/text" in capsys.readouterr().err
     assert sample.main(["model", "--prompt=the", "--temperature=0", "--max_new_tokens=5"]) is None
     assert capsys.readouterr().out.startswith("the")
     assert train.main(["--init_from=model", "--dataset=text", "--eval_only", "--device=cpu", "--compile=false"]) == 0

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sample": "runtime model tokenizer text.pretrained training.checkpoint",
     "serving": "runtime model tokenizer text.pretrained training.checkpoint sample serving",
     "train": "runtime model tokenizer dataset training",
-    "prepare": "runtime tokenizer dataset text training.log",
+    "prepare": "runtime tokenizer dataset text",
     "evaluate": "runtime model tokenizer dataset training.checkpoint formats sample serving.engine evaluation",
     "serve": "runtime training.checkpoint sample serving",
     "export": "runtime model tokenizer dataset text training.checkpoint sample evaluation.perplexity formats",

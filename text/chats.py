@@ -37,8 +37,8 @@ PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answ
 def conversations(sources):
     """The conversations of all sources, as for sources.documents: each a Document with `messages`."""
     for source in sources:
-        for name, path in files(source, KINDS):
-            for where, messages, held_out in stdlib_chats() if name == "stdlib" else file_chats(path):
+        for path in files(source, KINDS):
+            for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
                 yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
 
 

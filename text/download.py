@@ -2,16 +2,14 @@
 """
 Download: fetch a file over a network that stalls and breaks off.
 
-    path = download("https://example.org/book.txt", "data/downloads/book.txt", size=None, sha256=None)
+    path = download("https://example.org/book.txt", "data/downloads/book.txt", size=0, sha256="")
 
-A file under its own name is complete: bytes go to a `*.part` beside it, which is checked and renamed at the end.
-A broken download continues after its last byte, in this process or the next. The name of the part has a hash of the
-version (the sha256, or else the server's ETag), so bytes of two versions are never mixed.
+A file under its own name is complete. Until then its bytes are in a `*.part` beside it, where the next attempt
+continues. The name of the part has a hash of the version (the sha256, or else the server's ETag), so bytes of two
+versions are never mixed.
 """
-import errno
 import hashlib
 import os
-import re
 import shutil
 import time
 from shlex import quote
@@ -23,62 +21,65 @@ STALL_SECONDS = 30  # a connection that is silent for so long is given up
 TRIES = 5
 RETRY_SECONDS = 2  # waits 2, 4, 6, ... seconds before the next attempt
 STOPPED = "the connection ended or stalled"
-CHECK = "check the network, and the address: it must be that of the file itself"
-MIRROR = "--mirror=ANOTHER_HOST"
+PAGE = "it is a web page and not a text"
 
 
-class Interrupted(Exception):
-    """Why an attempt failed, where another one may help."""
+class Failed(Exception):
+    """Why there is no file."""
+
+
+class Interrupted(Failed):
+    """Another attempt may help."""
 
 
 def download(address, path, size=0, sha256=""):
     """Fetch the address into `path` unless it is there; returns path. size, sha256: what it must be, where known."""
     url = public(address)
+    wrong = f"its sha256 is not {sha256[:12]}..."
     if os.path.exists(path):
         if sha256 and file_sha256(path) != sha256:
-            raise UserError(f"{path} is not what {url} should be: its sha256 is not {sha256[:12]}...",
-                            f"rm {quote(path)}, and it is fetched again")
+            raise UserError(f"{path} is not {url}: {wrong}", f"rm {quote(path)}, and it is fetched again")
         note(f"{path} is there, from {url}: delete it to fetch it again")
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with locked(path):
-            for attempt in range(1, TRIES + 1):
-                try:
-                    part = receive(address, path, size, sha256)
-                    break
-                except Interrupted as stop:
-                    why = f"{url}: {stop}, {attempt} times"
-                if attempt == TRIES:
-                    raise UserError(why, "run the same command again: it continues where it stopped")
-                say(f"{why}; trying again")
-                time.sleep(RETRY_SECONDS * attempt)
+            part = persist(address, path, size, sha256)
             if sha256 and file_sha256(part) != sha256:
                 os.remove(part)
-                raise UserError(f"{url} is not the file that it should be: its sha256 is not {sha256[:12]}...", MIRROR)
+                raise Failed(wrong)
             os.replace(part, path)
-    except UserError as error:
-        raise UserError(error.fact, f"{error.fix}; or download the file yourself, to {quote(path)}") from None
+    except Failed as why:
+        raise UserError(f"{url} cannot be fetched: {why}",
+                        "run the same command again: it continues; check the network and the address, give "
+                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
     return path
 
 
+def persist(address, path, size, sha256):
+    """The path of the complete part, after a few attempts."""
+    for attempt in range(TRIES):
+        time.sleep(RETRY_SECONDS * attempt)
+        try:
+            return receive(address, path, size, sha256)
+        except Interrupted as stop:
+            why = stop
+            say(f"{public(address)}: {why}")
+    raise Failed(f"{why}, {TRIES} times")
+
+
 def receive(address, path, size, sha256):
     """One attempt. Returns the path of the complete part."""
-    import urllib3  # what requests is built on
-
     # 1) Which version does the server have, and how much of it is here?
-    url, response = public(address), get(address)
-    page = UserError(f"{url} gives a web page and not a text: a login, a notice, or a page about the file", CHECK)
+    response = get(address)
     if "text/html" in response.headers.get("Content-Type", ""):
-        raise page
-    length = response.headers.get("Content-Length", "")
-    total = int(length) if re.fullmatch("[0-9]{1,15}", length) else size  # 0: unknown
+        raise Failed(PAGE)
+    total = response.raw.length_remaining or size  # 0: unknown
     if size and total != size:
-        raise UserError(f"{url}: the server has a file of {total:,} bytes, but {size:,} are due", MIRROR)
-    etag = response.headers.get("ETag", "")
-    version = sha256 or etag
+        raise Failed(f"the server has a file of {total:,} bytes, but {size:,} are due")
+    version = sha256 or response.headers.get("ETag", "")
     part = f"{path}.{hashlib.sha256(f'{version} {total}'.encode()).hexdigest()[:8]}.part"
     have = os.path.getsize(part) if version and total and os.path.exists(part) else 0
     if have and have == total:
@@ -87,66 +88,60 @@ def receive(address, path, size, sha256):
     # 2) Continue after these bytes. Start again if the server has no ranges, or another file by now.
     if have:
         response.close()
-        headers = {"Range": f"bytes={have}-"}
-        if not sha256:
-            headers["If-Range"] = etag
-        response = get(address, headers)
+        response = get(address, Range=f"bytes={have}-")
         if response.headers.get("Content-Range") != f"bytes {have}-{total - 1}/{total}":
             response = get(address)
             have = 0
     shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
-    say(f"{url}: {shown}, {have:,} bytes of it are here")
-    folder = os.path.dirname(path)
-    free = shutil.disk_usage(folder).free
+    say(f"{public(address)}: {shown}, {have:,} bytes of it are here")
+    free = shutil.disk_usage(os.path.dirname(path)).free
     if total - have > free:
-        raise OSError(errno.ENOSPC, f"{(total - have) / 1e6:,.1f} MB are to come, but {folder} has room for "
-                      f"{free / 1e6:,.1f} MB")
-
-    # 3) Receive.
-    progress, stopped = Progress("fetching", total, have), False
+        raise Failed(f"{(total - have) / 1e6:,.1f} MB are to come, but there is room for {free / 1e6:,.1f} MB")
     with open(part, "ab" if have else "wb") as file:
-        try:
-            for piece in response.raw.stream(1 << 16, decode_content=False):
-                if have == 0 and piece.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-                    raise page
-                have += len(piece)
-                file.write(piece)
-                progress.add(len(piece))
-        except urllib3.exceptions.HTTPError:
-            stopped = True
-        file.flush()
-        os.fsync(file.fileno())
-    if stopped or have < total:
-        raise Interrupted(f"{STOPPED} after {have:,} bytes")
-    if not have:
-        raise UserError(f"{url}: the server sent nothing", CHECK)
+        write(response, file, have, total)
     return part
 
 
-def get(address, headers={}):
+def write(response, file, have, total):
+    """Append the body of the response to a file that has `have` bytes of `total`."""
+    import urllib3  # what requests is built on
+
+    progress = Progress("fetching", total, have)
+    try:
+        for piece in response.raw.stream(1 << 16, decode_content=False):
+            if have == 0 and piece.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+                raise Failed(PAGE)
+            have += len(piece)
+            file.write(piece)
+            progress.add(len(piece))
+    except urllib3.exceptions.HTTPError:
+        raise Interrupted(STOPPED) from None
+    if have < max(total, 1):
+        raise Interrupted(STOPPED)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def get(address, **headers):
     """The server's answer, checked; its body is not read yet."""
-    url, requests = public(address), needs("requests", "downloads")
-    headers = {"Accept-Encoding": "identity", **headers}
+    requests = needs("requests", "downloads")
+    headers["Accept-Encoding"] = "identity"
     try:
         response = requests.get(address, headers=headers, stream=True, timeout=(10, STALL_SECONDS))
     except requests.ReadTimeout:
         raise Interrupted(STOPPED) from None
     except ValueError:  # its text repeats the address, secrets and all
-        raise UserError(f"{url} cannot be reached: it is no address", "https://HOST/FILE.txt") from None
+        raise Failed("it is no address") from None
     except requests.RequestException as error:
         # The innermost of many errors, "[Errno 111] Connection refused": those around it repeat the address.
-        reason = str(error).split("(Caused by ")[-1].split(": ")[-1].strip("()'\"")
-        raise UserError(f"{url} cannot be reached: {reason}", CHECK) from None
+        raise Failed(str(error).split("(Caused by ")[-1].split(": ")[-1].strip("()'\"")) from None
 
     status = f"the server answers {response.status_code} {response.reason}"
     if response.status_code >= 500 or response.status_code == 429:
         raise Interrupted(status)
     if response.status_code not in (200, 206):
-        raise UserError(f"{url}: {status}", CHECK)
+        raise Failed(status)
     for hop in [*response.history, response]:
-        if url.startswith("https:") and not hop.url.startswith("https:"):
-            raise UserError(f"{url} is sent on to {public(hop.url)}, without encryption", CHECK)
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity" and not address.endswith(".gz"):
-        raise UserError(f"{url}: the server sends it packed ({encoding}), though asked not to", MIRROR)
+        if address.startswith("https:") and not hop.url.startswith("https:"):
+            raise Failed(f"it is sent on to {public(hop.url)}, without encryption")
     return response

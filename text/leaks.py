@@ -2,25 +2,15 @@
 """
 Leaks: what is in a text, and how much of the validation split is also in the training split.
 
-Most bad runs are bad data, and most bad data can be seen by counting. `Census` counts every character that prepare.py
-reads. `overlap` counts the validation text that the model has also trained on: it may know that by heart, and then its
-validation loss says nothing. Both work on whole arrays, a bounded part of the text at a time.
+Most bad data can be seen by counting. `Characters` counts what prepare.py reads. `overlap` counts the validation text
+that the model has also trained on: it may know that by heart, and then its validation loss says nothing.
 """
 import os
-import re
-import unicodedata
-from collections import Counter
 
 import numpy as np
 
-from runtime.console import Progress
+from runtime.console import Progress, origin
 from tokenizer import code_points
-
-# What UTF-8 looks like after someone has read it as Windows-1252: two or more characters from these two sets.
-MOJIBAKE = re.compile("[\u00c2-\u00f4][" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", "ignore")) + "]+")
-# Signs of damage that are not control characters by their category: the replacement of what could not be decoded, a
-# byte order mark inside the text, and characters that turn the reading direction (CVE-2021-42574).
-SUSPICIOUS = {0xFFFD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 RUN_BYTES = 80  # about 13 English words, which hardly ever recur by chance (Brown et al. 2020, appendix C)
 SAMPLE = 500_000  # of more runs in the validation split than this, an even sample is looked up
@@ -28,12 +18,11 @@ SLICE = 1 << 18  # tokens, or characters, that are counted at a time
 FACTOR = 0x9E3779B97F4A7C15  # odd, so that multiplication by it loses nothing mod 2^64
 
 
-class Census:
-    """How often each character occurs, and how much was decoded twice."""
+class Characters:
+    """How often each code point occurs: counts, (0x110000,) int64."""
 
     def __init__(self):
         self.counts = np.zeros(0x110000, dtype=np.int64)
-        self.mojibake, self.example = 0, ""
         self.waiting, self.size = [], 0  # a call of numpy costs as much as 1,000 characters
 
     def add(self, text):
@@ -44,71 +33,56 @@ class Census:
 
     def count(self):
         """Count the texts that wait."""
-        text = "".join(self.waiting)
-        self.waiting, self.size = [], 0
-        found = np.bincount(code_points(text))
+        found = np.bincount(code_points("".join(self.waiting)))
         self.counts[:len(found)] += found
-        if found[0xC2:0xF5].any():
-            for match in MOJIBAKE.finditer(text):
-                try:
-                    meant = match[0].encode("cp1252").decode()
-                except UnicodeDecodeError:
-                    continue
-                self.mojibake += 1
-                self.example = self.example or f"{match[0]!r} for {meant!r}"
-
-    def report(self):
-        """Lines for a reader: letters by script, and every kind of character that should make one look."""
-        scripts, odd = Counter(), Counter()
-        for i in np.flatnonzero(self.counts).tolist():
-            category = unicodedata.category(chr(i))
-            if category[0] == "L":
-                scripts[unicodedata.name(chr(i), "OTHER").split()[0]] += int(self.counts[i])
-            elif category in ("Cc", "Co", "Cn") and chr(i) not in "\t\n\r" or i in SUSPICIOUS:
-                odd[f"U+{i:04X}"] = int(self.counts[i])
-        letters = ", ".join(f"{name.capitalize()} {n / scripts.total():.2%}" for name, n in scripts.most_common(6))
-        more = ", ..." if len(scripts) > 6 else ""
-        lines = [f"{self.counts.sum():,} characters, {np.count_nonzero(self.counts):,} different; "
-                 f"letters: {letters or 'none'}{more}"]
-        if odd:
-            worst = ", ".join(f"{name} {n:,}" for name, n in odd.most_common(8))
-            more = ", ..." if len(odd) > 8 else ""
-            lines.append(f"control and other odd characters: {odd.total():,} ({worst}{more})")
-        if self.mojibake:
-            lines.append(f"mojibake: {self.mojibake:,} places where UTF-8 was read as another encoding: {self.example}")
-        return lines
+        self.waiting, self.size = [], 0
 
 
-def histogram(sizes):
-    """Sizes counted by powers of two, as a line: '512: 3, 1k: 40, 2k: 7', each number from that size to the next."""
-    counts = np.bincount(np.frexp(sizes)[1] - 1)
-    return ", ".join(f"{1 << k % 10}{('', *'kMGTPE')[k // 10]}: {n:,}" for k, n in enumerate(counts) if n)
+def characters(counts):
+    """Lines for a reader: which languages there are, and what should make one look, the most frequent first.
+
+    A text that was decoded twice shows by Ã and © in place of é, a damaged one by U+FFFD and control characters.
+    """
+    plain, hidden = [], []
+    order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)].tolist()  # the most frequent first
+    for i in order:
+        if chr(i) in "\t\n\r" or " " <= chr(i) <= "~":
+            continue
+        if chr(i).isprintable() and i != 0xFFFD:
+            plain.append(f"{chr(i)} {counts[i]:,}")
+        else:
+            hidden.append(f"U+{i:04X} {counts[i]:,}")
+    lines = [f"{counts.sum():,} characters, {len(order):,} different; not ASCII: {', '.join(plain[:8]) or 'none'}"]
+    if hidden:
+        lines.append(f"control and other odd characters: {', '.join(hidden[:8])}")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the splits have in common
 
 def overlap(folder, dtype, counts, end, names):
-    """(lines for a reader, the share of all runs of k tokens in val.bin that are also in train.bin).
+    """Lines for a reader: how many validation documents repeat runs of k tokens of the training split, and which.
 
     counts: as meta.json has them; end: the token before each document; names: of the documents in val.bin.
     """
-    k = 1 << int(np.clip(round(np.log2(RUN_BYTES * counts["train"]["tokens"] / counts["train"]["bytes"])), 3, 7))
+    run_tokens = RUN_BYTES * counts["train"]["tokens"] / counts["train"]["bytes"]
+    k = 1 << int(np.clip(round(np.log2(run_tokens)), 3, 7))
     one_in = 1 + counts["val"]["tokens"] // SAMPLE
     train, val = os.path.join(folder, "train.bin"), os.path.join(folder, "val.bin")
     repeated, total = repeated_runs(train, val, dtype, end, k, one_in)
     if not total.any():
-        return [f"overlap: not looked for, no validation document has {k} tokens"], 0.0
-    share, whole = repeated / np.maximum(total, 1), float(repeated.sum() / total.sum())
-    found = np.count_nonzero(share)
+        return [f"overlap: not looked for, no validation document has {k} tokens"]
+    share = repeated / np.maximum(total, 1)  # of each document
     sampled = f", of which 1 in {one_in:,} was looked up" if one_in > 1 else ""
-    lines = [f"overlap: {found:,} of {np.count_nonzero(total):,} validation documents repeat at least one run of {k} "
-             f"tokens from the training split ({whole:.2%} of all such runs{sampled}); "
-             f"mostly repeated: {np.count_nonzero(share > 0.5) or 'none'}"]
-    if found:
-        worst = np.argsort(-share, kind="stable")[:min(found, 3)]
-        lines.append("most of all: " + ", ".join(f"{names[i]} ({share[i]:.1%})" for i in worst))
-    return lines, whole
+    lines = [f"overlap: {np.count_nonzero(share):,} of {np.count_nonzero(total):,} validation documents repeat at "
+             f"least one run of {k} tokens from the training split "
+             f"({repeated.sum() / total.sum():.2%} of all such runs{sampled})"]
+    most = np.argsort(-share, kind="stable")[:3]
+    worst = [f"{origin(names[i])} ({share[i]:.1%})" for i in most if share[i]]
+    if worst:
+        lines.append("most of all: " + ", ".join(worst))
+    return lines
 
 
 def repeated_runs(train, val, dtype, end, k, one_in=1):
@@ -130,8 +104,7 @@ def repeated_runs(train, val, dtype, end, k, one_in=1):
     runs, where = np.unique(np.concatenate(runs), return_inverse=True)
     owners = np.concatenate(owners)
 
-    # 2) Which of them are in train? A search costs as much as a hundred additions: a table of the last bits of the
-    # hashes spares most of them, and in ascending order they find their place in the cache.
+    # 2) Which of them are in train? A table of the last bits spares most searches; sorted, the others are faster.
     found = np.zeros(len(runs), dtype=bool)
     table, last_bits = np.zeros(1 << 22, dtype=bool), np.uint64((1 << 22) - 1)
     table[runs & last_bits] = True
@@ -142,7 +115,8 @@ def repeated_runs(train, val, dtype, end, k, one_in=1):
         at = np.minimum(np.searchsorted(runs, hashes), len(runs) - 1)
         found[at[runs[at] == hashes]] = True
         progress.add(ids.nbytes)
-    return np.bincount(owners, found[where], document[-1]), np.bincount(owners, minlength=document[-1])
+    n_documents = document[-1]
+    return np.bincount(owners, found[where], n_documents), np.bincount(owners, minlength=n_documents)
 
 
 def slices(path, dtype, k):

@@ -2,8 +2,8 @@
 """
 Sources: where texts come from. Files, folders, well-known data sets, and addresses on the web.
 
-    sources, origins = fetch(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"])
-    for document in documents(sources):
+    paths, origins = fetch(["stdlib", "notes.txt", "letters/", "https://example.org/book.txt"])
+    for document in documents(paths):
         for block in document.blocks():  # texts of about a megabyte at most
             ...
 
@@ -11,8 +11,6 @@ Sources: where texts come from. Files, folders, well-known data sets, and addres
     .jsonl               one per line, {"text": "..."}
     .json                SQuAD's layout: every paragraph's `context` is one
     .gz of these         the same; a folder is searched to the bottom, for all but .json, which may be anything
-
-Files are read lazily, a block at a time. An error names the file, and the place in it.
 """
 import codecs
 import glob
@@ -25,17 +23,17 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Callable, Iterator
+from typing import Callable
 from urllib.parse import unquote, urlsplit
 
 from runtime.console import UserError, note, origin, public
 from runtime.files import file_sha256, open_file
+from text.download import download
 from text.rows import field, json_lines, records, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
-CHAT_FIELDS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"},
-               {"question", "answer"}]  # by which a conversation is known, see text/chats.py
 BLOCK_BYTES = 1 << 20
+DOWNLOADS = os.path.join("data", "downloads")
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Document:
     """One text: `blocks()` reads it from the start, in pieces of about a megabyte."""
 
     name: str
-    blocks: Callable[[], Iterator[str]]
+    blocks: Callable
     held_out: bool | None = None  # for validation? None: prepare.py decides
     messages: list | None = None  # of a conversation (text/chats.py): [{"role", "content"}, ...]; None: a text
 
@@ -87,72 +85,46 @@ LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "publ
             "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
 
 
-def fetch(sources, inputs=(), mirror="", kinds=KINDS, follow_links=False):
-    """Find the files of all sources, and download what is not here yet. Returns (pairs as from `files`, origins).
+def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
+    """Find the files of all sources, and download what is not here yet. Returns (paths, origins for meta.json).
 
-    origins: where the texts are from, for meta.json. inputs: files to take for a name instead of downloading it.
     mirror: "https://host" to download from, in place of the host that a name has.
     """
-    if inputs and (len(sources) != 1 or sources[0] not in NAMES):
-        raise UserError(f"--input gives files for one of {', '.join(NAMES)}", "python prepare.py FILE, for other text")
     found, origins = [], []
     for source in sources:
         about = origin(source)
         if source in NAMES and not os.path.exists(source):
             if kinds != KINDS:
-                raise UserError(f"{source} is text, not conversations",
-                                "leave out --format=chat, or give a .jsonl file")
-            found += [(source, path) for path in inputs or downloads(source, mirror)]
-            known = {sha256 for _, _, sha256 in NAMES[source]}
-            for path in inputs:
-                if os.path.isfile(path) and file_sha256(path) not in known:
-                    note(f"{path} is none of the files that {source} is made of, by its sha256; it is taken as it is")
-        elif is_url(source):
-            path = download_url(source, kinds)
-            found.append((None, path))
+                raise UserError(f"{source} is text, not conversations", "leave out --format=chat")
+            for url, size, sha256 in NAMES[source]:
+                where = urlsplit(url).path
+                if mirror:
+                    url = mirror.rstrip("/") + where
+                path = os.path.join(DOWNLOADS, source, os.path.basename(where))
+                found.append(download(url, path, size, sha256))
+        elif source.startswith(("http://", "https://")):
+            check_kind(public(source), kinds)
+            name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(public(source))))
+            folder = hashlib.sha256(source.encode()).hexdigest()[:8]
+            path = download(source, os.path.join(DOWNLOADS, folder, name))
             about += f" (sha256 {file_sha256(path)})"
+            found.append(path)
         else:
             found += files(source, kinds, follow_links)
         origins.append(about)
     return found, origins
 
 
-def downloads(name, mirror):
-    """The paths of all files of a data set."""
-    from text.download import download  # here, because most texts need no network
-
-    for url, size, sha256 in NAMES[name]:
-        where = urlsplit(url).path
-        url = mirror.rstrip("/") + where if mirror else url
-        yield download(url, os.path.join("data", "downloads", name, os.path.basename(where)), size, sha256)
-
-
-def download_url(url, kinds):
-    from text.download import download
-
-    name = re.sub(r"[^\w.-]", "_", os.path.basename(unquote(public(url)))) or "index"
-    check_kind(name, public(url), kinds)
-    folder = hashlib.sha256(url.encode()).hexdigest()[:8]
-    return download(url, os.path.join("data", "downloads", folder, name))
-
-
-def is_url(source):
-    return source.startswith(("http://", "https://"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
 
 def documents(sources, text_field="text"):
-    """The documents of all sources, in a fixed order. Raises UserError for what does not exist or cannot be read.
-
-    sources: paths, or what `fetch` returns. text_field: the field of a .jsonl line that holds the text.
-    """
+    """The documents of all sources, in a fixed order. text_field: the field of a .jsonl line that holds the text."""
     for source in sources:
-        for name, path in files(source):
-            if name == "stdlib":
+        for path in files(source):
+            if path == "stdlib":
                 yield from stdlib_documents()
-            elif name == "tinystories":
+            elif os.path.basename(path).startswith("TinyStories"):
                 yield from story_documents(path)
             elif kind(path) == ".jsonl":
                 yield from jsonl_documents(path, text_field)
@@ -183,37 +155,30 @@ def kind(path):
     return ending
 
 
-def check_kind(name, source, kinds):
-    if kind(name) in (*kinds, ".json"):
-        return
-    fix = f"if it is plain text: mv {quote(name)} {quote(name + '.txt')}"
-    if kinds != KINDS:
-        fix += ", and leave out --format=chat"
-    raise UserError(f"{source} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these", fix)
+def check_kind(path, kinds):
+    if kind(path) not in (*kinds, ".json"):
+        raise UserError(f"{path} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
+                        "give plain text the ending .txt, and leave out --format=chat")
 
 
 def files(source, kinds=KINDS, follow_links=False):
-    """The files of a source, as pairs (name of a data set or None, path). A path stands for itself, for all files of
-    these kinds below a folder, or for what matches a pattern. What `fetch` has found stands for itself."""
-    if isinstance(source, tuple):
-        return [source]
+    """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
     if source == "stdlib":
-        return [("stdlib", source)]
+        return [source]
     if os.path.isdir(source):
         found, lacks = walk(source, follow_links), "holds no"
     elif os.path.exists(source):
-        check_kind(source, source, kinds)
-        return [(None, source)]
+        check_kind(source, kinds)
+        return [source]
     else:
         found, lacks = matches(source, follow_links), "does not exist, nor does a name or pattern of it match a"
         if ".json" in source:
             kinds = (*kinds, ".json")
     paths = sorted(path for path in found if kind(path) in kinds)
     if not paths:
-        names = ["stdlib", *NAMES] if ".txt" in kinds else ["stdlib"]
         raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
-                        f"give a file, a folder, a pattern, an address, or one of: {', '.join(names)}")
-    return [(None, path) for path in paths]
+                        f"give a file, a folder, a pattern, an address, or one of: stdlib, {', '.join(NAMES)}")
+    return paths
 
 
 def matches(pattern, follow_links):
@@ -224,13 +189,11 @@ def matches(pattern, follow_links):
 
 
 def walk(folder, follow_links):
-    """All files below a folder. A link may lead anywhere, so links are read only with follow_links; then each folder
-    is read once, even where links form a circle."""
+    """All files below a folder. Links may lead anywhere: they are read only with follow_links, each folder once."""
     def stop(error):
-        raise UserError(f"cannot read {error.filename}: {error.strerror}",
-                        "change its permissions, or move it away") from None
+        raise UserError(f"cannot read {error.filename}: {error.strerror}", "change its permissions") from None
 
-    found, left_out, seen = [], 0, set()
+    found, links, seen = [], 0, set()
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=follow_links):
         if os.path.realpath(parent) in seen:
             folders.clear()
@@ -238,13 +201,12 @@ def walk(folder, follow_links):
         seen.add(os.path.realpath(parent))
         folders.sort()
         for path in [os.path.join(parent, name) for name in folders + names]:
-            ignored = os.path.islink(path) and not follow_links
-            if os.path.isfile(path) and not ignored:
+            if os.path.islink(path) and not follow_links:
+                links += 1
+            elif os.path.isfile(path):
                 found.append(path)
-            elif ignored or not os.path.isdir(path):
-                left_out += 1
-    if left_out:
-        note(f"{left_out:,} links, pipes and devices in {folder} are left out (prepare.py has --follow_links)")
+    if links:
+        note(f"{links:,} links in {folder} are left out (prepare.py has --follow_links)")
     return found
 
 
@@ -286,21 +248,19 @@ def text_blocks(path):
         yield rest
 
 
-def seam(text):
-    """The last place where a text can be cut without a token noticing: in front of a single space.
+# The last place where a cut changes no token: before a single space, where all tokenizers here begin one; in text
+# without any (Chinese), where a line begins. The `.*` is greedy.
+SEAMS = re.compile(r".*(?<=\S)(?= \S)", re.DOTALL), re.compile(r".*\n(?=\S)", re.DOTALL)
 
-    All tokenizers here begin a token at such a space. Text without any (Chinese) is cut where a line begins.
-    """
+
+def seam(text):
+    """Where to cut a text, near its end."""
     near = max(len(text) - (1 << 16), 0)
-    end = text.rfind(" ", 1, -1)
-    while end > near and (text[end - 1].isspace() or text[end + 1].isspace()):
-        end = text.rfind(" ", 1, end)
-    if end > near:
-        return end
-    end = text.rfind("\n", 0, -1)
-    while end >= near and text[end + 1].isspace():
-        end = text.rfind("\n", 0, end)
-    return end + 1 if end >= near else len(text)
+    for place in SEAMS:
+        found = place.match(text[near:])
+        if found:
+            return near + found.end()
+    return len(text)
 
 
 def in_memory(name, text, held_out=None, messages=None):
@@ -313,19 +273,9 @@ def jsonl_documents(path, text_field):
     fix = f'every line must be like {{"{text_field}": "..."}}; mend the line or delete it'
     for where, row in json_lines(path, decoded(path), fix):
         if isinstance(row, dict) and text_field not in row:
-            fix = fix_for_fields(row, fix)
+            texts = [f"--text_field={quote(name)}" for name, value in row.items() if isinstance(value, str)]
+            fix = " or ".join([*texts[:1], "--format=chat, if these are conversations"])
         yield in_memory(where, field(row, text_field, str, where, fix))
-
-
-def fix_for_fields(row, fix):
-    """What to type for a row with other fields than the one that was looked for."""
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    if texts:
-        fix = f"--text_field={quote(texts[0])}"
-    if any(row.keys() >= fields for fields in CHAT_FIELDS):
-        chat = "--format=chat, if these are conversations to learn to answer from"
-        fix = f"{chat}; or {fix}" if texts else chat
-    return fix
 
 
 def squad_documents(path):
