@@ -98,7 +98,7 @@ def byte_json(tokenizer):
     """tiktoken's encodings: bytes are written as visible characters."""
     if tokenizer.name not in ENCODINGS:
         raise UserError(f"the encoding {tokenizer.name} is none of {', '.join(ENCODINGS)}", GRAPHS)
-    visible = {byte: character for character, byte in pretrained.ALPHABET.items()}
+    visible = {byte: character for character, byte in pretrained.byte_alphabet().items()}
 
     def shown(token):
         return "".join(visible[byte] for byte in token)

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, byte_encoding, check_conversation, error, nasty, turns, words
+from conftest import GPT2, ROOT, byte_encoding, check_conversation, error, nasty, turns, words
 
 from text import pretrained, sources
 import prepare
@@ -435,7 +435,7 @@ def test_an_end_token_that_is_no_text(tmp_path):
     ({}, {}, "damaged")])
 def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
     (tmp_path / "config.json").write_text('{"kind": "tiktoken"}')
-    (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=pretrained.GPT2, special=special)))
+    (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=GPT2, special=special)))
     (tmp_path / "encoding.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank
                                                           for token, rank in tokens.items()))
     assert fact in error(lambda _: tokenizers.load(tmp_path))[0]
