@@ -266,7 +266,7 @@ def character_folder(path, name, more=()):
     if kind == "unigram":
         model = dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores)))
     else:
-        merges, _ = merges_of(sorted(pieces[259:], key=lambda piece: -scores[pieces.index(piece)]))
+        merges = merges_of(sorted(pieces[259:], key=lambda piece: -scores[pieces.index(piece)]))
         model = dict(type="BPE", vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>",
                      fuse_unk=True, byte_fallback=True, dropout=0.1)
     tokens = [added(i, text) for i, text in enumerate(pieces[:3])]

@@ -2,15 +2,15 @@
 """
 Other people's vocabularies, with the ids that their models have learned, and their chat formats.
 
-    tokenizer = from_tiktoken("gpt2")           # an encoding of tiktoken: gpt2, cl100k_base, o200k_base, ...
-    tokenizer = from_hugging_face("SmolLM2")    # a folder with a tokenizer.json: Llama, Mistral, Gemma, Qwen, ...
-    ids = tokenizer.chat([{"role": "user", "content": "Hello"}])    # a prompt, in the model's own chat format
+    tokenizer = from_tiktoken("gpt2")           # or cl100k_base, o200k_base, ...
+    tokenizer = from_hugging_face("SmolLM2")    # a folder with a tokenizer.json: Llama, Gemma, Qwen, ...
+    ids = tokenizer.chat([{"role": "user", "content": "Hello"}])    # a prompt, in the model's own format
 
-GPT-2 and most models after it start from bytes (Radford et al. 2019): 256 tokens can spell any text, and merges join
-them to longer ones, in the order in which they were learned. Before, a regular expression cuts the text into words,
-which no merge crosses. Llama 2, Mistral and Gemma start from characters and spell in bytes what has no token ("byte
-fallback"). The packages tiktoken and tokenizers do this. Added here: the bytes of each token, and the promise that
-text never becomes a special token.
+GPT-2 and most models after it start from bytes (Radford et al. 2019): 256 tokens can spell any text, and
+merges join them, in the order in which they were learned. Before, a regular expression cuts the text into
+words, which no merge crosses. Llama 2, Mistral and Gemma start from characters and spell in bytes what has no
+token ("byte fallback"). The packages tiktoken and tokenizers do this. Added here: the bytes of each token,
+and the promise that text never becomes a special token.
 """
 import base64
 import contextlib
@@ -26,7 +26,7 @@ import numpy as np
 from runtime.console import UserError, needs
 from runtime.files import open_file
 
-LONG_RUN = 1 << 14  # tiktoken's expression engine overflows its stack in some 100,000 white spaces in a row
+LONG_RUN = 1 << 14  # of white space; in some 100,000 characters of it, tiktoken's stack overflows
 MOST_IDS = 1 << 24  # each takes memory
 ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a folder
@@ -38,15 +38,16 @@ SOURCE_FIX = "take the tokenizer's files from their source again, or prepare the
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
 TEMPLATE_FIX = "check the roles and their order: most want user and assistant to alternate"
-NETWORK_FIX = "connect to the network once, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or --tokenizer=bpe"
+NETWORK_FIX = "connect to the network once; or TIKTOKEN_CACHE_DIR=a copy of its cache; or --tokenizer=bpe"
 
 
 class Tokenizer:
     """What all tokenizers have in common. They add encode_to_numpy, chat and conversation.
 
-    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for. files: {name: bytes} that
-    `save` writes. template, settings: a chat format, and the special tokens that it names. missing: bytes that no token
-    stands for. prefix: is a space put before a text, which `decode` takes away?
+    special: {text: id} of the tokens that text never becomes. bytes: what each id stands for.
+    files: {name: bytes} that `save` writes. missing: bytes that no token stands for.
+    template, settings: a chat format, and the special tokens that it names.
+    prefix: is a space put before a text, which `decode` takes away?
     """
 
     missing, prefix, template, settings = b"", False, "", {}
@@ -104,7 +105,7 @@ def check_ids(ids):
         raise ValueError(f"an id is given twice, or is no number from 0 to {MOST_IDS - 1:,}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # tiktoken's encodings
 
 def tiktoken():
@@ -118,31 +119,31 @@ def from_tiktoken(name):
         encoding = library.get_encoding(name)
     about = dict(name=name, pattern=encoding._pat_str, special=encoding._special_tokens)
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items()]
-    return TiktokenTokenizer({"encoding.json": json.dumps(about).encode(), "encoding.tiktoken": b"".join(lines)})
+    contents = json.dumps(about).encode(), b"".join(lines)
+    return TiktokenTokenizer(dict(zip(ENCODING, contents)))
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding from the two files that `save` writes. ranks: {bytes: id}; the token of a lower id is merged first.
-    """
+    """An encoding from the two files that `save` writes. ranks: {bytes: id}; lower ids are merged first."""
 
     kind = "tiktoken"
 
     def __init__(self, files):
+        self.files = files
         about = json.loads(files["encoding.json"])
-        self.files, self.name, self.pattern, self.special = files, about["name"], about["pattern"], about["special"]
-        self.ranks = {}
-        for line in files["encoding.tiktoken"].splitlines():
-            token, rank = line.split()
-            self.ranks[base64.b64decode(token)] = int(rank)
+        self.name, self.pattern, self.special = about["name"], about["pattern"], about["special"]
+        lines = map(bytes.split, files["encoding.tiktoken"].splitlines())
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         ids = [*self.ranks.values(), *self.special.values()]
         check_ids(ids)
         self.vocab_size = max(ids) + 1
         self.bytes = [b""] * self.vocab_size
         for token, rank in self.ranks.items():
             self.bytes[rank] = token
-        # Special tokens are inserted here, but without any, tiktoken looks for an empty one behind every character.
-        self.encoding = tiktoken().Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                            special_tokens={"<|unused|>": max(self.ranks.values()) + 1})
+        # Without any special token, tiktoken looks for an empty one behind every character.
+        unused = {"<|unused|>": max(self.ranks.values()) + 1}
+        self.encoding = tiktoken().Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=unused)
         self.encode("a")  # the thread that comes first owns a cache: better not one of many that work
 
     def encode_to_numpy(self, text, follows=False):
@@ -161,13 +162,14 @@ def short_runs(text):
     yield text[start:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Hugging Face's tokenizer.json
 
 def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError where its files cannot be read."""
-    with careful(f"{os.path.join(folder, 'tokenizer.json')} is damaged, or of an unknown layout"):
-        files = {name: read(folder, name) for name in PARTS if os.path.isfile(os.path.join(folder, name))}
+    with careful(f"{os.path.join(folder, PARTS[0])} is damaged, or of an unknown layout"):
+        found = [name for name in PARTS if os.path.isfile(os.path.join(folder, name))]
+        files = {name: read(folder, name) for name in found}
         return HuggingFaceTokenizer(os.path.basename(os.path.abspath(folder)), files)
 
 
@@ -187,10 +189,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.template = chat_template(files, config)
         self.special = special_tokens(spec, self.settings, name)
         self.names = {i: text for text, i in self.special.items()}
-        # Thousands of names differ in a number alone, "<|reserved_17|>". An expression of all would take minutes.
+        # (Thousands of names may differ in a number alone: <|reserved_17|>. One expression for them is fast.)
         self.named = "|".join({re.sub(r"\d+", r"\\d+", re.escape(text)) for text in self.special})
 
-        # 1) the library, which gets what concerns the text alone
+        # 1) the library
         spec["model"].pop("dropout", None)
         spec.update(truncation=None, padding=None)
         self.library = needs("tokenizers", "Hugging Face tokenizers").Tokenizer.from_str(json.dumps(spec))
@@ -207,33 +209,34 @@ class HuggingFaceTokenizer(Tokenizer):
         decoder = None if byte_level else self.library.decoder
         self.vocab_size = max(vocabulary.values()) + 1
         self.bytes = [b""] * self.vocab_size
-        for text in vocabulary.keys() - self.special.keys():
+        for text in vocabulary.keys() - self.names.values():
             self.bytes[vocabulary[text]] = spelled(text, decoder, byte_level and text not in added)
         if byte_level:
-            self.missing = bytes(byte for character, byte in byte_alphabet().items() if character not in vocabulary)
+            alphabet = byte_alphabet()
+            self.missing = bytes(alphabet[visible] for visible in alphabet if visible not in vocabulary)
         self.prefix = self.decode(self.encode("a")).startswith(" ")
+        self.cut_names()
 
-        # 3) special tokens that the model itself makes of their names, as Unigram does
-        forged = [text for text, i in self.special.items() if i in self.encode(text) + self.encode(text, follows=True)]
-        if forged:
-            self.cut(forged)
-
-    def cut(self, names):
-        """Cut texts behind the first character of each of these names, so that no token can be the whole name."""
+    def cut_names(self):
+        """Cut the names of special tokens that the model itself would make, as Unigram does, in two."""
         from tokenizers import Regex, pre_tokenizers  # (here, because the package is optional)
-        places = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
-        split = pre_tokenizers.Split(Regex("|".join(places)), "merged_with_previous")
-        steps = [self.library.pre_tokenizer, split] if self.library.pre_tokenizer else [split]
-        self.library.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        places = []
+        for name, i in self.special.items():
+            if i in self.encode(name) + self.encode(name, follows=True):
+                places.append(f"{re.escape(name[0])}(?={re.escape(name[1:])})")
+        if places:
+            split = pre_tokenizers.Split(Regex("|".join(places)), "merged_with_previous")
+            steps = filter(None, [self.library.pre_tokenizer, split])
+            self.library.pre_tokenizer = pre_tokenizers.Sequence([*steps])
 
     @functools.cached_property
     def chat_library(self):
-        """The library for chats: it finds special tokens by name, and drops each BREAK from the text between them."""
+        """The library for chats: it finds special tokens by name, and drops BREAK from the text between."""
         from tokenizers import normalizers
         library = copy.deepcopy(self.library)
         library.encode_special_tokens = False
-        steps = [library.normalizer] if library.normalizer else []
-        library.normalizer = normalizers.Sequence([normalizers.Replace(BREAK, ""), *steps])
+        steps = filter(None, [normalizers.Replace(BREAK, ""), library.normalizer])
+        library.normalizer = normalizers.Sequence([*steps])
         return library
 
     def encode(self, text, follows=False):
@@ -262,13 +265,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def chat(self, messages, answer=True):
         """The ids of a conversation, [{"role": "user", "content": "..."}, ...], in this model's own format.
 
-        answer: end with the beginning of the assistant's turn. "<|im_end|>" in a message is text, and ends nothing.
+        answer: end with the beginning of the assistant's turn. "<|im_end|>" in a message is only text.
         """
         return self.encode_with_special(self.fill(self.guard(messages), answer))
 
     def conversation(self, messages):
-        """(ids, mask) of a conversation, two lists: the mask is 1 on each answer that is not empty, and its end token.
-        """
+        """(ids, mask) of a conversation: the mask is 1 on answers that are not empty, and their end tokens."""
         template = f"the chat template of {self.name}"
         end = self.special.get(self.settings.get("eos_token"))
         text, ids, mask = "", [], []
@@ -285,15 +287,15 @@ class HuggingFaceTokenizer(Tokenizer):
             mask += [1] * n + [0] * (len(new) - n)
             text = longer
         if self.special["<|endoftext|>"] in ids:
-            raise UserError(f"{template} contains its end-of-text token, which stands between conversations in "
-                            "prepared data", "a model whose turns end with another token")
+            raise UserError(f"{template} contains its end-of-text token, which stands between conversations "
+                            "in prepared data", "a model whose turns end with another token")
         return ids, mask
 
     def stages(self, messages):
         """A conversation as it grows: (all text up to here, is the last of it an answer to learn?).
 
-        A template does not say which text comes from which message. So it is asked for the prompt of each answer, and
-        for the text with that answer.
+        A template does not say which text comes from which message. So it is filled in up to each answer, as
+        for a prompt, and with it.
         """
         guarded = self.guard(messages)
         for i, message in enumerate(messages):
@@ -323,9 +325,10 @@ def named_tokens(config):
     """{name: text} of the special tokens that a tokenizer_config.json names, such as eos_token."""
     found = {}
     for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
+        if isinstance(value, dict):
+            value = value.get("content")
+        if name.endswith("_token") and isinstance(value, str):
+            found[name] = value
     return found
 
 
@@ -353,7 +356,7 @@ def special_tokens(spec, settings, name):
 
 @functools.cache
 def byte_alphabet():
-    """GPT-2's way to write bytes as visible characters: {character: byte}. A space is written as U+0120."""
+    """How GPT-2 writes bytes as visible characters: {character: byte}. A space is written as U+0120."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -372,16 +375,17 @@ def spelled(token, decoder, byte_level):
     return token.encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Chats
 
 def check_messages(messages, roles=()):
-    """Raises UserError where a message has no text, or a role that is none of these (without any: all are allowed)."""
+    """Raises UserError for a message without text, or with a role that is none of these. (): any role."""
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
             raise UserError("a message without role or without text", MESSAGES_FIX)
         if roles and message["role"] not in roles:
-            raise UserError(f"a message of {message['role']!r}: the roles are {', '.join(roles)}", MESSAGES_FIX)
+            fact = f"a message of {message['role']!r}: the roles are {', '.join(roles)}"
+            raise UserError(fact, MESSAGES_FIX)
 
 
 def render(template, **values):
@@ -398,12 +402,12 @@ PADDING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zf
 
 @functools.lru_cache(maxsize=8)  # it takes a hundred times as long as filling it in
 def compiled(template):
-    """A chat template: Jinja in its sandbox, which keeps it from running code, with what such templates expect."""
+    """A chat template: Jinja in a sandbox, with what such templates expect."""
     needs("jinja2", "chat templates")
     import jinja2.sandbox
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Jinja's own keeps a template from running code; this one also from filling the memory in a moment."""
+        """Jinja's own keeps a template from running code, this one also from filling the memory."""
 
         intercepted_binops = frozenset(["**", "*", "%"])
 
