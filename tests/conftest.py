@@ -23,6 +23,7 @@ import prepare  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # its expression for words
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--learning_rate=1e-2",
         "--eval_interval=10", "--log_interval=1", "--compile=false", "--dtype=float32", "--device=cpu"]
 
@@ -120,7 +121,7 @@ def write_talks(path, talks):
 
 def byte_encoding(special={"<|endoftext|>": 256}):
     """A vocabulary of the 256 bytes, as a tiktoken encoding."""
-    about = dict(name="t", pattern=pretrained.GPT2, special=special)
+    about = dict(name="t", pattern=GPT2, special=special)
     lines = [base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)]
     return pretrained.TiktokenTokenizer({"encoding.json": json.dumps(about).encode(),
                                          "encoding.tiktoken": b"".join(lines)})
@@ -135,7 +136,7 @@ def byte_level(special, template):
                 model=dict(type="BPE", vocab=pretrained.byte_alphabet(), merges=[]))
     files = {"tokenizer.json": json.dumps(spec).encode(), "chat_template.jinja": template.encode(),
              "tokenizer_config.json": b'{"eos_token": "<|im_end|>"}'}
-    return pretrained.HuggingFaceTokenizer("t", "tokenizer.json", files)
+    return pretrained.HuggingFaceTokenizer("t", files)
 
 
 def check_conversation(tokenizer, messages, end):

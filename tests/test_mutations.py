@@ -15,7 +15,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import FAMILIES, random_model, talks, turns, words, write_talks
+from conftest import FAMILIES, GPT2, random_model, talks, turns, words, write_talks
 from faults import context
 
 from text import pretrained
@@ -170,7 +170,7 @@ def valid(tiny_run, tmp_path_factory):
     (here / "tiktoken").mkdir()
     (here / "tiktoken/config.json").write_text(json.dumps(dict(kind="tiktoken", vocab_size=259, special={})))
     (here / "tiktoken/encoding.json").write_text(json.dumps(dict(
-        name="t", pattern=pretrained.GPT2, special={"<|endoftext|>": 258})))
+        name="t", pattern=GPT2, special={"<|endoftext|>": 258})))
     (here / "tiktoken/encoding.tiktoken").write_bytes(b"".join(
         pretrained.base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     write_talks(here / "chats.jsonl", talks(12))

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, byte_encoding, check_conversation, error, nasty, turns, words
+from conftest import GPT2, ROOT, byte_encoding, check_conversation, error, nasty, turns, words
 
 from text import pretrained, sources
 import prepare
@@ -266,7 +266,7 @@ def character_folder(path, name, more=()):
     if kind == "unigram":
         model = dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores)))
     else:
-        merges, _ = merges_of(sorted(pieces[259:], key=lambda piece: -scores[pieces.index(piece)]))
+        merges = merges_of(sorted(pieces[259:], key=lambda piece: -scores[pieces.index(piece)]))
         model = dict(type="BPE", vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>",
                      fuse_unk=True, byte_fallback=True, dropout=0.1)
     tokens = [added(i, text) for i, text in enumerate(pieces[:3])]
@@ -435,7 +435,7 @@ def test_an_end_token_that_is_no_text(tmp_path):
     ({}, {}, "damaged")])
 def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
     (tmp_path / "config.json").write_text('{"kind": "tiktoken"}')
-    (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=pretrained.GPT2, special=special)))
+    (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=GPT2, special=special)))
     (tmp_path / "encoding.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank
                                                           for token, rank in tokens.items()))
     assert fact in error(lambda _: tokenizers.load(tmp_path))[0]

@@ -5,7 +5,7 @@ Chats: where conversations come from, for a model that is to answer and then to 
     python prepare.py chats.jsonl --format=chat
     python prepare.py stdlib --format=chat --tokenizer=out/small    # about Python's library
 
-A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it becomes the system message.
+A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it is the system message.
 
     messages                       [{"role": "user" or "assistant", "content": "..."}, ...]
     conversations                  ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]
@@ -39,7 +39,8 @@ def conversations(sources):
     for source in sources:
         for path in files(source, KINDS):
             for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
-                yield in_memory(where, "\n".join(message["content"] for message in messages), held_out, messages)
+                text = "\n".join(message["content"] for message in messages)
+                yield in_memory(where, text, held_out, messages)
 
 
 def file_chats(path):
@@ -95,7 +96,7 @@ def dialogue(texts):
     return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Questions about the standard library, answered from its source
 
 FIRST = {"what": ["What does {name} do?", "What is {name} for?", "Explain {name}.", "Tell me about {name}."],
@@ -103,8 +104,9 @@ FIRST = {"what": ["What does {name} do?", "What is {name} for?", "Explain {name}
          "where": ["Which module has {short}?", "Where do I find {short}?", "What do I import for {short}?"]}
 THEN = {"what": ["And what does it do?", "What is it for?", "Explain it."],
         "call": ["And how do I call it?", "How is it called?", "What does a call of it look like?"]}
-PLANS = ["what", "call", "where", "what call", "call what", "where what", "where call"]  # what is asked, in turn
+PLANS = ["what", "call", "where", "what call", "call what", "where what", "where call"]  # asked in turn
 SENTENCE = re.compile(r"[A-Z].{8,198}?\.(?= [A-Z]|$)")  # short: a small model reads 256 tokens
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 HARMLESS = {"staticmethod", "classmethod", "abstractmethod", "contextmanager"}  # these do not change a call
 
 
@@ -145,7 +147,7 @@ def library():
 def inside(parent, module, prefix=""):
     """(name, answers) for all functions and classes of a module or class, and inside these."""
     for node in parent.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(node, DEFINITIONS) and not node.name.startswith("_"):
             short, answers = prefix + node.name, {}
             paragraph = (ast.get_docstring(node) or "").split("\n\n")[0].split()
             if sentence := SENTENCE.match(" ".join(paragraph)):
@@ -158,7 +160,7 @@ def inside(parent, module, prefix=""):
 
 
 def signature(node, method):
-    """How a function or class is called, without self: "(text, width=70)". None where it is hard to say."""
+    """How a function or class is called: "(text, width=70)". None where it is hard to say."""
     decorators = {ast.unparse(decorator).split(".")[-1] for decorator in node.decorator_list}
     if isinstance(node, ast.ClassDef):
         made = [child for child in node.body if getattr(child, "name", "") == "__init__"]

@@ -18,10 +18,10 @@ SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{
 
 def field(row, name, kind, where, fix):
     """row[name], which has to be of this kind."""
-    if not isinstance(row, dict) or name not in row:
-        found = ", ".join(row) or "none" if isinstance(row, dict) else kind_of(row)
-        raise UserError(f"{where}: no field `{name}`, but {found}", fix)
-    return check(row[name], name, kind, where, fix)
+    if isinstance(row, dict) and name in row:
+        return check(row[name], name, kind, where, fix)
+    found = ", ".join(row) or "none" if isinstance(row, dict) else kind_of(row)
+    raise UserError(f"{where}: no field `{name}`, but {found}", fix)
 
 
 def check(value, name, kind, where, fix):
@@ -32,7 +32,8 @@ def check(value, name, kind, where, fix):
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a pair, "\ud83d"
-            raise UserError(f"{where}: `{name}` has half a character, {ascii(value[error.start])}", fix) from None
+            half = ascii(value[error.start])
+            raise UserError(f"{where}: `{name}` has half a character, {half}", fix) from None
     return value
 
 
@@ -56,20 +57,21 @@ def records(path, blocks, separator):
         yield from ended
         number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
-            raise UserError(f"{path}: text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} "
-                            "characters", "split it, or give it as a .txt file")
+            fact = f"text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} characters"
+            raise UserError(f"{path}: {fact}", "split it, or give it as a .txt file")
     yield rest
 
 
 def squad(path, questions=True):
-    """(where, context, paragraph) for every paragraph of a .json in SQuAD's layout (Rajpurkar 2016, arXiv 1606.05250).
+    """(where, context, paragraph) for every paragraph of a .json in SQuAD's layout (arXiv 1606.05250).
 
     questions: False drops them while reading; they are four fifths of the file.
     """
-    def without_questions(fields):
+    def drop(fields):
         fields.pop("qas", None)
         return fields
-    content = read_json(path, SQUAD, object_hook=None if questions else without_questions)
+
+    content = read_json(path, SQUAD, object_hook=None if questions else drop)
     for i, article in enumerate(field(content, "data", list, path, SQUAD)):
         for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"
