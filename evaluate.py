@@ -85,9 +85,6 @@ def read_tasks(settings):
             raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         items = grading.read_task(path)
         pool = grading.read_task(settings.examples) if settings.examples else []
-        if pool and pool[0].kind != items[0].kind:
-            raise UserError(f"{settings.examples} has {pool[0].kind} to answer, {name} has {items[0].kind}",
-                            "--tasks and --examples of one kind")
         asked = items[:settings.limit or None]
         examples = [choose_examples(item, pool or items[i:] + items[:i], settings.shots)
                     for i, item in enumerate(asked)]

@@ -9,11 +9,12 @@ Six models of different n_embd train for two minutes each. A law is fitted to th
     bits per byte = E + ((A / N)^a + B / D)^b      (Kaplan 2020, arXiv 2001.08361, equation 1.5, and an E)
 
 with N parameters that have read D tokens. E, what no model can know, is set by hand, since runs so short fit any. The
-law says which n_embd is best after thirty minutes, and how good. Then that run starts.
+law says which n_embd is best after thirty minutes, and how good. Then that run starts. What is finished in out/scaling
+is not trained again.
 
 Windows have 32 tokens: with more, a model learns at some moment to copy from its context (induction heads, Olsson
 2022, arXiv 2209.11895), a leap that no law predicts. The learning rate stays level after its warm-up, so that every
-moment of a run is the end of a shorter one. A run that is finished in out/scaling is not trained again.
+moment of a run is the end of a shorter one.
 """
 import math
 import os

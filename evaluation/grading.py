@@ -19,13 +19,13 @@ import math
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
 from runtime.console import UserError
-from text.rows import SQUAD, check, field, json_lines, kind_of, squad
+from text.rows import SQUAD, check, field, json_lines, squad
 from text.sources import decoded, kind
 
 FIX = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
@@ -80,67 +80,56 @@ def squad_rows(path):
 
 def item_of(row, where):
     """A row as an Item of the kind that its fields say."""
-    fields = row.keys() if isinstance(row, dict) else set()
-    for layout, make in LAYOUTS:
-        if layout.keys() <= fields:
-            for name, wanted in layout.items():
-                check(row[name], name, wanted, where, FIX)
-                for i, value in enumerate(row[name] if wanted is list else []):
-                    check(value, f"{name}[{i}]", str, where, FIX)
-            return make(row, where)
-    raise UserError(f"{where}: no question, but {', '.join(sorted(fields)) or kind_of(row)}", FIX)
+    fields = row if isinstance(row, dict) else {}
 
+    def get(name, wanted):
+        value = field(row, name, wanted, where, FIX)
+        if wanted is str and not value.strip():
+            raise UserError(f"{where}: `{name}` is empty", FIX)
+        return value
 
-def choice_item(row, where):
-    prompt, answer = row["prompt"].rstrip(), row["answer"]  # a space is put before each choice
-    choices = [choice.strip() for choice in row["choices"]]
-    if not prompt:
-        raise UserError(f"{where}: `prompt` is empty", FIX)
-    if not 0 <= answer < len(choices):
-        raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
-    return Item("choice", where, prompt, prompt, [choices[answer]], choices)
+    def texts(name):
+        return [check(text, f"{name}[{i}]", str, where, FIX) for i, text in enumerate(get(name, list))]
 
+    # 1. A choice
+    if "choices" in fields:
+        prompt = get("prompt", str).rstrip()  # a space is put before each choice
+        choices = [choice.strip() for choice in texts("choices")]
+        answer = get("answer", int)
+        if not 0 <= answer < len(choices):
+            raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
+        return Item("choice", where, prompt, prompt, [choices[answer]], choices)
 
-def words_item(row, where):
-    context = check(row.get("context") or "", "context", str, where, FIX).strip()
-    if "question" in row:
-        question = f"Question: {row['question'].strip()}"
-        end = "\nAnswer:"
-    else:
-        question, end = row["prompt"], ""
-    if context:
-        question = f"{context}\n\n{question}"
-    answers = [answer for answer in row["answers"] if normalize(answer)] or row["answers"] or [""]
-    return Item("words", where, question + end, question, answers, [], group=context)
+    # 2. Words
+    if "answers" in fields:
+        context = check(row.get("context") or "", "context", str, where, FIX).strip()
+        before = f"{context}\n\n" if context else ""
+        right = [answer for answer in texts("answers") if normalize(answer)] or row["answers"] or [""]
+        if "prompt" in fields:
+            question = prompt = before + get("prompt", str)
+        else:
+            question = before + "Question: " + get("question", str).strip()
+            prompt = question + "\nAnswer:"
+        return Item("words", where, prompt, question, right, [], group=context)
 
-
-def number_item(row, where):
-    question = row["question"].strip()
-    steps, mark, end = row["answer"].rpartition("####")
+    # 3. A number
+    question = get("question", str).strip()
+    steps, mark, end = get("answer", str).rpartition("####")
     if not MARKED.fullmatch(mark + end.rstrip()):
         raise UserError(f"{where}: `answer` does not end with #### and a number", FIX)
     steps = re.sub(r"<<[^<>]*>>", "", steps).lstrip()  # GSM8K's <<3*4=12>> are for a calculator
     return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [], steps)
 
 
-LAYOUTS = [  # the first whose fields a row has
-    ({"prompt": str, "choices": list, "answer": int}, choice_item),
-    ({"question": str, "answers": list}, words_item),
-    ({"prompt": str, "answers": list}, words_item),
-    ({"question": str, "answer": str}, number_item)]
-
-
-def prompt_text(item, examples, cot=False):
-    """The examples with their answers, then the question."""
-    shown = [f"{example.prompt} {example.shown(cot)}" for example in examples]
-    return "\n\n".join([*shown, item.prompt])
-
-
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
-    """The ids of that, as a text or in the chat format. cot: with the way to a number (Wei 2022, arXiv 2201.11903)."""
+    """The ids of the examples with their answers and of the question, as a text or in the chat format.
+
+    cot: with the way to a number (Wei 2022, arXiv 2201.11903).
+    """
     cot = cot and item.kind == "number"
     if not chat:
-        text = prompt_text(item, examples, cot)
+        parts = [f"{example.prompt} {example.shown(cot)}" for example in examples]
+        text = "\n\n".join([*parts, item.prompt])
         if cot and not examples:
             text += f" {STEPS}"
         return tokenizer.encode(text)
@@ -161,8 +150,10 @@ def choice_ids(item, examples, tokenizer, chat=False):
     """
     before = prompt_ids(item, examples, tokenizer, chat=chat)
     for choice in item.choices:
-        together = f"{prompt_text(item, examples)} {choice}"
-        ids = before + tokenizer.encode(choice) if chat else tokenizer.encode(together)
+        if chat:
+            ids = before + tokenizer.encode(choice)
+        else:
+            ids = prompt_ids(replace(item, prompt=f"{item.prompt} {choice}"), examples, tokenizer)
         yield ids, max(1, len(ids) - len(before))
 
 
@@ -299,13 +290,11 @@ def variety(texts):
     """
     texts = [words_of(text)[:50] for text in texts]
 
-    def grams(n):  # of each text
-        return [[tuple(words[i:i + n]) for i in range(len(words) - n + 1)] for words in texts]
+    def distinct(n, apart=False):
+        """The share of different n-grams among all. apart: the same ones in two texts are different."""
+        grams = [(i * apart, *words[j:j + n]) for i, words in enumerate(texts) for j in range(len(words) - n + 1)]
+        return len(set(grams)) / len(grams) if grams else None
 
-    def distinct(groups):
-        total = sum(map(len, groups))
-        return sum(len(set(group)) for group in groups) / total if total else None
-
-    new = distinct(grams(4))
-    return dict(words=sum(map(len, texts)), distinct_1=distinct([sum(grams(1), [])]),
-                distinct_2=distinct([sum(grams(2), [])]), repetition=None if new is None else 1 - new)
+    new = distinct(4, apart=True)
+    return dict(words=sum(map(len, texts)), distinct_1=distinct(1), distinct_2=distinct(2),
+                repetition=None if new is None else 1 - new)

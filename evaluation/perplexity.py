@@ -47,11 +47,10 @@ class Text:
     def ids(self, tokenizer):
         """All of it, (N,) int64, with the end-of-text token between documents."""
         end = tokenizer.special.get(tokenizers.END_OF_TEXT)
-        before = [] if end is None else [end]
         ids = []
         for i, text in enumerate(self.documents):
-            if i > 0 or self.sha256:
-                ids += before
+            if end is not None and (i > 0 or self.sha256):
+                ids.append(end)
             ids += tokenizer.encode(text)
         return np.array(ids, dtype=np.int64)
 
@@ -115,15 +114,16 @@ def total_loss(model, ids, block_size, stride, batch_size, processes):
     """
     ids, device = np.asarray(ids), model.lm_head.weight.device
     windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
+    starts = range(0, windows * stride, stride)
     pace = Pace("windows", windows)
 
     def batch(number):
         """Batch `number` of the windows, (idx, targets). Targets that the window before has predicted are -1."""
         parts = []
-        for window in range(number * batch_size, min((number + 1) * batch_size, windows)):
-            part = ids[window * stride:][:block_size + 1]
-            seen = block_size - stride if window else 0
-            parts.append((part, np.arange(len(part) - 1) >= seen))
+        for start in starts[number * batch_size:][:batch_size]:
+            part = ids[start:start + block_size + 1]
+            new = (np.arange(len(part) - 1) >= block_size - stride) | (start == 0)
+            parts.append((part, new))
         return to_batch(parts, block_size)
 
     def loss_of(idx, targets):

@@ -550,7 +550,6 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=nothing"], "there is no task 'nothing'", "completion,reading,reasoning,sentiment"),
     (["--tasks=x.jsonl", "--shots=3"], "shots=3, but for x.jsonl, line 1 there are only 2 examples", "--shots=2"),
     (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "for x.jsonl, line 1 there are only 0 examples", "=0"),
-    (["--tasks=x.jsonl", "--examples=y.jsonl", "--shots=1"], "y.jsonl has words to answer, x.jsonl has choice", ""),
     (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
     (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
