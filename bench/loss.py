@@ -41,7 +41,8 @@ def main(settings, sources):
 
         def ours(i):
             out = os.path.join(folder, f"out{i}")
-            seconds, *_ = train_ours([ROOT / "config/train_shakespeare_char.py", "--dataset=chars", *short], folder, out)
+            recipe = [ROOT / "config/train_shakespeare_char.py", "--dataset=chars", *short]
+            seconds, *_ = train_ours(recipe, folder, out)
             return seconds, validation_loss(out, data)
 
         def theirs(i, *more):

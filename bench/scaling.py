@@ -79,10 +79,10 @@ def main(settings, _):
 def trained(name, n_embd, settings, argv):
     """(number of parameters, rows with a validation) of the run out/scaling/`name`, trained now or before."""
     out = os.path.join("out", "scaling", name)
-    argv = [*RECIPE, f"--n_embd={n_embd}", f"--n_head={max(1, n_embd // 64)}", f"--dataset={settings.dataset}", *argv]
+    shape = [f"--n_embd={n_embd}", f"--n_head={max(1, n_embd // 64)}", f"--dataset={settings.dataset}"]
     if settings.tiny:
-        argv += [*TINY[-2:], "--max_iters=70", "--eval_interval=3"]
-    *_, rows = train_ours(argv, ".", out)
+        argv = [*TINY[-2:], "--max_iters=70", "--eval_interval=3"]
+    *_, rows = train_ours([*RECIPE, *shape, *argv], ".", out)
     config = train.TrainConfig(**read_header(os.path.join(out, "log.jsonl"))["settings"])
     return GPT(config).n_params(), [row for row in rows if "val_bpb" in row]
 
