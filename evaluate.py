@@ -9,8 +9,8 @@ Evaluation: how good is a model, and which of two is better?
     torchrun --standalone --nproc_per_node=2 evaluate.py ...    # the same numbers
 
 1. How well does it predict text? Bits per byte compare all models (evaluation/perplexity.py).
-2. How does it answer? Scores have a standard error (evaluation/grading.py).
-3. How does it write? Samples are kept, with how much they repeat themselves, beside the same of real text.
+2. How does it write? Samples are kept, with how much they repeat themselves, beside the same of real text.
+3. How does it answer? Scores have a standard error (evaluation/grading.py).
 """
 import gc
 import itertools
@@ -25,7 +25,7 @@ import torch
 import tokenizer as tokenizers
 from dataset import Dataset, fold
 from evaluation import grading, report
-from evaluation.perplexity import measure_text, read_text
+from evaluation.perplexity import Pace, measure_text, read_text
 from formats import huggingface
 from runtime import machine
 from runtime.console import UserError, command_line, note, say, warn
@@ -84,55 +84,66 @@ def read_tasks(settings):
         if not os.path.isfile(path):
             raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         items = grading.read_task(path)
-        pool = grading.read_task(settings.examples) if settings.examples else items
-        if pool[0].kind != items[0].kind:
-            raise UserError(f"{settings.examples} has {pool[0].kind} to answer, {name} has {items[0].kind}",
-                            "--tasks and --examples of one kind")
+        pool = grading.read_task(settings.examples) if settings.examples else []
         asked = items[:settings.limit or None]
-        examples = [choose_examples(i, items, pool, settings.shots) for i in range(len(asked))]
+        examples = [choose_examples(item, pool or items[i:] + items[:i], settings.shots)
+                    for i, item in enumerate(asked)]
         tasks[os.path.splitext(name)[0]] = asked, examples
     return tasks
 
 
-def choose_examples(i, items, pool, shots):
-    """The first of --examples, or those that follow question i: not itself, and none on the same passage."""
-    item, start = items[i], i + 1 if pool is items else 0
-    allowed = (other for other in pool[start:] + pool[:start]
-               if other.prompt != item.prompt and (not item.group or other.group != item.group))
-    examples = list(itertools.islice(allowed, shots))
+def choose_examples(item, pool, shots):
+    """The first of the pool that are neither the question itself nor on the same passage."""
+    others = (other for other in pool
+              if other.prompt != item.prompt and (not item.group or other.group != item.group))
+    examples = list(itertools.islice(others, shots))
     if len(examples) < shots:
         raise UserError(f"shots={shots}, but for {item.where} there are only {len(examples)} examples",
                         f"--shots={len(examples)}")
     return examples
 
 
+def read_texts(settings, folders):
+    """The texts of --data; by default, of the first folder that is here and holds no conversations."""
+    sources = ",".join(settings.data).split(",")
+    if not settings.data:
+        here = [folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json"))]
+        sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
+        if not sources:
+            note("no run names a text that is here: --data=FILE for bits per byte")
+    return [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
+
+
 def requests_for(item, examples, seeds, settings, engine, chat):
-    """(requests for each choice, or each seed; was a prompt cut at its beginning, to fit?)."""
-    size = engine.context
+    """(requests for each choice, or for each seed; was a prompt cut at its beginning, to fit?)."""
+    size, tokenizer = engine.context, engine.tokenizer
     if item.kind == "choice":
-        pairs = list(grading.choice_ids(item, examples, engine.tokenizer, chat))
-        # prompt_logprobs: the first token whose log-probability is wanted, the choice's first.
-        requests = [Request(ids=ids[-size:], max_tokens=0, prompt_logprobs=min(len(ids), size) - n) for ids, n in pairs]
-        if any(request.prompt_logprobs < 1 for request in requests):
-            raise UserError(f"{item.where}: a choice fills the context of {size} tokens", "shorter choices")
-        return requests, any(len(ids) > size for ids, _ in pairs)
-    ids = grading.prompt_ids(item, examples, engine.tokenizer, settings.cot, chat)
-    longest = min(settings.max_new_tokens or LONGEST[item.kind], size // 2)
-    capacity = size - longest
+        requests, longest = [], 0
+        for ids, n in grading.choice_ids(item, examples, tokenizer, chat):
+            first = min(len(ids), size) - n  # the first token of the choice
+            if first < 1:
+                raise UserError(f"{item.where}: a choice fills the context of {size} tokens", "shorter choices")
+            requests.append(Request(ids=ids[-size:], max_tokens=0, prompt_logprobs=first))
+            longest = max(longest, len(ids))
+        return requests, longest > size
+
+    ids = grading.prompt_ids(item, examples, tokenizer, settings.cot, chat)
+    new = min(settings.max_new_tokens or LONGEST[item.kind], size // 2)
+    capacity = size - new
     stop = [] if chat else ["\nQuestion:"]  # a text goes on with a question of its own
     temperature = 0.8 if len(seeds) > 1 else 0.0
-    requests = [Request(ids=ids[-capacity:], max_tokens=longest, temperature=temperature, seed=seed, stop=stop)
+    requests = [Request(ids=ids[-capacity:], max_tokens=new, temperature=temperature, seed=seed, stop=stop)
                 for seed in seeds]
     return requests, len(ids) > capacity
 
 
-def work(engine, requests, name):
+def work(engine, requests):
     """Let the engine answer."""
-    tell = now_and_then(name)
+    pace = Pace("texts", len(requests))
     engine.submit(*requests)
     while engine.waiting or engine.running:
         engine.step()
-        tell(len(requests) - len(engine.waiting), len(requests))
+        pace.tell(len(requests) - len(engine.waiting))
     if any(request.finish_reason == "error" for request in requests):
         raise UserError("its logits are not finite numbers", "--dtype=float32, or another checkpoint")
 
@@ -148,57 +159,48 @@ def row_of(item, requests, cut, tokenizer):
     return row | dict(texts=texts, **grading.score_text(item, texts))
 
 
-def run_task(engine, items, examples, settings, processes, name, chat):
-    """Ask all items, and sum up: {kind, n, metrics, ..., items}. examples: those of each item."""
-    # 1. Each process asks some of them
-    started, asked = time.perf_counter(), {}
+def run_task(engine, items, examples, settings, processes, chat):
+    """Ask all items, and sum up: {kind, chat, n, metrics, ..., items}. examples: those of each item."""
+    # 1. Each process asks some of them.
+    asked = {}
     try:
         for i in range(processes.rank, len(items), processes.world):
             seeds = [fold("vote", settings.seed, i, n) for n in range(settings.votes)]
             asked[i] = requests_for(items[i], examples[i], seeds, settings, engine, chat)
-        work(engine, [request for requests, _ in asked.values() for request in requests], name)
+        work(engine, [request for requests, _ in asked.values() for request in requests])
         rows = {i: row_of(items[i], *found, engine.tokenizer) for i, found in asked.items()}
     except UserError as error:  # maybe in one process of several
         rows = {"error": (error.fact, error.fix)}
+
+    # 2. All get all answers.
     rows = {i: row for part in processes.all_gather(rows) for i, row in part.items()}
     if "error" in rows:
         raise UserError(*rows["error"])
-
-    # 2. All sum up
     rows = [rows[i] for i in range(len(items))]
-    groups = [row["group"] for row in rows]
-    scores = {metric: [row["marks"][metric] for row in rows] for metric in rows[0]["marks"]}
-    result = dict(kind=items[0].kind, n=len(rows), chat=chat, cut=sum(row["cut"] for row in rows),
-                  metrics={metric: grading.mean(values, groups) for metric, values in scores.items()}, items=rows,
-                  seconds=time.perf_counter() - started)
-    if rows[0]["confidence"] is not None:
-        confidences = [row["confidence"] for row in rows]
-        table, error = grading.calibration(confidences, next(iter(scores.values())))
-        result |= dict(calibration=table, calibration_error=error)
-    if items[0].kind == "choice":
-        result["chance"] = sum(1 / len(item.choices) for item in items) / len(items)
-    return result
+    return dict(kind=items[0].kind, chat=chat, **grading.summary(rows), items=rows)
 
 
-def measure_samples(engine, settings, name):
-    """(the samples with their numbers, tokens per second of one text alone)."""
+def measure_samples(engine, settings):
+    """{"quality": the samples with their numbers, "tokens_per_second": of one text alone}."""
     tokenizer = engine.tokenizer
-    ids, end = tokenizer.encode(settings.prompt), tokenizer.special.get(tokenizers.END_OF_TEXT)
-    if not ids:
-        ids = tokenizer.encode("\n") if end is None else [end]
+    end = tokenizer.special.get(tokenizers.END_OF_TEXT)
+    nothing = tokenizer.encode("\n") if end is None else [end]
+    ids = tokenizer.encode(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
         raise UserError(f"--prompt has {len(ids)} tokens, the context is {engine.context}", "a shorter one")
-    requests = [Request(ids=ids, max_tokens=longest, ignore_eos=True, seed=fold("sample", settings.seed, i))
-                for i in range(settings.samples)]
-    work(engine, requests, name)
+    how = dict(ids=ids, max_tokens=longest, ignore_eos=True)
+    requests = [Request(seed=fold("sample", settings.seed, i), **how) for i in range(settings.samples)]
+    work(engine, requests)
+
     speeds = []
     for _ in range(3):  # whatever else the machine does can only slow it down
-        alone = Request(ids=ids, max_tokens=longest, ignore_eos=True, temperature=0.0)
-        work(engine, [alone], name)
+        alone = Request(temperature=0.0, **how)
+        work(engine, [alone])
         speeds.append((alone.n - 1) / (time.monotonic() - alone.first))
     texts = [request.text for request in requests]
-    return dict(**grading.variety(texts), prompt=settings.prompt, texts=texts), max(speeds) or None
+    quality = dict(**grading.variety(texts), prompt=settings.prompt, texts=texts)
+    return dict(quality=quality, tokens_per_second=max(speeds) or None)
 
 
 def real_text(text, samples):
@@ -210,8 +212,13 @@ def real_text(text, samples):
     return dict(name=text.name, **grading.variety(pieces))
 
 
+def data_of(checkpoint):
+    """The folder of the data that a run was trained on."""
+    return os.path.join("data", checkpoint["settings"].get("dataset") or "")
+
+
 def evaluate(run, settings, device, texts, tasks, processes, results, save):
-    """Append one model to the results. What it cannot do, such as a character without a token, is a warning."""
+    """Append one model to the results."""
     # 1. The model
     name = os.path.normpath(run)
     model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
@@ -220,9 +227,11 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
                missing={})
     results["models"].append(row)
 
-    def attempt(what, measure, *args):
+    def attempt(found, what, measure, *args):
+        """found[what] = measure(...). What a model cannot do, such as a character without a token, is a warning."""
+        say(f"{name}: {what}")
         try:
-            return measure(*args)
+            found[what] = measure(*args)
         except UserError as error:
             warn(f"{name}: {what}: {error.fact} ({error.fix})")
             row["missing"][what] = error.fact
@@ -232,69 +241,29 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
         if text.name == data_of(about) and text.sha256 != about.get("data_sha256"):
             warn(f"{text.name} has changed since {name} was trained, which may know its validation split")
         with machine.autocast(device, dtype):
-            found = attempt(text.name, measure_text, model, tokenizer, text, settings.block_size, settings.stride,
-                            settings.batch_size, processes, now_and_then(f"{name}: {text.name}: windows"))
-        if found:
-            row["texts"][text.name] = found
-            say(f"{name}: {text.name}: {found['bits_per_byte']:.4f} bits per byte, {found['seconds']:.0f} s")
+            attempt(row["texts"], text.name, measure_text, model, tokenizer, text, settings.block_size,
+                    settings.stride, settings.batch_size, processes)
         save()
-
     if not (settings.samples or tasks):
         return
 
     # 3. Samples
     engine = Engine(model, tokenizer, rows=settings.rows, dtype=dtype)
+    found = {}
     if settings.samples and processes.rank == 0:
-        found = attempt("samples", measure_samples, engine, settings, f"{name}: samples")
-        if found:
-            row["quality"], row["tokens_per_second"] = found
-            if texts and "reference" not in results:
-                results["reference"] = real_text(texts[0], row["quality"])
-        save()
+        attempt(found, "samples", measure_samples, engine, settings)
+    if found:
+        row |= found["samples"]
+        if texts and "reference" not in results:
+            results["reference"] = real_text(texts[0], row["quality"])
+    save()
     processes.barrier()  # or the others would slow it down
 
     # 4. Questions
     chat = settings.chat and about["chat"]
     for task, (items, examples) in tasks.items():
-        found = attempt(task, run_task, engine, items, examples, settings, processes, f"{name}: {task}", chat)
-        if found:
-            row["tasks"][task] = found
-            score = next(iter(found["metrics"].values()))
-            say(f"{name}: {task}: {report.percent(score)} of {found['n']} questions, {found['seconds']:.0f} s")
+        attempt(row["tasks"], task, run_task, engine, items, examples, settings, processes, chat)
         save()
-
-
-def now_and_then(name):
-    """A function (done, total) that says how far the work is, at most every 20 seconds."""
-    last = time.monotonic()
-
-    def tell(done, total):
-        nonlocal last
-        if time.monotonic() - last > 20:
-            last = time.monotonic()
-            say(f"{name}: {done:,} of {total:,}")
-    return tell
-
-
-def data_of(checkpoint):
-    """The folder of the data that a run was trained on."""
-    return os.path.join("data", checkpoint["settings"].get("dataset") or "")
-
-
-def check_runs(runs, which):
-    """The folders of their data. Reads every run, before an hour of work on another one."""
-    return [data_of(ckpt.read_run(run, which)[0]) for run in runs if not huggingface.is_folder(run)]
-
-
-def read_texts(settings, folders):
-    """The texts of --data; by default, of the first folder that is here and holds no conversations."""
-    sources = ",".join(settings.data).split(",")
-    if not settings.data:
-        here = (folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json")))
-        sources = [next((folder for folder in here if not Dataset.open(folder).chat), "none")]
-        if sources == ["none"]:
-            note("no run names a text that is here: --data=FILE for bits per byte")
-    return [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
 
 
 def write(path, text):
@@ -306,17 +275,17 @@ def write(path, text):
 
 
 def main(argv):
-    # 1. What is asked for
+    # 1. What is asked for. Every run is read now, before an hour of work on another one.
     settings, _, runs = load(EvaluateConfig, argv)
     check_limits(settings, LIMITS)
     started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.choose_run(runs, settings)]
-    folders = check_runs(runs, settings.checkpoint)
+    ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs if not huggingface.is_folder(run)]
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
     tasks = read_tasks(settings)
-    texts = read_texts(settings, folders)
+    texts = read_texts(settings, map(data_of, ours))
     processes.join(device, "auto", 86400)
     machine.set_up(device, processes)
 

@@ -24,12 +24,13 @@ BENCHES = {  # each is a file here, with a class Settings and a function main(se
 
 
 def main(argv):
-    if not argv or argv[0] in ("--help", "-h"):
+    name = argv[0] if argv else "--help"
+    if name in ("--help", "-h"):
         show("\n".join(f"python -m bench {name:12}{question}" for name, question in BENCHES.items()))
         return 0
-    if argv[0] not in BENCHES:
-        raise UserError(f"there is no bench {argv[0]!r}", "python -m bench NAME, one of: " + ", ".join(BENCHES))
-    bench = importlib.import_module(f"bench.{argv[0]}")
+    if name not in BENCHES:
+        raise UserError(f"there is no bench {name!r}", "python -m bench NAME, one of: " + ", ".join(BENCHES))
+    bench = importlib.import_module(f"bench.{name}")
     settings, _, arguments = load(bench.Settings, argv[1:])
     return bench.main(settings, arguments)
 

@@ -4,7 +4,6 @@ What does each idea buy? config/train_small.py with one switch changed at a time
 
     python -m bench ablation --steps=150
 """
-import os
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch
 
 from bench.measure import ROOT, TINY, table, take_turns, train_ours
 
-RECIPE = "config/train_small.py"
 SWITCHES = {
-    RECIPE: [],
+    "the recipe": [],
     "learned positions instead of rope": ["--pos=learned"],
     "layernorm instead of rmsnorm": ["--norm=layernorm"],
     "gelu instead of swiglu": ["--mlp=gelu"],
@@ -36,20 +34,22 @@ class Settings:
 
 
 def main(settings, _):
-    steps, names = settings.steps, list(SWITCHES)
+    switches = list(SWITCHES.items())
     if settings.tiny:
-        names = names[:2]
-    with tempfile.TemporaryDirectory() as folder:
-        def run_switch(name, i):
-            argv = [ROOT / RECIPE, f"--dataset={settings.dataset}", f"--seed={1337 + i}", "--compile=false",
-                    f"--max_iters={steps}", f"--eval_interval={steps}", *SWITCHES[name]]
-            argv += TINY if settings.tiny else []
-            *_, rows = train_ours(argv, ".", os.path.join(folder, f"{names.index(name)}-{i}"))
-            return rows[-1]["val_bpb"], rows[-1]["train_seconds"]
+        switches = switches[:2]
 
-        found = take_turns({name: lambda i, name=name: run_switch(name, i) for name in names}, settings.repeats)
-    print(f"{steps} steps, {settings.repeats} seeds, not compiled, {torch.get_num_threads()} threads")
-    recipe = statistics.mean(bits for bits, _ in found[RECIPE])
+    def run(switch, i):
+        argv = [ROOT / "config/train_small.py", f"--dataset={settings.dataset}", f"--seed={1337 + i}",
+                "--compile=false", f"--max_iters={settings.steps}", f"--eval_interval={settings.steps}", *switch]
+        if settings.tiny:
+            argv += TINY
+        with tempfile.TemporaryDirectory() as folder:
+            *_, rows = train_ours(argv, ".", folder)
+        return rows[-1]["val_bpb"], rows[-1]["train_seconds"]
+
+    found = take_turns({name: lambda i, switch=switch: run(switch, i) for name, switch in switches}, settings.repeats)
+    print(f"{settings.steps} steps, {settings.repeats} seeds, not compiled, {torch.get_num_threads()} threads")
+    recipe = statistics.mean(bits for bits, _ in found["the recipe"])
     rows = []
     for name, results in found.items():
         bits, seconds = zip(*results)

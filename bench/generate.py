@@ -14,13 +14,13 @@ import runpy
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
+from timeit import timeit
 
 import torch
 
-from bench.measure import copy_peer, peer_weights, ratio, spread, start_from, table, take_turns
+from bench.measure import copy_peer, ratio, spread, start_from, table, take_turns
 from bench.serve import load_model
 from formats import huggingface
 from formats.quantized import quantize
@@ -28,13 +28,8 @@ from model import GPT, GPTConfig
 from runtime import machine
 from runtime.console import UserError, note
 from sample import Sampler, Sampling
-from serving.engine import Engine, Request
 
 CHOICE = dict(temperature=0.8, top_k=40)
-MANY = 8  # requests at once
-PAIRS = [  # whose ratios are printed
-    ("int8", "transformers, float32"), ("int8", "nanoGPT, float32"), ("float32", "transformers, float32"),
-    ("int8", "float32"), (f"int8, {MANY} at once", "int8, 1 at once")]
 
 
 @dataclass
@@ -46,8 +41,9 @@ class Settings:
     tiny: bool = False  # a model of no size, to see that it runs
 
 
+@torch.inference_mode()
 def main(settings, _):
-    model, tokenizer, _ = load_model("", "cpu")
+    model, _, _ = load_model("", "cpu")
     if settings.tiny:
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=512, vocab_size=512)).eval()
     c, new = model.config, settings.new_tokens
@@ -57,52 +53,32 @@ def main(settings, _):
     prompt = [i * 1009 % c.vocab_size for i in range(settings.prompt)]
 
     # 1. The contestants: {name: function that writes once}.
-    writers = ours(model, tokenizer, prompt, new)
+    writers = {"int8": ours(quantize(copy.deepcopy(model)), prompt, new),
+               "float32": ours(machine.use_linear(copy.deepcopy(model), torch.float32), prompt, new)}
     if find_spec("transformers"):
         writers["transformers, float32"] = transformers(model, prompt, new)
     else:
         note("transformers is left out: pip install transformers")
     for write in writers.values():
         write()  # the first time, kernels are chosen
-    if settings.peer:  # it would take a minute more
+    if settings.peer:
         writers["nanoGPT, float32"] = nanogpt(model, prompt, new, settings.peer)
-    seconds = take_turns({name: lambda _, write=write: seconds_of(write) for name, write in writers.items()},
+    else:
+        note("nanoGPT is left out: --peer=FOLDER")
+    seconds = take_turns({name: lambda _, write=write: timeit(write, number=1) for name, write in writers.items()},
                          settings.repeats)
 
-    # 2. Their rates and the ratios.
-    texts = {f"int8, {MANY} at once": MANY}
-    rates = {name: [texts.get(name, 1) * new / took for took in seconds[name]] for name in writers}
+    # 2. Their rates
     print(f"{len(prompt)} tokens, then {new} more; {torch.get_num_threads()} threads; {settings.repeats} rounds: "
           "median (lowest to highest)")
-    table("| | tokens/s | seconds |",
-          [[name, spread(rates[name], 0), f"{statistics.median(seconds[name]):.2f}"] for name in writers])
-    print()
-    table("| | times as fast as | |", [[a, b, ratio(rates[a], rates[b])] for a, b in PAIRS if b in rates])
+    table("| | tokens/s | seconds | int8 is so many times as fast |",
+          [[name, spread([new / one for one in took], 0), f"{statistics.median(took):.2f}",
+            ratio(took, seconds["int8"])] for name, took in seconds.items()])
 
 
-def seconds_of(write):
-    started = time.perf_counter()
-    write()
-    return time.perf_counter() - started
-
-
-def ours(model, tokenizer, prompt, new):
-    """GPT.generate, and the engine with one request and with several."""
-    int8 = quantize(copy.deepcopy(model))
-    engine = Engine(int8, tokenizer, rows=MANY)
-
-    def alone(model):
-        list(model.generate(torch.tensor([prompt]), new, Sampler(Sampling(**CHOICE), prompt, 0)))
-
-    def in_engine(n):
-        for slot in engine.slots:
-            slot.cached = []  # or it would not read what it has read before
-        engine.complete([Request(ids=prompt[i:] + prompt[:i], max_tokens=new, seed=i, ignore_eos=True, **CHOICE)
-                         for i in range(n)])
-
-    float32 = machine.use_linear(copy.deepcopy(model), torch.float32)
-    return {"float32": lambda: alone(float32), "int8": lambda: alone(int8), "int8, 1 at once": lambda: in_engine(1),
-            f"int8, {MANY} at once": lambda: in_engine(MANY)}
+def ours(model, prompt, new):
+    """GPT.generate."""
+    return lambda: list(model.generate(torch.tensor([prompt]), new, Sampler(Sampling(**CHOICE), prompt, 0)))
 
 
 def transformers(model, prompt, new):
@@ -113,8 +89,7 @@ def transformers(model, prompt, new):
     theirs = GPT2LMHeadModel(GPT2Config(**facts)).eval()
     theirs.load_state_dict(huggingface.their_weights(model), strict=False)  # a tied head is not among them
     theirs.generation_config.eos_token_id = None  # nothing ends before its time
-    return torch.inference_mode()(lambda: theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=new, do_sample=True, pad_token_id=0, **CHOICE))
+    return lambda: theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=True, pad_token_id=0, **CHOICE)
 
 
 def nanogpt(model, prompt, new, peer):
@@ -122,9 +97,10 @@ def nanogpt(model, prompt, new, peer):
     with tempfile.TemporaryDirectory() as folder:
         copy_peer(peer, folder)
         sys.path.insert(0, folder)
-        theirs, c = runpy.run_path(os.path.join(folder, "model.py")), model.config
+        theirs = runpy.run_path(os.path.join(folder, "model.py"))
         sys.path.remove(folder)
+    c = model.config
     with contextlib.redirect_stdout(None):
         gpt = theirs["GPT"](theirs["GPTConfig"](c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, bias=c.bias))
-    start_from(gpt, peer_weights(model))
-    return torch.inference_mode()(lambda: gpt.generate(torch.tensor([prompt]), new, **CHOICE))
+    start_from(gpt, model)
+    return lambda: gpt.generate(torch.tensor([prompt]), new, **CHOICE)

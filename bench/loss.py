@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-import dataset as datasets
 from bench.measure import ROOT, TINY, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
+from dataset import validation_sums
 from runtime.processes import Processes
 from training import checkpoint as ckpt
 
@@ -36,27 +36,29 @@ class Settings:
 def main(settings, sources):
     short = [*TINY, "--max_iters=20", "--eval_interval=10"] if settings.tiny else []
     with tempfile.TemporaryDirectory() as folder:
-        peer, data = prepare_for_both(settings.peer, sources[0] if sources else "shakespeare", folder)
+        source = sources[0] if sources else "shakespeare"
+        peer, data = prepare_for_both(settings.peer, source, folder)
 
         def ours(i):
             out = os.path.join(folder, f"out{i}")
-            recipe = [ROOT / "config/train_shakespeare_char.py", "--dataset=chars"]
-            seconds, *_ = train_ours([*recipe, *short], folder, out)
-            return seconds, evaluate(out, data)
+            recipe = [ROOT / "config/train_shakespeare_char.py", "--dataset=chars", *short]
+            seconds, *_ = train_ours(recipe, folder, out)
+            return seconds, validation_loss(out, data)
 
         def theirs(i, *more):
             out = os.path.join(peer, f"out{i}")
-            seconds, _, _ = measure(["train.py", *SHAKESPEARE, *short, *more, f"--out_dir={out}"], peer)
+            seconds, *_ = measure(["train.py", *SHAKESPEARE, *short, *more, f"--out_dir={out}"], peer)
             shutil.copy(os.path.join(data.folder, "meta.pkl"), out)  # what its ids mean
-            return seconds, evaluate(os.path.join(out, "ckpt.pt"), data)
+            return seconds, validation_loss(os.path.join(out, "ckpt.pt"), data)
 
         contestants = {"nanoGPT": theirs, "ours": ours}
         if settings.compiled:
             contestants["nanoGPT, --compile=True"] = lambda i: theirs(i, "--compile=True")
         found = take_turns(contestants, settings.repeats)
+
     print(f"{settings.repeats} rounds, {torch.get_num_threads()} threads")
-    rows = []
     base, _ = zip(*found["nanoGPT"])
+    rows = []
     for name, results in found.items():
         seconds, losses = zip(*results)
         rows.append([name, spread(seconds, 1), f"{max(losses):.4f}", ratio(base, seconds)])
@@ -64,10 +66,10 @@ def main(settings, sources):
 
 
 @torch.no_grad()
-def evaluate(run, data):
+def validation_loss(run, data):
     """Nats per character over the validation split."""
     model, _, _ = ckpt.load_run(run)
     size = min(64, model.config.block_size)
-    total, count = datasets.validation_sums(model, lambda number: data.val_batch(number, size, 64),
-                                            data.n_val_batches(size, 64), Processes())
-    return total / count
+    nats, count = validation_sums(model, lambda number: data.val_batch(number, size, 64),
+                                  data.n_val_batches(size, 64), Processes())
+    return nats / count

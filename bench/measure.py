@@ -85,11 +85,12 @@ def copy_peer(peer, folder):
         Path(folder, "train.py").write_text("import plain; model = plain.main()\n", encoding="utf-8")
         Path(folder, "model.py").write_text("from plain import *\n", encoding="utf-8")
         return
-    if not peer or not Path(peer, "train.py").exists():
-        raise UserError(f"--peer={peer!r} is not a folder of nanoGPT: it has no train.py",
+    files = list(Path(peer).glob("*.py"))
+    if Path(peer).resolve() == ROOT or "train.py" not in [file.name for file in files]:
+        raise UserError(f"--peer={peer!r} is not a folder of nanoGPT",
                         "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
-    for path in Path(peer).glob("*.py"):
-        shutil.copy(path, folder)
+    for file in files:
+        shutil.copy(file, folder)
 
 
 def prepare_for_both(peer, source, folder, vocab_size=0):
@@ -99,7 +100,8 @@ def prepare_for_both(peer, source, folder, vocab_size=0):
     """
     theirs, path = os.path.join(folder, "peer"), os.path.join(folder, "data", "chars")
     copy_peer(peer, theirs)
-    source = os.path.abspath(source) if os.path.exists(source) else source  # or the name of a download
+    if os.path.exists(source):  # else it is the name of a download
+        source = os.path.abspath(source)
     measure([ROOT / "prepare.py", source, f"--out={path}", "--tokenizer=char", "--val_fraction=0.1"], folder)
     data = datasets.Dataset.open(path)
     vocab_size = vocab_size or data.meta["vocab_size"]
@@ -109,17 +111,10 @@ def prepare_for_both(peer, source, folder, vocab_size=0):
     return theirs, data
 
 
-def peer_weights(model):
-    """The weights of our GPT for nanoGPT: the same names, without the padding of our vocabulary."""
-    weights = model.state_dict()
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][:model.config.vocab_size]
-    return weights
-
-
 @torch.no_grad()
-def start_from(theirs, weights):
-    """Give these weights to nanoGPT's model, or to that of plain.py."""
+def start_from(theirs, ours):
+    """Give the weights of our GPT, without the padding of its vocabulary, to nanoGPT's model or that of plain.py."""
+    weights = ours.state_dict()
     tensors = theirs.weights if hasattr(theirs, "weights") else dict(theirs.named_parameters())
     for name, tensor in tensors.items():
-        tensor.copy_(weights[name])
+        tensor.copy_(weights[name][:len(tensor)])

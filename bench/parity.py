@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import dataset as datasets
 import train
-from bench.measure import copy_peer, peer_weights, start_from, train_ours
+from bench.measure import copy_peer, start_from, train_ours
+from dataset import Dataset
 from model import GPT
 from training.log import read_header
 
@@ -45,19 +45,18 @@ def main(settings, _):
     steps = settings.steps
     recipe = [*RECIPE, f"--lr_decay_iters={steps}", f"--warmup_iters={steps // 10}"]
     with tempfile.TemporaryDirectory() as folder:
-        peer = os.path.join(folder, "peer")
+        peer, ours = os.path.join(folder, "peer"), os.path.join(folder, "ours")
         copy_peer(settings.peer, peer)
 
         # 1. Our run.
-        ours = os.path.join(folder, "ours")
         *_, rows = train_ours([*recipe, f"--max_iters={steps}", f"--eval_interval={steps}", "--mlp=gelu_exact",
                                f"--dataset={settings.dataset}"], ".", ours)
         config = train.TrainConfig(**read_header(os.path.join(ours, "log.jsonl"))["settings"])
 
         # 2. Its initial weights and its batches.
         torch.manual_seed(config.seed)
-        weights = peer_weights(GPT(config))
-        data = datasets.Dataset.open(os.path.join("data", settings.dataset))
+        model = GPT(config)
+        data = Dataset.open(os.path.join("data", settings.dataset))
         micros = config.gradient_accumulation_steps
         starts = [data.spans(config.block_size, config.batch_size, config.seed, step, micro, micros)[:, 0]
                   for step in range(steps + 1) for micro in range(micros)]  # (B,) each
@@ -67,17 +66,19 @@ def main(settings, _):
         os.symlink(os.path.abspath(data.folder), os.path.join(peer, "data", "parity"))
         argv = [*recipe, f"--max_iters={steps - 1}", "--eval_interval=1000000000", "--dataset=parity", "--out_dir=out"]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            losses, norms = process.submit(run_peer, peer, argv, weights, starts).result()
-    losses = np.array(losses).reshape(steps, micros).mean(axis=1)  # a step has the mean of its micro-batches
+            losses, norms = process.submit(run_peer, peer, argv, model, starts).result()
+
+    # 4. The differences. The loss of a step is the mean of its micro-batches.
+    losses = np.array(losses).reshape(steps, micros).mean(axis=1)
     our_norms = np.array([row["grad_norm"] for row in rows])
     loss_off = np.abs(losses - [row["loss"] for row in rows]).max()
     norm_off = np.abs(our_norms - norms).max()
     print(f"parity: {steps} steps, {(our_norms > config.grad_clip).sum()} of them clipped, loss {losses[0]:.4f} -> "
           f"{losses[-1]:.4f}: largest difference of a loss {loss_off:.1e}, of a gradient norm {norm_off:.1e}")
-    return 0 if max(loss_off, norm_off) <= TOLERANCE else 1
+    return int(max(loss_off, norm_off) > TOLERANCE)
 
 
-def run_peer(folder, argv, weights, starts):
+def run_peer(folder, argv, ours, starts):
     """Run the peer's train.py with our weights and batches, in a process of its own. Returns (losses, norms)."""
     os.chdir(folder)
     sys.path.insert(0, folder)
@@ -88,9 +89,9 @@ def run_peer(folder, argv, weights, starts):
     init, forward, clip = peer.GPT.__init__, peer.GPT.forward, clipper.clip_grad_norm_
 
     def start_from_ours(model, config):
-        config.vocab_size = len(weights["lm_head.weight"])
+        config.vocab_size = ours.config.vocab_size
         init(model, config)
-        start_from(model, weights)
+        start_from(model, ours)
 
     def note_loss(model, idx, targets=None):
         result = forward(model, idx, targets)
@@ -99,9 +100,8 @@ def run_peer(folder, argv, weights, starts):
         return result
 
     def note_norm(*args, **kw):
-        norm = clip(*args, **kw)
-        norms.append(norm.item())
-        return norm
+        norms.append(clip(*args, **kw))
+        return norms[-1]
 
     def planned(high, size):  # validation may have any batch
         return torch.from_numpy(next(plan)) if torch.is_grad_enabled() else torch.zeros(size, dtype=torch.int64)
@@ -111,4 +111,4 @@ def run_peer(folder, argv, weights, starts):
     sys.argv = ["train.py", *argv]
     with contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path("train.py")
-    return losses, norms
+    return losses, list(map(float, norms))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from bench.measure import ratio, spread, table, take_turns
@@ -37,23 +38,13 @@ class Settings:
     repeats: int = 3  # rounds
 
 
-def load_model(path, device):
-    """(model, tokenizer, checkpoint) of a RUN; by default openllm-small with random weights."""
-    if path:
-        return ckpt.load_run(path, device=device)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval()
-    tokenizer = SimpleNamespace(kind="none", vocab_size=model.config.vocab_size, special={}, settings={},
-                                token_bytes=lambda i: b"x")
-    return model, tokenizer, {}
-
-
 def main(settings, runs):
     path = runs[0] if runs else ""
     device = machine.choose_device("auto")
     dtype, _ = machine.choose_dtype(settings.dtype, device)
     model, _, _ = load_model(path, device)
 
+    # 1. The contestants
     def prompts(n):
         return torch.randint(model.config.vocab_size, (n * settings.requests, PROMPT)).tolist()
 
@@ -69,23 +60,33 @@ def main(settings, runs):
     arguments = queue, path, device, settings.dtype
     spawn.Process(target=run_server, args=arguments, daemon=True).start()  # it ends with this process
     port = queue.get()  # when the model is loaded
-    contestants = {"generate": generate}
-    for n in CLIENTS:
-        contestants[n] = lambda _, n=n: ask(port, n, prompts(n))
+    contestants = {n: lambda _, n=n: ask(port, n, prompts(n)) for n in CLIENTS}
     generate(0)  # the first of each is slower
     ask(port, 1, prompts(1))
-    found = take_turns(contestants, settings.repeats)
+    found = take_turns({"generate": generate, **contestants}, settings.repeats)
 
+    # 2. Their rates
+    base = found.pop("generate")
     print(f"{path or 'openllm-small, random weights'}, {dtype}, {device}: prompts of {PROMPT} tokens, {NEW} new ones, "
           f"{settings.requests} requests per client, {settings.repeats} rounds: median (lowest to highest)\n"
-          f"GPT.generate: {spread(found['generate'], 0)} tokens/s")
+          f"GPT.generate: {spread(base, 0)} tokens/s")
     rows = []
-    for n in CLIENTS:
-        rates, firsts = zip(*found[n])
-        first = sorted(1000 * seconds for times in firsts for seconds in times)
-        rows.append([n, spread(rates, 0), ratio(rates, found["generate"]), f"{first[len(first) // 2]:.0f} ms",
-                     f"{first[int(len(first) * 0.99)]:.0f} ms"])
+    for n, results in found.items():
+        rates, firsts = zip(*results)
+        p50, p99 = 1000 * np.percentile(np.concatenate(firsts), [50, 99])
+        rows.append([n, spread(rates, 0), ratio(rates, base), f"{p50:.0f} ms", f"{p99:.0f} ms"])
     table("| clients | tokens/s | times GPT.generate | first token, p50 | p99 |", rows)
+
+
+def load_model(path, device):
+    """(model, tokenizer, checkpoint) of a RUN; by default openllm-small with random weights."""
+    if path:
+        return ckpt.load_run(path, device=device)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval()
+    tokenizer = SimpleNamespace(kind="none", vocab_size=model.config.vocab_size, special={}, settings={},
+                                token_bytes=lambda i: b"x")
+    return model, tokenizer, {}
 
 
 def run_server(queue, path, device, dtype):
@@ -101,7 +102,7 @@ def ask(port, n, prompts):
     """n clients share the prompts, one at a time each. Returns (tokens per second, [seconds to a first token])."""
     waiting, firsts = iter(prompts), []
 
-    def client():
+    def client(_):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         for prompt in waiting:
             body = dict(prompt=prompt, max_tokens=NEW, ignore_eos=True, temperature=0, stream=True)
@@ -117,6 +118,5 @@ def ask(port, n, prompts):
 
     started = time.perf_counter()
     with ThreadPoolExecutor(n) as threads:
-        for done in [threads.submit(client) for _ in range(n)]:
-            done.result()
+        list(threads.map(client, range(n)))
     return len(prompts) * NEW / (time.perf_counter() - started), firsts

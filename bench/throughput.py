@@ -8,10 +8,10 @@ nanoGPT runs in float32, ours compiled and in the dtype that it chooses. The fir
 "Of the peak" is the share of what this machine does in a large matrix product of the same dtype.
 """
 import re
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -19,16 +19,15 @@ import torch
 from bench.measure import TINY, measure, prepare_for_both, ratio, spread, table, take_turns, train_ours
 from runtime.settings import check_limits
 
-SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True".split()  # openllm-small
-NARROW = "--n_layer=6 --n_head=6 --n_embd=384 --bias=False".split()
-SHAPES = {  # name: (settings of both programs, batch_size, block_size, vocab_size)
+SMALL = "--n_layer=6 --n_head=8 --n_embd=512 --bias=True"  # openllm-small
+NARROW = "--n_layer=6 --n_head=6 --n_embd=384 --bias=False"
+SHAPES = {  # name: (shape, batch_size, block_size, vocab_size)
     "openllm-small, 4 x 512": (SMALL, 4, 512, 32000),
     "6 x 6 x 384, 16 x 256": (NARROW, 16, 256, 65),
-    # For the memory. A step takes half a minute: one round.
-    "openllm-small, 12 x 1024": (SMALL, 12, 1024, 32000),
+    "openllm-small, 12 x 1024": (SMALL, 12, 1024, 32000),  # for the memory: a step takes half a minute, so one round
 }
 COMMON = """--gradient_accumulation_steps=1 --dropout=0.0 --log_interval=1 --eval_iters=1 --eval_interval=1000000
-    --dataset=chars --device=cpu""".split()
+    --dataset=chars --device=cpu"""
 SKIPPED = 5  # steps
 
 
@@ -42,16 +41,16 @@ class Settings:
 
 def main(settings, _):
     check_limits(settings, {"steps": (SKIPPED + 1, 100_000)})
+    shapes = {"tiny": (" ".join(TINY), 2, 16, 100)} if settings.tiny else SHAPES
     print(f"{torch.get_num_threads()} threads, {settings.repeats} rounds of {settings.steps} steps: median (lowest to "
           "highest)")
-    shapes = {"tiny": (TINY, 2, 16, 100)} if settings.tiny else SHAPES
     table("| shape | nanoGPT, tokens/s | ours | times as fast | of the peak | memory: nanoGPT | ours |",
           (compare(name, *shape, settings) for name, shape in shapes.items()))
 
 
 def compare(name, shape, batch_size, block_size, vocab_size, settings):
-    argv = [*shape, *COMMON, f"--batch_size={batch_size}", f"--block_size={block_size}",
-            f"--max_iters={settings.steps}"]
+    argv = f"{shape} {COMMON} --batch_size={batch_size} --block_size={block_size} --max_iters={settings.steps}".split()
+    rounds = 1 if block_size == 1024 else settings.repeats
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "random.txt")  # what it says does not change how long it takes
         text.write_bytes(np.random.default_rng(0).integers(40, 100, 200_000, dtype=np.uint8))
@@ -59,18 +58,21 @@ def compare(name, shape, batch_size, block_size, vocab_size, settings):
 
         def theirs(i):
             _, memory, printed = measure(["train.py", *argv, "--compile=False", f"--out_dir=out{i}"], peer)
-            times = re.findall(r"iter \d+: loss .* time ([\d.]+)ms", printed)[SKIPPED:]
-            return 1000 * batch_size * block_size / statistics.median(map(float, times)), memory
+            times = re.findall(r"iter \d+: loss .* time ([\d.]+)ms", printed)
+            return 1000 * batch_size * block_size / middle(times), memory
 
         def ours(i):
-            compiled = "--compile=false" if settings.tiny else "--compile=true"
+            compiled = f"--compile={not settings.tiny}"
             _, memory, printed, rows = train_ours([*argv, compiled, f"--vocab_size={vocab_size}"], folder, f"out{i}")
-            rate = statistics.median(row["tokens_per_second"] for row in rows[SKIPPED:])
-            shares = re.findall(r"(\d+)% of peak", printed)[SKIPPED:]
-            return rate, memory, statistics.median(map(int, shares))
+            rates = [row["tokens_per_second"] for row in rows]
+            return middle(rates), memory, middle(re.findall(r"(\d+)% of peak", printed))
 
-        found = take_turns({"nanoGPT": theirs, "ours": ours}, 1 if block_size == 1024 else settings.repeats)
+        found = take_turns({"nanoGPT": theirs, "ours": ours}, rounds)
     their_rates, their_memory = zip(*found["nanoGPT"])
     our_rates, our_memory, shares = zip(*found["ours"])
     return [name, spread(their_rates, 0), spread(our_rates, 0), ratio(our_rates, their_rates), spread(shares, 0) + "%",
             f"{max(their_memory) / 1e6:,.0f} MB", f"{max(our_memory) / 1e6:,.0f} MB"]
+
+
+def middle(values):
+    return median(map(float, values[SKIPPED:]))

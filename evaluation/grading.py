@@ -19,23 +19,22 @@ import math
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
 from runtime.console import UserError
-from text.rows import SQUAD, check, field, json_lines, kind_of, squad
+from text.rows import SQUAD, check, field, json_lines, squad
 from text.sources import decoded, kind
 
-LAYOUTS = [{"prompt": str, "choices": list, "answer": int}, {"question": str, "answers": list},
-           {"prompt": str, "answers": list}, {"question": str, "answer": str}]
 FIX = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
        '["..."]} or {"question": "...", "answer": "... #### 12"}')
 MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 STEPS = "Let's think step by step."  # Kojima 2022, arXiv 2205.11916
 INSTRUCTIONS = {  # for a chat; a text shows by its form what is wanted
+    "choice": "",
     "words": "Answer the question with as few words as possible, taken from the text.\n\n",
     "number": "Solve the problem. At the end, write #### and the answer as a number.\n\n"}
 
@@ -49,15 +48,14 @@ class Item:
     question: str  # what a user says in a chat
     right: list[str]
     choices: list[str]
-    steps: str = ""  # the way to the answer
+    steps: str = ""  # the way to the answer, up to the number
     group: str = ""  # the text that it is about
 
     def shown(self, cot):
         """The answer in an example; cot: with the way to it."""
         if self.kind != "number":
             return self.right[0]
-        steps = self.steps + "\n" if cot and self.steps else ""
-        return f"{steps}#### {self.right[0]}"
+        return (self.steps if cot else "") + "#### " + self.right[0]
 
 
 def read_task(path):
@@ -70,49 +68,6 @@ def read_task(path):
     return items
 
 
-def item_of(row, where):
-    """A row as an Item of the kind that its fields say."""
-    # 1. The fields and their types
-    fields = row.keys() if isinstance(row, dict) else set()
-    layout = next((layout for layout in LAYOUTS if layout.keys() <= fields), None)
-    if layout is None:
-        raise UserError(f"{where}: no question, but {', '.join(sorted(fields)) or kind_of(row)}", FIX)
-    for name, wanted in layout.items():
-        check(row[name], name, wanted, where, FIX)
-        for i, value in enumerate(row[name] if wanted is list else []):
-            check(value, f"{name}[{i}]", str, where, FIX)
-    if "prompt" in layout and not row["prompt"].strip():
-        raise UserError(f"{where}: `prompt` is empty", FIX)
-
-    # 2. A choice
-    if "choices" in layout:
-        prompt, answer = row["prompt"].rstrip(), row["answer"]  # a space is put before each choice
-        choices = [choice.strip() for choice in row["choices"]]
-        if not 0 <= answer < len(choices):
-            raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
-        return Item("choice", where, prompt, prompt, [choices[answer]], choices)
-
-    # 3. Words
-    if "answers" in layout:
-        context = check(row.get("context") or "", "context", str, where, FIX).strip()
-        before = context + "\n\n" if context else ""
-        answers = [answer for answer in row["answers"] if normalize(answer)] or row["answers"] or [""]
-        if "prompt" in layout:
-            question = prompt = before + row["prompt"]
-        else:
-            question = f"{before}Question: {row['question'].strip()}"
-            prompt = question + "\nAnswer:"
-        return Item("words", where, prompt, question, answers, [], group=context)
-
-    # 4. A number
-    question = row["question"].strip()
-    steps, mark, end = row["answer"].rpartition("####")
-    if not MARKED.fullmatch(mark + end.rstrip()):
-        raise UserError(f"{where}: `answer` does not end with #### and a number", FIX)
-    steps = re.sub(r"<<[^<>]*>>", "", steps).strip()  # GSM8K's <<3*4=12>> are for a calculator
-    return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [], steps)
-
-
 def squad_rows(path):
     """(where, row) for every question of a file in SQuAD's layout. In version 2.0, some have no answer."""
     for where, context, paragraph in squad(path):
@@ -123,24 +78,67 @@ def squad_rows(path):
             yield here, dict(context=context, question=question, answers=answers)
 
 
-def prompt_text(item, examples, cot=False):
-    """The examples with their answers, then the question."""
-    shown = [f"{example.prompt} {example.shown(cot)}" for example in examples]
-    return "\n\n".join([*shown, item.prompt])
+def item_of(row, where):
+    """A row as an Item of the kind that its fields say."""
+    fields = row if isinstance(row, dict) else {}
+
+    def get(name, wanted):
+        value = field(row, name, wanted, where, FIX)
+        if wanted is str and not value.strip():
+            raise UserError(f"{where}: `{name}` is empty", FIX)
+        return value
+
+    def texts(name):
+        return [check(text, f"{name}[{i}]", str, where, FIX) for i, text in enumerate(get(name, list))]
+
+    # 1. A choice
+    if "choices" in fields:
+        prompt = get("prompt", str).rstrip()  # a space is put before each choice
+        choices = [choice.strip() for choice in texts("choices")]
+        answer = get("answer", int)
+        if not 0 <= answer < len(choices):
+            raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
+        return Item("choice", where, prompt, prompt, [choices[answer]], choices)
+
+    # 2. Words
+    if "answers" in fields:
+        context = check(row.get("context") or "", "context", str, where, FIX).strip()
+        before = f"{context}\n\n" if context else ""
+        right = [answer for answer in texts("answers") if normalize(answer)] or row["answers"] or [""]
+        if "prompt" in fields:
+            question = prompt = before + get("prompt", str)
+        else:
+            question = before + "Question: " + get("question", str).strip()
+            prompt = question + "\nAnswer:"
+        return Item("words", where, prompt, question, right, [], group=context)
+
+    # 3. A number
+    question = get("question", str).strip()
+    steps, mark, end = get("answer", str).rpartition("####")
+    if not MARKED.fullmatch(mark + end.rstrip()):
+        raise UserError(f"{where}: `answer` does not end with #### and a number", FIX)
+    steps = re.sub(r"<<[^<>]*>>", "", steps).lstrip()  # GSM8K's <<3*4=12>> are for a calculator
+    return Item("number", where, f"Question: {question}\nAnswer:", question, [end.strip()], [], steps)
 
 
 def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
-    """The ids of that, as a text or in the chat format. cot: with the way to a number (Wei 2022, arXiv 2201.11903)."""
+    """The ids of the examples with their answers and of the question, as a text or in the chat format.
+
+    cot: with the way to a number (Wei 2022, arXiv 2201.11903).
+    """
     cot = cot and item.kind == "number"
     if not chat:
-        think = f" {STEPS}" if cot and not examples else ""
-        return tokenizer.encode(prompt_text(item, examples, cot) + think)
-    think = f"\n{STEPS}" if cot else ""
+        parts = [f"{example.prompt} {example.shown(cot)}" for example in examples]
+        text = "\n\n".join([*parts, item.prompt])
+        if cot and not examples:
+            text += f" {STEPS}"
+        return tokenizer.encode(text)
     messages = []
     for one in (*examples, item):
-        messages.append(dict(role="user", content=one.question + think))
+        question = f"{one.question}\n{STEPS}" if cot else one.question
+        messages.append(dict(role="user", content=question))
         messages.append(dict(role="assistant", content=one.shown(cot)))
-    messages[0]["content"] = INSTRUCTIONS.get(item.kind, "") + messages[0]["content"]
+    messages[0]["content"] = INSTRUCTIONS[item.kind] + messages[0]["content"]
     return tokenizer.chat(messages[:-1])
 
 
@@ -152,8 +150,10 @@ def choice_ids(item, examples, tokenizer, chat=False):
     """
     before = prompt_ids(item, examples, tokenizer, chat=chat)
     for choice in item.choices:
-        together = f"{prompt_text(item, examples)} {choice}"
-        ids = before + tokenizer.encode(choice) if chat else tokenizer.encode(together)
+        if chat:
+            ids = before + tokenizer.encode(choice)
+        else:
+            ids = prompt_ids(replace(item, prompt=f"{item.prompt} {choice}"), examples, tokenizer)
         yield ids, max(1, len(ids) - len(before))
 
 
@@ -188,7 +188,7 @@ def vote(answers):
     Self-consistency: what several ways of thinking lead to is more likely right (Wang 2022, arXiv 2203.11171).
     """
     counts = Counter(answer for answer in answers if answer is not None)
-    answer, n = counts.most_common(1)[0] if counts else (None, 0)
+    [(answer, n)] = counts.most_common(1) or [(None, 0)]
     return answer, n / len(answers)
 
 
@@ -218,6 +218,21 @@ def score_choice(item, logprobs):
     return dict(marks=scores, answer=best, confidence=float(confidence))
 
 
+def summary(rows):
+    """What the rows of a task come to."""
+    groups = [row["group"] for row in rows]
+    scores = {metric: [row["marks"][metric] for row in rows] for metric in rows[0]["marks"]}
+    found = dict(n=len(rows), cut=sum(row["cut"] for row in rows),
+                 metrics={metric: mean(values, groups) for metric, values in scores.items()})
+    if rows[0]["confidence"] is not None:
+        confidences = [row["confidence"] for row in rows]
+        table, error = calibration(confidences, next(iter(scores.values())))
+        found |= dict(calibration=table, calibration_error=error)
+    if "choices" in rows[0]:
+        found["chance"] = float(np.mean([1 / len(row["choices"]) for row in rows]))
+    return found
+
+
 def mean(values, groups):
     """{"value", "error"}: the mean of scores, and its standard error, None where all are of one group.
 
@@ -242,7 +257,8 @@ def differences(models):
     for model in models[1:]:
         for name, task in model["tasks"].items():
             if first := models[0]["tasks"].get(name):
-                metric, pairs = next(iter(task["metrics"])), zip(task["items"], first["items"])
+                metric = next(iter(task["metrics"]))
+                pairs = zip(task["items"], first["items"])
                 differ = [row["marks"][metric] - other["marks"][metric] for row, other in pairs]
                 groups = [row["group"] for row in task["items"]]
                 rows.append(dict(model=model["model"], task=name, metric=metric, **mean(differ, groups)))
@@ -274,13 +290,11 @@ def variety(texts):
     """
     texts = [words_of(text)[:50] for text in texts]
 
-    def grams(n):
-        return [list(zip(*(words[i:] for i in range(n)))) for words in texts]
+    def distinct(n, apart=False):
+        """The share of different n-grams among all. apart: the same ones in two texts are different."""
+        grams = [(i * apart, *words[j:j + n]) for i, words in enumerate(texts) for j in range(len(words) - n + 1)]
+        return len(set(grams)) / len(grams) if grams else None
 
-    def distinct(groups):
-        total = sum(map(len, groups))
-        return sum(len(set(group)) for group in groups) / total if total else None
-
-    in_one_text = distinct(grams(4))
-    return dict(words=sum(map(len, texts)), distinct_1=distinct([sum(grams(1), [])]),
-                distinct_2=distinct([sum(grams(2), [])]), repetition=None if in_one_text is None else 1 - in_one_text)
+    new = distinct(4, apart=True)
+    return dict(words=sum(map(len, texts)), distinct_1=distinct(1), distinct_2=distinct(2),
+                repetition=None if new is None else 1 - new)

@@ -17,6 +17,7 @@ Every token but the first is predicted exactly once. block_size and stride say h
 """
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from shlex import quote
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from dataset import Dataset, to_batch, validation_sums
-from runtime.console import UserError
+from runtime.console import UserError, say
 from runtime.processes import Processes
 from text.sources import documents
 
@@ -40,13 +41,13 @@ class Text:
     sha256: list[str] | None = None
 
     def counts(self):
-        return dict(documents=len(self.documents),
-                    bytes=sum(len(text.encode()) for text in self.documents),
+        return dict(documents=len(self.documents), bytes=sum(len(text.encode()) for text in self.documents),
                     words=sum(len(text.split()) for text in self.documents))
 
     def ids(self, tokenizer):
         """All of it, (N,) int64, with the end-of-text token between documents."""
-        ids, end = [], tokenizer.special.get(tokenizers.END_OF_TEXT)
+        end = tokenizer.special.get(tokenizers.END_OF_TEXT)
+        ids = []
         for i, text in enumerate(self.documents):
             if end is not None and (i > 0 or self.sha256):
                 ids.append(end)
@@ -78,23 +79,34 @@ def split_documents(data):
 
 def cut(found, megabytes):
     """Documents, each given as blocks of text, until they have so many megabytes."""
-    texts, capacity = [], round(megabytes * 1e6) or math.inf
+    texts, left = [], round(megabytes * 1e6) or sys.maxsize
     for blocks in found:
         raw = bytearray()
         for block in blocks:
             raw += block.encode()
-            if len(raw) >= capacity:
-                del raw[capacity:]
+            if len(raw) >= left:
                 break
-        texts.append(raw.decode(errors="ignore"))  # half a character at the end is left out
-        capacity -= len(raw)
-        if capacity <= 0:
+        texts.append(raw[:left].decode(errors="ignore"))  # half a character at the end is left out
+        left -= len(raw)
+        if left <= 0:
             break
     return texts
 
 
+class Pace:
+    """Says how far the work is, at most every 20 seconds."""
+
+    def __init__(self, unit, total):
+        self.unit, self.total, self.last = unit, total, time.monotonic()
+
+    def tell(self, done):
+        if time.monotonic() - self.last > 20:
+            self.last = time.monotonic()
+            say(f"{done:,} of {self.total:,} {self.unit}")
+
+
 @torch.inference_mode()
-def total_loss(model, ids, block_size, stride, batch_size, processes, tell=None):
+def total_loss(model, ids, block_size, stride, batch_size, processes):
     """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
 
     A window of block_size tokens moves on by `stride`, and predicts the new ones. They have at least
@@ -102,15 +114,17 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=None)
     """
     ids, device = np.asarray(ids), model.lm_head.weight.device
     windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
-
-    def window(number):
-        part = ids[number * stride:][:block_size + 1]
-        seen = block_size - stride if number > 0 else 0
-        return part, np.arange(len(part) - 1) >= seen
+    starts = range(0, windows * stride, stride)
+    pace = Pace("windows", windows)
 
     def batch(number):
-        first = number * batch_size
-        return to_batch([window(n) for n in range(first, min(first + batch_size, windows))], block_size)
+        """Batch `number` of the windows, (idx, targets). Targets that the window before has predicted are -1."""
+        parts = []
+        for start in starts[number * batch_size:][:batch_size]:
+            part = ids[start:start + block_size + 1]
+            new = (np.arange(len(part) - 1) >= block_size - stride) | (start == 0)
+            parts.append((part, new))
+        return to_batch(parts, block_size)
 
     def loss_of(idx, targets):
         """The mean in float64, by way of the logits, which 8-bit models have too."""
@@ -124,19 +138,16 @@ def total_loss(model, ids, block_size, stride, batch_size, processes, tell=None)
             nats += F.cross_entropy(logits, due, reduction="none").double().sum().item()
         return nats / len(targets)
 
-    def before_each(number):
-        if tell:
-            tell(number * batch_size, windows)
-
-    return validation_sums(loss_of, batch, math.ceil(windows / batch_size), processes, before_each)[0]
+    batches = math.ceil(windows / batch_size)
+    return validation_sums(loss_of, batch, batches, processes, lambda number: pace.tell(number * batch_size))[0]
 
 
-def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None, tell=None):
+def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None):
     """The numbers of a model on a Text. block_size: 0 for its context; stride: 0 for block_size.
 
     Raises UserError where the text is too short, the context too long, or a character has no token.
     """
-    started, counts, context = time.perf_counter(), text.counts(), model.config.block_size
+    counts, context = text.counts(), model.config.block_size
     block_size = block_size or context
     stride = stride or block_size
     if not stride <= block_size <= context:
@@ -146,12 +157,12 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
     if len(ids) < 2 or not counts["bytes"]:
         raise UserError(f"{text.name} has {counts['bytes']} bytes, {len(ids)} tokens", "a longer text")
     batch_size = batch_size or max(1, 4096 // block_size)
-    nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes(), tell)
+    nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes())
     if not math.isfinite(nats):
         raise UserError("its loss is not a finite number", "--dtype=float32, or another checkpoint")
     return dict(bits_per_byte=nats / math.log(2) / counts["bytes"], perplexity=power(nats, len(ids) - 1),
                 word_perplexity=power(nats, counts["words"]), tokens=len(ids), **counts, block_size=block_size,
-                stride=stride, seconds=time.perf_counter() - started)
+                stride=stride)
 
 
 def power(nats, n):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The doctor finds a healthy machine healthy, and notices what is broken. (Parity is in test_parity.py.)"""
-import dataclasses
 import re
 
 import pytest
 import torch
-from conftest import error, words
+from conftest import ROOT, error, words
 from torch.nn import functional as F
 
 from bench import __main__ as bench
@@ -69,38 +68,45 @@ def test_the_speed_benches_need_what_they_compare_with(here):
     for name in ("loss", "throughput"):
         words_file = here / "words.txt"
         words_file.write_text(words(3000), encoding="utf-8")
-        assert "is not a folder of nanoGPT: it has no train.py" in error(
+        assert "is not a folder of nanoGPT" in error(
             bench.main, name, str(words_file), "--peer=nowhere", "--tiny=true")[0]
     assert "steps=3" in error(bench.main, "throughput", "--steps=3")[0]
 
 
+LAW = 1.2e6, 0.8, 1.1e6, 0.25  # A, a, B, b
+
+
+def by_the_law(n, d):
+    return bench_scaling.bits(LAW, n, d)
+
+
 def curve(n, tokens, bits):
-    return bench_scaling.Run(n, [dict(step=100, tokens=d, val_bpb=bits(n, d)) for d in tokens])
+    return n, [dict(step=100, tokens=d, val_bpb=bits(n, d)) for d in tokens]
 
 
 def test_the_law_is_found_in_its_own_points():
-    law = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25)
-    found = bench_scaling.fit([curve(n, (2e5, 5e5, 1e6, 2e6), law.bits) for n in (7e5, 2e6, 4e6, 9e6)])
-    assert found == bench_scaling.Law(*(pytest.approx(value, rel=1e-3) for value in dataclasses.astuple(law)))
-    assert found.bits(9e6, 1e8) == pytest.approx(0.7 + ((1.2 / 9) ** 0.8 + 1.1 / 100) ** 0.25, rel=1e-4)
+    found = bench_scaling.fit([curve(n, (2e5, 5e5, 1e6, 2e6), by_the_law) for n in (7e5, 2e6, 4e6, 9e6)])
+    assert found == pytest.approx(LAW, rel=1e-3)
+    assert bench_scaling.bits(found, 9e6, 1e8) == pytest.approx(0.7 + ((1.2 / 9) ** 0.8 + 1.1 / 100) ** 0.25, rel=1e-4)
     # Larger models that are worse: no such law says so, and what is found is one.
     worse = bench_scaling.fit([curve(n, (1e5, 1e6), lambda n, d: 1 + n / 1e8 - d / 1e8) for n in (1e6, 1e7)])
-    assert worse.bits(1e7, 1e6) <= worse.bits(1e6, 1e6) < worse.bits(1e6, 1e5)
+    large, small, sooner = (bench_scaling.bits(worse, n, d) for n, d in ((1e7, 1e6), (1e6, 1e6), (1e6, 1e5)))
+    assert large <= small < sooner
     with pytest.raises(UserError, match="no validation after 60 steps"):
-        bench_scaling.fit([curve(1e6, (1e6,), law.bits), curve(2e6, (), law.bits)])
+        bench_scaling.fit([curve(1e6, (1e6,), by_the_law), curve(2e6, (), by_the_law)])
 
 
 def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     """With runs that obey a law, all is as it says. (The README's command trains.)"""
-    law, asked = bench_scaling.Law(A=1.2e6, a=0.2, B=1.1e6, b=0.25), {}
+    asked = {}
 
     def trained(name, n_embd, settings, argv):
         asked[name], n = dict(argument[2:].split("=") for argument in argv), 10_000 * n_embd
         updates = int(asked[name].get("max_iters", 50_000 // n_embd))
         every = int(asked[name]["eval_interval"])
-        rows = [dict(step=step, tokens=3072 * step, val_bpb=law.bits(n, 3072 * step), train_seconds=step * n_embd / 500,
+        rows = [dict(step=step, tokens=3072 * step, val_bpb=by_the_law(n, 3072 * step), train_seconds=step * n_embd / 500,
                      wall_seconds=1.0) for step in range(every, updates + 1, every)]
-        return bench_scaling.Run(n, rows)
+        return n, rows
 
     monkeypatch.setattr(bench_scaling, "trained", trained)
     assert not bench.main(["scaling", "--minutes=2"])
@@ -109,10 +115,10 @@ def test_scaling_says_what_will_come_and_then_looks(here, capsys, monkeypatch):
     long = asked[f"{best}-long"]
     assert int(long["max_iters"]) == round(1800 / 1.05 / (int(best) / 500)) and asked[best]["budget"] == "120s"
     n, d = 10_000 * int(best), 3072 * int(long["max_iters"])
-    others = [law.bits(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.SIZES]
-    assert law.bits(n, d) == pytest.approx(min(others), rel=1e-3)  # no other size is better
+    others = [by_the_law(10_000 * w, 3072 * round(1800 / 1.05 / (w / 500))) for w in bench_scaling.SIZES]
+    assert by_the_law(n, d) == pytest.approx(min(others), rel=1e-3)  # no other size is better
     said = float(re.search(r"with ([\d.]+) bits per byte", out)[1])
-    assert said == pytest.approx(law.bits(n, d), rel=2e-3)
+    assert said == pytest.approx(by_the_law(n, d), rel=2e-3)
     assert re.search(rf"\| {best}, the long run \| {n:,} \|.* [+-]0\.[01]\d% \|", out)
 
 
@@ -121,7 +127,8 @@ def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     assert not bench.main(["generate", "--tiny=true", "--repeats=1", "--new_tokens=8", "--prompt=4"])
     assert "prompt=449 and new_tokens=64 exceed the context" in error(bench.main, "generate", "--tiny=true", "--prompt=449")[0]
     out, err = capsys.readouterr()
-    assert "| int8 | float32 |" in out and "transformers" not in out and "nanoGPT" not in out
-    assert "transformers is left out" in err
-    assert "is not a folder of nanoGPT" in error(
-        bench.main, "generate", "--tiny=true", "--new_tokens=8", "--peer=nowhere")[0]
+    assert "\n| float32 |" in out and "transformers" not in out and "nanoGPT" not in out
+    assert "transformers is left out" in err and "nanoGPT is left out: --peer=FOLDER" in err
+    for peer in ("nowhere", str(ROOT)):  # our own model.py is not nanoGPT's
+        assert "is not a folder of nanoGPT" in error(
+            bench.main, "generate", "--tiny=true", "--new_tokens=8", f"--peer={peer}")[0]

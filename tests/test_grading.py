@@ -193,12 +193,12 @@ def squad(*qas, **paragraph):
 
 
 WRONG = [
-    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: no question, but list"), ("null", "null"),
-    ('"text"', "line 2: no question, but str"), ("{}", "line 2: no question, but dict"),
+    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: no field `question`, but list"), ("null", "null"),
+    ('"text"', "line 2: no field `question`, but str"), ("{}", "line 2: no field `question`, but none"),
     ("1" * 9000, "line 2: not to be read"),
     *((CHOICE, change, part) for change, part in [
-        ({"answer": ...}, "no question, but choices, prompt"), ({"choices": ...}, "no question, but answer, prompt"),
-        ({"prompt": ...}, "no question, but answer, choices"), ({"choices": "ab"}, "`choices` is not a list but str"),
+        ({"answer": ...}, "no field `answer`, but prompt, choices"), ({"choices": ...}, "no field `question`, but prompt, answer"),
+        ({"prompt": ...}, "no field `prompt`, but choices, answer"), ({"choices": "ab"}, "`choices` is not a list but str"),
         ({"choices": []}, "`answer` is 1, not the"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
         ({"answer": 2}, "`answer` is 2, not the number of a choice"), ({"answer": -1}, "`answer` is -1"),
         ({"answer": 1.0}, "`answer` is not a number but float"), ({"answer": "1"}, "`answer` is not a number but str"),
@@ -208,7 +208,7 @@ WRONG = [
     *((READ, change, part) for change, part in [
         ({"answers": "a"}, "`answers` is not a list but str"), ({"answers": [["a"]]}, "`answers[0]` is not a text but"),
         ({"context": 7}, "`context` is not a text but int"), ({"question": {}}, "`question` is not a text but"),
-        ({"question": ...}, "no question, but answers, context"),
+        ({"question": ...}, "no field `question`, but context, answers"),
         ({"answers": ["a", "\ud83d"]}, "`answers[1]` has half a character")]),
     *((SUM, change, part) for change, part in [
         ({"answer": "12"}, "`answer` does not end with ####"), ({"answer": "#### none"}, "`answer` does not end with"),

@@ -84,7 +84,7 @@ def test_parity_notices_a_difference(data, capfd, monkeypatch):
 
 def test_parity_needs_a_peer(data, capfd):
     for peer in ("--peer=nowhere", "--peer="):
-        assert "has no train.py" in error(bench.main, "parity", peer)[0]
+        assert "is not a folder of nanoGPT" in error(bench.main, "parity", peer)[0]
     assert "train.py failed" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")[0]
     assert "there is no prepared data in data/none" in capfd.readouterr().err
 

@@ -140,13 +140,11 @@ def test_tables_and_notes():
     found = three()
     said = report.tables(found)
     lines = said.split("\n")
-    first, rest = report.columns(found)
-    assert len(first) == 3 and len(rest) == 4
-    for start, rows in ((0, first), (6, rest)):
-        for row, line in zip([dict.fromkeys(rows[0]), *rows], [lines[start], *lines[start + 2:]]):
-            cells = [cell.strip() for cell in line[2:-2].split(" | ")]
-            assert cells == [heading if cell is None else cell for heading, cell in row.items()]
-        assert {len(line) for line in lines[start:start + 2 + len(rows)]} == {len(lines[start])}  # below each other
+    rows = report.measures(found)
+    assert rows[0] == ["measure", "alpha", "beta", "gamma", "(a.txt itself)"]
+    for row, line in zip(rows, [lines[0], *lines[2:]]):
+        assert [cell.strip() for cell in line[2:-2].split(" | ")] == row
+    assert {len(line) for line in lines[:1 + len(rows)]} == {len(lines[0])}  # below each other
     notes = report.notes(found)
     assert all(line in lines for line in notes)
     assert notes == [
@@ -155,10 +153,8 @@ def test_tables_and_notes():
         *notes[2:5],
         "shots=0, cot=False, votes=1; float32 on cpu, 2 threads; 1.5 minutes",
         "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
-    assert re.sub(r"0\.\d\d ", "", notes[2]) == (
-        "pick: 12 questions; percent \u00b1 standard error; by chance 50.0; calibration error (alpha); "
-        "calibration error (beta); calibration error (gamma); in the chat format (gamma)")
-    assert notes[3].endswith("standard error; 7 prompts cut at their beginning, to fit (gamma)")
+    assert notes[2] == "pick: 12 questions; percent \u00b1 standard error; by chance 50.0"
+    assert notes[3] == "read: 12 questions; percent \u00b1 standard error"
     assert "| gamma | pick | 0.0 \u00b1 0.0 " in said
 
 
@@ -223,22 +219,30 @@ def test_hostile_text_stays_text(show):
 def test_the_table_of_models(show):
     found = three()
     get = show(found)
+    none = "\u2013"
     assert get("cells('Models')") == [
         ["measure", "alpha", "beta", "gamma", "(a.txt itself)"],
-        ["parameters", *["12,345"] * 3, ""],
-        ["bits per byte on a.txt", "2.0000", "1.5000", "1.0000", ""],
-        ["bits per byte on b.txt", "1.0000", "0.2500", "\u2013", ""],
-        ["tokens/s", "31.25", "31.25", "\u2013", ""],
-        ["pick: right", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
-        ["read: F1", *["80.0 \u00b1 11.0"] * 3, ""],
-        ["sums: right", *["0.0"] * 2, "\u2013", ""],
-        ["pick: per byte", "66.7 \u00b1 14.2", "0.0 \u00b1 0.0", "66.7 \u00b1 14.2", ""],
-        ["read: exact", *["66.7 \u00b1 14.2"] * 3, ""],
-        ["sums: in format", *["0.0"] * 2, "\u2013", ""],
-        ["sample words", "8", "4", "\u2013", "9"],
-        ["distinct-1", "0.50", "1.00", "\u2013", "0.50"],
-        ["distinct-2", "0.50", "1.00", "\u2013", "0.80"],
-        ["repetition", "0.33", "0.00", "\u2013", "\u2013"]]
+        ["parameters", *["12,345"] * 3, none],
+        ["bits per byte on a.txt", "2.0000", "1.5000", "1.0000", none],
+        ["perplexity per token on a.txt", *["20.5"] * 3, none],
+        ["perplexity per word on a.txt", *[none] * 4],
+        ["bits per byte on b.txt", "1.0000", "0.2500", none, none],
+        ["perplexity per token on b.txt", *["20.5"] * 2, none, none],
+        ["perplexity per word on b.txt", *[none] * 4],
+        ["tokens/s", "31.25", "31.25", none, none],
+        ["pick: right", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", none],
+        ["pick: per byte", "66.7 \u00b1 14.2", "0.0 \u00b1 0.0", "66.7 \u00b1 14.2", none],
+        ["pick: calibration error", "0.29", "0.21", "0.29", none],
+        ["pick: in the chat format", "False", "False", "True", none],
+        ["read: F1", *["80.0 \u00b1 11.0"] * 3, none],
+        ["read: exact", *["66.7 \u00b1 14.2"] * 3, none],
+        ["read: prompts cut at their beginning, to fit", "0", "0", "7", none],
+        ["sums: right", *["0.0"] * 2, none, none],
+        ["sums: in format", *["0.0"] * 2, none, none],
+        ["sample words", "8", "4", none, "9"],
+        ["distinct-1", "0.50", "1.00", none, "0.50"],
+        ["distinct-2", "0.50", "1.00", none, "0.80"],
+        ["repetition", "0.33", "0.00", none, none]]
     assert get("texts('section:first-child li')") == report.notes(found)
 
 
