@@ -6,16 +6,15 @@ The server: a trained model over HTTP, with nothing but the standard library.
     python serve.py out/small --port=9000 --dtype=bfloat16
     OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for others too: only with a key
 
-    curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
+    curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
-Each connection has a thread, which checks a request (serving/web.py, serving/api.py), waits for its tokens and writes
-them. The engine's thread alone uses the model (serving/engine.py): requests reach it through one queue, events come
-back through another.
+Each connection has a thread (serving/web.py), which checks a request and writes the answer (serving/api.py).
+One thread alone uses the model (serving/engine.py): requests reach it through one queue, events come back
+through another.
 """
 import base64
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from queue import Empty, Full
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
 from runtime.settings import check_limits, load
-from sample import RANGES, ModelConfig, Sampling, load_model
+from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
@@ -46,7 +45,7 @@ class ServeConfig(ModelConfig):
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
-    header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
+    header_timeout: float = 10  # seconds for the headers of a request, and between two requests
     body_timeout: float = 30  # seconds for its body
     write_timeout: float = 10  # seconds for a client to take what it is sent
     request_timeout: float = 300  # seconds for an answer
@@ -56,9 +55,9 @@ class ServeConfig(ModelConfig):
     cors_origin: str = ""  # pages of this origin may use the server: https://example.org
 
 
-LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
-          "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
-          "drain": (0, 1e6)}
+LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
+          "max_body": (100, 2**30), "block_size": (0, 1e9), "drain": (0, 1e6),
+          "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
@@ -66,7 +65,7 @@ DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/
 
 
 class Served:
-    """A model and its engine, when it is loaded, and what requests need to know of it."""
+    """A loaded model, its engine, and what requests need to know of it."""
 
     def __init__(self, settings, model, tokenizer, run):
         device, config = str(model.lm_head.weight.device), model.config
@@ -82,13 +81,13 @@ class Served:
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
         self.info = dict(
-            run_facts(run, folder), name=self.name, chat=self.chat, context=self.context, parameters=parameters,
-            device=device, dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
+            run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
+            parameters=parameters, device=device,
+            dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
             vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
             family=f"{config.pos} {config.norm} {config.mlp}",
             tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")),
-            defaults={name: value for name, value in vars(Sampling()).items() if name in RANGES}
-            | {"max_tokens": api.Generate.max_tokens})
+            defaults=api.Generate.defaults | {"max_tokens": api.Generate.max_tokens})
 
 
 def run_facts(run, folder):
@@ -105,31 +104,32 @@ def run_facts(run, folder):
 
 
 class Server:
-    """The model, its engine's thread, and the web server. load() -> (model, tokenizer, run) runs in that thread.
+    """The web server, and the engine's thread, in which load() -> (model, tokenizer, run) runs first.
 
     Raises UserError where the port is taken, or where others could get in without a key.
     """
 
     def __init__(self, settings, load):
-        self.settings, self.load = settings, load
+        self.settings = settings
+        self.load = load
         self.served = None  # a Served, when it is loaded
         self.failure = None  # the error that ended a thread
         self.draining = False
         self.ended = threading.Event()
         self.lock = threading.Lock()  # guards `counts`
-        self.counts = Counter(first_token_seconds_sum=0, first_token_seconds_count=0,
-                              request_seconds_sum=0, request_seconds_count=0)
+        self.counts = Counter(first_token_seconds_sum=0, first_token_seconds_count=0, request_seconds_sum=0,
+                              request_seconds_count=0)
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
                             "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
-        routes = {
-            "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
-            "/model-info": {"GET": self.model_info}, "/info": {"GET": self.model_info},
-            "/v1/models": {"GET": self.models},
-            "/tokenize": {"POST": self.tokenize}, "/detokenize": {"POST": self.detokenize},
-            **{path: {"POST": self.generate} for path in DIALECTS}}
+        gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
+                "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models}
+        posts = dict.fromkeys(DIALECTS, self.generate)
+        posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
+        routes = {path: {"GET": function} for path, function in gets.items()}
+        routes |= {path: {"POST": function} for path, function in posts.items()}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
         self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
@@ -155,10 +155,11 @@ class Server:
 
     def work(self):
         """The engine's thread: load the model, then run it."""
-        self.served = Served(self.settings, *self.load())
-        self.web.routes[f"/v1/models/{self.served.name}"] = {"GET": self.model}
-        say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
-            f"of {self.served.context} tokens")
+        served = Served(self.settings, *self.load())
+        self.web.routes[f"/v1/models/{served.name}"] = {"GET": self.model}
+        self.served = served
+        parameters, rows = served.info["parameters"], self.engine.rows
+        say(f"serving {served.name}: {parameters:,} parameters, {rows} rows of {served.context} tokens")
         if not self.draining:
             self.engine.run()
 
@@ -179,10 +180,9 @@ class Server:
             self.web.wait_until_idle(drain)
         if self.engine:
             self.engine.end()
+            self.engine_thread.join(10)
             self.web.wait_until_idle(1)  # for their last events
         self.web.close()
-        if self.engine:
-            self.engine_thread.join(10)
 
     def ready(self):
         """The Served. Raises Refuse while there is none."""
@@ -211,7 +211,7 @@ class Server:
             for event in self.wait(connection, job):
                 if job.stream:
                     connection.send_events(*job.chunks(event))
-                job.check(event)
+                job.check_event(event)
             if job.stream:
                 return connection.send_events(*job.last(), end=True)
             return job.answer()
@@ -274,7 +274,7 @@ class Server:
     # What it tells those who watch
 
     def answered(self, connection):
-        """Count the answer, and log a line without a prompt, a key or anything else that the client chose."""
+        """Count the answer, and log a line with nothing that the client chose."""
         now, route, status = time.monotonic(), connection.route, connection.status
         with self.lock:
             self.counts[f'requests_total{{route="{route}",status="{status}"}}'] += 1
@@ -287,7 +287,8 @@ class Server:
         line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
         if connection.requests:
             read = sum(len(request.ids) for request in connection.requests)
-            line += f", {read}+{sum(request.n for request in connection.requests)} tokens"
+            written = sum(request.n for request in connection.requests)
+            line += f", {read}+{written} tokens"
         if route != "/health":  # which is asked every few seconds
             say(line)
 
@@ -296,9 +297,10 @@ class Server:
         engine = self.engine
         with self.lock:
             numbers = dict(sorted(self.counts.items()))
-        numbers.update(connections=len(self.web.connections), resident_memory_bytes=resident_memory(),
-                       requests_running=len(engine.running) if engine else 0,
-                       requests_waiting=len(engine.waiting) if engine else 0)
+        numbers["connections"] = len(self.web.connections)
+        numbers["resident_memory_bytes"] = resident_memory()
+        for name in "running", "waiting":
+            numbers[f"requests_{name}"] = len(getattr(engine, name, ()))
         for name in "steps", "cancelled", "prompt_tokens", "completion_tokens":
             numbers[f"{name}_total"] = getattr(engine, name, 0)
         lines = [f"openllm_{name} {value}\n" for name, value in numbers.items()]
@@ -320,7 +322,8 @@ def read_key(settings):
             with open(where, encoding="utf-8-sig") as file:
                 key = file.readline()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the key: {error}", "--api_key_file=FILE, whose first line is the key") from None
+            fix = "--api_key_file=FILE, whose first line is the key"
+            raise UserError(f"cannot read the key: {error}", fix) from None
     if key is None:
         return ""
     if not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
@@ -335,8 +338,9 @@ def read_page():
         page = file.read()
     blocks = re.search(b"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.S).groups()
     style, script = [base64.b64encode(hashlib.sha256(block).digest()).decode() for block in blocks]
-    return page, (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{style}'; "
-                  f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return page, (
+        f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{style}'; "
+        f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 def main(argv):

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The contract of the server: from a client's JSON to requests of the engine, and from their tokens back to JSON.
+The contract of the server: from a client's JSON to requests of the engine, and from their tokens to JSON.
 
     job = Generate({"prompt": "def ", "max_tokens": 20}, served, deadline)
     job.requests                 # for engine.submit; their events come in job.events
     job.chunks(event)            # what a stream sends for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is not
-supported is refused, not ignored. A wrong value is a Refuse with status 400 that names the field. (A token id beyond
-the vocabulary would end the process on a GPU.)
+Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is
+not supported is refused, not ignored. A wrong value is a Refuse with status 400 that names the field. (On a
+GPU, a token id beyond the vocabulary would end the process.)
 """
 import difflib
 import json
@@ -34,13 +34,13 @@ FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that.
 
 
-def need(condition, name, message, code=None):
+def need(condition, name, fact, code=None):
     if not condition:
-        raise Refuse(400, message, name, code)
+        raise Refuse(400, f"{name} {fact}", name, code)
 
 
 def short(value):
@@ -104,7 +104,8 @@ IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
 MESSAGES = f"messages with a role ({', '.join(ROLES)}) and a text, the last not the assistant's", are_messages
 FIELDS = {
-    **{name: number(type(default), *RANGES[name]) for name, default in vars(Sampling()).items() if name in RANGES},
+    **{name: number(type(default), *RANGES[name])
+       for name, default in vars(Sampling()).items() if name in RANGES},
     **dict.fromkeys(MAX_TOKENS, number(int, 0, RANGES["max_new_tokens"][1])),
     "seed": number(int, *RANGES["seed"]), "ignore_eos": FLAG, "stream": FLAG,
     "stop": (f"up to {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", are_stops),
@@ -118,10 +119,10 @@ def check_ids(ids, name, vocab_size):
 
 
 def check_size(name, size, most_bytes):
-    need(size <= most_bytes, name, f"{name} has {size} bytes, more than {most_bytes}", "context_length_exceeded")
+    need(size <= most_bytes, name, f"has {size} bytes, more than {most_bytes}", "context_length_exceeded")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three dialects
 
 
@@ -165,22 +166,25 @@ class Job:
         del self.body  # to free its memory
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        need(logprobs <= MAX_LOGPROBS, "logprobs", f"that is {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}")
+        fact = f"would be {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
+        need(logprobs <= MAX_LOGPROBS, "logprobs", fact)
 
     def get(self, name, default=None):
         """The value of a field; null means the default."""
         value = self.body.get(name)
-        return default if value is None else check(value, name, self.fields[name])
+        if value is None:
+            return default
+        return check(value, name, self.fields[name])
 
     def ask(self, prompt, top):
-        """Ask for n texts after a prompt, a text or ids. top: how many of the likeliest tokens to tell, or None."""
+        """Ask for n texts after a prompt. top: how many of the likeliest tokens to tell, or None."""
         # 1. The prompt. (A text that is too long is not even encoded.)
         name = self.prompt_field
         ids = check(prompt, name, PROMPT)
         if type(prompt) is str:
             check_size(name, len(prompt.encode()), self.served.most_bytes)
             ids = self.tokenizer.encode(prompt)
-        need(ids, name, f"{name} is empty; to start from nothing, send the id of the end-of-text token")
+        need(ids, name, "is empty; to start from nothing, send the id of the end-of-text token")
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
         # 2. How to go on
@@ -189,37 +193,37 @@ class Job:
             settings["stop"] = [settings["stop"]]
         bias = {int(i): amount for i, amount in self.get("logit_bias", {}).items()}
         check_ids(bias, "logit_bias", self.served.vocab_size)
+        if self.echo and top is not None:
+            settings["prompt_logprobs"] = 0
         if self.echo:
             settings["text"] = prompt if type(prompt) is str else self.tokenizer.decode(ids)
-            settings["prompt_logprobs"] = None if top is None else 0
 
         # 3. The requests. Text i has the seed + i, so that it can be had alone.
         seed = self.get("seed", secrets.randbits(32))
+        settings |= dict(max_tokens=self.capacity(ids), logit_bias=bias, logprobs=top)
+        settings |= dict(deadline=self.deadline, streams=self.stream, events=self.events)
         for i in range(self.n):
-            request = Request(**settings, ids=ids, logit_bias=bias, logprobs=top, max_tokens=self.room(ids))
-            request.seed = (seed + i) % 2**63
-            request.streams, request.events, request.deadline = self.stream, self.events, self.deadline
-            self.requests.append(request)
+            self.requests.append(Request(ids=ids, seed=(seed + i) % 2**63, **settings))
 
-    def room(self, ids):
+    def capacity(self, ids):
         """How many tokens the answer may have."""
         name, n, size = self.prompt_field, len(ids), self.served.context
         left = size - n
         if self.echo and left == 0:
             left = 1  # to score a prompt that fills the context: the next token needs no position
-        need(left > 0, name, f"{name} fills the context: {n}/{size} tokens", "context_length_exceeded")
+        need(left > 0, name, f"fills the context: {n}/{size} tokens", "context_length_exceeded")
         limit = next((field for field in MAX_TOKENS if self.body.get(field) is not None), None)
         if not limit:
             return min(self.max_tokens or left, left)
         asked = self.get(limit)
-        need(asked or self.echo, limit, f"{limit} must be at least 1")
-        what = f"{name} and {limit} do not fit into the context: {n}+{asked}>{size} tokens"
+        need(asked or self.echo, limit, "must be at least 1")
+        what = f"does not fit into the context beside {name}: {n}+{asked}>{size} tokens"
         need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
     def token(self, i, logprob):
-        tokenizer = self.tokenizer
-        return {"token": spell(tokenizer, i), "logprob": finite(logprob), "bytes": [*tokenizer.token_bytes(i)]}
+        raw = self.tokenizer.token_bytes(i)
+        return {"token": spell(self.tokenizer, i), "logprob": finite(logprob), "bytes": [*raw]}
 
     def scored(self, tokens, top):
         """Each token with its log-probability and, as `top`, those of the likeliest ones."""
@@ -235,7 +239,7 @@ class Job:
             chunks.append(self.end(event.request))
         return chunks
 
-    def check(self, event):
+    def check_event(self, event):
         """Raises a Refuse where the event is the end of a failed request."""
         if event.finish_reason in self.failures:
             raise Refuse(*self.failures[event.finish_reason])
@@ -254,10 +258,11 @@ class Generate(Job):
 
     def read(self):
         known = [*self.fields, "prompt"]
-        for name in set(self.body) - set(known):
-            near = difflib.get_close_matches(name[:40], known, 1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
+        for name in self.body:
+            if name not in known:
+                near = difflib.get_close_matches(name[:40], known, 1)
+                hint = "".join(f": did you mean {field!r}?" for field in near)
+                raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
         self.ask(self.body.get("prompt"), self.get("logprobs") or None)
 
     def part(self, request, text, tokens):
@@ -270,8 +275,9 @@ class Generate(Job):
         return {"id": i} | super().token(i, logprob)
 
     def end(self, request):
-        return {"text": "", "prompt_tokens": len(request.ids), "completion_tokens": request.n, "seed": request.seed,
-                "finish_reason": request.finish_reason, "time": round(time.monotonic() - request.submitted, 4)}
+        seconds = time.monotonic() - request.submitted
+        return {"text": "", "prompt_tokens": len(request.ids), "completion_tokens": request.n,
+                "seed": request.seed, "finish_reason": request.finish_reason, "time": round(seconds, 4)}
 
     def answer(self):
         request, = self.requests
@@ -293,7 +299,7 @@ class Completions(Job):
         prompts = self.body.get("prompt")
         if type(prompts) is not list or not any(type(prompt) in (list, str) for prompt in prompts):
             prompts = [prompts]
-        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}")
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"may be a list of {MAX_PROMPTS}")
         self.echo = self.get("echo", False)
         for prompt in prompts:
             self.ask(prompt, self.get("logprobs"))
@@ -303,22 +309,24 @@ class Completions(Job):
     def read_common(self):
         """The fields that OpenAI's two endpoints share."""
         for name, harmless in UNSUPPORTED.items():
-            need(self.body.get(name) in (None, harmless), name, f"{name} is not supported here", "unsupported")
+            need(self.body.get(name) in (None, harmless), name, "is not supported here", "unsupported")
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
-        need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
+        need(fits, "stream_options", "must be an object, and goes with stream=true alone")
         self.usage_wanted = check((options or {}).get("include_usage") or False, "include_usage", FLAG)
         self.n = self.get("n", 1)
         self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
 
     def frame(self, choices, usage=None):
-        return {"id": self.id, "object": self.kinds[self.stream], "created": self.created, "model": self.served.name,
-                "choices": choices, "usage": usage}
+        return {"id": self.id, "object": self.kinds[self.stream], "created": self.created,
+                "model": self.served.name, "choices": choices, "usage": usage}
 
     def choice(self, request, text="", tokens=None, reason=None):
-        scored = tokens is not None and request.logprobs is not None
-        return {"index": self.requests.index(request), **self.content(text), "seed": request.seed,
-                "logprobs": self.logprobs(request, tokens) if scored else None, "finish_reason": reason}
+        found = {"index": self.requests.index(request), **self.content(text), "seed": request.seed,
+                 "logprobs": None, "finish_reason": reason}
+        if tokens is not None and request.logprobs is not None:
+            found["logprobs"] = self.logprobs(request, tokens)
+        return found
 
     def usage(self):
         prompts = sum(len(request.ids) for request in self.requests[::self.n])
@@ -326,8 +334,10 @@ class Completions(Job):
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
 
     def answer(self):
-        choices = [self.choice(request, request.text, request.prompt_tokens + request.tokens, request.finish_reason)
-                   for request in self.requests]
+        choices = []
+        for request in self.requests:
+            tokens = request.prompt_tokens + request.tokens
+            choices.append(self.choice(request, request.text, tokens, request.finish_reason))
         return self.frame(choices, self.usage())
 
     def part(self, request, text, tokens):
@@ -346,11 +356,13 @@ class Completions(Job):
         """Four lists. text_offset: where in the text of the choice each token begins."""
         found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            unpredicted = token.logprob is None
-            top = {spell(self.tokenizer, i): finite(p) for i, p in token.top}
+            logprob = top = None  # the first token of a text is not predicted
+            if token.logprob is not None:
+                logprob = finite(token.logprob)
+                top = {spell(self.tokenizer, i): finite(p) for i, p in token.top}
             found["tokens"].append(spell(self.tokenizer, token.id))
-            found["token_logprobs"].append(None if unpredicted else finite(token.logprob))
-            found["top_logprobs"].append(None if unpredicted else top)
+            found["token_logprobs"].append(logprob)
+            found["top_logprobs"].append(top)
             found["text_offset"].append(self.offsets[request])
             self.offsets[request] += len(self.streams[request].push(token.id))
         return found
@@ -369,7 +381,7 @@ class Chat(Completions):
         messages = [dict(role=message["role"], content=content_of(message)) for message in messages]
         size = sum(len(message["content"].encode()) for message in messages)
         check_size("messages", size, self.served.most_bytes)
-        need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
+        need(self.served.chat, "messages", "need a model with a chat format", "no_chat_format")
         top = self.get("top_logprobs", 0) if self.get("logprobs") else None
         self.ask(self.tokenizer.chat(messages), top)
 

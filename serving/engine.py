@@ -7,17 +7,17 @@ The engine: many requests at once, one model.
     engine.complete(requests)      # a server calls submit instead, and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-Decoding is bound by memory: each token reads every weight, and sixteen texts can share that reading. The engine has
-slots, each with a row of the KV cache, that requests take and return at any time (continuous batching; Orca, Yu 2022).
-A step:
+Decoding is bound by memory: each token reads every weight, and sixteen texts can share that reading. The
+engine has slots, each with a row of the KV cache, that requests take and return at any time (continuous
+batching; Orca, Yu 2022). A step:
 
 1. admit: cancelled and late requests leave, waiting ones take the free slots;
 2. decode: every slot that is writing gets its next token, all in one batch;
 3. prefill: at most CHUNK prompt tokens are read, so that a long prompt hardly delays the others.
 
-A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same places;
-attention works on each row alone; each request has its own random numbers; and the matrix products of decoding have
-only batch sizes that give the same bits.
+A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same
+places; attention works on each row alone; each request has its own random numbers; and the matrix products of
+decoding have only batch sizes that give the same bits.
 """
 import contextlib
 import queue
@@ -40,7 +40,7 @@ from runtime.console import UserError, note, print_error
 from sample import Sampler, Sampling, TextStream, sample_tokens
 
 CHUNK = 128  # prompt tokens that are read in one step
-EVENTS = 100  # a second, of all streams together: waking a thread for every token would cost a tenth of the speed
+EVENTS = 100  # a second, of all streams: waking a thread for every token would cost a tenth of the speed
 REFERENCE = 16  # the batch size whose bits count, however many rows an engine has
 
 
@@ -96,7 +96,7 @@ class Request(Sampling):
 
 
 class Slot:
-    """A row of the cache, and the state of its request."""
+    """A row of the cache, and the state of the request that has it."""
 
     def __init__(self, cache):
         self.cache = cache
@@ -122,7 +122,7 @@ class Rows:
         self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
 
     def views(self, whole, places):
-        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view whose last place is for the new token."""
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), whose last place is for the new token."""
         # All layers at once: one by one would take a twentieth of a step.
         return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
@@ -140,16 +140,16 @@ class Rows:
             cache.advance(T)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The same bits whatever the batch size
 
 
 @torch.inference_mode()
 def batch_invariant_sizes(model, rows):
-    """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
+    """The batch sizes, up to `rows` or REFERENCE, in which a row gets the bits of a batch of REFERENCE.
 
-    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum is its own
-    rounding error, and shows the order of the additions. [1] where even the place in a batch matters.
+    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum
+    is rounding error alone, and shows the order of additions. [1] where even the place in a batch matters.
     """
     rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
@@ -189,8 +189,10 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
-        self.model, self.tokenizer, self.ends = machine.use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
-        self.device, self.max_queue = model.lm_head.weight.device, max_queue
+        self.model = machine.use_linear(model, dtype)
+        self.device = model.lm_head.weight.device
+        self.tokenizer, self.ends = tokenizer, tokenizers.ends(tokenizer)
+        self.max_queue = max_queue
         self.fit_into_memory(rows, context)
         self.batch_sizes = batch_invariant_sizes(model, self.rows)
         self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
@@ -214,7 +216,8 @@ class Engine:
         least = min(wanted, CHUNK)
         why = f"half of the free memory holds {budget:,} tokens"
         if self.context < least:
-            raise UserError(f"there is no memory for a context of {least} tokens: {why}", "take a smaller model")
+            fact = f"there is no memory for a context of {least} tokens: {why}"
+            raise UserError(fact, "take a smaller model")
         if self.rows < rows or self.context < wanted:
             note(f"{self.rows} rows of {self.context:,} tokens instead of {rows} of {wanted:,}: {why}")
 
@@ -226,9 +229,9 @@ class Engine:
         Raises ValueError where one does not fit into the context, queue.Full where the queue is full.
         """
         for request in requests:
-            needed = len(request.ids) + max(1, request.max_tokens) - 1  # the last token of an answer is never read
-            if not request.ids or needed > self.context:
-                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {self.context}")
+            n, new = len(request.ids), request.max_tokens
+            if not n or n + max(1, new) - 1 > self.context:  # the last token of an answer is never read
+                raise ValueError(f"{n} + {new} tokens do not fit into {self.context}")
         with self.changed:
             asked = len(self.waiting) + len(self.running) + len(requests)
             if asked > self.rows + self.max_queue or self.stopping:
@@ -253,8 +256,8 @@ class Engine:
         return requests
 
     def run(self):
-        """Work until `end`. Raises where the model fails three times in a row, or once on a GPU, which computes nothing
-        after an error."""
+        """Work until `end`. Raises where the model fails three times in a row, or once on a GPU, which
+        computes nothing after an error."""
         while not self.stopping:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.running or self.stopping)
@@ -327,16 +330,17 @@ class Engine:
     def decode(self, slots):
         size = next(size for size in self.batch_sizes if size >= len(slots))
         fill = size - len(slots)
-        ids = [slot.last for slot in slots] + [0] * fill
+        ids = [[slot.last] for slot in slots] + [[0]] * fill
         caches = [slot.cache for slot in slots] + [self.spare] * fill
-        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (size, 1, C)
+        x = self.model.trunk(torch.tensor(ids, device=self.device), Rows(self.memory, caches))  # (size, 1, C)
         self.spare.length = 0
         self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
     def reuse_prefix(self, slot):
-        """Copy the beginning of a prompt from a slot that has read the same: only parts of CHUNK tokens, which have the
-        bits that reading would give."""
-        ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is read: it predicts the first token
+        """Copy the beginning of a prompt from a slot that has read the same: whole CHUNKs, which have
+        the bits that reading would give."""
+        ids = slot.request.ids
+        most = len(ids) - 1  # the last is read: it predicts the first token
         if slot.request.prompt_logprobs is not None:
             most = min(most, slot.request.prompt_logprobs - 1)
 
@@ -367,13 +371,13 @@ class Engine:
             following = request.ids[start + skip + 1:slot.read + 1]
             logits = self.model.logits(x[0, skip:skip + len(following)]).float()  # (T, vocab_size)
             if not torch.isfinite(logits.sum()):
-                return self.finish(slot.request, "error")
+                return self.finish(request, "error")
             if request.prompt_logprobs == start == 0:
                 request.prompt_tokens.append(Token(request.ids[0], None, []))
             request.prompt_tokens += score(logits, following, request.logprobs or 0)
         if slot.read == len(request.ids):
             if request.max_tokens == 0:
-                self.finish(slot.request, "length")
+                self.finish(request, "length")
             else:
                 self.choose([slot], self.model.logits(x[:, -1]).float())
 
@@ -402,20 +406,20 @@ class Engine:
     def take(self, slot, token, logits):
         request = slot.request
         ended = token in self.ends and not request.ignore_eos
-        text = "" if ended else slot.stream.push(token)
-        scored = [] if ended or request.logprobs is None else score(logits, [token], request.logprobs)
+        if not ended:
+            request.text += slot.stream.push(token)
+            if request.logprobs is not None:
+                request.tokens += score(logits, [token], request.logprobs)
         now = time.monotonic()
         request.first = request.first or now
         request.n += 1
         self.completion_tokens += 1
-        request.text += text
-        request.tokens += scored
         slot.sampler.written.append(token)
         slot.last = token
         if ended or slot.stream.stopped:
-            self.finish(slot.request, "stop")
+            self.finish(request, "stop")
         elif request.n == request.max_tokens:
-            self.finish(slot.request, "length")
+            self.finish(request, "length")
         elif request.streams and now - request.sent_at > len(self.running) / EVENTS:
             request.send()
 

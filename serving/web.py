@@ -5,11 +5,11 @@ HTTP that trusts nothing: the standard library's server, with a bound on everyth
     web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
     web.serve_forever()          # function(connection) returns JSON such as {"status": "ok"}
 
-Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends. Here a
-request beyond a limit, or one that can be read in two ways, gets one short answer, and the connection is closed.
+Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends.
+Here a request beyond a limit, or one that can be read in two ways, gets one short answer and is the last.
 
-Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest for its
-client, so that nobody can keep others out by sending nothing.
+Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest
+for its client, so that nobody can keep others out by sending nothing.
 """
 import contextlib
 import hmac
@@ -65,9 +65,8 @@ def hang_up(connection):
 class Web(ThreadingHTTPServer):
     """The listening socket, and the limits on connections.
 
-    settings: a serve.ServeConfig. routes: {path: {method: function}}; where a function returns None, it has answered
-    itself. public: paths without a key. answered(connection) is called after every answer. Raises UserError where the
-    port is taken.
+    routes: {path: {method: function}}; a function that returns None has answered itself. public: paths that
+    need no key. answered(connection) is called after every answer. Raises UserError where the port is taken.
     """
 
     request_queue_size, allow_reuse_address, daemon_threads = 128, True, True
@@ -96,8 +95,9 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
-        if not self.places.acquire(timeout=1 if closed else 0):  # the thread of a closed connection ends at once
+        full = len(self.connections) >= self.settings.max_connections
+        closed = full and self.close_silent()
+        if not self.places.acquire(timeout=int(closed)):  # a second: the thread of a closed one ends soon
             return self.shutdown_request(connection)
         self.connections.add(connection)
         self.silent[connection] = address[0]
@@ -108,8 +108,8 @@ class Web(ThreadingHTTPServer):
             raise
 
     def close_silent(self):
-        """Close the connection that has been silent longest, of the address with the most of them (a crowd does not
-        push out the others); False where there is none."""
+        """Close the connection that has been silent longest, of the address with the most of them: a crowd
+        does not push out the others. False where there is none."""
         silent = self.silent.copy()
         crowds = Counter(silent.values())
         for connection in sorted(silent, key=lambda connection: -crowds[silent[connection]]):
@@ -134,7 +134,7 @@ class Web(ThreadingHTTPServer):
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
-        """Close what is late; called by serve_forever. (A socket's own timeout starts again with every byte.)"""
+        """Close what is late. (A socket's own timeout starts again with every byte.)"""
         for connection, deadline in self.deadlines.copy().items():
             if time.monotonic() > deadline:
                 hang_up(connection)
@@ -190,7 +190,7 @@ class Connection(BaseHTTPRequestHandler):
     def parse_request(self):
         """Sets command, path and headers. False where the request has been refused."""
         self.started = time.monotonic()
-        if not re.fullmatch(rb"\S+ \S+ HTTP/[1-9]\S*\r?\n", self.raw_requestline):  # HTTP/0.9 has no status line
+        if not re.fullmatch(rb"\S+ \S+ HTTP/[1-9]\S*\r?\n", self.raw_requestline):  # 0.9 has no status
             return self.send_error(400)
         head = io.BytesIO()
         line = b"-"
@@ -292,7 +292,7 @@ class Connection(BaseHTTPRequestHandler):
             raise Refuse(501, "send a Content-Length, not a Transfer-Encoding")
         if not lengths:
             raise Refuse(411, "Content-Length is missing")
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0" and " 5"
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0"
             raise Refuse(400, "bad Content-Length")
         if int(lengths[0]) > most:
             raise Refuse(413, f"the body is larger than {most} bytes")
@@ -334,9 +334,9 @@ class Connection(BaseHTTPRequestHandler):
         if hasattr(select, "POLLRDHUP"):  # Linux, whatever the client sent before
             poll = select.poll()
             poll.register(self.connection, select.POLLRDHUP)
-            return bool(poll.poll(0))
+            return poll.poll(0)
         readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        return readable and not self.connection.recv(1, socket.MSG_PEEK)
 
     # 2. Answering
 
@@ -353,9 +353,10 @@ class Connection(BaseHTTPRequestHandler):
         self.status = status
         headers |= {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
         if self.server.origin and self.headers.get("Origin") == self.server.origin:
-            headers |= {"Access-Control-Allow-Origin": self.server.origin, "Access-Control-Allow-Methods": "GET, POST",
-                        "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key"}
-        self.close_connection |= not self.body_read  # the rest of the body would be taken for the next request
+            headers["Access-Control-Allow-Origin"] = self.server.origin
+            headers["Access-Control-Allow-Methods"] = "GET, POST"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
+        self.close_connection |= not self.body_read  # its rest would be taken for the next request
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response(status)
@@ -366,7 +367,8 @@ class Connection(BaseHTTPRequestHandler):
     def start_events(self):
         self.streaming = True
         self.chunked = self.request_version != "HTTP/1.0"  # which ends a stream by closing the connection
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        headers["X-Accel-Buffering"] = "no"
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
         else:
@@ -383,15 +385,14 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def finish(self):
-        """Read the rest of a refused body for a moment: closing with unread input could discard the answer."""
+        """Read on for a second after a refusal: closing with unread input could discard the answer."""
         if not self.body_read:
             with contextlib.suppress(OSError):
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_WR)
                 self.limit(1)
-                left = 4 * self.settings.max_body
-                while left > 0 and (data := self.connection.recv(1 << 16)):
-                    left -= len(data)
+                while self.connection.recv(1 << 16):
+                    pass
         super().finish()
 
     def log_message(self, *_):
