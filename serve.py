@@ -6,41 +6,34 @@ The server: a trained model over HTTP, with nothing but the standard library.
     python serve.py out/small --port=9000 --dtype=bfloat16
     OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for others too: only with a key
 
-    curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def ", "stream": true}'
+    curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
-One thread accepts connections. Each connection has its own, which checks a request, waits for its tokens and writes
-them. The engine's thread alone uses the model: requests reach it through one queue, events come back through another.
-
-    serving/web.py      connections, and every limit on them
-    serving/api.py      what a request may say, and what the answers look like
-    serving/engine.py   many requests at once on one model
-    serving/page.html   the page at /
-    serve.py            this file: the settings, the paths, the life of a request and of the process
+Each connection has a thread (serving/web.py), which checks a request and writes the answer (serving/api.py).
+One thread alone uses the model (serving/engine.py): requests reach it through one queue, events come back
+through another.
 """
 import base64
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
 import signal
 import threading
-import urllib.parse
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from queue import Empty, Full
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
-from runtime.files import open_file
 from runtime.settings import check_limits, load
-from sample import ModelConfig, Sampling, load_model
+from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
+from training.log import read_rows
 
 
 @dataclass
@@ -48,11 +41,11 @@ class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
-    block_size: int = 0  # cut the context to so many tokens, which saves memory; 0: the model's own
+    block_size: int = 0  # cut the context to so many tokens; 0: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
-    header_timeout: float = 10  # seconds for the headers of a request, and between two requests of a connection
+    header_timeout: float = 10  # seconds for the headers of a request, and between two requests
     body_timeout: float = 30  # seconds for its body
     write_timeout: float = 10  # seconds for a client to take what it is sent
     request_timeout: float = 300  # seconds for an answer
@@ -62,9 +55,9 @@ class ServeConfig(ModelConfig):
     cors_origin: str = ""  # pages of this origin may use the server: https://example.org
 
 
-LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000), "max_body": (100, 2**30),
-          "block_size": (0, 1e9), "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6),
-          "drain": (0, 1e6)}
+LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
+          "max_body": (100, 2**30), "block_size": (0, 1e9), "drain": (0, 1e6),
+          "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
@@ -72,80 +65,71 @@ DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/
 
 
 class Served:
+    """A loaded model, its engine, and what requests need to know of it."""
 
     def __init__(self, settings, model, tokenizer, run):
-        path, device = run.get("path", "model"), str(model.lm_head.weight.device)
-        self.folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name = os.path.basename(os.path.normpath(self.folder))
-        self.tokenizer, self.chat = tokenizer, run.get("chat", False)
-        dtype, _ = machine.choose_dtype(settings.dtype, device)
+        device, config = str(model.lm_head.weight.device), model.config
         parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
+        dtype, _ = machine.choose_dtype(settings.dtype, device)
         self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
-        self.context, self.vocab_size = self.engine.context, min(tokenizer.vocab_size, model.config.vocab_size)
+        self.tokenizer, self.chat, self.context = tokenizer, run.get("chat", False), self.engine.context
+        self.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         # A text of more bytes does not fit into the context. (4: Unicode's NFC may shorten it.)
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
-        dtype = "int8" if run.get("int8") else str(dtype).removeprefix("torch.")
-        self.info = self.facts(model.config, run) | dict(parameters=parameters, device=device, dtype=dtype)
-
-    def facts(self, config, run):
-        """What /model-info says of a run, without its folders."""
-        rows = read_log(os.path.join(self.folder, "log.jsonl"))
-        row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
-        every = math.ceil(len(rows) / 500)  # steps of the curve
-        sources = [] if run.get("path") == self.folder else run.get("source", [])  # a Hugging Face folder has none
-        defaults = {field.name: field.default for field in fields(Sampling) if field.name in api.RANGES}
-        return dict(
-            name=self.name, step=run.get("step") or None, chat=self.chat, context=self.context,
-            source=[re.split(r"[/\\]", source.partition("?")[0])[-1] for source in sources],
-            val_loss=run.get("val_loss", row.get("val_loss")), val_bpb=row.get("val_bpb"),
+        path = run.get("path", "model")
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        self.name = os.path.basename(os.path.normpath(folder))
+        self.info = dict(
+            run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
+            parameters=parameters, device=device,
+            dtype="int8" if run.get("int8") else str(dtype).removeprefix("torch."),
             vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
             family=f"{config.pos} {config.norm} {config.mlp}",
-            tokenizer=dict(kind=self.tokenizer.kind, sha256=run.get("tokenizer_sha256")),
-            defaults=defaults | {"max_tokens": api.Generate.max_tokens},
-            curve=[(row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(rows)
-                   if "val_loss" in row or i % every == 0])
+            tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")),
+            defaults=api.Generate.defaults | {"max_tokens": api.Generate.max_tokens})
 
 
-def read_log(path):
-    """The rows of a run's log.jsonl. What is none, such as half a line, is skipped."""
-    rows = []
-    with contextlib.suppress(OSError), open_file(path, mode="r", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
-                row = json.loads(line)
-                numbers = row["step"], row["loss"], row.get("val_loss", 0), row.get("val_bpb", 0)
-                if all(map(math.isfinite, numbers)):
-                    rows.append(row)
-    return rows
+def run_facts(run, folder):
+    """How the model was trained, without the folders of this machine."""
+    rows = list(read_rows(os.path.join(folder, "log.jsonl")))
+    row = next((row for row in rows if row["step"] == run.get("step") and "val_bpb" in row), {})
+    every = math.ceil(len(rows) / 500)  # steps of the curve
+    curve = [(row["step"], row["loss"], row.get("val_loss")) for i, row in enumerate(rows)
+             if "val_loss" in row or i % every == 0]
+    sources = [] if run.get("path") == folder else run.get("source", [])  # a Hugging Face folder has none
+    sources = [re.split(r"[/\\]", source.partition("?")[0])[-1] for source in sources]
+    return dict(step=run.get("step") or None, val_loss=run.get("val_loss", row.get("val_loss")),
+                val_bpb=row.get("val_bpb"), source=sources, curve=curve)
 
 
 class Server:
-    """The model, its engine's thread, and the web server. load() -> (model, tokenizer, run) runs in that thread.
+    """The web server, and the engine's thread, in which load() -> (model, tokenizer, run) runs first.
 
     Raises UserError where the port is taken, or where others could get in without a key.
     """
 
     def __init__(self, settings, load):
-        self.settings, self.load = settings, load
+        self.settings = settings
+        self.load = load
         self.served = None  # a Served, when it is loaded
         self.failure = None  # the error that ended a thread
         self.draining = False
         self.ended = threading.Event()
-        self.lock = threading.Lock()  # guards the numbers of /metrics
-        self.answers = Counter()
-        self.first, self.took = Counter(), Counter()  # seconds to the first token, and to the last
+        self.lock = threading.Lock()  # guards `counts`
+        self.counts = Counter(first_token_seconds_sum=0, first_token_seconds_count=0, request_seconds_sum=0,
+                              request_seconds_count=0)
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
             raise UserError(f"host={settings.host} lets others in, and there is no key",
                             "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
-        routes = {
-            "/": {"GET": self.playground}, "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
-            "/model-info": {"GET": self.model_info}, "/info": {"GET": self.model_info},
-            "/v1/models": {"GET": self.models}, "/v1/models/": {"GET": self.models},
-            "/tokenize": {"POST": self.tokenize}, "/detokenize": {"POST": self.detokenize},
-            **{path: {"POST": self.generate} for path in DIALECTS}}
+        gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
+                "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models}
+        posts = dict.fromkeys(DIALECTS, self.generate)
+        posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
+        routes = {path: {"GET": function} for path, function in gets.items()}
+        routes |= {path: {"POST": function} for path, function in posts.items()}
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
         self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
@@ -171,9 +155,11 @@ class Server:
 
     def work(self):
         """The engine's thread: load the model, then run it."""
-        self.served = Served(self.settings, *self.load())
-        say(f"serving {self.served.name}: {self.served.info['parameters']:,} parameters, {self.engine.rows} rows "
-            f"of {self.served.context} tokens")
+        served = Served(self.settings, *self.load())
+        self.web.routes[f"/v1/models/{served.name}"] = {"GET": self.model}
+        self.served = served
+        parameters, rows = served.info["parameters"], self.engine.rows
+        say(f"serving {served.name}: {parameters:,} parameters, {rows} rows of {served.context} tokens")
         if not self.draining:
             self.engine.run()
 
@@ -194,10 +180,9 @@ class Server:
             self.web.wait_until_idle(drain)
         if self.engine:
             self.engine.end()
+            self.engine_thread.join(10)
             self.web.wait_until_idle(1)  # for their last events
         self.web.close()
-        if self.engine:
-            self.engine_thread.join(10)
 
     def ready(self):
         """The Served. Raises Refuse while there is none."""
@@ -211,7 +196,8 @@ class Server:
         served = self.ready()
         deadline = time.monotonic() + self.settings.request_timeout
         dialect = DIALECTS[connection.route]
-        job = connection.job = connection.read_body(lambda body: dialect(body, served, deadline))
+        job = connection.read_body(lambda body: dialect(body, served, deadline))
+        connection.requests = job.requests
         try:
             served.engine.submit(*job.requests)
         except Full:
@@ -221,63 +207,64 @@ class Server:
         try:
             if job.stream:
                 connection.start_events()
-            for events in self.wait(connection, job):
+                connection.send_events(*job.first())
+            for event in self.wait(connection, job):
                 if job.stream:
-                    connection.send_events(*(chunk for event in events for chunk in job.chunks(event)))
-                for event in events:
-                    if refuse := job.failure(event.finish_reason):
-                        raise refuse
+                    connection.send_events(*job.chunks(event))
+                job.check_event(event)
             if job.stream:
-                connection.send_events(*job.last(), end=True)
-            else:
-                connection.respond(200, job.answer())
+                return connection.send_events(*job.last(), end=True)
+            return job.answer()
         finally:
             for request in job.requests:
                 request.cancelled = True  # its row is free at the next step
 
     def wait(self, connection, job):
-        """Lists of events as they come. Raises ConnectionError when the client has gone."""
-        left, looked = len(job.requests), 0.0
+        """The events as they come. Raises ConnectionError when the client has gone."""
+        left = len(job.requests)
         while left:
-            events = []
+            if connection.is_gone():
+                raise ConnectionError
             with contextlib.suppress(Empty):
-                events.append(job.events.get(timeout=0.2))
-            while not job.events.empty():
-                events.append(job.events.get())
-            if time.monotonic() - looked > 0.2:
-                looked = time.monotonic()
-                if connection.is_gone():
-                    raise ConnectionError
-            left -= sum(bool(event.finish_reason) for event in events)
-            yield events
+                event = job.events.get(timeout=0.2)
+                left -= bool(event.finish_reason)
+                yield event
 
     # The other paths
 
     def health(self, connection):
-        status = 200 if self.state == "ok" else 503
-        connection.respond(status, {"status": self.state})
-        return status
+        connection.respond(200 if self.state == "ok" else 503, {"status": self.state})
 
     def model_info(self, connection):
-        connection.respond(200, self.ready().info)
+        return self.ready().info
 
     def models(self, connection):
-        one = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models").removeprefix("/")
-        if name not in ("", one["id"]):
-            raise Refuse(404, "there is no such model", "model", "model_not_found")
-        connection.respond(200, one if name else {"object": "list", "data": [one]})
+        return {"object": "list", "data": [self.model(connection)]}
+
+    def model(self, connection):
+        return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
-        ids = connection.read_body(lambda body: api.encode(body.get("text"), "text", tokenizer, TOKENIZE_BYTES))
-        connection.respond(200, {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]})
+
+        def answer(body):
+            text = api.check(body.get("text"), "text", api.TEXT)
+            api.check_size("text", len(text.encode()), TOKENIZE_BYTES)
+            ids = tokenizer.encode(text)
+            return {"ids": ids, "tokens": [api.spell(tokenizer, i) for i in ids]}
+
+        return connection.read_body(answer)
 
     def detokenize(self, connection):
         tokenizer = self.ready().tokenizer
-        ids = connection.read_body(lambda body: api.token_ids(body.get("ids"), "ids", tokenizer.vocab_size))
-        api.check_size("ids", sum(len(tokenizer.token_bytes(i)) for i in ids), TOKENIZE_BYTES)
-        connection.respond(200, {"text": tokenizer.decode(ids)})
+
+        def answer(body):
+            ids = api.check(body.get("ids"), "ids", api.IDS)
+            api.check_ids(ids, "ids", tokenizer.vocab_size)
+            api.check_size("ids", sum(len(tokenizer.token_bytes(i)) for i in ids), TOKENIZE_BYTES)
+            return {"text": tokenizer.decode(ids)}
+
+        return connection.read_body(answer)
 
     def playground(self, connection):
         connection.respond(200, self.page, {
@@ -286,38 +273,37 @@ class Server:
 
     # What it tells those who watch
 
-    def answered(self, connection, route, status):
-        """Count the answer, and log a line without a prompt, a key or anything else that the client chose."""
-        requests, now = connection.job.requests if connection.job else [], time.monotonic()
+    def answered(self, connection):
+        """Count the answer, and log a line with nothing that the client chose."""
+        now, route, status = time.monotonic(), connection.route, connection.status
         with self.lock:
-            self.answers[f'{{route="{route}",status="{status}"}}'] += 1
-            for request in requests:
+            self.counts[f'requests_total{{route="{route}",status="{status}"}}'] += 1
+            for request in connection.requests:
                 if request.first:
-                    self.first.update(_sum=request.first - request.submitted, _count=1)
-                    self.took.update(_sum=now - request.submitted, _count=1)
+                    self.counts["first_token_seconds_sum"] += request.first - request.submitted
+                    self.counts["first_token_seconds_count"] += 1
+                    self.counts["request_seconds_sum"] += now - request.submitted
+                    self.counts["request_seconds_count"] += 1
+        line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
+        if connection.requests:
+            read = sum(len(request.ids) for request in connection.requests)
+            written = sum(request.n for request in connection.requests)
+            line += f", {read}+{written} tokens"
         if route != "/health":  # which is asked every few seconds
-            line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
-            if requests:
-                line += f", {sum(len(r.ids) for r in requests)}+{sum(r.n for r in requests)} tokens"
             say(line)
 
     def metrics(self, connection):
         """The text format of Prometheus."""
         engine = self.engine
         with self.lock:
-            families = [("requests_total", "counter", dict(sorted(self.answers.items()))),
-                        ("first_token_seconds", "summary", {"_sum": 0, "_count": 0} | self.first),
-                        ("request_seconds", "summary", {"_sum": 0, "_count": 0} | self.took)]
-        gauges = {"connections": len(self.web.connections), "resident_memory_bytes": resident_memory(),
-                  "requests_running": len(engine.running) if engine else 0,
-                  "requests_waiting": len(engine.waiting) if engine else 0}
-        families += [(name, "gauge", {"": value}) for name, value in gauges.items()]
-        families += [(f"{name}_total", "counter", {"": getattr(engine, name, 0)})
-                     for name in ("steps", "cancelled", "prompt_tokens", "completion_tokens")]
-        lines = []
-        for name, kind, values in families:
-            lines.append(f"# TYPE openllm_{name} {kind}\n")
-            lines += [f"openllm_{name}{labels} {value}\n" for labels, value in values.items()]
+            numbers = dict(sorted(self.counts.items()))
+        numbers["connections"] = len(self.web.connections)
+        numbers["resident_memory_bytes"] = resident_memory()
+        for name in "running", "waiting":
+            numbers[f"requests_{name}"] = len(getattr(engine, name, ()))
+        for name in "steps", "cancelled", "prompt_tokens", "completion_tokens":
+            numbers[f"{name}_total"] = getattr(engine, name, 0)
+        lines = [f"openllm_{name} {value}\n" for name, value in numbers.items()]
         connection.respond(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
 
@@ -333,29 +319,28 @@ def read_key(settings):
     key, where = os.environ.get("OPENLLM_API_KEY"), settings.api_key_file or "OPENLLM_API_KEY"
     if settings.api_key_file:
         try:
-            with open(settings.api_key_file, encoding="utf-8-sig") as file:
+            with open(where, encoding="utf-8-sig") as file:
                 key = file.readline()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the key from {where}: {getattr(error, 'strerror', error)}",
-                            "--api_key_file=FILE, whose first line is the key") from None
-    if key is not None and not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
+            fix = "--api_key_file=FILE, whose first line is the key"
+            raise UserError(f"cannot read the key: {error}", fix) from None
+    if key is None:
+        return ""
+    if not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
         raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
                         "a key like that of `openssl rand -hex 32`")
-    return key.strip() if key else ""
+    return key.strip()
 
 
 def read_page():
     """The page, and a content security policy that allows its own style and script alone."""
     with open(PAGE, "rb") as file:
         page = file.read()
-
-    def sha256(tag):
-        inside = re.search(b"<%b>(.*?)</%b>" % (tag, tag), page, re.S)[1]
-        return base64.b64encode(hashlib.sha256(inside).digest()).decode()
-
-    return page, (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{sha256(b'style')}'; "
-                  f"script-src 'sha256-{sha256(b'script')}'; base-uri 'none'; form-action 'none'; "
-                  "frame-ancestors 'none'")
+    blocks = re.search(b"<style>(.*?)</style>.*<script>(.*?)</script>", page, re.S).groups()
+    style, script = [base64.b64encode(hashlib.sha256(block).digest()).decode() for block in blocks]
+    return page, (
+        f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{style}'; "
+        f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 def main(argv):
@@ -375,15 +360,14 @@ def main(argv):
     say(f"http://{settings.host}:{server.port} is open; loading the model")
     while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs
         pass
-    loaded = server.served is not None
-    if signals and loaded:
+    if signals and not server.served:
+        os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
+    if signals:
         say(f"{settings.drain:g} s for what is running; once more to end at once")
     server.stop(settings.drain if signals else 0)
     if isinstance(server.failure, UserError):
         raise server.failure
-    if signals and not loaded:
-        os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
-    return 1 if server.failure else 0
+    return int(server.failure is not None)
 
 
 if __name__ == "__main__":

@@ -1,150 +1,128 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The contract of the server: from a client's JSON to requests of the engine, and from their tokens back to JSON.
+The contract of the server: from a client's JSON to requests of the engine, and from their tokens to JSON.
 
     job = Generate({"prompt": "def ", "max_tokens": 20}, served, deadline)
     job.requests                 # for engine.submit; their events come in job.events
     job.chunks(event)            # what a stream sends for an event: a list of JSON objects
     job.answer()                 # or everything at once, when all are finished
 
-Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is not
-supported is refused, not ignored. Everything is checked here: a wrong value is a Refuse with status 400 that names the
-field. (On a GPU, a token id beyond the vocabulary would end the process.)
+Generate is this project's own dialect; Completions and Chat are OpenAI's. What would change an answer and is
+not supported is refused, not ignored. A wrong value is a Refuse with status 400 that names the field. (On a
+GPU, a token id beyond the vocabulary would end the process.)
 """
-import codecs
 import difflib
 import json
 import queue
 import re
+import reprlib
 import secrets
 import time
 
 from runtime.console import UserError
-from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling
+from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling, TextStream
 from serving.engine import Request
 from serving.web import Refuse
 
 MAX_PROMPTS, MAX_CHOICES, MAX_BIASES = 8, 4, 300
 MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
+MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
+ROLES = "system", "user", "assistant"
 UNSUPPORTED = {  # OpenAI's fields that would change the answer: {name: the value that changes nothing}
     "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
-MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
 FAILURES = {  # finish_reason: the Refuse that stands for it
-    "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request"),
-    "timeout": (503, "the request took too long", None, "timeout")}
+    "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that.
+
+
+def need(condition, name, fact, code=None):
+    if not condition:
+        raise Refuse(400, f"{name} {fact}", name, code)
 
 
 def short(value):
     """A value as an error shows it."""
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "an object"
-    return json.dumps(value[:40] if isinstance(value, str) else value)[:40]
+    shown = reprlib.repr(value) if type(value) in (list, dict) else json.dumps(value)
+    return shown[:40]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The fields of a request: for each, a function (value, name) that returns the value, or raises Refuse
-
-
-def need(condition, name, message, code=None):
-    if not condition:
-        raise Refuse(400, message, name, code)
+def check(value, name, field):
+    """The value of a field."""
+    what, fits = field
+    if not fits(value):
+        raise Refuse(400, f"{name} must be {what}, not {short(value)}", name)
+    return value
 
 
 def number(kind, lowest, highest):
-    what = f"{'a whole number' if kind is int else 'a number'} from {lowest} to {highest}"
+    def fits(value):  # type and not isinstance: true is an int to Python. (A NaN fails the comparison.)
+        return type(value) in (int, kind) and lowest <= value <= highest
 
-    def check(value, name):
-        # type and not isinstance: true is an int to Python. (A NaN fails the comparison.)
-        fits = type(value) in (int, kind) and lowest <= value <= highest
-        need(fits, name, f"{name} must be {what}, not {short(value)}")
-        return kind(value)
-    return check
+    words = {int: "a whole number", float: "a number"}
+    return f"{words[kind]} from {lowest} to {highest}", fits
 
 
-def flag(value, name):
-    need(type(value) is bool, name, f"{name} must be true or false, not {short(value)}")
-    return value
+def is_text(value):
+    """JSON can hold half a surrogate pair; UTF-8 cannot."""
+    return type(value) is str and not re.search("[\ud800-\udfff]", value)
 
 
-def text(value, name):
-    """A text that is valid Unicode: JSON can hold half a surrogate pair."""
-    need(type(value) is str, name, f"{name} must be a text, not {short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Refuse(400, f"{name} holds half a character (a lone surrogate)", name) from None
-    return value
-
-
-def stops(value, name):
+def are_stops(value):
     found = value if type(value) is list else [value]
-    fits = len(found) <= MAX_STOPS and all(1 <= len(text(stop, name)) <= STOP_LENGTH for stop in found)
-    need(fits, name, f"{name} may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters")
-    return found
+    return len(found) <= MAX_STOPS and all(is_text(stop) and 1 <= len(stop) <= STOP_LENGTH for stop in found)
 
 
-def logit_bias(value, name):
-    """{id: bias}"""
-    fits = type(value) is dict and len(value) <= MAX_BIASES
-    need(fits, name, f"{name} must be an object of at most {MAX_BIASES} ids")
-    for key in value:
-        need(re.fullmatch("[0-9]{1,9}", key), name, f"{name} has {short(key)}, which is no token id")
-    check = number(float, -100, 100)
-    return {int(key): check(bias, name) for key, bias in value.items()}
+def is_bias(value):
+    """{id: what to add to its logit}"""
+    _, fits = number(float, -100, 100)
+    return type(value) is dict and len(value) <= MAX_BIASES and all(
+        re.fullmatch("[0-9]{1,9}", key) and fits(bias) for key, bias in value.items())
 
 
-FIELDS = {name: number(type(getattr(Sampling, name)), *RANGES[name]) for name in RANGES if hasattr(Sampling, name)} | {
-    "seed": number(int, *RANGES["seed"]), "stop": stops, "ignore_eos": flag, "logit_bias": logit_bias, "stream": flag}
+def content_of(message):
+    """The text of a message, which may come in parts."""
+    content = message.get("content")
+    if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
+        parts = [part.get("text") for part in content]
+        return all(map(is_text, parts)) and "".join(parts)
+    return content
 
 
-def token_ids(value, name, vocab_size):
-    need(type(value) is list, name, f"{name} must be a list of token ids, not {short(value)}")
-    for i in value:
+def are_messages(value):
+    def fits(message):
+        return type(message) is dict and message.get("role") in ROLES and is_text(content_of(message))
+
+    return type(value) is list and value and all(map(fits, value)) and value[-1]["role"] != "assistant"
+
+
+FLAG = "true or false", lambda value: type(value) is bool
+TEXT = "a text of valid Unicode", is_text
+IDS = "a list of token ids", lambda value: type(value) is list
+PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
+MESSAGES = f"messages with a role ({', '.join(ROLES)}) and a text, the last not the assistant's", are_messages
+FIELDS = {
+    **{name: number(type(default), *RANGES[name])
+       for name, default in vars(Sampling()).items() if name in RANGES},
+    **dict.fromkeys(MAX_TOKENS, number(int, 0, RANGES["max_new_tokens"][1])),
+    "seed": number(int, *RANGES["seed"]), "ignore_eos": FLAG, "stream": FLAG,
+    "stop": (f"up to {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", are_stops),
+    "logit_bias": (f"up to {MAX_BIASES} token ids, each with a number from -100 to 100", is_bias)}
+
+
+def check_ids(ids, name, vocab_size):
+    for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise Refuse(400, f"{name} holds {short(i)}, but token ids go from 0 to {vocab_size - 1}", name)
-    return value
 
 
 def check_size(name, size, most_bytes):
-    need(size <= most_bytes, name, f"{name} has {size} bytes, more than {most_bytes}", "context_length_exceeded")
+    need(size <= most_bytes, name, f"has {size} bytes, more than {most_bytes}", "context_length_exceeded")
 
 
-def encode(value, name, tokenizer, most_bytes):
-    """The ids of a text. One that is too long is not even encoded."""
-    check_size(name, len(text(value, name).encode()), most_bytes)
-    try:
-        return tokenizer.encode(value)
-    except UserError as error:  # a character that the vocabulary does not have
-        raise Refuse(400, error.fact, name) from None
-
-
-def prompt_ids(value, served):
-    what = f"prompt must be a text or a list of token ids, not {short(value)}"
-    need(type(value) in (str, list), "prompt", what)
-    ids = encode(value, "prompt", served.tokenizer, served.most_bytes) if type(value) is str else value
-    need(ids, "prompt", "prompt is empty; to start from nothing, send the id of the end-of-text token")
-    return ids
-
-
-def check_messages(value, most_bytes):
-    """[{"role", "content"}], each content a text."""
-    name, found = "messages", []
-    need(type(value) is list and value, name, "messages must be a list of messages")
-    for message in value:
-        fits = type(message) is dict and message.get("role") in ("system", "user", "assistant")
-        need(fits, name, "a message must have a role, one of system, user, assistant")
-        content = message.get("content")
-        if type(content) is list and all(type(part) is dict and part.get("type") == "text" for part in content):
-            content = "".join(text(part.get("text"), name) for part in content)
-        found.append(dict(role=message["role"], content=text(content, name)))
-    check_size(name, sum(len(message["content"].encode()) for message in found), most_bytes)
-    need(found[-1]["role"] != "assistant", name, "the last message must not be the assistant's")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three dialects
 
 
@@ -164,255 +142,257 @@ def finite(logprob):
 
 
 class Job:
-    """What the dialects share."""
+    """What the dialects share. Each has `read`, which asks the engine, and `part`, `end` and `answer`."""
 
     fields = FIELDS
-    defaults = {}  # where they differ from those of sample.py
+    defaults = vars(Sampling())
     max_tokens = 128  # by default; None: what is left of the context
+    prompt_field = "prompt"
     failures = FAILURES
-    echo = False
+    n, echo = 1, False
 
     def __init__(self, body, served, deadline):
-        self.served, self.tokenizer, self.body, self.deadline = served, served.tokenizer, body, deadline
-        self.requests, self.events = [], queue.SimpleQueue()
-        self.started = time.monotonic()
+        self.body = body
+        self.served = served
+        self.tokenizer = served.tokenizer
+        self.deadline = deadline
+        self.requests = []
+        self.events = queue.SimpleQueue()
         self.stream = self.get("stream", False)
-        self.read()
-        self.body = None  # to free its memory
+        try:
+            self.read()
+        except UserError as error:  # such as a character that the vocabulary does not have
+            raise Refuse(400, error.fact, self.prompt_field) from None
+        del self.body  # to free its memory
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
-        what = f"the answer could have {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
-        need(logprobs <= MAX_LOGPROBS, "logprobs", what)
+        fact = f"would be {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
+        need(logprobs <= MAX_LOGPROBS, "logprobs", fact)
 
     def get(self, name, default=None):
         """The value of a field; null means the default."""
         value = self.body.get(name)
-        return default if value is None else self.fields[name](value, name)
+        if value is None:
+            return default
+        return check(value, name, self.fields[name])
 
-    def request(self, ids, logprobs, name="prompt", lowest=1, **more):
-        """A request of the engine. name: the field that the prompt `ids` came in."""
-        token_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
-        settings = dict(self.defaults)
-        for field in vars(Sampling()):
-            if self.body.get(field) is not None:
-                settings[field] = self.get(field)
-        bias = self.get("logit_bias", {})
-        token_ids(list(bias), "logit_bias", self.served.vocab_size)
-        return Request(ids=ids, max_tokens=self.fit(ids, name, lowest), logprobs=logprobs, logit_bias=bias,
-                       seed=self.get("seed", secrets.randbits(32)), deadline=self.deadline, streams=self.stream,
-                       events=self.events, **settings, **more)
+    def ask(self, prompt, top):
+        """Ask for n texts after a prompt. top: how many of the likeliest tokens to tell, or None."""
+        # 1. The prompt. (A text that is too long is not even encoded.)
+        name = self.prompt_field
+        ids = check(prompt, name, PROMPT)
+        if type(prompt) is str:
+            check_size(name, len(prompt.encode()), self.served.most_bytes)
+            ids = self.tokenizer.encode(prompt)
+        need(ids, name, "is empty; to start from nothing, send the id of the end-of-text token")
+        check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
-    def fit(self, ids, name, lowest):
+        # 2. How to go on
+        settings = {field: self.get(field, default) for field, default in self.defaults.items()}
+        if type(settings["stop"]) is str:
+            settings["stop"] = [settings["stop"]]
+        bias = {int(i): amount for i, amount in self.get("logit_bias", {}).items()}
+        check_ids(bias, "logit_bias", self.served.vocab_size)
+        if self.echo and top is not None:
+            settings["prompt_logprobs"] = 0
+        if self.echo:
+            settings["text"] = prompt if type(prompt) is str else self.tokenizer.decode(ids)
+
+        # 3. The requests. Text i has the seed + i, so that it can be had alone.
+        seed = self.get("seed", secrets.randbits(32))
+        settings |= dict(max_tokens=self.capacity(ids), logit_bias=bias, logprobs=top)
+        settings |= dict(deadline=self.deadline, streams=self.stream, events=self.events)
+        for i in range(self.n):
+            self.requests.append(Request(ids=ids, seed=(seed + i) % 2**63, **settings))
+
+    def capacity(self, ids):
         """How many tokens the answer may have."""
-        size = self.served.context
-        left = size - len(ids)
+        name, n, size = self.prompt_field, len(ids), self.served.context
+        left = size - n
         if self.echo and left == 0:
             left = 1  # to score a prompt that fills the context: the next token needs no position
+        need(left > 0, name, f"fills the context: {n}/{size} tokens", "context_length_exceeded")
         limit = next((field for field in MAX_TOKENS if self.body.get(field) is not None), None)
-        if limit:
-            asked = number(int, lowest, RANGES["max_new_tokens"][1])(self.body[limit], limit)
-        what = f"{name} takes {len(ids)}/{size} tokens of the context, and leaves none for an answer"
-        need(left > 0, name, what, "context_length_exceeded")
         if not limit:
             return min(self.max_tokens or left, left)
-        what = f"{name} and {limit} do not fit into the context: {len(ids)}+{asked}>{size} tokens"
+        asked = self.get(limit)
+        need(asked or self.echo, limit, "must be at least 1")
+        what = f"does not fit into the context beside {name}: {n}+{asked}>{size} tokens"
         need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
     def token(self, i, logprob):
-        tokenizer = self.tokenizer
-        return {"token": spell(tokenizer, i), "logprob": finite(logprob), "bytes": [*tokenizer.token_bytes(i)]}
+        raw = self.tokenizer.token_bytes(i)
+        return {"token": spell(self.tokenizer, i), "logprob": finite(logprob), "bytes": [*raw]}
 
-    def failure(self, reason):
-        return Refuse(*self.failures[reason]) if reason in self.failures else None
+    def scored(self, tokens, top):
+        """Each token with its log-probability and, as `top`, those of the likeliest ones."""
+        return [self.token(token.id, token.logprob) | {top: [self.token(*best) for best in token.top]}
+                for token in tokens]
 
-    def last(self):
-        """The chunks after all requests have ended."""
+    def chunks(self, event):
+        """What a stream sends for an event."""
+        chunks = []
+        if event.text or event.tokens:
+            chunks.append(self.part(event.request, event.text, event.tokens))
+        if event.finish_reason and event.finish_reason not in self.failures:
+            chunks.append(self.end(event.request))
+        return chunks
+
+    def check_event(self, event):
+        """Raises a Refuse where the event is the end of a failed request."""
+        if event.finish_reason in self.failures:
+            raise Refuse(*self.failures[event.finish_reason])
+
+    def first(self):
+        """The chunks before all events."""
         return []
+
+    last = first  # and after them
 
 
 class Generate(Job):
     """POST /generate"""
 
-    fields = FIELDS | {"logprobs": number(int, 0, 20)}
-    failures = {reason: FAILURES[reason] for reason in ("cancelled", "error")}  # a timeout is an answer, so far
+    fields = FIELDS | {"logprobs": number(int, 0, 20)}  # of so many of the likeliest tokens
 
     def read(self):
-        known = [*self.fields, "prompt", *MAX_TOKENS]
+        known = [*self.fields, "prompt"]
         for name in self.body:
             if name not in known:
                 near = difflib.get_close_matches(name[:40], known, 1)
-                hint = f": did you mean {near[0]!r}?" if near else ""
+                hint = "".join(f": did you mean {field!r}?" for field in near)
                 raise Refuse(400, f"there is no field {short(name)}{hint}", name[:40])
-        logprobs = self.get("logprobs") or None
-        self.requests = [self.request(prompt_ids(self.body.get("prompt"), self.served), logprobs)]
+        self.ask(self.body.get("prompt"), self.get("logprobs") or None)
 
-    def numbers(self, request):
-        return {"prompt_tokens": len(request.ids), "completion_tokens": request.n, "seed": request.seed,
-                "finish_reason": request.finish_reason, "time": round(time.monotonic() - self.started, 4)}
+    def part(self, request, text, tokens):
+        found = {"text": text}
+        if request.logprobs:
+            found["tokens"] = self.scored(tokens, "top")
+        return found
 
-    def tokens(self, tokens):
-        if not self.requests[0].logprobs:
-            return {}
-        return {"tokens": [{"id": token.id, **self.token(token.id, token.logprob), "top": [
-            {"id": i, "token": spell(self.tokenizer, i), "logprob": finite(p)} for i, p in token.top]}
-            for token in tokens]}
+    def token(self, i, logprob):
+        return {"id": i} | super().token(i, logprob)
+
+    def end(self, request):
+        seconds = time.monotonic() - request.submitted
+        return {"text": "", "prompt_tokens": len(request.ids), "completion_tokens": request.n,
+                "seed": request.seed, "finish_reason": request.finish_reason, "time": round(seconds, 4)}
 
     def answer(self):
         request, = self.requests
-        return {"generated_text": request.text} | self.numbers(request) | self.tokens(request.tokens)
-
-    def chunks(self, event):
-        chunks = []
-        if event.text or event.tokens:
-            chunks.append({"text": event.text} | self.tokens(event.tokens))
-        if event.finish_reason and not self.failure(event.finish_reason):
-            chunks.append({"text": ""} | self.numbers(event.request))
-        return chunks
-
-
-class Choice:
-    """One text of an answer, and the state of its stream."""
-
-    def __init__(self, index):
-        self.index = index
-        self.prompt = ""  # what is echoed of it
-        self.begun = False  # has anything of it been sent?
-        self.offset = 0  # in characters, of the next token
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        answer = self.end(request) | self.part(request, request.text, request.tokens)
+        return {"generated_text": answer.pop("text"), **answer}
 
 
 class Completions(Job):
     """POST /v1/completions"""
 
-    fields = FIELDS | {"n": number(int, 1, MAX_CHOICES), "echo": flag, "logprobs": number(int, 0, 5)}
-    defaults = {"temperature": 1.0, "top_k": 0}
+    fields = FIELDS | {"n": number(int, 1, MAX_CHOICES), "echo": FLAG, "logprobs": number(int, 0, 5)}
+    defaults = Job.defaults | {"temperature": 1.0, "top_k": 0}
+    failures = FAILURES | {"timeout": (503, "the request took too long", None, "timeout")}
     max_tokens, prefix = 16, "cmpl-"
-    kind = chunk_kind = "text_completion"
-    opening = []  # what a stream says before the text
+    kinds = "text_completion", "text_completion"  # of an answer, and of a chunk
 
     def read(self):
         self.read_common()
         prompts = self.body.get("prompt")
-        if type(prompts) is not list or all(type(i) is not list and type(i) is not str for i in prompts):
+        if type(prompts) is not list or not any(type(prompt) in (list, str) for prompt in prompts):
             prompts = [prompts]
-        need(len(prompts) <= MAX_PROMPTS, "prompt", f"prompt may be a list of {MAX_PROMPTS}")
-        self.echo, logprobs = self.get("echo", False), self.get("logprobs")
-        prompts = [(prompt_ids(prompt, self.served), prompt) for prompt in prompts]
-        scored = 0 if self.echo and logprobs is not None else None
-        self.ask([ids for ids, _ in prompts], logprobs, lowest=0 if self.echo else 1, prompt_logprobs=scored)
-        if self.echo:
-            for choice in self.choices.values():
-                ids, prompt = prompts[choice.index // self.n]
-                choice.prompt = prompt if type(prompt) is str else self.tokenizer.decode(ids)
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"may be a list of {MAX_PROMPTS}")
+        self.echo = self.get("echo", False)
+        for prompt in prompts:
+            self.ask(prompt, self.get("logprobs"))
+        self.streams = {request: TextStream(self.tokenizer) for request in self.requests}
+        self.offsets = dict.fromkeys(self.requests, 0)
 
     def read_common(self):
         """The fields that OpenAI's two endpoints share."""
         for name, harmless in UNSUPPORTED.items():
-            value = self.body.get(name)
-            fits = value is None or type(value) is type(harmless) and value == harmless
-            need(fits, name, f"{name} is not supported here", "unsupported")
+            need(self.body.get(name) in (None, harmless), name, "is not supported here", "unsupported")
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
-        need(fits, "stream_options", "stream_options is an object, and goes with stream=true alone")
-        self.usage_wanted = flag((options or {}).get("include_usage") or False, "include_usage")
+        need(fits, "stream_options", "must be an object, and goes with stream=true alone")
+        self.usage_wanted = check((options or {}).get("include_usage") or False, "include_usage", FLAG)
+        self.n = self.get("n", 1)
         self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
 
-    def ask(self, prompts, logprobs, **more):
-        """n requests for each prompt. Choice j has the seed + j, so that it can be had alone."""
-        self.n = self.get("n", 1)
-        self.requests = [self.request(ids, logprobs, **more) for ids in prompts for _ in range(self.n)]
-        for i, request in enumerate(self.requests):
-            if self.body.get("seed") is not None:
-                request.seed = (request.seed + i % self.n) % 2**63
-        self.choices = {request: Choice(i) for i, request in enumerate(self.requests)}
+    def frame(self, choices, usage=None):
+        return {"id": self.id, "object": self.kinds[self.stream], "created": self.created,
+                "model": self.served.name, "choices": choices, "usage": usage}
 
-    def frame(self, kind, choices, **more):
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name,
-                "choices": choices, **more}
+    def choice(self, request, text="", tokens=None, reason=None):
+        found = {"index": self.requests.index(request), **self.content(text), "seed": request.seed,
+                 "logprobs": None, "finish_reason": reason}
+        if tokens is not None and request.logprobs is not None:
+            found["logprobs"] = self.logprobs(request, tokens)
+        return found
 
     def usage(self):
         prompts = sum(len(request.ids) for request in self.requests[::self.n])
         new = sum(request.n for request in self.requests)
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
 
-    def choice(self, request, content, logprobs, ended=False):
-        end = {"finish_reason": request.finish_reason, "seed": request.seed} if ended else {"finish_reason": None}
-        return {"index": self.choices[request].index, **content, "logprobs": logprobs, **end}
-
     def answer(self):
         choices = []
-        for request, choice in self.choices.items():
-            content = self.content(choice.prompt + request.text)
-            logprobs = self.logprobs(request, request.prompt_tokens + request.tokens)
-            choices.append(self.choice(request, content, logprobs, ended=True))
-        return self.frame(self.kind, choices, usage=self.usage())
+        for request in self.requests:
+            tokens = request.prompt_tokens + request.tokens
+            choices.append(self.choice(request, request.text, tokens, request.finish_reason))
+        return self.frame(choices, self.usage())
 
-    def chunks(self, event):
-        request, choice, chunks = event.request, self.choices[event.request], []
-        text, tokens = event.text, event.tokens
-        if not choice.begun:
-            choice.begun = True
-            text, tokens = choice.prompt + text, request.prompt_tokens + tokens
-            chunks += [self.choice(request, content, None) for content in self.opening]
-        if text or tokens:
-            chunks.append(self.choice(request, self.delta(text), self.logprobs(request, tokens)))
-        if event.finish_reason and not self.failure(event.finish_reason):
-            chunks.append(self.choice(request, self.delta(""), None, ended=True))
-        usage = {"usage": None} if self.usage_wanted else {}  # in every chunk but the last
-        return [self.frame(self.chunk_kind, [chunk], **usage) for chunk in chunks]
+    def part(self, request, text, tokens):
+        return self.frame([self.choice(request, text, tokens)])
+
+    def end(self, request):
+        return self.frame([self.choice(request, reason=request.finish_reason)])
 
     def last(self):
-        return [self.frame(self.chunk_kind, [], usage=self.usage())] if self.usage_wanted else []
+        return [self.frame([], self.usage())] if self.usage_wanted else []
 
     def content(self, text):
         return {"text": text}
 
-    delta = content
-
     def logprobs(self, request, tokens):
         """Four lists. text_offset: where in the text of the choice each token begins."""
-        choice = self.choices[request]
-        if request.logprobs is None:
-            return None
         found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            unpredicted = token.logprob is None
+            logprob = top = None  # the first token of a text is not predicted
+            if token.logprob is not None:
+                logprob = finite(token.logprob)
+                top = {spell(self.tokenizer, i): finite(p) for i, p in token.top}
             found["tokens"].append(spell(self.tokenizer, token.id))
-            found["token_logprobs"].append(None if unpredicted else finite(token.logprob))
-            top = {spell(self.tokenizer, i): finite(p) for i, p in token.top}
-            found["top_logprobs"].append(None if unpredicted else top)
-            found["text_offset"].append(choice.offset)
-            choice.offset += len(choice.decoder.decode(self.tokenizer.token_bytes(token.id)))
+            found["token_logprobs"].append(logprob)
+            found["top_logprobs"].append(top)
+            found["text_offset"].append(self.offsets[request])
+            self.offsets[request] += len(self.streams[request].push(token.id))
         return found
 
 
 class Chat(Completions):
     """POST /v1/chat/completions: the model's chat format makes a prompt of messages."""
 
-    fields = Completions.fields | {"logprobs": flag, "top_logprobs": number(int, 0, 20)}
-    max_tokens, prefix, kind, chunk_kind = None, "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    opening = [{"delta": {"role": "assistant", "content": ""}}]
+    fields = Completions.fields | {"logprobs": FLAG, "top_logprobs": number(int, 0, 20)}
+    max_tokens, prefix, prompt_field = None, "chatcmpl-", "messages"
+    kinds = "chat.completion", "chat.completion.chunk"
 
     def read(self):
         self.read_common()
-        messages = check_messages(self.body.get("messages"), self.served.most_bytes)
+        messages = check(self.body.get("messages"), "messages", MESSAGES)
+        messages = [dict(role=message["role"], content=content_of(message)) for message in messages]
+        size = sum(len(message["content"].encode()) for message in messages)
+        check_size("messages", size, self.served.most_bytes)
+        need(self.served.chat, "messages", "need a model with a chat format", "no_chat_format")
         top = self.get("top_logprobs", 0) if self.get("logprobs") else None
-        need(self.served.chat, "messages", "this checkpoint has no chat format", "no_chat_format")
-        try:
-            ids = self.tokenizer.chat(messages)
-        except UserError as error:
-            raise Refuse(400, error.fact, "messages") from None
-        self.ask([ids], top, name="messages")
+        self.ask(self.tokenizer.chat(messages), top)
+
+    def first(self):
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return [self.frame([self.choice(request) | role]) for request in self.requests]
 
     def content(self, text):
+        if self.stream:
+            return {"delta": {"content": text} if text else {}}
         return {"message": {"role": "assistant", "content": text}}
 
-    def delta(self, text):
-        return {"delta": {"content": text} if text else {}}
-
     def logprobs(self, request, tokens):
-        if request.logprobs is None:
-            return None
-        return {"content": [self.token(token.id, token.logprob) | {
-            "top_logprobs": [self.token(i, p) for i, p in token.top]} for token in tokens]}
+        return {"content": self.scored(tokens, "top_logprobs")}

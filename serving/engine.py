@@ -4,21 +4,20 @@ The engine: many requests at once, one model.
 
     engine = Engine(model, tokenizer, rows=16)
     requests = [Request(ids=tokenizer.encode("def "), max_tokens=64, seed=i) for i in range(100)]
-    engine.complete(requests)                   # here and now; a server calls submit and lets run() work in a thread
+    engine.complete(requests)      # a server calls submit instead, and lets run() work in a thread
     print(requests[0].text, requests[0].finish_reason)
 
-Decoding is bound by memory: each token reads every weight. Sixteen texts can share that reading. The engine has a fixed
-number of slots, each with a row of the KV cache, that requests take and return at any time (continuous batching; Orca,
-Yu 2022). A step:
+Decoding is bound by memory: each token reads every weight, and sixteen texts can share that reading. The
+engine has slots, each with a row of the KV cache, that requests take and return at any time (continuous
+batching; Orca, Yu 2022). A step:
 
 1. admit: cancelled and late requests leave, waiting ones take the free slots;
 2. decode: every slot that is writing gets its next token, all in one batch;
-3. prefill: at most CHUNK prompt tokens are read, so that a long prompt hardly delays the others. What begins like a
-   prompt that a slot has read is copied from there.
+3. prefill: at most CHUNK prompt tokens are read, so that a long prompt hardly delays the others.
 
-A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same places;
-attention works on each row alone; each request has its own random numbers. In the matrix products of decoding, a kernel
-may add in another order for 3 rows than for 5; the engine uses only batch sizes that give the same bits.
+A text does not depend on its neighbours (batch invariance): prompts are read alone, always cut at the same
+places; attention works on each row alone; each request has its own random numbers; and the matrix products of
+decoding have only batch sizes that give the same bits.
 """
 import contextlib
 import queue
@@ -33,7 +32,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from model import KVCache, look_back
@@ -42,7 +40,7 @@ from runtime.console import UserError, note, print_error
 from sample import Sampler, Sampling, TextStream, sample_tokens
 
 CHUNK = 128  # prompt tokens that are read in one step
-EVENTS = 100  # a second, of all streams together: waking a thread for every token would cost a tenth of the speed
+EVENTS = 100  # a second, of all streams: waking a thread for every token would cost a tenth of the speed
 REFERENCE = 16  # the batch size whose bits count, however many rows an engine has
 
 
@@ -75,17 +73,30 @@ class Request(Sampling):
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     cancelled: bool = False  # may be set by anyone at any time
     # the answer
-    text: str = ""
+    text: str = ""  # (what it begins with, such as an echo of the prompt, may be given)
     tokens: list[Token] = field(default_factory=list)
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
     n: int = 0  # tokens that were computed, with the end-of-text token
     finish_reason: str = ""
     submitted: float = 0.0  # time.monotonic()
     first: float | None = None  # time of the first token
+    sent: tuple = 0, 0  # characters and tokens that were in events
+    sent_at: float = 0.0
+
+    def send(self, finish_reason=""):
+        """Put what is new into an event; with a reason, the last one."""
+        self.finish_reason = finish_reason
+        characters, n = self.sent
+        tokens = self.prompt_tokens + self.tokens
+        self.sent = len(self.text), len(tokens)
+        self.sent_at = time.monotonic()
+        event = Event(self, self.text[characters:], tokens[n:], finish_reason)
+        if event.text or event.tokens or finish_reason:
+            self.events.put(event)
 
 
 class Slot:
-    """A row of the cache, and the state of its request."""
+    """A row of the cache, and the state of the request that has it."""
 
     def __init__(self, cache):
         self.cache = cache
@@ -97,21 +108,10 @@ class Slot:
         self.stream = TextStream(tokenizer, request.stop)
         self.read = 0  # prompt tokens that are in the cache
         self.last = None  # the last token, which is not in the cache yet
-        self.sent_text = self.sent_tokens = 0  # how much of the answer was in events
-        self.sent_at = 0.0
-
-    def unsent(self):
-        """The (text, tokens) that are in no event yet."""
-        text = self.request.text[self.sent_text:]
-        tokens = self.request.tokens[self.sent_tokens:]
-        self.sent_text += len(text)
-        self.sent_tokens += len(tokens)
-        self.sent_at = time.monotonic()
-        return text, tokens
 
 
 class Rows:
-    """Some rows of a KVCache as one, for a batch of one new token each. Each row attends to its own past."""
+    """Rows of a KVCache as one cache, for a batch of one new token each. Each row attends to its own past."""
 
     def __init__(self, memory, caches):
         self.memory, self.caches = memory, caches
@@ -122,7 +122,7 @@ class Rows:
         self.keys, self.values = self.views(memory.k, places), self.views(memory.v, places)
 
     def views(self, whole, places):
-        """[layer][row]: (1, n_kv_head, length + 1, head_dim), a view whose last place is for the new token."""
+        """[layer][row]: (1, n_kv_head, length + 1, head_dim), whose last place is for the new token."""
         # All layers at once: one by one would take a twentieth of a step.
         return list(zip(*(whole[:, i:i + 1, :, :length + 1].unbind(0) for i, length in places)))
 
@@ -140,16 +140,16 @@ class Rows:
             cache.advance(T)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The same bits whatever the batch size
 
 
 @torch.inference_mode()
 def batch_invariant_sizes(model, rows):
-    """The batch sizes, up to `rows` or REFERENCE, in which a row gets the same bits as in a batch of REFERENCE.
+    """The batch sizes, up to `rows` or REFERENCE, in which a row gets the bits of a batch of REFERENCE.
 
-    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum is nothing
-    but its rounding error, and shows the order of the additions. [1] where even the place in a batch matters.
+    Tries the whole model with random tokens, and each shape of a matrix with numbers that cancel: their sum
+    is rounding error alone, and shows the order of additions. [1] where even the place in a batch matters.
     """
     rows = max(rows, REFERENCE)
     config, device, generator = model.config, model.lm_head.weight.device, torch.Generator().manual_seed(0)
@@ -163,11 +163,13 @@ def batch_invariant_sizes(model, rows):
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     for layer in {(layer.weight.shape, layer.bias is None): layer for layer in layers}.values():
         N, K = layer.weight.shape
-        again = torch.randperm(K // 2, generator=generator)  # the second half is the first, shuffled and negated
-        w = torch.randn(N, K // 2, generator=generator)
-        x = torch.randn(rows, K // 2, generator=generator)
-        w = F.pad(torch.cat((w, w[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (N, K)
-        x = F.pad(torch.cat((x, -x[:, again]), dim=1), (0, K % 2)).to(layer.weight)  # (rows, K)
+        half = K // 2
+        again = torch.randperm(half, generator=generator)
+        w, x = torch.randn(N, K, generator=generator), torch.randn(rows, K, generator=generator)
+        w[:, half:2 * half] = w[:, again]
+        x[:, half:2 * half] = -x[:, again]
+        x[:, 2 * half:] = 0  # of an odd K
+        w, x = w.to(layer.weight), x.to(layer.weight)
         bias = None if layer.bias is None else 1e-6 * torch.randn(N, generator=generator).to(w)
         trials.append((partial(machine.linear, SimpleNamespace(weight=w, bias=bias)), x))
 
@@ -187,14 +189,17 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows=16, max_queue=float("inf"), dtype=torch.float32, context=0):
-        self.model, self.tokenizer, self.ends = machine.use_linear(model, dtype), tokenizer, tokenizers.ends(tokenizer)
-        self.device, self.max_queue = model.lm_head.weight.device, max_queue
+        self.model = machine.use_linear(model, dtype)
+        self.device = model.lm_head.weight.device
+        self.tokenizer, self.ends = tokenizer, tokenizers.ends(tokenizer)
+        self.max_queue = max_queue
         self.fit_into_memory(rows, context)
         self.batch_sizes = batch_invariant_sizes(model, self.rows)
         self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
         self.slots = [Slot(self.memory.row(i)) for i in range(self.rows)]
         self.spare = self.memory.row(self.rows)  # only fills up batches
-        self.free, self.running, self.waiting = deque(self.slots), [], deque()  # slots, slots, requests
+        self.free = deque(self.slots)
+        self.waiting, self.running = deque(), {}  # requests, {request: slot}
         self.stopping = False
         self.changed = threading.Condition()  # guards `waiting` and `stopping`
         self.failures = 0  # in a row
@@ -209,10 +214,10 @@ class Engine:
         self.context = min(wanted, budget // 2)  # at least one row, and the spare one
         self.rows = max(1, min(rows, budget // wanted - 1))
         least = min(wanted, CHUNK)
-        why = f"keys and values of {budget:,} tokens take half of the free memory"
+        why = f"half of the free memory holds {budget:,} tokens"
         if self.context < least:
-            raise UserError(f"there is no memory for a context of {least} tokens: {why}",
-                            "end other programs, or take a smaller model")
+            fact = f"there is no memory for a context of {least} tokens: {why}"
+            raise UserError(fact, "take a smaller model")
         if self.rows < rows or self.context < wanted:
             note(f"{self.rows} rows of {self.context:,} tokens instead of {rows} of {wanted:,}: {why}")
 
@@ -224,11 +229,12 @@ class Engine:
         Raises ValueError where one does not fit into the context, queue.Full where the queue is full.
         """
         for request in requests:
-            # (+ 1: the last token of an answer is never read.)
-            if not request.ids or len(request.ids) + max(1, request.max_tokens) > self.context + 1:
-                raise ValueError(f"{len(request.ids)} + {request.max_tokens} tokens do not fit into {self.context}")
+            n, new = len(request.ids), request.max_tokens
+            if not n or n + max(1, new) - 1 > self.context:  # the last token of an answer is never read
+                raise ValueError(f"{n} + {new} tokens do not fit into {self.context}")
         with self.changed:
-            if len(self.waiting) + len(self.running) + len(requests) > self.rows + self.max_queue or self.stopping:
+            asked = len(self.waiting) + len(self.running) + len(requests)
+            if asked > self.rows + self.max_queue or self.stopping:
                 raise queue.Full
             for request in requests:
                 request.submitted = time.monotonic()
@@ -250,8 +256,8 @@ class Engine:
         return requests
 
     def run(self):
-        """Work until `end`; what is left is cancelled. Raises where the model fails three times in a row, or once on a
-        GPU, which computes nothing after an error."""
+        """Work until `end`. Raises where the model fails three times in a row, or once on a GPU, which
+        computes nothing after an error."""
         while not self.stopping:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.running or self.stopping)
@@ -262,22 +268,23 @@ class Engine:
                 self.failures += 1
                 if self.failures == 3 or self.device.type == "cuda":
                     self.end()
-                    self.leave("error")
+                    self.end_requests("error")
                     raise
-        self.leave("cancelled")
+        self.end_requests("cancelled")
 
     @torch.inference_mode()
     def step(self):
         # 1. Admit
-        self.leave()
+        self.end_requests()
         while self.free and self.waiting:
             slot = self.free.popleft()
             with self.changed:
-                slot.start(self.waiting.popleft(), self.tokenizer)
-                self.running.append(slot)
+                request = self.waiting.popleft()
+                slot.start(request, self.tokenizer)
+                self.running[request] = slot
 
         # 2. Decode
-        writing = [slot for slot in self.running if slot.last is not None]
+        writing = [slot for slot in self.running.values() if slot.last is not None]
         for i in range(0, len(writing), self.batch_sizes[-1]):
             batch = writing[i:i + self.batch_sizes[-1]]
             with self.or_fail(batch):
@@ -285,7 +292,7 @@ class Engine:
 
         # 3. Prefill, the oldest first
         left = CHUNK
-        for slot in [slot for slot in self.running if slot.read < len(slot.request.ids)]:
+        for slot in [slot for slot in self.running.values() if slot.read < len(slot.request.ids)]:
             if not left:
                 break
             with self.or_fail([slot]):
@@ -298,22 +305,16 @@ class Engine:
                 left -= len(part)
         self.steps += 1
 
-    def leave(self, reason=""):
-        """End cancelled and late requests; with a reason, all."""
-
-        def why(request):
-            if request.cancelled:
-                return "cancelled"
-            return "timeout" if time.monotonic() > request.deadline else reason
-
+    def end_requests(self, reason=""):
+        """End those that are cancelled or late; with a reason, all."""
         with self.changed:
-            for request in [*self.waiting]:
-                if found := why(request):
-                    self.waiting.remove(request)
-                    self.tell_end(request, "", [], found)
-        for slot in [*self.running]:
-            if found := why(slot.request):
-                self.finish(slot, found)
+            for request in [*self.waiting, *self.running]:
+                if request.cancelled:
+                    self.finish(request, "cancelled")
+                elif time.monotonic() > request.deadline:
+                    self.finish(request, "timeout")
+                elif reason:
+                    self.finish(request, reason)
 
     @contextlib.contextmanager
     def or_fail(self, slots):
@@ -322,23 +323,24 @@ class Engine:
             yield
         except Exception:
             for slot in slots:
-                self.finish(slot, "error")
+                self.finish(slot.request, "error")
             raise
         self.failures = 0
 
     def decode(self, slots):
         size = next(size for size in self.batch_sizes if size >= len(slots))
         fill = size - len(slots)
-        ids = [slot.last for slot in slots] + [0] * fill
+        ids = [[slot.last] for slot in slots] + [[0]] * fill
         caches = [slot.cache for slot in slots] + [self.spare] * fill
-        x = self.model.trunk(torch.tensor(ids, device=self.device)[:, None], Rows(self.memory, caches))  # (size, 1, C)
+        x = self.model.trunk(torch.tensor(ids, device=self.device), Rows(self.memory, caches))  # (size, 1, C)
         self.spare.length = 0
         self.choose(slots, self.model.logits(x)[:len(slots), 0].float())
 
     def reuse_prefix(self, slot):
-        """Copy the beginning of a prompt, such as the chat so far, from a slot that has read the same: only parts of
-        CHUNK tokens, which have the bits that reading would give."""
-        ids, most = slot.request.ids, len(slot.request.ids) - 1  # the last is read: it predicts the first token
+        """Copy the beginning of a prompt from a slot that has read the same: whole CHUNKs, which have
+        the bits that reading would give."""
+        ids = slot.request.ids
+        most = len(ids) - 1  # the last is read: it predicts the first token
         if slot.request.prompt_logprobs is not None:
             most = min(most, slot.request.prompt_logprobs - 1)
 
@@ -351,8 +353,8 @@ class Engine:
         source = max(self.slots, key=shared)
         n = shared(source)
         slot.cached = []  # until all of it is there
-        for new, old in ((slot.cache.k, source.cache.k), (slot.cache.v, source.cache.v)):
-            new[..., :n, :] = old[..., :n, :]
+        slot.cache.k[..., :n, :] = source.cache.k[..., :n, :]
+        slot.cache.v[..., :n, :] = source.cache.v[..., :n, :]
         slot.cache.length = slot.read = n
         slot.cached = ids[:n]
         self.prompt_tokens += n
@@ -369,13 +371,13 @@ class Engine:
             following = request.ids[start + skip + 1:slot.read + 1]
             logits = self.model.logits(x[0, skip:skip + len(following)]).float()  # (T, vocab_size)
             if not torch.isfinite(logits.sum()):
-                return self.finish(slot, "error")
+                return self.finish(request, "error")
             if request.prompt_logprobs == start == 0:
                 request.prompt_tokens.append(Token(request.ids[0], None, []))
             request.prompt_tokens += score(logits, following, request.logprobs or 0)
         if slot.read == len(request.ids):
             if request.max_tokens == 0:
-                self.finish(slot, "length")
+                self.finish(request, "length")
             else:
                 self.choose([slot], self.model.logits(x[:, -1]).float())
 
@@ -384,7 +386,7 @@ class Engine:
         for i, (slot, token) in enumerate(zip(slots, self.sample(slots, logits))):
             if token < 0:
                 print_error("the model returned logits that are not finite")
-                self.finish(slot, "error")
+                self.finish(slot.request, "error")
             else:
                 self.take(slot, token, logits[i:i + 1])
 
@@ -394,9 +396,7 @@ class Engine:
             groups.setdefault(slot.sampler.group, []).append(i)
         for rows in groups.values():
             samplers = [slots[i].sampler for i in rows]
-            part = logits[rows[0]:rows[-1] + 1]
-            if len(part) > len(rows):
-                part = logits[rows]
+            part = logits if len(groups) == 1 else logits[rows]
             part = samplers[0].change(part)  # where that changes something, it is alone in its group
             found = sample_tokens(part, samplers[0].settings, [sampler.generator for sampler in samplers])
             for i, token in zip(rows, found.tolist()):
@@ -406,41 +406,37 @@ class Engine:
     def take(self, slot, token, logits):
         request = slot.request
         ended = token in self.ends and not request.ignore_eos
-        text = "" if ended else slot.stream.push(token)
-        scored = [] if ended or request.logprobs is None else score(logits, [token], request.logprobs)
+        if not ended:
+            request.text += slot.stream.push(token)
+            if request.logprobs is not None:
+                request.tokens += score(logits, [token], request.logprobs)
         now = time.monotonic()
         request.first = request.first or now
         request.n += 1
         self.completion_tokens += 1
-        request.text += text
-        request.tokens += scored
         slot.sampler.written.append(token)
         slot.last = token
         if ended or slot.stream.stopped:
-            self.finish(slot, "stop")
+            self.finish(request, "stop")
         elif request.n == request.max_tokens:
-            self.finish(slot, "length")
-        elif request.streams and now - slot.sent_at > len(self.running) / EVENTS:
-            text, tokens = slot.unsent()
-            if text or tokens:
-                request.events.put(Event(request, text, tokens, ""))
+            self.finish(request, "length")
+        elif request.streams and now - request.sent_at > len(self.running) / EVENTS:
+            request.send()
 
-    def finish(self, slot, reason):
-        if slot not in self.running:  # it has ended already
+    def finish(self, request, reason):
+        if request.finish_reason:  # it has ended already
             return
-        self.running.remove(slot)
-        slot.cache.length = 0
-        self.free.append(slot)
-        request = slot.request
-        request.text += slot.stream.finish()
-        if slot.stream.stopped and reason == "length":  # the last bytes completed a stop string
-            reason = "stop"
-        self.tell_end(request, *slot.unsent(), reason)
-
-    def tell_end(self, request, text, tokens, reason):
+        slot = self.running.pop(request, None)
+        if slot:
+            slot.cache.length = 0
+            self.free.append(slot)
+            request.text += slot.stream.finish()
+            if slot.stream.stopped and reason == "length":  # the last bytes completed a stop string
+                reason = "stop"
+        else:
+            self.waiting.remove(request)
         self.cancelled += reason == "cancelled"
-        request.finish_reason = reason
-        request.events.put(Event(request, text, tokens, reason))
+        request.send(reason)
 
 
 def score(logits, ids, top):

@@ -3,18 +3,17 @@
 HTTP that trusts nothing: the standard library's server, with a bound on everything.
 
     web = Web(settings, routes={"/health": {"GET": function}}, public=("/health",), key="", answered=print)
-    web.serve_forever()          # function(connection) calls connection.respond(200, {"status": "ok"})
+    web.serve_forever()          # function(connection) returns JSON such as {"status": "ok"}
 
-Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends. Here the
-number of connections, the size of a body and the time for each step have limits. A request beyond them, or ambiguous
-about where the next one begins, gets one short answer, and the connection is closed.
+Python's http.server accepts a length of -1, a body that hides a second request, a header that never ends.
+Here a request beyond a limit, or one that can be read in two ways, gets one short answer and is the last.
 
-Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest for its
-client, so that nobody can keep others out by sending nothing.
+Every connection has a thread. When all are taken, a new connection replaces the one that has waited longest
+for its client, so that nobody can keep others out by sending nothing.
 """
 import contextlib
 import hmac
-import http.client
+import io
 import json
 import re
 import select
@@ -24,29 +23,33 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from collections import Counter
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.console import UserError, print_error
 from runtime.files import parse_json
 
 JSON = "application/json"
-MAX_HEAD = 1 << 17  # bytes of the request line and all headers
+MAX_HEAD = 1 << 17  # bytes of all headers
 MAX_VALUES = 200_000  # of the JSON in a body: a megabyte of "{}," would become 30 of Python objects
 PARSERS = 4  # bodies that are parsed at once
 SPARE = 8  # connections beyond max_connections, for /health; other paths answer 503 there
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
+ERROR_TYPES = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
 
 
 class Refuse(Exception):
     """An answer that is an error, in OpenAI's form."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
-        kinds = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
-        self.status, self.headers = status, {"Retry-After": "1"} if status == 503 else dict(headers)
-        self.body = {"error": {"message": message[:300], "type": kinds.get(status, "invalid_request_error"),
-                               "param": param, "code": code}}
+        self.status, self.headers = status, dict(headers)
+        if status == 503:
+            self.headers["Retry-After"] = "1"
+        kind = ERROR_TYPES.get(status, "invalid_request_error")
+        self.body = {"error": {"message": message[:300], "type": kind, "param": param, "code": code}}
 
 
 def dump(content):
@@ -54,55 +57,28 @@ def dump(content):
     return json.dumps(content, allow_nan=False).replace("<", "\\u003c").encode()
 
 
-def parse(data):
-    try:
-        body = parse_json(data.decode(), "the body", "", MAX_VALUES)
-    except (UnicodeDecodeError, UserError) as error:
-        raise Refuse(400, getattr(error, "fact", "the body is not UTF-8")) from None
-    if type(body) is not dict:
-        raise Refuse(400, "the body must be a JSON object")
-    return body
-
-
 def hang_up(connection):
     with contextlib.suppress(OSError):  # the client may have been faster
         connection.shutdown(socket.SHUT_RDWR)
 
 
-class Head:
-    """The file of a connection, with a limit on all headers of a request."""
-
-    def __init__(self, file):
-        self.file = file
-        self.begin()
-
-    def begin(self):
-        self.size, self.odd = 0, False
-
-    def readline(self, limit):
-        line = self.file.readline(limit)
-        self.size += len(line)
-        self.odd |= b"\r" in line[:-2]  # a line end to some parsers
-        if self.size > MAX_HEAD:
-            raise http.client.LineTooLong("headers")
-        return line
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 class Web(ThreadingHTTPServer):
     """The listening socket, and the limits on connections.
 
-    settings: a serve.ServeConfig. routes: {path: {method: function of a Connection}}. public: the paths without a key.
-    answered(connection, route, status) is called after every answer. Raises UserError where the port is taken.
+    routes: {path: {method: function}}; a function that returns None has answered itself. public: paths that
+    need no key. answered(connection) is called after every answer. Raises UserError where the port is taken.
     """
 
     request_queue_size, allow_reuse_address, daemon_threads = 128, True, True
 
     def __init__(self, settings, routes, public, key, answered):
-        self.settings, self.routes, self.public, self.key, self.answered = settings, routes, public, key, answered
+        self.settings = settings
+        self.routes = routes
+        self.public = public
+        self.key = key
+        self.answered = answered
         self.local = settings.host in LOOPBACK
+        self.origin = settings.cors_origin.rstrip("/")
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
@@ -119,8 +95,9 @@ class Web(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, connection, address):
-        closed = len(self.connections) >= self.settings.max_connections and self.close_silent()
-        if not self.places.acquire(timeout=1 if closed else 0):  # the thread of a closed connection ends at once
+        full = len(self.connections) >= self.settings.max_connections
+        closed = full and self.close_silent()
+        if not self.places.acquire(timeout=int(closed)):  # a second: the thread of a closed one ends soon
             return self.shutdown_request(connection)
         self.connections.add(connection)
         self.silent[connection] = address[0]
@@ -131,8 +108,8 @@ class Web(ThreadingHTTPServer):
             raise
 
     def close_silent(self):
-        """Close the connection that has been silent longest, of the address with the most of them: a crowd does not
-        push out the others. Returns whether there was one."""
+        """Close the connection that has been silent longest, of the address with the most of them: a crowd
+        does not push out the others. False where there is none."""
         silent = self.silent.copy()
         crowds = Counter(silent.values())
         for connection in sorted(silent, key=lambda connection: -crowds[silent[connection]]):
@@ -157,7 +134,7 @@ class Web(ThreadingHTTPServer):
         return len(self.connections) - len(self.silent)
 
     def service_actions(self):
-        """Close what is late; called by serve_forever. (A socket's own timeout starts again with every byte.)"""
+        """Close what is late. (A socket's own timeout starts again with every byte.)"""
         for connection, deadline in self.deadlines.copy().items():
             if time.monotonic() > deadline:
                 hang_up(connection)
@@ -185,9 +162,9 @@ class Connection(BaseHTTPRequestHandler):
     wbufsize, disable_nagle_algorithm = -1, True  # sent at once, when it is flushed
 
     def setup(self):
-        self.timeout = self.server.settings.write_timeout  # of one read or write
+        self.settings = self.server.settings
+        self.timeout = self.settings.write_timeout  # of one read or write
         super().setup()
-        self.rfile = Head(self.rfile)
 
     def limit(self, seconds):
         self.server.deadlines[self.connection] = time.monotonic() + seconds
@@ -200,134 +177,139 @@ class Connection(BaseHTTPRequestHandler):
         if not self.server.silent.pop(self.connection, False):
             raise ConnectionError
 
-    # 1. Reading a request. http.server reads the lines; what it accepts wrongly is refused here.
+    # 1. Reading a request. http.server parses the lines; what it takes wrongly is refused here.
 
     def handle_one_request(self):
-        self.command, self.path, self.requestline, self.request_version = "-", "-", "", "HTTP/1.1"
-        self.started, self.headers, self.job = time.monotonic(), {}, None
-        self.body_read, self.streaming = True, False
-        self.rfile.begin()
-        self.limit(self.server.settings.header_timeout)
+        self.command, self.requestline, self.request_version, self.headers = "-", "", "HTTP/1.1", {}
+        self.route, self.status, self.requests = "-", 499, []  # for the log
+        self.started = time.monotonic()
+        self.body_read = self.streaming = False
+        self.limit(self.settings.header_timeout)
         super().handle_one_request()
 
     def parse_request(self):
-        self.body_read, self.started = False, time.monotonic()
-        words = self.raw_requestline.split()
-        if len(words) != 3 or words[2].startswith(b"HTTP/0"):  # HTTP/0.9 has no status line
-            self.send_error(400)
+        """Sets command, path and headers. False where the request has been refused."""
+        self.started = time.monotonic()
+        if not re.fullmatch(rb"\S+ \S+ HTTP/[1-9]\S*\r?\n", self.raw_requestline):  # 0.9 has no status
+            return self.send_error(400)
+        head = io.BytesIO()
+        line = b"-"
+        while line.strip(b"\r\n"):  # up to an empty line
+            line = self.rfile.readline(MAX_HEAD)
+            if head.tell() + len(line) > MAX_HEAD:
+                return self.send_error(431)
+            head.write(line)
+        head.seek(0)
+        body, self.rfile = self.rfile, head
+        parsed = super().parse_request()
+        self.rfile = body
+        if not parsed:
             return False
-        return super().parse_request()
+        # A \r alone ends a line for some parsers. After a line that is no header, this one drops the rest.
+        alone = b"\r" in head.getvalue().replace(b"\r\n", b"")
+        if alone or self.headers.defects or len(self.headers.get_all("Host", [])) > 1:
+            return self.send_error(400)
+        self.body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
+        return True
 
     def handle_expect_100(self):
         return True  # read_body says "continue", when the body is wanted
 
     def send_error(self, code, message=None, explain=None):
-        """An error that http.server found. Its own page would repeat what the client sent."""
+        """An error in the head. The page of http.server would repeat what the client sent."""
         self.close_connection, self.body_read = True, False
-        self.respond(code, Refuse(code, http.HTTPStatus(code).phrase).body)
-        self.server.answered(self, "-", code)
+        self.respond(code, Refuse(code, HTTPStatus(code).phrase).body)
+        self.server.answered(self)
 
     def handle_request(self):
-        self.route, status = "-", 200
         try:
             self.begin_work()
-            status = self.answer() or 200
+            content = self.answer()
+            if content is not None:
+                self.respond(200, content)
         except OSError:  # the client has gone; 499 is nginx's status for that
-            self.close_connection, status = True, 499
+            self.close_connection, self.status = True, 499
         except BaseException as error:  # a panic of Rust code is no Exception
             if not isinstance(error, Refuse):  # a bug
                 print_error(traceback.format_exc())
                 error = Refuse(500, "the server made a mistake")
-            status = error.status
-            with contextlib.suppress(OSError):
-                if self.streaming:
-                    self.send_events(error.body, end=True)
-                else:
-                    self.respond(status, error.body, error.headers)
+            self.refuse(error)
         finally:
-            self.server.answered(self, self.route, status)
+            self.server.answered(self)
             self.wait_for_client()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
+    def refuse(self, error):
+        with contextlib.suppress(OSError):
+            if self.streaming:
+                self.send_events(error.body, end=True)
+            else:
+                self.respond(error.status, error.body, error.headers)
+        self.status = error.status
+
     def answer(self):
-        server = self.server
-        self.check_headers()
+        """What the function of the path returns. Raises Refuse where a check fails."""
+        server, path = self.server, urllib.parse.unquote(self.path.partition("?")[0])
+        self.check_host()
         if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
-            if not self.allowed_origin():
+            if self.headers["Origin"] != server.origin:
                 raise Refuse(403, "this origin is not allowed")
-            self.respond(204, b"")
-            return 204
-        self.route = self.find_route()
-        if self.route != "/health" and server.at_work() > server.settings.max_connections:
+            return self.respond(204, b"")
+        if path not in server.routes:
+            raise Refuse(404, "there is no such path")
+        self.route, methods = path, server.routes[path]
+        if path != "/health" and server.at_work() > self.settings.max_connections:
             self.close_connection = True
             raise Refuse(503, "too many connections")
-        methods = server.routes[self.route]
-        function = methods.get("GET" if self.command == "HEAD" else self.command)
-        if function is None:
-            allow = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
-            raise Refuse(405, f"{self.route} takes {allow}", headers={"Allow": allow})
-        if server.key and self.route not in server.public:
+        method = "GET" if self.command == "HEAD" else self.command
+        if method not in methods:
+            allow = ", ".join(methods).replace("GET", "GET, HEAD")
+            raise Refuse(405, f"{path} takes {allow}", headers={"Allow": allow})
+        if server.key and path not in server.public:
             self.check_key()
-        return function(self)
+        return methods[method](self)
 
-    def find_route(self):
-        path = self.path.partition("?")[0]
-        below = path[:path.rfind("/") + 1]
-        for route in path, below:
-            if route in self.server.routes and (route == path or route != "/"):
-                return route
-        raise Refuse(404, "there is no such path")
-
-    def check_headers(self):
-        headers = self.headers
-        # After a line that is no header, the parser drops the rest, such as a Content-Length.
-        if headers.defects or self.rfile.odd or len(headers.get_all("Host", [])) > 1:
-            raise Refuse(400, "malformed headers")
-        self.body_read = headers.get("Content-Length") is None and headers.get("Transfer-Encoding") is None
-        host = headers.get("Host")
+    def check_host(self):
+        host = self.headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
         # DNS rebinding: a site can point its name at 127.0.0.1, and reach us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
             raise Refuse(403, "this server answers to localhost alone")
 
-    def allowed_origin(self):
-        """The Origin header, if it is cors_origin."""
-        origin = self.headers.get("Origin")
-        return origin if origin and origin == self.server.settings.cors_origin.rstrip("/") else None
-
     def check_key(self):
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
+        if scheme.lower() != "bearer":
+            given = self.headers.get("X-Api-Key", "")
         # In constant time; http.server reads headers as latin-1.
-        if not hmac.compare_digest(given.encode("latin-1"), self.server.key.encode()):
+        if not hmac.compare_digest(given.strip().encode("latin-1"), self.server.key.encode()):
             raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def body_size(self):
-        headers, most = self.headers, self.server.settings.max_body
-        lengths = headers.get_all("Content-Length", [])
-        if headers.get("Transfer-Encoding") is not None:
-            raise Refuse(400 if lengths else 501, "send a Content-Length, not a Transfer-Encoding")
+        lengths, most = self.headers.get_all("Content-Length", []), self.settings.max_body
+        if "Transfer-Encoding" in self.headers:
+            raise Refuse(501, "send a Content-Length, not a Transfer-Encoding")
         if not lengths:
             raise Refuse(411, "Content-Length is missing")
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0" and " 5"
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0"
             raise Refuse(400, "bad Content-Length")
         if int(lengths[0]) > most:
             raise Refuse(413, f"the body is larger than {most} bytes")
-        if headers.get_content_type() != JSON:  # which a form of another site cannot send
+        if self.headers.get_content_type() != JSON:  # which a form of another site cannot send
             raise Refuse(415, f"Content-Type must be {JSON}")
         return int(lengths[0])
 
     def read_body(self, use):
-        """use(the JSON object that was sent), PARSERS at a time, which bounds the memory."""
+        """use(the JSON object that was sent), for PARSERS requests at a time, which bounds the memory."""
+        # 1. Wait for it.
         self.body_read = False
         size = self.body_size()
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
             self.wfile.flush()
-        self.limit(self.server.settings.body_timeout)
+        self.limit(self.settings.body_timeout)
         self.wait_for_client()
         data = self.rfile.read(size)
         self.begin_work()
@@ -335,39 +317,46 @@ class Connection(BaseHTTPRequestHandler):
         if len(data) < size:
             raise Refuse(400, "the body is shorter than its Content-Length")
         self.body_read = True
-        with self.server.parsers:
-            return use(parse(data))
+        # 2. Parse it.
+        try:
+            with self.server.parsers:
+                body = parse_json(data.decode(), "the body", "", MAX_VALUES)
+                if type(body) is not dict:
+                    raise Refuse(400, "the body must be a JSON object")
+                return use(body)
+        except UnicodeDecodeError:
+            raise Refuse(400, "the body is not UTF-8") from None
+        except UserError as error:
+            raise Refuse(400, error.fact) from None
 
     def is_gone(self):
         """Has the client hung up? A half-closed connection counts. May raise OSError."""
         if hasattr(select, "POLLRDHUP"):  # Linux, whatever the client sent before
             poll = select.poll()
             poll.register(self.connection, select.POLLRDHUP)
-            return bool(poll.poll(0))
+            return poll.poll(0)
         readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        return readable and not self.connection.recv(1, socket.MSG_PEEK)
 
     # 2. Answering
 
     def respond(self, status, content, headers=()):
         """content: bytes, or what becomes JSON."""
         data = content if type(content) is bytes else dump(content)
-        self.limit(self.server.settings.write_timeout)
+        self.limit(self.settings.write_timeout)
         self.send_head(status, {"Content-Type": JSON, "Content-Length": str(len(data)), **dict(headers)})
-        self.wfile.write(b"" if self.command == "HEAD" else data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
         self.wfile.flush()
 
     def send_head(self, status, headers):
-        headers["X-Content-Type-Options"] = "nosniff"
-        if self.server.settings.cors_origin:
-            headers["Vary"] = "Origin"
-        if origin := self.allowed_origin():
-            headers["Access-Control-Allow-Origin"] = origin
-            if self.command == "OPTIONS":
-                headers["Access-Control-Allow-Methods"] = "GET, POST"
-                headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
-        if not self.body_read:  # the rest of the body would be taken for the next request
-            self.close_connection = True
+        self.status = status
+        headers |= {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
+        if self.server.origin and self.headers.get("Origin") == self.server.origin:
+            headers["Access-Control-Allow-Origin"] = self.server.origin
+            headers["Access-Control-Allow-Methods"] = "GET, POST"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
+        self.close_connection |= not self.body_read  # its rest would be taken for the next request
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response(status)
@@ -378,36 +367,32 @@ class Connection(BaseHTTPRequestHandler):
     def start_events(self):
         self.streaming = True
         self.chunked = self.request_version != "HTTP/1.0"  # which ends a stream by closing the connection
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        headers["X-Accel-Buffering"] = "no"
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
         else:
             self.close_connection = True
         self.send_head(200, headers)
-        self.wfile.flush()
 
     def send_events(self, *contents, end=False):
         """Server-sent events (text/event-stream)."""
-        data = b"".join(b"data: %b\n\n" % dump(content) for content in contents)
+        events = [b"data: %b\n\n" % dump(content) for content in contents]
         if end:
-            data += b"data: [DONE]\n\n"
-        if data and self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        if end and self.chunked:
-            data += b"0\r\n\r\n"
-        self.wfile.write(data)
+            events += [b"data: [DONE]\n\n", b""]  # an empty chunk is the last one
+        for event in events:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event)
         self.wfile.flush()
 
     def finish(self):
-        """Read the rest of a refused body for a moment: closing with unread input could discard the answer."""
+        """Read on for a second after a refusal: closing with unread input could discard the answer."""
         if not self.body_read:
             with contextlib.suppress(OSError):
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_WR)
                 self.limit(1)
-                left = 4 * self.server.settings.max_body
-                while left > 0 and (data := self.connection.recv(1 << 16)):
-                    left -= len(data)
+                while self.connection.recv(1 << 16):
+                    pass
         super().finish()
 
     def log_message(self, *_):

@@ -1138,7 +1138,7 @@ def test_d11_a_bug_of_ours_in_a_stream(script, log, monkeypatch):
     """What fails when the answer has begun becomes an event, not a second head in the middle."""
     log.may_fail = True
     script.model.say("hello")
-    monkeypatch.setattr(api.Generate, "numbers", None)
+    monkeypatch.setattr(api.Generate, "end", None)
     *events, last = script.events(max_tokens=5)
     assert "hello".startswith(chosen(events)) and last["error"]["message"] == "the server made a mistake"
 

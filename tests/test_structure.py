@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "train": "runtime model tokenizer dataset training",
     "prepare": "runtime tokenizer dataset text",
     "evaluate": "runtime model tokenizer dataset training.checkpoint formats sample serving.engine evaluation",
-    "serve": "runtime training.checkpoint sample serving",
+    "serve": "runtime training.checkpoint training.log sample serving",
     "export": "runtime model tokenizer dataset text training.checkpoint sample evaluation.perplexity formats",
     "bench": "runtime model dataset training formats sample serving train serve bench",
 }
