@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,18 +48,19 @@ from sample import RunConfig
 from text.sources import LICENCES
 from training import checkpoint as ckpt
 
-# How far a logit may be off, since others add in another order. RELATIVE: to the largest logit.
-TOLERANCE, RELATIVE = 1e-4, 1e-5
+# How far a logit may be off, since others add in another order
+TOLERANCE = 1e-4
+RELATIVE = 1e-5  # to the largest logit
 
 
 @dataclass
 class ExportConfig(RunConfig):
     format: str = "hf,onnx,torchscript,pt2"  # some of these, or int8
     out: str = ""  # the folder to write into; exports/NAME of the run by default
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # weights are rounded to it; auto: as they came
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came
 
 
-# ---------- The formats. What recorders add, names of files and lines of code on this machine, is removed.
+# ---------- The formats, without the paths of this machine that recorders add
 
 
 def write_hf(path, model, tokenizer, run, dtype):
@@ -67,7 +68,7 @@ def write_hf(path, model, tokenizer, run, dtype):
 
 
 class GrowingCache(KVCache):
-    """A KVCache for a graph, recorded from one example: no `if` on a length, nothing in place."""
+    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place."""
 
     def __init__(self, past):
         self.past = past
@@ -83,7 +84,7 @@ class GrowingCache(KVCache):
 
 
 class LogitsAndCache(torch.nn.Module):
-    """input_ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
+    """Ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
 
     def __init__(self, model):
         super().__init__()
@@ -132,7 +133,7 @@ def write_pt2(path, model, *_):
         node.meta.pop("stack_trace", None)
     whole = io.BytesIO()  # on a full disk, torch's own writer ends the process
     torch.export.save(program, whole)
-    pathlib.Path(path).write_bytes(whole.getbuffer())
+    Path(path).write_bytes(whole.getbuffer())
 
 
 def write_int8(path, model, tokenizer, run, dtype):
@@ -177,7 +178,7 @@ def ask(model, tokenizer, text):
     """The questions to a format, see readback.answer, and the model's own answers: two dicts."""
     # 1. Ids of the text; without one, of this file.
     size = model.config.block_size
-    text = "\n".join(text.documents) if text else pathlib.Path(__file__).read_text(encoding="utf-8")
+    text = "\n".join(text.documents) if text else Path(__file__).read_text("utf-8")
     known = getattr(tokenizer, "characters", text)
     ids = tokenizer.encode("".join(c for c in text[:100_000] if c in known)) or [0]
     ids *= 1 + 4 * size // len(ids)
@@ -209,22 +210,23 @@ def largest_difference(a, b):
 
 def prove(path):
     """The answers of an export to the questions beside it, by a process that cannot import this project."""
-    questions = os.path.join(os.path.dirname(path), "questions")
-    readback = pathlib.Path(__file__).parent / "formats/readback.py"
-    done = subprocess.run([sys.executable, "-I", readback, path, questions, path + ".answers"],
+    questions, answers = path.with_name("questions"), path.with_name("answers")
+    readback = Path(__file__).parent / "formats/readback.py"
+    done = subprocess.run([sys.executable, "-I", readback, path, questions, answers],
                           capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-        raise UserError(f"{os.path.basename(path)} cannot be read back: {said}",
+        raise UserError(f"{path.name} cannot be read back: {said}",
                         "make room if the disk is full; else report this", code=1)
-    return ckpt.load_file(path + ".answers")
+    return ckpt.load_file(answers)
 
 
 def compare(model, questions, ours, theirs):
     """(the largest difference of a logit, the result in words, whether it passes)."""
     # 1. Logits. A NaN does not pass.
     difference = largest_difference(ours["logits"], theirs["logits"])
-    allowed = max(TOLERANCE, RELATIVE * max(logits.abs().max().item() for logits in ours["logits"]))
+    largest = max(logits.abs().max().item() for logits in ours["logits"])
+    allowed = max(TOLERANCE, RELATIVE * largest)
     what = f"logits within {difference:.1e} ({allowed:.1e} is allowed)"
 
     # 2. How far is each of their tokens below the likeliest after those before? Ties are allowed.
@@ -245,13 +247,14 @@ def compare(model, questions, ours, theirs):
 
 def compare_int8(path, model, text, questions, ours):
     """The same for an int8 run, which passes where it holds what was written."""
-    found, tokenizer, _ = ckpt.load_run(path)
+    found, tokenizer, _ = ckpt.load_run(str(path))
     logits = logits_of(found, questions)
     passes = largest_difference(logits_of(quantize(copy.deepcopy(model)), questions), logits) == 0
     difference = largest_difference(ours["logits"], logits)
     what = f"logits within {difference:.1e}"
     if text:
-        before, after = (measure_text(each, tokenizer, text)["bits_per_byte"] for each in (model, found))
+        before = measure_text(model, tokenizer, text)["bits_per_byte"]
+        after = measure_text(found, tokenizer, text)["bits_per_byte"]
         what = (f"{before:.4f} bits per byte before, {after:.4f} after ({after / before - 1:+.2%}), "
                 f"on the validation split of {text.name}; {what}")
     return difference, what, passes
@@ -259,7 +262,8 @@ def compare_int8(path, model, text, questions, ours):
 
 # ---------- The model card
 
-HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"  # for the Hugging Face Hub
+# What the Hugging Face Hub reads of a card
+HUB = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
 
 
 def model_card(name, model, run, dtype, questions, rows):
@@ -267,9 +271,11 @@ def model_card(name, model, run, dtype, questions, rows):
     shape = " ".join(f"{key}={value}" for key, value in asdict(model.config).items())
     lines = [f"# {name}", "", f"- parameters: {model.n_params():,}, {dtype}", f"- architecture: {shape}"]
     for source in run["source"]:
-        lines.append(f"- source: {source} (licence: {LICENCES.get(source.split(' ')[0], 'not known here')})")
+        licence = LICENCES.get(source.split(" ")[0], "not known here")
+        lines.append(f"- source: {source} (licence: {licence})")
     if "val_loss" in run:  # before any rounding
-        lines.append(f"- validation: {run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte")
+        loss, bpb = run["val_loss"], run["val_bpb"]
+        lines.append(f"- validation: {loss:.4f} nats per token, {bpb:.4f} bits per byte")
     if run["chat"]:
         lines.append("- chat: `tokenizer.apply_chat_template`, or `python sample.py FOLDER --chat`")
     lines += ["", "Each file was read back and compared with the model on real text.", "", table(rows)]
@@ -290,9 +296,9 @@ def table(rows):
 
 def check_formats(formats):
     """Raises UserError where a format is unknown or lacks a package."""
-    for name in formats:
-        if name not in FORMATS:
-            raise UserError(f"there is no format {name!r}", f"--format={','.join(FORMATS)}")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UserError(f"there is no format {unknown[0]!r}", f"--format={','.join(FORMATS)}")
     missing = [package for name in formats for package in FORMATS[name].packages if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
@@ -301,12 +307,12 @@ def check_formats(formats):
 
 def earlier_rows(out):
     """The rows of the table in `out`, by file. Raises UserError for a folder that is not an export's."""
-    path = os.path.join(out, "export.json")
-    if os.path.exists(path):
-        earlier = huggingface.read_dict(path)
+    path = out / "export.json"
+    if path.exists():
+        earlier = huggingface.read_dict(str(path))
         check_like(earlier, dict(rows={}), path)
         return earlier["rows"]
-    if os.path.isdir(out) and set(os.listdir(out)) - {".part"}:
+    if out.is_dir() and set(os.listdir(out)) - {".part"}:
         raise UserError(f"{out} has files that no export has written", "--out=ANOTHER_FOLDER")
     return {}
 
@@ -322,17 +328,25 @@ def round_weights(model, dtype):
         p.copy_(rounded)
 
 
+def validation_text(run):
+    """A Text of 1 MB of the run's own data; None where they are not here."""
+    dataset = run["settings"].get("dataset")
+    with contextlib.suppress(UserError):
+        return read_text(os.path.join("data", dataset), megabytes=1) if dataset else None
+
+
 def main(argv):
     settings, _, runs = load(ExportConfig, argv)
-    named = ckpt.choose_run(runs, settings)
+    formats = settings.format.split(",")
 
     # 1. Everything that can be refused before something is written.
-    formats = settings.format.split(",")
+    named = ckpt.choose_run(runs, settings)
     check_formats(formats)
     model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
     ckpt.check_whole(run)
-    folder = os.path.abspath(named if os.path.isdir(named) else os.path.dirname(named))
-    out = settings.out or os.path.join("exports", os.path.basename(folder))
+    folder = Path(named).absolute()
+    name = folder.parent.name if folder.is_file() else folder.name
+    out = Path(settings.out or f"exports/{name}")
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype
     round_weights(model, dtype)
@@ -341,19 +355,17 @@ def main(argv):
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
     logging.disable(logging.WARNING)  # torch tells what it lacks
     warnings.simplefilter("ignore")
-    part = os.path.join(out, ".part")
+    part = out / ".part"
     code = 0
     try:
         shutil.rmtree(part, ignore_errors=True)  # what a kill left
-        os.makedirs(part)
-        text = None  # without its data, the model reads this file
-        with contextlib.suppress(UserError):
-            text = read_text(os.path.join("data", run["settings"].get("dataset") or "(no data set)"), megabytes=1)
+        part.mkdir(parents=True)
+        text = validation_text(run)
         questions, ours = ask(model, tokenizer, text)
-        ckpt.save_checkpoint(os.path.join(part, "questions"), questions)
-        about = os.path.basename(os.path.abspath(out)), model, run, dtype, questions
+        ckpt.save_checkpoint(str(part / "questions"), questions)
+        about = out.absolute().name, model, run, dtype, questions
         for name in formats:
-            path = os.path.join(part, FORMATS[name].file)
+            path = part / FORMATS[name].file
             try:
                 FORMATS[name].write(path, model, tokenizer, run, dtype)
             except UserError as error:
@@ -365,11 +377,11 @@ def main(argv):
                 difference, what, passes = compare_int8(path, model, text, questions, ours)
             else:
                 difference, what, passes = compare(model, questions, ours, prove(path))
+            say(f"{name}: {what}")
             if passes:
-                say(f"{name}: {what}")
                 keep(path, out, rows, difference, about)
             else:
-                say(f"{name}: {what}: not the same, so it is not kept")
+                say(f"{name} is not the same, so it is not kept")
                 code = 1
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
@@ -382,23 +394,21 @@ def main(argv):
 
 def keep(path, out, rows, difference, about):
     """Move a proven export into `out`, with its row of the table, and write the model cards."""
-    file = os.path.basename(path)
-    target = os.path.join(out, file)
-    files = [pathlib.Path(path), *pathlib.Path(path).rglob("*")]
-    size = sum(found.stat().st_size for found in files if found.is_file()) / 1e6
-    rows[file] = f"| {file} | {size:,.1f} MB | {difference:.1e} |"
-    if file == "hf":
-        card = HEAD + model_card(*about, {file: rows[file]})
-        write_text(os.path.join(path, "README.md"), card.replace('"hf"', '"."'))
-    write_text(os.path.join(out, "export.json"), json.dumps(dict(rows=rows), indent=1))
-    if os.path.isdir(target):
+    name, target = path.name, out / path.name
+    size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 1e6
+    rows[name] = f"| {name} | {size:,.1f} MB | {difference:.1e} |"
+    if name == "hf":
+        card = HUB + model_card(*about, {name: rows[name]})
+        write_text(path / "README.md", card.replace('"hf"', '"."'))
+    write_text(out / "export.json", json.dumps(dict(rows=rows), indent=1))
+    if target.is_dir():
         shutil.rmtree(target)
-    os.replace(path, target)
-    write_text(os.path.join(out, "README.md"), model_card(*about, rows))
+    path.replace(target)
+    write_text(out / "README.md", model_card(*about, rows))
 
 
 def write_text(path, text):
-    with replace_file(path, "w", encoding="utf-8") as file:
+    with replace_file(str(path), "w", encoding="utf-8") as file:
         file.write(text)
 
 

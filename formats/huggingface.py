@@ -2,16 +2,17 @@
 """
 Hugging Face folders, both ways: the same models under other names.
 
-    checkpoint, tokenizer = read("SmolLM2-135M")    # config.json and *.safetensors, as a checkpoint of this project
-    write("exports/small/hf", model, tokenizer)     # a folder for AutoModelForCausalLM and AutoTokenizer
+    checkpoint, tokenizer = read("SmolLM2-135M")    # as a checkpoint of this project
+    write("exports/small/hf", model, tokenizer)     # for AutoModelForCausalLM and AutoTokenizer
 
-GPT-2, Llama and Qwen3 are this project's GPT under other names. One table translates the settings in both
-directions (KINDS), one function the tensors (their_views). What would not be exactly the same is refused.
+GPT-2, Llama and Qwen3 are this project's GPT under other names. One table translates the settings both
+ways (KINDS), one function the tensors (their_views). What would not be the same is refused.
 """
 import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -20,20 +21,22 @@ from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
 from runtime.files import check_like, read_json
 
-# What to do about a folder that is not whole
-SOURCE = "take its files from their source again (of *.bin files, transformers' save_pretrained makes safetensors)"
+SOURCE = "take its files again; of *.bin files, transformers' save_pretrained makes safetensors"
 
 # ---------- The settings
 
 LLAMA = dict(  # our setting: theirs
     block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
-    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", head_dim="head_dim",
-    n_inner="intermediate_size", norm_eps="rms_norm_eps", tie_weights="tie_word_embeddings", rope_theta="rope_theta")
+    n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size",
+    n_inner="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
+    tie_weights="tie_word_embeddings")
 GPT2 = dict(
     block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
     n_inner="n_inner", norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings")
-MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=0, rope_theta=10000.0, tie_weights=False, bias=False)
-KINDS = {  # by model_type: the class, the names of its settings, and ours where config.json does not name them
+MODERN = dict(
+    pos="rope", norm="rmsnorm", mlp="swiglu", bias=False,
+    n_kv_head=0, rope_theta=10000.0, tie_weights=False)
+KINDS = {  # by model_type: the class, the names of its settings, and ours where it has none
     "gpt2": ("GPT2LMHeadModel", GPT2, dict(bias=True, n_inner=0, tie_weights=True)),
     "llama": ("LlamaForCausalLM", LLAMA | dict(bias="attention_bias"), dict(MODERN, head_dim=0)),
     "qwen3": ("Qwen3ForCausalLM", LLAMA, dict(MODERN, head_dim=128, qk_norm=True)),
@@ -57,14 +60,16 @@ def our_config(theirs):
 
 
 def translate(theirs):
-    # 1. Their settings under our names. (What transformers 5 keeps in rope_parameters stood beside them before.)
+    # 1. Their settings under our names. Only transformers 5 has rope_parameters.
     model_type = theirs.get("model_type")
     if model_type not in KINDS:
         raise ValueError(f"model_type={model_type} is none of {', '.join(KINDS)}")
     rope = theirs.get("rope_parameters") or {}
     given = {name: value for name, value in {**theirs, **rope}.items() if value is not None}
     _, names, default = KINDS[model_type]
-    shape = default | {ours: given[name] for ours, name in names.items() if name in given or ours not in default}
+    for name in default.keys() & names.keys():
+        given.setdefault(names[name], default[name])
+    shape = default | {ours: given[name] for ours, name in names.items()}
     if model_type == "gpt2":
         shape["mlp"] = GELU[given["activation_function"]]
 
@@ -93,7 +98,8 @@ def their_config(config, dtype, ends):
         theirs["activation_function"] = "gelu" if config.mlp == "gelu_exact" else "gelu_new"
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:
-        theirs.update(hidden_act="silu", rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta))
+        rope = dict(rope_type="default", rope_theta=config.rope_theta)
+        theirs.update(hidden_act="silu", rope_parameters=rope)
     if model_type == "llama":
         theirs["mlp_bias"] = config.bias
 
@@ -125,7 +131,7 @@ LLAMA_NAMES = {  # part of our name: of theirs; several where they split what is
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what some files hold beside the weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # which some files hold, too
 
 
 def their_views(weights, config):
@@ -228,7 +234,7 @@ def read(folder):
 
 
 def read_tensors(folder):
-    """All tensors {name: tensor} of model.safetensors, or of the files that model.safetensors.index.json names."""
+    """All tensors {name: tensor} of model.safetensors, or of the files that its index names."""
     safetensors = needs("safetensors", "Hugging Face folders")
     files = ["model.safetensors"]
     index = os.path.join(folder, "model.safetensors.index.json")
@@ -259,15 +265,15 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     from formats.tokenizer_json import tokenizer_files  # not needed to read a folder
 
     # 1. What can be refused: the settings and the tokenizer.
-    special, settings = tokenizer.special, tokenizer.settings
+    special, names = tokenizer.special, tokenizer.settings
     end = special.get(tokenizers.END_OF_TEXT)
-    start = special.get(settings.get("bos_token"), end)
-    stop = special.get(settings.get("eos_token"), end)
-    config = their_config(model.config, str(dtype).removeprefix("torch."), dict(bos_token_id=start, eos_token_id=stop))
+    ends = {f"{name}_id": special.get(names.get(name), end) for name in ("bos_token", "eos_token")}
+    config = their_config(model.config, str(dtype).removeprefix("torch."), ends)
     if not generation:
-        ends = sorted(tokenizers.ends(tokenizer)) if chat else stop
-        generation = dict(bos_token_id=start, eos_token_id=ends, pad_token_id=stop, do_sample=True, temperature=0.8,
-                          top_k=50)
+        stop = ends["eos_token_id"]
+        generation = dict(ends, pad_token_id=stop, do_sample=True, temperature=0.8, top_k=50)
+        if chat:
+            generation["eos_token_id"] = sorted(tokenizers.ends(tokenizer))
     files = tokenizer_files(tokenizer, model.config.block_size, chat)
     files["config.json"] = json.dumps(config, indent=1).encode()
     files["generation_config.json"] = json.dumps(generation, indent=1).encode()
@@ -275,8 +281,7 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     # 2. The files.
     os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
-        with open(os.path.join(folder, name), "wb") as file:
-            file.write(content)
+        Path(folder, name).write_bytes(content)
     if tokenizer.kind != "hugging_face":  # to read the very same one back
         tokenizer.save(os.path.join(folder, "tokenizer"))
     path = os.path.join(folder, "model.safetensors")
@@ -284,4 +289,5 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
         save_file(their_weights(model, dtype), path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # of a full disk, too
         raise OSError(str(error)) from None
-    shutil.copymode(os.path.join(folder, "config.json"), path)  # safetensors makes it readable for its owner alone
+    # safetensors makes it readable for its owner alone.
+    shutil.copymode(os.path.join(folder, "config.json"), path)

@@ -28,7 +28,7 @@ def convert(state, path):
         # nanoGPT rounds GPT-2's 50,257 up to 50,304; the tokens that do not exist are cut off.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
         config = resolve(GPTConfig(**args, mlp="gelu_exact"))
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in state["model"].items()}  # compiled
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in state["model"].items()}
         rows = round_up(config.vocab_size, 64)  # of our matrices
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]  # (vocab_size, C)

@@ -72,7 +72,7 @@ OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the fi
 
 @torch.no_grad()
 def answer(path, questions):
-    """questions: batches [idx (B, T)], the positions [(n,)] of the logits to compare; prompt, n; lines of text.
+    """questions: batches [idx (B, T)], the positions [(n,)] of their logits; prompt, n; lines of text.
 
     Returns logits [(B, n, vocab_size)], tokens (n,), and ids of the lines.
     """

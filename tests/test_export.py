@@ -257,7 +257,7 @@ def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys):
     with contextlib.chdir(tiny_run):
         assert export.main(["out/words", "--format=pt2,torchscript", f"--out={here}/x"]) == 1
     assert sorted(os.listdir("x")) == ["README.md", "export.json", "model.ts"]
-    assert "pt2: logits within" in (said := capsys.readouterr().err) and "not the same, so it is not kept" in said
+    assert "pt2: logits within" in (said := capsys.readouterr().err) and "pt2 is not the same, so it is not kept" in said
 
 
 def test_other_ids_and_other_tokens_are_noticed():
