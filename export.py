@@ -210,9 +210,9 @@ def largest_difference(a, b):
 
 def prove(path):
     """The answers of an export to the questions beside it, by a process that cannot import this project."""
-    questions, answers = path.with_name("questions"), path.with_name("answers")
+    answers = path.with_name("answers")
     readback = Path(__file__).parent / "formats/readback.py"
-    done = subprocess.run([sys.executable, "-I", readback, path, questions, answers],
+    done = subprocess.run([sys.executable, "-I", readback, path, path.with_name("questions"), answers],
                           capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
@@ -274,8 +274,8 @@ def model_card(name, model, run, dtype, questions, rows):
         licence = LICENCES.get(source.split(" ")[0], "not known here")
         lines.append(f"- source: {source} (licence: {licence})")
     if "val_loss" in run:  # before any rounding
-        loss, bpb = run["val_loss"], run["val_bpb"]
-        lines.append(f"- validation: {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+        loss = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
+        lines.append(f"- validation: {loss}")
     if run["chat"]:
         lines.append("- chat: `tokenizer.apply_chat_template`, or `python sample.py FOLDER --chat`")
     lines += ["", "Each file was read back and compared with the model on real text.", "", table(rows)]
@@ -283,7 +283,7 @@ def model_card(name, model, run, dtype, questions, rows):
     prompt = next((line[:min(40, length // 4)] for line in questions["lines"] if line.strip()), "")
     for each in FORMATS.values():
         if each.file in rows:
-            lines += ["", f"{each.file}: {each.use.format(prompt=prompt, length=length)}"]
+            lines += ["", f"{each.file}:", each.use.format(prompt=prompt, length=length)]
     return "\n".join([*lines, ""])
 
 
@@ -394,7 +394,8 @@ def main(argv):
 
 def keep(path, out, rows, difference, about):
     """Move a proven export into `out`, with its row of the table, and write the model cards."""
-    name, target = path.name, out / path.name
+    name = path.name
+    target = out / name
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 1e6
     rows[name] = f"| {name} | {size:,.1f} MB | {difference:.1e} |"
     if name == "hf":

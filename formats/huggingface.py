@@ -139,7 +139,8 @@ def their_views(weights, config):
 
     The padding of the vocabulary is left out, and the head where it is the embedding.
     """
-    q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    q_width = config.n_head * config.head_dim
+    kv_width = config.n_kv_head * config.head_dim
     sizes = {2: [config.n_inner] * 2, 3: [q_width, kv_width, kv_width]}  # by the number of parts
     views = {}
     for name, tensor in weights.items():
@@ -265,12 +266,13 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
     from formats.tokenizer_json import tokenizer_files  # not needed to read a folder
 
     # 1. What can be refused: the settings and the tokenizer.
-    special, names = tokenizer.special, tokenizer.settings
+    special = tokenizer.special
     end = special.get(tokenizers.END_OF_TEXT)
-    ends = {f"{name}_id": special.get(names.get(name), end) for name in ("bos_token", "eos_token")}
+    start = special.get(tokenizer.settings.get("bos_token"), end)
+    stop = special.get(tokenizer.settings.get("eos_token"), end)
+    ends = dict(bos_token_id=start, eos_token_id=stop)
     config = their_config(model.config, str(dtype).removeprefix("torch."), ends)
     if not generation:
-        stop = ends["eos_token_id"]
         generation = dict(ends, pad_token_id=stop, do_sample=True, temperature=0.8, top_k=50)
         if chat:
             generation["eos_token_id"] = sorted(tokenizers.ends(tokenizer))
