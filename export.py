@@ -6,15 +6,15 @@ Export: the model for other people's programs, each file proven before it is ann
     python export.py out/small --format=hf      # exports/small/hf/
     python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
-hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM, with its tokenizer
+hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM
 onnx          model.onnx   a graph with a cache of keys and values, in the naming of the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
 int8          int8/        a RUN with rounded weights, smaller and faster, for sample.py and serve.py
 
-Each file is written into OUT/.part, read back in a process that has nothing of this project (formats/readback.py),
-and compared with the model: logits on real text, at several lengths and batch sizes, and up to 64 greedy tokens.
-Only then is it moved to its place. Exit code 1: a format differs by more than it may.
+Each file is written into OUT/.part, read back by a process that has nothing of this project
+(formats/readback.py), and compared with the model on real text. Only then is it moved to its place.
+Exit code 1: a format differs by more than it may.
 """
 import contextlib
 import copy
@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,18 +48,19 @@ from sample import RunConfig
 from text.sources import LICENCES
 from training import checkpoint as ckpt
 
-# How far a logit may be off, since others add in another order. RELATIVE: to the largest logit.
-TOLERANCE, RELATIVE = 1e-4, 1e-5
+# How far a logit may be off, since others add in another order
+TOLERANCE = 1e-4
+RELATIVE = 1e-5  # to the largest logit
 
 
 @dataclass
 class ExportConfig(RunConfig):
     format: str = "hf,onnx,torchscript,pt2"  # some of these, or int8
     out: str = ""  # the folder to write into; exports/NAME of the run by default
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # weights are rounded to it; auto: as they came
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came
 
 
-# ---------- The formats. Writers remove what recorders add: names of files and lines of code on this machine.
+# ---------- The formats, without the paths of this machine that recorders add
 
 
 def write_hf(path, model, tokenizer, run, dtype):
@@ -67,7 +68,7 @@ def write_hf(path, model, tokenizer, run, dtype):
 
 
 class GrowingCache(KVCache):
-    """A KVCache for a graph, which is recorded from one example: no `if` depends on a length, nothing is in place."""
+    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place."""
 
     def __init__(self, past):
         self.past = past
@@ -83,7 +84,7 @@ class GrowingCache(KVCache):
 
 
 class LogitsAndCache(torch.nn.Module):
-    """input_ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
+    """Ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
 
     def __init__(self, model):
         super().__init__()
@@ -101,13 +102,14 @@ def write_onnx(path, model, *_):
         raise UserError("an ONNX file cannot be larger than 2 GB, and this model is", "--format=hf or pt2")
     names = [f"{layer}.{what}" for layer in range(config.n_layer) for what in ("key", "value")]
     B, T, past = 2, 3, 4  # an example; 0 and 1 would be taken for constants
-    example = [torch.zeros(B, config.n_kv_head, past, config.head_dim) for _ in names]
-    batch, length, before = (torch.export.Dim(name) for name in ("batch", "length", "past"))
+    ids = torch.zeros(B, T, dtype=torch.long)
+    cache = [torch.zeros(B, config.n_kv_head, past, config.head_dim) for _ in names]
+    batch, length, before = map(torch.export.Dim, ("batch", "length", "past"))
     program = torch.onnx.export(
-        LogitsAndCache(model), (torch.zeros(B, T, dtype=torch.long), *example), dynamo=True, verbose=False,
+        LogitsAndCache(model), (ids, *cache), dynamo=True, verbose=False, external_data=False,
         input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)), external_data=False)
+        dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)))
     for node in program.model.graph:
         node.metadata_props.clear()
     program.save(path, external_data=False)
@@ -131,14 +133,14 @@ def write_pt2(path, model, *_):
         node.meta.pop("stack_trace", None)
     whole = io.BytesIO()  # on a full disk, torch's own writer ends the process
     torch.export.save(program, whole)
-    pathlib.Path(path).write_bytes(whole.getbuffer())
+    Path(path).write_bytes(whole.getbuffer())
 
 
 def write_int8(path, model, tokenizer, run, dtype):
     tokenizer.save(os.path.join(path, "tokenizer"))
-    kept = {name: run[name] for name in ("step", "source", "chat", "data_sha256", "versions") if name in run}
-    ckpt.save_checkpoint(os.path.join(path, "best.pt"), kept | dict(
-        format=1, int8=True, model=quantize(copy.deepcopy(model)).state_dict(),
+    kept = {name: run[name] for name in ("step", "source", "chat", "data_sha256") if name in run}
+    ckpt.save_checkpoint(os.path.join(path, "best.pt"), dict(
+        kept, format=1, int8=True, model=quantize(copy.deepcopy(model)).state_dict(),
         settings=asdict(model.config) | dict(dataset=origin(run["settings"].get("dataset", ""))),
         tokenizer_sha256=tokenizers.fingerprint(tokenizer)))
 
@@ -151,20 +153,21 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "hf": Format("hf", write_hf, ("transformers", "safetensors"), """`pip install torch transformers`, and in Python:
+    "hf": Format("hf", write_hf, ("transformers", "safetensors"), """
+`pip install torch transformers`, and in Python:
 
 ```python
 from transformers import pipeline
-print(pipeline("text-generation", "{folder}")({prompt!r}, max_length={length})[0]["generated_text"])
+print(pipeline("text-generation", "hf")({prompt!r}, max_length={length})[0]["generated_text"])
 ```
 
 In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
-    "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """`input_ids` (batch, length) and
-`past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first -> `logits`, and
-`present.N.key` and `.value`, the next past"""),
+    "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """
+`input_ids` and `past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first
+-> `logits` and `present.N.key` and `.value`, the next past"""),
     "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: the logits'),
     "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: the logits'),
-    "int8": Format("int8", write_int8, (), "a RUN with rounded weights: `python sample.py FOLDER/int8`"),
+    "int8": Format("int8", write_int8, (), "a RUN for OpenLLM: `python sample.py FOLDER/int8`"),
 }
 
 
@@ -173,18 +176,20 @@ In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
 
 def ask(model, tokenizer, text):
     """The questions to a format, see readback.answer, and the model's own answers: two dicts."""
-    # 1. The logits of batches: contexts of 1, 7 and all tokens, of one text and of three; 2 GB of them at most.
+    # 1. Ids of the text; without one, of this file.
     size = model.config.block_size
-    most = max(1, int(2e9 / (4 * model.config.vocab_size)))
-    lengths = sorted({1, min(7, size), min(size, most)})
-    text = "\n".join(text.documents) if text else pathlib.Path(__file__).read_text(encoding="utf-8")
+    text = "\n".join(text.documents) if text else Path(__file__).read_text("utf-8")
     known = getattr(tokenizer, "characters", text)
     ids = tokenizer.encode("".join(c for c in text[:100_000] if c in known)) or [0]
     ids *= 1 + 4 * size // len(ids)
+
+    # 2. Batches of 1 and 3 contexts of 1, 7 and all tokens, as far as their logits take 2 GB at most.
+    most = max(1, int(2e9 / (4 * model.config.vocab_size)))
+    lengths = sorted({1, min(7, size), min(size, most)})
     batches = [torch.tensor(ids[:B * T]).view(B, T) for T in lengths for B in (1, 3) if B * T <= most]
     positions = [torch.linspace(0, idx.size(1) - 1, min(idx.size(1), 256)).long() for idx in batches]
 
-    # 2. Greedy tokens, and the ids of lines without special tokens, which text never becomes here.
+    # 3. A prompt, and lines without special tokens, which text never becomes here.
     n = min(64, max(1, size - 8))
     prompt = torch.tensor([ids[:min(32, size - n)]])
     lines = tokenizer.decode(ids[:20_000]).split("\n")
@@ -204,92 +209,86 @@ def largest_difference(a, b):
 
 
 def prove(path):
-    """The answers of an export to the questions beside it, from a process that cannot import this project."""
-    asked = os.path.join(os.path.dirname(path), "questions")
-    readback = pathlib.Path(__file__).parent / "formats/readback.py"
-    command = [sys.executable, "-I", readback, path, asked, asked + ".answers"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    """The answers of an export to the questions beside it, by a process that cannot import this project."""
+    answers = path.with_name("answers")
+    readback = Path(__file__).parent / "formats/readback.py"
+    done = subprocess.run([sys.executable, "-I", readback, path, path.with_name("questions"), answers],
+                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-        raise UserError(f"{os.path.basename(path)} cannot be read back: {said}",
+        raise UserError(f"{path.name} cannot be read back: {said}",
                         "make room if the disk is full; else report this", code=1)
-    return ckpt.load_file(asked + ".answers")
+    return ckpt.load_file(answers)
 
 
 def compare(model, questions, ours, theirs):
     """(the largest difference of a logit, the result in words, whether it passes)."""
+    # 1. Logits. A NaN does not pass.
     difference = largest_difference(ours["logits"], theirs["logits"])
-    allowed = max(TOLERANCE, RELATIVE * max(logits.abs().max().item() for logits in ours["logits"]))
+    largest = max(logits.abs().max().item() for logits in ours["logits"])
+    allowed = max(TOLERANCE, RELATIVE * largest)
     what = f"logits within {difference:.1e} ({allowed:.1e} is allowed)"
-    passes = difference <= allowed  # False for a NaN
 
-    # How far is each of their tokens below the likeliest after those before? Ties are allowed.
+    # 2. How far is each of their tokens below the likeliest after those before? Ties are allowed.
     prompt, tokens, n = questions["prompt"], theirs["tokens"], questions["n"]
     with torch.inference_mode():
         logits = model(torch.cat((prompt, tokens[None, :-1]), dim=1))[0, -n:]  # (n, vocab_size)
     gap = (logits.amax(dim=1) - logits[range(n), tokens]).max().item()
-    what += f", greedy tokens up to {gap:.1e} below the likeliest" if gap else f", the same {n} greedy tokens"
-    passes = passes and gap <= 2 * allowed
+    what += f", {n} greedy tokens within {gap:.1e} of the likeliest"
+    passes = difference <= allowed and gap <= 2 * allowed
 
+    # 3. Text to ids, where the format has a tokenizer.
     if theirs["ids"] is not None:
-        wrong = sum(a != b for a, b in zip(ours["ids"], theirs["ids"]))
-        found = f"other ids in {wrong}" if wrong else "the same ids in all"
-        what += f", {found} of {len(ours['ids']):,} lines of text"
-        passes = passes and not wrong
+        same = sum(a == b for a, b in zip(ours["ids"], theirs["ids"]))
+        what += f", the same ids in {same:,} of {len(ours['ids']):,} lines"
+        passes = passes and same == len(ours["ids"])
     return difference, what, passes
 
 
-def prove_int8(path, model, text, questions, ours):
+def compare_int8(path, model, text, questions, ours):
     """The same for an int8 run, which passes where it holds what was written."""
-    found, tokenizer, _ = ckpt.load_run(path)
+    found, tokenizer, _ = ckpt.load_run(str(path))
     logits = logits_of(found, questions)
     passes = largest_difference(logits_of(quantize(copy.deepcopy(model)), questions), logits) == 0
     difference = largest_difference(ours["logits"], logits)
     what = f"logits within {difference:.1e}"
     if text:
-        before, after = (measure_text(each, tokenizer, text)["bits_per_byte"] for each in (model, found))
-        what = (f"{before:.4f} bits per byte before, {after:.4f} after ({after / before - 1:+.2%}), on what "
-                f"{text.name} holds out; {what}")
+        before = measure_text(model, tokenizer, text)["bits_per_byte"]
+        after = measure_text(found, tokenizer, text)["bits_per_byte"]
+        what = (f"{before:.4f} bits per byte before, {after:.4f} after ({after / before - 1:+.2%}), "
+                f"on the validation split of {text.name}; {what}")
     return difference, what, passes
 
 
 # ---------- The model card
 
-HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"  # for the Hugging Face Hub
+# What the Hugging Face Hub reads of a card
+HUB = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
 
 
-def model_card(name, model, run, dtype, questions, rows, folder="hf"):
-    """README.md of an export. rows: of the table, by file; folder: the path of hf."""
-    licences = {source: LICENCES.get(source.split(" ")[0], "not known here") for source in run["source"]}
-    sources = [f"{source} (licence: {licence})" for source, licence in licences.items()]
-    facts = {"parameters": f"{model.n_params():,}, {dtype}", "source": "; ".join(sources),
-             "architecture": " ".join(f"{key}={value}" for key, value in asdict(model.config).items())}
+def model_card(name, model, run, dtype, questions, rows):
+    """README.md of an export. rows: of the table, by file."""
+    shape = " ".join(f"{key}={value}" for key, value in asdict(model.config).items())
+    lines = [f"# {name}", "", f"- parameters: {model.n_params():,}, {dtype}", f"- architecture: {shape}"]
+    for source in run["source"]:
+        licence = LICENCES.get(source.split(" ")[0], "not known here")
+        lines.append(f"- source: {source} (licence: {licence})")
     if "val_loss" in run:  # before any rounding
-        facts["loss"] = f"validation: {run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
+        loss = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
+        lines.append(f"- validation: {loss}")
     if run["chat"]:
-        facts["chat"] = "`tokenizer.apply_chat_template` makes a prompt of messages; `python sample.py FOLDER --chat`"
-    facts = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+        lines.append("- chat: `tokenizer.apply_chat_template`, or `python sample.py FOLDER --chat`")
+    lines += ["", "Each file was read back and compared with the model on real text.", "", table(rows)]
     length = min(60, model.config.block_size)
     prompt = next((line[:min(40, length // 4)] for line in questions["lines"] if line.strip()), "")
-    use = "\n\n".join(f"{each.file}: " + each.use.format(prompt=prompt, length=length, folder=folder)
-                      for each in FORMATS.values() if each.file in rows)
-    return f"""# {name}
-
-| | |
-|---|---|
-{facts}
-
-Each file was read back by the library that it is made for, and compared with the model on real text, in float32.
-
-{table(rows)}
-
-{use}
-"""
+    for each in FORMATS.values():
+        if each.file in rows:
+            lines += ["", f"{each.file}:", each.use.format(prompt=prompt, length=length)]
+    return "\n".join([*lines, ""])
 
 
 def table(rows):
-    head = "| format | size | largest difference of a logit |\n|---|---|---|"
-    return "\n".join([head, *rows.values()])
+    return "\n".join(["| format | size | largest difference of a logit |", "|---|---|---|", *rows.values()])
 
 
 # ---------- The program
@@ -297,9 +296,9 @@ def table(rows):
 
 def check_formats(formats):
     """Raises UserError where a format is unknown or lacks a package."""
-    for name in formats:
-        if name not in FORMATS:
-            raise UserError(f"there is no format {name!r}", f"--format={','.join(FORMATS)}")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UserError(f"there is no format {unknown[0]!r}", f"--format={','.join(FORMATS)}")
     missing = [package for name in formats for package in FORMATS[name].packages if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
@@ -308,14 +307,14 @@ def check_formats(formats):
 
 def earlier_rows(out):
     """The rows of the table in `out`, by file. Raises UserError for a folder that is not an export's."""
-    if not os.path.isdir(out) or set(os.listdir(out)) <= {".part"}:
-        return {}
-    path = os.path.join(out, "export.json")
-    if not os.path.exists(path):
+    path = out / "export.json"
+    if path.exists():
+        earlier = huggingface.read_dict(str(path))
+        check_like(earlier, dict(rows={}), path)
+        return earlier["rows"]
+    if out.is_dir() and set(os.listdir(out)) - {".part"}:
         raise UserError(f"{out} has files that no export has written", "--out=ANOTHER_FOLDER")
-    earlier = huggingface.read_dict(path)
-    check_like(earlier, dict(rows={}), path)
-    return earlier["rows"]
+    return {}
 
 
 def round_weights(model, dtype):
@@ -329,53 +328,60 @@ def round_weights(model, dtype):
         p.copy_(rounded)
 
 
+def validation_text(run):
+    """A Text of 1 MB of the run's own data; None where they are not here."""
+    dataset = run["settings"].get("dataset")
+    with contextlib.suppress(UserError):
+        return read_text(os.path.join("data", dataset), megabytes=1) if dataset else None
+
+
 def main(argv):
     settings, _, runs = load(ExportConfig, argv)
-    named = ckpt.choose_run(runs, settings)
+    formats = settings.format.split(",")
 
     # 1. Everything that can be refused before something is written.
-    formats = settings.format.split(",")
+    named = ckpt.choose_run(runs, settings)
     check_formats(formats)
     model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
     ckpt.check_whole(run)
-    folder = os.path.abspath(named if os.path.isdir(named) else os.path.dirname(named))
-    out = settings.out or os.path.join("exports", os.path.basename(folder))
+    folder = Path(named).absolute()
+    name = folder.parent.name if folder.is_file() else folder.name
+    out = Path(settings.out or f"exports/{name}")
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype
     round_weights(model, dtype)
 
     # 2. Each format is written into `part`, proven, and moved to `out`.
-    logging.disable(logging.WARNING)  # torch tells what it lacks
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
-    part = os.path.join(out, ".part")
+    logging.disable(logging.WARNING)  # torch tells what it lacks
+    warnings.simplefilter("ignore")
+    part = out / ".part"
     code = 0
     try:
         shutil.rmtree(part, ignore_errors=True)  # what a kill left
-        os.makedirs(part)
-        text = None  # without its data, the model reads this file
-        with contextlib.suppress(UserError):
-            text = read_text(os.path.join("data", run["settings"].get("dataset") or "(no data set)"), megabytes=1)
+        part.mkdir(parents=True)
+        text = validation_text(run)
         questions, ours = ask(model, tokenizer, text)
-        ckpt.save_checkpoint(os.path.join(part, "questions"), questions)
-        about = os.path.basename(os.path.abspath(out)), model, run, dtype, questions
+        ckpt.save_checkpoint(str(part / "questions"), questions)
+        about = out.absolute().name, model, run, dtype, questions
         for name in formats:
-            path = os.path.join(part, FORMATS[name].file)
+            path = part / FORMATS[name].file
             try:
-                with warnings.catch_warnings(action="ignore"):
-                    FORMATS[name].write(path, model, tokenizer, run, dtype)
+                FORMATS[name].write(path, model, tokenizer, run, dtype)
             except UserError as error:
                 if len(formats) == 1:
                     raise
                 note(f"no {name}: {error.fact}")
                 continue
             if name == "int8":
-                difference, what, passes = prove_int8(path, model, text, questions, ours)
+                difference, what, passes = compare_int8(path, model, text, questions, ours)
             else:
                 difference, what, passes = compare(model, questions, ours, prove(path))
-            say(f"{name}: {what}" + ("" if passes else ": not the same, so it is not kept"))
+            say(f"{name}: {what}")
             if passes:
                 keep(path, out, rows, difference, about)
             else:
+                say(f"{name} is not the same, so it is not kept")
                 code = 1
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
@@ -388,22 +394,22 @@ def main(argv):
 
 def keep(path, out, rows, difference, about):
     """Move a proven export into `out`, with its row of the table, and write the model cards."""
-    file = os.path.basename(path)
-    target = os.path.join(out, file)
-    files = [pathlib.Path(path), *pathlib.Path(path).rglob("*")]
-    size = sum(found.stat().st_size for found in files if found.is_file()) / 1e6
-    rows[file] = f"| {file} | {size:,.1f} MB | {difference:.1e} |"
-    if file == "hf":
-        write_text(os.path.join(path, "README.md"), HEAD + model_card(*about, {file: rows[file]}, folder="."))
-    write_text(os.path.join(out, "export.json"), json.dumps(dict(rows=rows), indent=1))
-    if os.path.isdir(target):
+    name = path.name
+    target = out / name
+    size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 1e6
+    rows[name] = f"| {name} | {size:,.1f} MB | {difference:.1e} |"
+    if name == "hf":
+        card = HUB + model_card(*about, {name: rows[name]})
+        write_text(path / "README.md", card.replace('"hf"', '"."'))
+    write_text(out / "export.json", json.dumps(dict(rows=rows), indent=1))
+    if target.is_dir():
         shutil.rmtree(target)
-    os.replace(path, target)
-    write_text(os.path.join(out, "README.md"), model_card(*about, rows))
+    path.replace(target)
+    write_text(out / "README.md", model_card(*about, rows))
 
 
 def write_text(path, text):
-    with replace_file(path, "w", encoding="utf-8") as file:
+    with replace_file(str(path), "w", encoding="utf-8") as file:
         file.write(text)
 
 

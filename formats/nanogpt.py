@@ -4,8 +4,8 @@ nanoGPT's checkpoints: out/ckpt.pt, as https://github.com/karpathy/nanoGPT write
 
     checkpoint, tokenizer = convert(state, "out/ckpt.pt")  # state: the dict in the file
 
-Its weights have the names of ours, its MLP is mlp="gelu_exact". What its tokens mean is not in it: GPT-2's are known by
-their number, characters stand in the meta.pkl beside the data.
+The weights have the same names. What the tokens mean is not in it: GPT-2's are known by their number,
+characters stand in the meta.pkl beside the data.
 """
 import os
 import pickle
@@ -22,20 +22,20 @@ from runtime.files import open_file
 def convert(state, path):
     """(checkpoint of ours, tokenizer). The caller checks the weights."""
     try:
-        args, weights = dict(state["model_args"]), state["model"]
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}  # torch.compile's
         data = state.get("config", {}).get("dataset", "")
+        args = dict(state["model_args"])
         tokenizer = find_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
         # nanoGPT rounds GPT-2's 50,257 up to 50,304; the tokens that do not exist are cut off.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
         config = resolve(GPTConfig(**args, mlp="gelu_exact"))
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in state["model"].items()}
         rows = round_up(config.vocab_size, 64)  # of our matrices
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]  # (vocab_size, C)
             weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))  # (rows, C)
         step = int(state.get("iter_num", 0))
     except (AssertionError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} looks like nanoGPT's, but describes no model: {type(error).__name__}: {error}",
+        raise UserError(f"{path} looks like nanoGPT's, but describes no model: {error!r}",
                         "use another checkpoint") from None
     return dict(format=1, step=step, model=weights, source=[data or path], settings=asdict(config),
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
@@ -63,12 +63,11 @@ def read_characters(path, vocab_size):
             raise ValueError("not one character per id")
         return tokenizers.CharTokenizer(characters, special=())
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}",
-                        "run nanoGPT's own prepare.py again") from None
+        raise UserError(f"{path} cannot be used: {error!r}", "run nanoGPT's own prepare.py again") from None
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads plain values, and nothing that could run code. In Python: nine bytes make the one in C reserve 64 GB."""
+    """Reads plain values only: nothing runs. In Python: nine bytes make the one in C reserve 64 GB."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

@@ -4,9 +4,9 @@
 
     model = quantize(model)     # in place; it generates text as before, but is not trained any further
 
-Decoding one token at a time is bound by memory, so a quarter of the bytes is up to four times the speed. Row n of
-a matrix becomes integers up to 127 and a scale that fits its largest weight. So does every row of x, when it
-comes: `top` is its largest number, and
+Decoding one token at a time is bound by memory, so a quarter of the bytes is up to four times the speed.
+Row n of a matrix becomes integers up to 127 and a scale that fits its largest weight. So does every row of
+x, when it comes: `top` is its largest number, and
 
     y[n] = top / 127 scale[n] (sum over k of round(127 x[k] / top) weight[n, k]) + bias[n]
 
@@ -19,9 +19,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+warnings.filterwarnings("ignore", "fbgemm_.* is deprecated")  # it has been for years
 
 def quantize(model):
-    """Turn the matrices of a trained GPT into 8-bit integers, in place; vectors and positions stay. Returns it.
+    """Turn the matrices of a trained GPT into 8-bit integers, in place. Returns it.
 
     A tied head stays tied: one row of integers, with one scale, reads a token and predicts it.
     """
@@ -77,7 +78,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_linear(weight, scale, bias):
-    """The function x -> y of an Int8Linear: a closure, since looking up a module's tensors takes time. One thread."""
+    """The function x -> y of an Int8Linear: a closure, since looking up a module's tensors takes time."""
     product = int8_product(weight)
 
     def compute(x):
@@ -93,9 +94,9 @@ def int8_product(weight):
 
     x: (B, ..., K); top: (B, ..., 1), so that x / top is between -1 and 1.
 
-    FBGEMM's kernel is the fastest of PyTorch's (times: docs/lab-notes.md). It rounds x to 256 steps between the
-    lowest and the highest number of all rows. To fix this range, each row of x gets its two ends as two more
-    numbers, and the matrix two columns of zeros.
+    FBGEMM's kernel is the fastest of PyTorch's (times: docs/lab-notes.md). It rounds x to 256 steps between
+    the lowest and the highest number of all rows. To fix this range, each row of x gets its two ends as two
+    more numbers, and the matrix two columns of zeros.
     """
     end = int8_top() if weight.device.type == "cpu" else None
     if end is None:  # a GPU, or no such kernel: the same weights, and x in steps of 1 / 127
@@ -103,11 +104,11 @@ def int8_product(weight):
     packed = pack(F.pad(weight, (0, 2)))  # (N, K + 2)
     ends = torch.tensor([-1.0, end])
 
+    @torch.inference_mode(False)
     def buffer(*rows):
         """Memory for x and the ends of the range, (rows, K + 2), and a view of its first K columns."""
-        with torch.inference_mode(False):
-            whole = torch.cat((torch.zeros(*rows, weight.size(1)), ends.expand(*rows, 2)), dim=-1)
-            return whole, whole[..., :-2]
+        whole = torch.cat((torch.zeros(*rows, weight.size(1)), ends.expand(*rows, 2)), dim=-1)
+        return whole, whole[..., :-2]
     kept = functools.lru_cache(maxsize=4)(buffer)
 
     def product(x, top):
@@ -120,7 +121,7 @@ def int8_product(weight):
 
 
 def pack(weight):
-    """Integers (N, K) as the kernel's arguments: shape, packed matrix, sums of rows, scale, zero point, bias."""
+    """Integers (N, K) as the kernel's arguments: shape, matrix, sums of rows, scale, zero point, bias."""
     kernel = torch.fbgemm_pack_quantized_matrix(weight)
     shape = weight.new_zeros(1, 1).expand(weight.shape)  # of this argument, the kernel reads only the shape
     return shape, kernel, weight.sum(dim=1, dtype=torch.int32), 1.0, 0, torch.zeros(len(weight))
@@ -130,17 +131,15 @@ def pack(weight):
 def int8_top():
     """The upper end of the kernel's range: 1, 3, or None where there is no such kernel.
 
-    Processors without VNNI add two products in 16 bits, and 2 x 127 x 255 saturates without an error. In a range
-    from -1 to 3, a 1 is step 128 and not step 255, which fits.
+    Processors without VNNI add two products in 16 bits, and 2 x 127 x 255 saturates without an error. In a
+    range from -1 to 3, a 1 is step 128 and not step 255, which fits.
     """
     weight = torch.tensor([[127] * 64 + [0, 0]], dtype=torch.int8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has announced for years that it will remove these functions
-        for top in (1.0, 3.0):
-            x = torch.tensor([[1.0] * 64 + [-1.0, top]])
-            try:
-                y = torch.fbgemm_linear_int8_weight_fp32_activation(x, *pack(weight))
-            except (AttributeError, RuntimeError):
-                return None
-            if abs(y.item() / (64 * 127) - 1) < 0.01:
-                return top
+    for top in (1.0, 3.0):
+        x = torch.tensor([[1.0] * 64 + [-1.0, top]])
+        try:
+            y = torch.fbgemm_linear_int8_weight_fp32_activation(x, *pack(weight))
+        except (AttributeError, RuntimeError):
+            return None
+        if abs(y.item() / (64 * 127) - 1) < 0.01:
+            return top

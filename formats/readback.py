@@ -5,11 +5,10 @@ Reading an export back: how other people's programs do it, one function per form
     step = open_onnx("exports/small/model.onnx")
     ids = greedy(step, torch.tensor([[1, 2, 3]]), 50)       # the 50 likeliest tokens after these three
 
-export.py runs this file in a process of its own that cannot see this project (python -I), and compares its answers
-with those of the model. So nothing of ours is imported here.
+export.py runs this file in a process of its own (python -I), so nothing of ours is imported here.
 
-Each function returns a step(idx, past) -> (logits (B, T, vocab_size), past), where idx (B, T) are the token ids after
-the past. The past is None at first, and then whatever the step before returned.
+A step(idx, past) -> (logits (B, T, vocab_size), past) reads the token ids idx (B, T) after the past, which
+is None at first, and then what the step before returned.
 """
 import sys
 
@@ -52,7 +51,8 @@ def open_pt2(path):
 def without_cache(forward):
     """A step for a graph that reads the whole text again each time."""
     def step(idx, past):
-        idx = idx if past is None else torch.cat((past, idx), dim=1)
+        if past is not None:
+            idx = torch.cat((past, idx), dim=1)
         return forward(idx), idx
     return step
 
@@ -72,7 +72,7 @@ OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the fi
 
 @torch.no_grad()
 def answer(path, questions):
-    """questions: batches [idx (B, T)], the positions [(n,)] of the logits to compare; prompt, n; lines of text.
+    """questions: batches [idx (B, T)], the positions [(n,)] of their logits; prompt, n; lines of text.
 
     Returns logits [(B, n, vocab_size)], tokens (n,), and ids of the lines.
     """

@@ -264,7 +264,7 @@ def test_the_folder_and_what_is_said_about_it(exported):
     assert sorted(os.listdir(out / "int8")) == ["best.pt", "tokenizer"]
     before, after = map(float, re.search(r"int8: ([\d.]+) bits per byte before, ([\d.]+) after", said).groups())
     assert 1 < before < 4 and abs(after / before - 1) < 0.01
-    assert re.search(r"on what data/words holds out; logits within .*\n", said)
+    assert re.search(r"on the validation split of data/words; logits within .*\n", said)
     assert "python sample.py FOLDER/int8" in (out / "README.md").read_text()
 
 
