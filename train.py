@@ -16,9 +16,10 @@ The same command continues a run that was stopped (Ctrl-C saves first). A run is
 
 Read `train`, the whole run, and `train_step`, one step.
 
-The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a run that was killed at any
-moment and resumed has the same bits as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in
-varying order, so there the two are equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a run
+that was killed at any moment and resumed has the same bits as one that was never stopped
+(docs/reliability.md has the proofs). A GPU adds in varying order, so there the two are
+equal up to rounding.
 """
 import time
 
@@ -102,16 +103,22 @@ class TrainConfig(GPTConfig):
 
 def main(argv):
     """Read the settings, acquire the folder of the run, and train."""
+    # 1) Settings: the defaults above, then config files and --name=value from left to right.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
+    # 2) `data/notes` and `notes` are the same data; without a name, the run bears that of
+    #    its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
     resume.check_settings(settings)
+    # 3) One process writes; torchrun starts the others with another rank.
     ranks = Processes()
     writes = ranks.rank == 0 and not settings.eval_only
     with ckpt.RunFolder(settings.out_dir, writes) as folder:
         try:
+            # 4) An allocation that failed, or a process that was lost, is explained;
+            #    anything else is a bug.
             return train(settings, given, ranks, folder)
         except (RuntimeError, MemoryError) as error:
             raise resume.explain(error, settings, ranks) or error from None
@@ -119,12 +126,13 @@ def main(argv):
 
 def train(settings, given, ranks, folder):
     """The whole run. Returns the exit code."""
+    # 1) The machine.
     out_dir = settings.out_dir
     device = machine.choose_device(settings.device, ranks)
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
 
-    # 1) The data. Rank 0 prepares what is built in, while the others wait in `join`.
+    # 2) The data. Rank 0 prepares what is built in, while the others wait in `join`.
     data_dir = os.path.join("data", settings.dataset)
     if settings.dataset == "stdlib" and ranks.rank == 0 and not os.path.exists(data_dir):
         prepare_stdlib()
@@ -134,7 +142,7 @@ def train(settings, given, ranks, folder):
     if folder.writes:
         folder.check_ours()
 
-    # 2) The start: a checkpoint of this run, the weights of another one, or random weights.
+    # 3) The start: a checkpoint of this run, the weights of another one, or random weights.
     resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
     start = base = None
     if resumed:
@@ -153,7 +161,8 @@ def train(settings, given, ranks, folder):
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
 
-    # 3) The model.
+    # 4) The model. The order: random weights, those of another run, LoRA's corrections
+    #    beside them, those of the checkpoint.
     torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
     if start:
@@ -167,17 +176,19 @@ def train(settings, given, ranks, folder):
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         folder.open(step, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
 
-    # 4) The run. What `auto` chooses is written into it, and used again when it is resumed.
+    # 5) The run. What `auto` chooses is written into it, and used again when it is resumed.
     if resumed:
         chosen = resumed["chosen"]
     else:
         if folder.writes:
             resume.check_begun(settings)
         dtype, why = machine.choose_dtype(settings.dtype, device)
-        chosen = ranks.broadcast(dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile))
-    facts = dict(format=1, order=data.ORDER, tokenizer_sha256=data.meta["tokenizer_sha256"], source=data.meta["source"],
-                 data_sha256=data.sha256(), versions=versions, chosen=chosen, chat=chat, base=base,
-                 before=resumed.get("before") if resumed else None)
+        chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
+        chosen = ranks.broadcast(chosen)
+    before = resumed.get("before") if resumed else None
+    facts = dict(format=1, order=data.ORDER, source=data.meta["source"], data_sha256=data.sha256(),
+                 tokenizer_sha256=data.meta["tokenizer_sha256"], versions=versions, chosen=chosen,
+                 chat=chat, base=base, before=before)
     run = Run(settings, facts, data, tokenizer, model, device, ranks, folder)
     if chosen["compile"] == "auto":
         chosen["compile"] = is_worth_compiling(run)
@@ -185,21 +196,25 @@ def train(settings, given, ranks, folder):
     if resumed:
         run.restore(resumed)
         say(f"resumed {out_dir} after {run.step} of {settings.max_iters} steps")
+    # Fine-tuning shows what it has changed: the loss before the first step, and a text.
     if settings.eval_only or (start and not resumed):
         before = run.validate()
         say(f"validation loss {before['val_loss']:.4f}, {before['val_bpb']:.4f} bits per byte")
         if settings.eval_only:
             return 0
         facts["before"] = dict(before, text=sample(run, model))
+    # Compiling comes after measuring, or that would be compiled as well.
     if chosen["compile"]:
         required = settings.compile is True
-        chosen["compile"] = machine.compile_model(model, required, lambda: run.loss(model, *run.batch(0, 0)))
+        chosen["compile"] = machine.compile_model(
+            model, required, lambda: run.loss(model, *run.batch(0, 0)))
     if folder.writes:
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal comes, half a step is
-    #    thrown away, and memory holds exactly the state after `step` steps.
+    # 6) The loop. Weights change at the end of train_step and nowhere else: when a signal
+    #    comes, half a step is thrown away, and memory holds exactly the state after `step`
+    #    steps.
     run.stop.listen()
     try:
         if resumed:
@@ -210,6 +225,7 @@ def train(settings, given, ranks, folder):
             save_if_due(run)  # before validating, where a crash would lose the step
             validate_and_log(run)
     except datasets.Changed as error:
+        # Somebody has prepared the data anew. What was learned so far is good.
         if run.step == 0:
             raise
         if folder.writes:
@@ -219,6 +235,7 @@ def train(settings, given, ranks, folder):
         raise UserError(f"{error.fact}; the run is saved after {run.step} steps",
                         "bring the old data back, and the same command continues", alone=error.alone) from None
     except Stopped:
+        # Ctrl-C, or a machine that wants its GPU back.
         if folder.writes and run.step > 0:
             run.save_all()
         ranks.barrier()  # torchrun kills rank 0, which is saving, as soon as another one leaves
@@ -226,7 +243,7 @@ def train(settings, given, ranks, folder):
         say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
         return 128 + run.stop.signal
 
-    # 6) The result.
+    # 7) The result.
     if run.wandb:
         run.wandb.finish()
     if folder.writes:
@@ -272,14 +289,16 @@ class Run:
         self.autocast = machine.autocast(self.device, self.dtype)
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
         # In float16, small gradients would round to 0 if the loss were not scaled up.
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=self.dtype == torch.float16)
-        # A step reads the same windows, however many ranks there are: they take its micro-batches in turn,
-        # cut into smaller ones where these are too few.
+        kind, needed = torch.device(self.device).type, self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(kind, enabled=needed)
+        # A step reads the same windows, however many ranks there are: they take its
+        # micro-batches in turn, cut into smaller ones where these are too few.
         cut = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // cut
         self.micros = settings.gradient_accumulation_steps * cut
         self.mine = range(self.ranks.rank, self.micros, world)  # the micro-batches of this rank
-        self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, settings.eval_iters * cut)
+        self.val_batches = self.data.n_val_batches(
+            settings.block_size, self.batch_size, settings.eval_iters * cut)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
 
     def last(self):
@@ -294,7 +313,9 @@ class Run:
 
     def batch(self, step, micro):
         """(idx, targets) of a micro-batch, each (B, T)."""
-        return self.data.batch(self.settings.block_size, self.batch_size, self.settings.seed, step, micro, self.micros)
+        settings = self.settings
+        return self.data.batch(
+            settings.block_size, self.batch_size, settings.seed, step, micro, self.micros)
 
     def loss(self, model, idx, targets):
         with self.autocast:
@@ -310,7 +331,8 @@ class Run:
         """Before every micro-batch and validation batch: a signal to one rank stops all at the same place."""
         if number := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = number
-            say(f"\n{signal.Signals(number).name}: saving" + "; once more to stop at once" * self.stop.twice_ends)
+            again = "; once more to stop at once" if self.stop.twice_ends else ""
+            say(f"\n{signal.Signals(number).name}: saving{again}")
             raise Stopped
 
     def validate(self):
@@ -320,15 +342,16 @@ class Run:
 
         self.model.eval()
         with torch.no_grad():
-            nats, count = datasets.validation_sums(lambda *batch: self.loss(self.model, *batch), batch,
-                                                   self.val_batches, self.ranks, lambda number: self.check_stop())
+            nats, count = datasets.validation_sums(
+                lambda idx, targets: self.loss(self.model, idx, targets), batch, self.val_batches,
+                self.ranks, before_each=lambda number: self.check_stop())
         self.model.train()
         return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
 
     def header(self):
         """The first line of the log."""
-        return dict(versions=self.facts["versions"], chosen=self.facts["chosen"], settings=asdict(self.settings),
-                    data=self.data.meta)
+        return dict(versions=self.facts["versions"], chosen=self.facts["chosen"],
+                    settings=asdict(self.settings), data=self.data.meta)
 
     def open_log(self, resumed):
         """Begin or continue what is in the folder besides checkpoints."""
@@ -341,8 +364,8 @@ class Run:
         if settings.wandb_log:
             try:
                 import wandb  # optional
-                self.wandb = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
-                                        config=asdict(settings))
+                self.wandb = wandb.init(project=settings.wandb_project,
+                                        name=settings.wandb_run_name, config=asdict(settings))
             except ImportError:
                 note("wandb is not installed; log.jsonl has the same numbers")
 
@@ -358,12 +381,15 @@ class Run:
         """Save what a resume needs."""
         optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
         name = f"ckpt_{self.step:08d}.pt"
-        if self.save(name, must, row=self.row, optimizer=optimizers, scaler=self.scaler.state_dict()):
+        saved = self.save(name, must, row=self.row, optimizer=optimizers,
+                          scaler=self.scaler.state_dict())
+        if saved:
             ckpt.prune_checkpoints(self.settings.out_dir)
 
     def save(self, name, must, **state):
         """Save the weights and `state`. Returns whether it went well; must: or else it is an error."""
-        state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model), settings=asdict(self.settings))
+        state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model),
+                      settings=asdict(self.settings))
         try:
             ckpt.save_checkpoint(os.path.join(self.settings.out_dir, name), state)
         except UserError as error:
@@ -386,32 +412,38 @@ def train_step(run):
     mean_count = max(1, total) / ranks.world  # backward averages over the ranks
 
     # 2) The gradient. backward() adds to what the micro-batches before have left in p.grad.
+    #    A sum over micro-batches is what one large batch would give, and takes the memory
+    #    of a small one.
     loss = 0.0
     for micro, count, (idx, targets) in zip(run.mine, counts, batches):
         run.check_stop()
         torch.manual_seed(datasets.fold("dropout", settings.seed, run.step, micro))  # the same masks after a resume
+        # Ranks exchange gradients once, with the last micro-batch.
         with ranks.no_sync(run.wrapped, unless=micro == run.mine[-1]):
             part = run.loss(run.wrapped, idx, targets) * (count / mean_count)
             scaler.scale(part).backward()
         loss += part.item()
     loss = ranks.all_reduce_sum([loss])[0] / ranks.world
+    # A rare batch with a huge gradient would throw the weights away: a longer one is scaled down.
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf).item()
+    most = settings.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), most).item()
 
-    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no weight moves.
+    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no
+    #    weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
         raise resume.not_finite(run, loss, norm)
 
-    # 4) The weights move.
+    # 4) The weights move. All optimizers follow one schedule, each with its own peak.
     factor = learning_rate_factor(run.step, settings)
     for optimizer, peak_rate in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = peak_rate * factor
         if not run.skipped:
             scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # frees the memory, and saves a pass over it
     scaler.update()
     run.step += 1
 
@@ -419,11 +451,12 @@ def train_step(run):
     seconds = time.perf_counter() - started
     run.train_seconds += seconds
     run.times = run.times[-9:] + [seconds]
-    run.row = dict(step=run.step, tokens=run.step * run.step_tokens, epoch=run.epochs(run.step),
-                   train_seconds=run.train_seconds, wall_seconds=run.wall_seconds(), loss=loss,
-                   lr=settings.learning_rate * factor,
-                   grad_norm=-1.0 if run.skipped else norm,  # JSON has no infinity
-                   tokens_per_second=run.step_tokens / seconds, memory=machine.peak_memory(run.device))
+    run.row = dict(
+        step=run.step, tokens=run.step * run.step_tokens, epoch=run.epochs(run.step),
+        train_seconds=run.train_seconds, wall_seconds=run.wall_seconds(), loss=loss,
+        lr=settings.learning_rate * factor,
+        grad_norm=-1.0 if run.skipped else norm,  # JSON has no infinity
+        tokens_per_second=run.step_tokens / seconds, memory=machine.peak_memory(run.device))
 
 
 def learning_rate_factor(step, settings):
@@ -450,7 +483,8 @@ def choose_max_iters(run):
     settings, chosen = run.settings, run.facts["chosen"]
     if not settings.budget or "max_iters" in chosen or run.step < max(1, min(10, settings.warmup_iters)):
         return
-    # 1) The time: without the last validation, of which a batch costs a third of a step's (no backward pass).
+    # 1) The time: without the last validation, of which a batch costs a third of a step's
+    #    (no backward pass).
     left = resume.seconds_of(settings.budget) - run.wall_seconds()
     left, step_seconds = run.ranks.broadcast((left, statistics.median(run.times)))
     validation = run.val_batches / run.micros * step_seconds / 3
@@ -470,10 +504,13 @@ def choose_max_iters(run):
 def save_if_due(run):
     """Save if it is time, or if a validation is next."""
     settings = run.settings
+    # 1) When.
     saves = run.last() or run.step % (settings.save_interval or settings.eval_interval) == 0
+    # 2) Is what was learned from still what is in the files?
     if saves or run.validates():
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    if run.validates() and not saves:  # a run with best.pt alone could not be continued
+    # 3) A run with best.pt alone could not be continued.
+    if run.validates() and not saves:
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
         run.save_all(must=run.last())
@@ -487,7 +524,8 @@ def validate_and_log(run):
         row |= run.validate()
         loss = row["val_loss"]
         if not math.isfinite(loss):
-            raise UserError(f"the validation loss after {run.step} steps is {loss}", resume.again(settings), code=3)
+            raise UserError(f"the validation loss after {run.step} steps is {loss}",
+                            resume.again(settings), code=3)
         if writes and loss < run.best_loss:
             if run.save("best.pt", must=run.last(), val_loss=loss, val_bpb=row["val_bpb"]):
                 run.best_loss, run.best_step = loss, run.step
@@ -496,7 +534,8 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        say(progress_line(row, settings.max_iters, run.model.flops_per_token() / (run.peak * run.ranks.world)))
+        share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, at 1 token/s
+        say(progress_line(row, settings.max_iters, share))
         if run.wandb:
             run.wandb.log(row, step=run.step)
     # 3) The end before max_iters.
@@ -512,10 +551,14 @@ def validate_and_log(run):
 
 def prepare_stdlib():
     """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends that one too."""
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), "stdlib"]
+    # 1) The command, wherever this file is and whatever Python runs it.
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, os.path.join(here, "prepare.py"), "stdlib"]
     say(f"data/stdlib is missing; preparing it: {join(command)}")
+    # 2) subprocess.run kills the command when an exception passes, here the SystemExit of a
+    #    SIGTERM.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    code = subprocess.run(command).returncode  # it kills the command when an exception passes
+    code = subprocess.run(command).returncode
     signal.signal(signal.SIGTERM, before)
     if code:
         raise UserError("prepare.py stdlib has failed", "see its own error above")
@@ -524,8 +567,10 @@ def prepare_stdlib():
 def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings, whose rows learn one by one.
+    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings,
+    whose rows learn one by one.
     """
+    # 1) Which parameter belongs where?
     inside, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -536,10 +581,14 @@ def make_optimizers(model, settings, device):
             inside.append(p)
         else:
             matrices.append(p)
-    groups = [dict(params=matrices, weight_decay=settings.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    # 2) AdamW, as one kernel for all tensors where there is one.
+    groups = [dict(params=matrices, weight_decay=settings.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
     betas = settings.beta1, settings.beta2
-    adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=not device.startswith("mps"))
+    adamw = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=betas, fused=not device.startswith("mps"))
     optimizers = [(adamw, settings.learning_rate)]
+    # 3) Muon, which multiplies matrices, in bfloat16 where that is fast.
     if inside:
         dtype = torch.bfloat16 if machine.has_bf16(device) else torch.float32
         muon = Muon(inside, settings.muon_lr, settings.weight_decay, dtype=dtype)
@@ -548,7 +597,8 @@ def make_optimizers(model, settings, device):
 
 
 def is_worth_compiling(run):
-    """Compiling takes half a minute, and then code reaches 60% of the peak, not 45%: it pays after two minutes."""
+    """Compiling takes half a minute, and then steps take a quarter less: it pays after two minutes."""
+    # Uncompiled code reaches about 45% of the peak.
     flops = run.settings.max_iters * run.step_tokens * run.model.flops_per_token()
     seconds = flops / (0.45 * run.peak * run.ranks.world)
     if run.settings.budget:
@@ -594,10 +644,12 @@ def say_result(run):
 
 
 def sample(run, model):
-    """A text by the model: the answer to the first validation question, or what follows the first validation words."""
+    """A text by the model: what follows the first words of the validation split, or its first question."""
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
 
+    # The prompt and the seed are always the same, so that texts of different runs can be
+    # compared.
     tokenizer, ids = run.tokenizer, []
     prompt, ends = run.data.prompt(model.config.block_size), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
