@@ -195,9 +195,9 @@ def find_checkpoint(init_from, out_dir):
     if paths and init_from == "scratch":
         raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
                         f"--out_dir=out/ANOTHER, or rm -r {quote(out_dir)}")
-    if not paths and init_from == "resume":
-        raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave --init_from out")
     if not paths:
+        if init_from == "resume":
+            raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave --init_from out")
         return None
     for path in reversed(paths):
         try:

@@ -91,7 +91,8 @@ def progress_line(row, max_iters, peak_share):
     return " | ".join(parts)
 
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="720" height="400" font-size="12" fill="#444">
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="720" height="400"
+     font-family="sans-serif" font-size="12" fill="#444">
 <rect width="100%" height="100%" fill="white"/>
 <text x="700" y="34" text-anchor="end">nats per token over steps: training grey, validation blue</text>
 """
