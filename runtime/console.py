@@ -6,8 +6,8 @@ The console: what a program says while it works, and how it ends.
     if __name__ == "__main__":
         command_line(main)      # exit code 0, or the code of the UserError and its two lines
 
-Progress, notes and errors go to standard error, results (`show`) to standard output. Text is made printable first: it
-may come from a file, and must not control the terminal.
+Progress, notes and errors go to standard error, results (`show`) to standard output. Text may come from a
+file and must not control the terminal, so it is made printable first.
 """
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ import traceback
 class UserError(Exception):
     """Something that the user can fix: `fact` with its numbers, `fix` with what to type, and the exit code.
 
-    alone: no other process of a run knows of it, so this one prints it.
+    alone: of several processes, only this one knows of it, so it prints it.
     """
 
     def __init__(self, fact, fix, code=2, alone=False):
@@ -39,19 +39,20 @@ OLDEST = {"jinja2": "3.1.6", "sentencepiece": "0.2.2", "tiktoken": "0.13"}
 
 def needs(package, what):
     """Import an optional package. Raises UserError with the pip command."""
-    oldest = OLDEST.get(package, "")
-    fix = f"pip install '{package}>={oldest}'" if oldest else f"pip install {package}"
+    def numbers(version):
+        return [int(part) for part in re.findall(r"\d+", version)]
+
+    fix, oldest = f"pip install {package}", OLDEST.get(package, "")
+    if oldest:
+        fix = f"pip install '{package}>={oldest}'"
     try:
-        module, version = importlib.import_module(package), importlib.metadata.version(package)
+        module = importlib.import_module(package)
+        version = importlib.metadata.version(package)
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
     if numbers(version) < numbers(oldest):
         raise UserError(f"{package} {version} is too old: it does not protect from a stranger's files", fix)
     return module
-
-
-def numbers(version):
-    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def say(text=""):
@@ -64,11 +65,12 @@ dropped = 0  # lines since the last one that was written
 
 
 def print_error(text):
-    """Write a line to standard error. A run must not wait where nobody reads (`| less`, a full disk): after a second,
-    lines are dropped and counted."""
+    """Write a line to standard error. Where nobody reads (`| less`, a full disk), it waits for a second, and
+    then drops and counts lines: a run must go on."""
     global dropped
-    lost = f"\n(lines that could not be written here: {dropped})\n" if dropped else ""
-    text = f"{lost}{printable(text)}\n"
+    text = printable(text) + "\n"
+    if dropped:
+        text = f"\n(lines that could not be written here: {dropped})\n{text}"
     try:
         descriptor = sys.stderr.fileno()
     except OSError:  # it is in memory, as in a test
@@ -79,21 +81,21 @@ def print_error(text):
         while data:
             if os.name == "posix" and not select.select([], [descriptor], [], seconds)[1]:
                 raise BlockingIOError
-            data = data[os.write(descriptor, data[:512]):]  # a pipe that is ready takes 512 bytes at once (POSIX)
+            data = data[os.write(descriptor, data[:512]):]  # a pipe that is ready takes 512 bytes (POSIX)
         dropped = 0
     except OSError:
         dropped += 1
 
 
 def printable(text):
-    """The text with escapes for what a terminal obeys: control characters but for line ends and tabs, and those that
-    reverse the order of others."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
-                  lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    """The text with escapes for what a terminal obeys: control characters other than line ends and tabs, and
+    what reverses the order of text."""
+    obeyed = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(obeyed, lambda found: ascii(found[0])[1:-1], str(text))
 
 
 def public(address):
-    """An address without its secrets: no user, password, query or fragment. A path is returned as it is."""
+    """An address without user, password, query and fragment, which may be secret. A path stays as it is."""
     return re.sub(r"^(https?://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
 
 
@@ -107,12 +109,9 @@ def origin(source):
 
 def show(text, end="\n"):
     """Print a text on standard output: on a terminal made printable, else exactly as it is."""
-    try:
-        print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write to standard output: {error.strerror}", "make room", code=1) from None
+    if sys.stdout.isatty():
+        text = printable(text)
+    print(text, end=end, flush=True)
 
 
 def note(text):
@@ -128,15 +127,14 @@ class Progress:
 
     def __init__(self, what, total=0, done=0):
         self.what, self.total, self.done, self.before = what, total, done, done
-        self.start = time.monotonic()
-        self.next = self.start + 2
+        self.start = self.last = time.monotonic()
 
     def add(self, n):
         self.done += n
         now = time.monotonic()
-        if now <= self.next:
+        if now <= self.last + 2:
             return
-        self.next = now + 2
+        self.last = now
         speed = (self.done - self.before) / (now - self.start)
         line = f"{self.what}: {self.done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
         if self.total:
@@ -149,7 +147,7 @@ def command_line(main):
     code = run(main)
     if os.environ.get("WORLD_SIZE", "1") in ("1", ""):
         sys.exit(code)
-    # In Python's clean-up, the threads of torch.distributed and the interpreter can wait for each other for ever.
+    # In Python's clean-up, threads of torch.distributed and the interpreter can wait for each other for ever.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
@@ -160,7 +158,8 @@ def run(main):
         return main(sys.argv[1:]) or 0
     except UserError as error:
         if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one process per machine
-            fact, fix = (" ".join(str(line).splitlines()) for line in (error.fact, error.fix))
+            fact = " ".join(str(error.fact).splitlines())
+            fix = " ".join(str(error.fix).splitlines())
             print_error(f"error: {fact}\nfix: {fix}")
         return error.code
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ JSON_VALUES = 10_000_000  # and no more values: `[],` has three characters, but 
 
 
 def open_file(path, most=sys.maxsize, mode="rb", **options):
-    """Open a stranger's file for reading. Raises OSError where it is a pipe, which may have no end, or too large."""
+    """Open a stranger's file for reading. Raises OSError where it is too large, or a pipe without end."""
     size = os.path.getsize(path)
     if not os.path.isfile(path):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
@@ -33,7 +33,7 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
 
 
 def read_json(path, fix, **options):
-    """The value in a stranger's .json or .json.gz file. fix: of the UserError where it is not JSON."""
+    """The value in a stranger's .json or .json.gz file. fix: where it is not JSON."""
     try:
         with open_file(path) as raw, gzip.open(raw) if path.lower().endswith(".gz") else raw as file:
             data = file.read(JSON_BYTES + 1)
@@ -47,10 +47,10 @@ def read_json(path, fix, **options):
 
 
 def parse_json(text, where, fix, most=None, **options):
-    """The value of a stranger's JSON text, of at most so many values. where: the file that the error names."""
+    """The value of a stranger's JSON text, of at most so many values. where: the file, for the error."""
     most = most or JSON_VALUES
     if len(text) > most and sum(map(text.count, "[{,:")) > most:
-        raise UserError(f"{where}: more than {most:,} brackets, commas and colons, too many values to hold",
+        raise UserError(f"{where}: too many values to hold, more than {most:,}",
                         "split it, or write it as a .jsonl file, one object per line")
     try:
         return json.loads(text, **options)
@@ -61,19 +61,14 @@ def parse_json(text, where, fix, most=None, **options):
         raise UserError(f"{where}: not to be read: {error}", fix) from None
 
 
-def new_file(path, mode="xb", **options):
-    """Create a file. What bears its name, a link too, is removed first."""
-    if os.path.lexists(path):
-        os.unlink(path)
-    return open(path, mode, **options)
-
-
 @contextlib.contextmanager
 def replace_file(path, mode="wb", **options):
     """Write a file that is whole when it bears its name. When it raises, nothing has changed."""
     part = path + ".part"
+    if os.path.lexists(part):  # from a kill, or a link that leads elsewhere
+        os.unlink(part)
     try:
-        with new_file(part, mode.replace("w", "x"), **options) as file:
+        with open(part, mode.replace("w", "x"), **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk ...
@@ -85,7 +80,7 @@ def replace_file(path, mode="wb", **options):
 
 
 def foreign(folder, ours):
-    """The path, from the folder, of the first file in it of which `ours` is not true; "" if there is none."""
+    """The first file in a folder, as a path from there, of which `ours` is not true; "" if there is none."""
     for parent, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = os.path.join(parent, name)
@@ -104,7 +99,7 @@ def file_sha256(path):
 def locked(path, wait=False):
     """Keep other processes from writing `path`, on this machine or another that shares the disk.
 
-    wait: until the other has ended; otherwise that is a UserError. The lock is on a hidden file beside the path, and
+    wait: for the other process to end; else it is a UserError. The lock is a hidden file beside the path, and
     ends with the process. Windows has none.
     """
     try:
@@ -120,7 +115,7 @@ def locked(path, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise UserError(f"another process is writing {path}", "wait for it to end, or stop it") from None
+                raise UserError(f"another process is writing {path}", "wait for it, or stop it") from None
             say(f"another process is writing {path}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # not every network file system has locks

@@ -25,34 +25,37 @@ from runtime.console import UserError, note, say
 
 
 def choose_device(asked, ranks=None):
-    """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best there is. Several processes (ranks) get a GPU each."""
+    """'cpu', 'cuda', 'cuda:1' or 'mps'; auto takes the best. Each of several processes (ranks) gets a GPU."""
     several = ranks is not None and ranks.world > 1
     if asked == "auto":
-        asked = "mps" if torch.backends.mps.is_available() and not several else "cpu"
+        asked = "cpu"
         if torch.cuda.is_available():
             asked = "cuda"
+        elif torch.backends.mps.is_available() and not several:
+            asked = "mps"
     if several and asked == "cuda":
         gpus = torch.cuda.device_count()
         if ranks.local_world > gpus:
-            raise UserError(f"{ranks.local_world} processes, but this machine has {gpus} GPUs",
-                            f"--nproc_per_node={gpus}")
+            fact = f"{ranks.local_world} processes, but this machine has {gpus} GPUs"
+            raise UserError(fact, f"--nproc_per_node={gpus}")
         asked = f"cuda:{ranks.local_rank}"
         torch.cuda.set_device(asked)
-    with contextlib.suppress(RuntimeError, AssertionError):  # no CUDA, or cuda:7 where there is one GPU
+    try:
         torch.zeros(1, device=asked)
-        return asked
-    raise UserError(f"--device={asked}, but PyTorch {torch.__version__} sees no {asked!r} here",
-                    "--device=auto; for cuda, a CUDA build of PyTorch (pytorch.org)")
+    except (RuntimeError, AssertionError):  # no CUDA, or cuda:7 where there is one GPU
+        raise UserError(f"--device={asked}, but PyTorch {torch.__version__} sees no {asked!r} here",
+                        "--device=auto; for cuda, a CUDA build of PyTorch (pytorch.org)") from None
+    return asked
 
 
 def has_bf16(device):
-    """Does the hardware multiply in bfloat16? Emulated, it is slower than float32."""
+    """Does the hardware multiply in bfloat16? Where it is emulated, float32 is faster."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    pretends = "AVX2" in os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # oneDNN plays an older processor
-    if device == "cpu" and not pretends:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    pretends = "AVX2" in os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # to be an older processor
+    if device != "cpu" or pretends:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose_dtype(asked, device):
@@ -76,7 +79,7 @@ def autocast(device, dtype):
 def linear(layer, x):
     """nn.Linear in the dtype of its weights; float32 on a CPU by oneDNN, where PyTorch would use MKL.
 
-    One row times 512 x 32,000 takes 2.2 ms in oneDNN and 6.1 in MKL, and has the same bits in any batch of 2 to 16.
+    One row times 512 x 32,000 takes 2.2 ms, in MKL 6.1, and has the same bits in any batch of 2 to 16.
     """
     x = x.to(layer.weight.dtype)
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -85,7 +88,7 @@ def linear(layer, x):
 
 
 def use_linear(model, dtype):
-    """Let `linear` do the matrix products, with weights converted to `dtype` once; autocast does it at every step."""
+    """Let `linear` do the matrix products, with weights converted to `dtype` once, not always."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             for name, tensor in list(layer.named_parameters()):
@@ -97,14 +100,15 @@ def use_linear(model, dtype):
 
 def set_up(device, ranks=None):
     """Settings of PyTorch and of the memory allocator, once per process."""
-    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32 on NVIDIA GPUs
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32
     if device != "cpu":
         return
     if ranks is not None and ranks.world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // ranks.local_world))  # torchrun sets 1, however many cores there are
-    # No operation may add numbers in the order in which threads arrive. This is use_deterministic_algorithms(True)
-    # without its 1.5 s of imports, but for the compiler (see compile_model). The second line turns off a debugging aid.
+        torch.set_num_threads(max(1, cores // ranks.local_world))  # torchrun sets 1, however many there are
+    # No operation may add numbers in the order in which threads arrive. This is use_deterministic_algorithms
+    # without its 1.5 s of imports; for the compiler, see compile_model. The second line ends a debugging aid.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -116,19 +120,14 @@ def set_up(device, ranks=None):
 
 
 def measure_peak(device, dtype):
-    """The speed of a large matrix product, the best of up to 8, in floating-point operations per second."""
-    def synchronize():  # a GPU works asynchronously
-        if device != "cpu":
-            torch.accelerator.synchronize(device)
-
+    """Floating-point operations per second of a large matrix product, the best of up to 8."""
     n = 4096 if device.startswith("cuda") else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     times = []
     while len(times) < 8 and sum(times) < 1:  # (a dtype that the processor lacks takes seconds)
-        synchronize()
         start = time.perf_counter()
-        a @ a
-        synchronize()
+        product = a @ a
+        product[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
 
@@ -146,7 +145,7 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """Bytes that this process could still allocate, on the GPU or on the machine; infinity where nothing says."""
+    """Bytes that this process could still allocate, on the GPU or on the machine; infinity if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
 
@@ -170,10 +169,10 @@ def is_out_of_memory(error):
 
 def versions(device, world=1):
     """What the numbers depend on besides the settings."""
-    commit = ""
+    here, commit = os.path.dirname(os.path.abspath(__file__)), ""
     with contextlib.suppress(OSError):
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+        command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return dict(commit=commit or "unknown", python=platform.python_version(), torch=str(torch.__version__),
                 numpy=numpy.__version__, system=platform.system(), device=device, processor=processor,
@@ -184,8 +183,8 @@ def versions(device, world=1):
 def compile_model(model, required, loss):
     """Let torch.compile speed up the blocks and the loss. Returns whether it works; loss() is the trial.
 
-    All blocks run the same code, so compiling one compiles all: half a minute, or seconds from PyTorch's cache.
-    required: a failure is an error.
+    All blocks run the same code, so compiling one compiles all: half a minute, or seconds from the cache.
+    required: where it fails, that is an error.
     """
     started = time.perf_counter()
     try:
@@ -200,9 +199,10 @@ def compile_model(model, required, loss):
     except Exception as error:  # no compiler, an old GPU, Windows
         if is_out_of_memory(error):
             raise
+        fact = f"torch.compile fails here: {repr(error)[:200]}"
         if required:
-            raise UserError(f"torch.compile fails here: {repr(error)[:200]}", "--compile=false") from None
-        note(f"torch.compile fails here: {repr(error)[:200]}; going on without it")
+            raise UserError(fact, "--compile=false") from None
+        note(f"{fact}; going on without it")
         torch.compiler.set_stance("force_eager")
         return False
     finally:

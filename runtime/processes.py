@@ -22,39 +22,36 @@ from runtime.console import UserError
 
 
 class Processes:
-    """The processes of one run. torchrun tells each its number by environment variables: RANK of WORLD_SIZE in all,
-    LOCAL_RANK of LOCAL_WORLD_SIZE on this machine.
-    """
+    """The processes of one run, as torchrun numbers them: RANK of WORLD_SIZE in all, LOCAL_RANK of
+    LOCAL_WORLD_SIZE on this machine."""
 
     def __init__(self):
-        def number(name, default=0):
+        def number(name, default):
             return int(os.environ.get(name) or default)
 
-        self.rank = number("RANK")
+        self.rank = number("RANK", 0)
         self.world = number("WORLD_SIZE", 1)
-        self.local_rank = number("LOCAL_RANK")
+        self.local_rank = number("LOCAL_RANK", 0)
         self.local_world = number("LOCAL_WORLD_SIZE", self.world)
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if self.world > 1 and missing:
             raise UserError(f"WORLD_SIZE={self.world}, but {missing[0]} is not set",
-                            f"torchrun --standalone --nproc_per_node={self.world} train.py ..., or unset WORLD_SIZE")
+                            f"unset WORLD_SIZE, or torchrun --nproc_per_node={self.world} train.py ...")
 
     def join(self, device, backend, timeout):
         """Meet the other ranks. timeout: seconds after which waiting for one, now or later, is an error."""
         if self.world == 1:
             return
-        if device.startswith("cuda") and backend != "gloo":
-            backend = "cpu:gloo,cuda:nccl"
-        else:
-            backend = "gloo"
+        nccl = device.startswith("cuda") and backend != "gloo"
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         timeout = datetime.timedelta(seconds=timeout)
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"the processes cannot meet at {where}: {str(error).splitlines()[0]}",
-                            "torchrun --standalone, which finds a free port, or another MASTER_PORT") from None
-        # After a restart (--max-restarts) torchrun's store still has the addresses of dead processes, and gloo would
+                            "torchrun --standalone, or another MASTER_PORT") from None
+        # After a restart (--max-restarts) the store still has the addresses of dead processes, and gloo would
         # wait for them. So each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -102,22 +99,23 @@ class Processes:
                                     "all machines need the same command, data/ and out/")
 
     def wrap(self, model):
-        """The model as training calls it: backward() averages the gradients over the ranks."""
+        """The model whose backward() averages the gradients over the ranks."""
         if self.world == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped, unless):
-        """The context of a micro-batch whose gradients are not sent; the last one's are, with all before them."""
+        """The context of a micro-batch whose gradients are not sent yet: the last one sends the sum."""
         return contextlib.nullcontext() if self.world == 1 or unless else wrapped.no_sync()
 
     def lost(self, error):
         """Does this error mean that another rank has ended, or did not answer in time?"""
         words = "gloo", "Connection closed by peer", "Connection reset", "Timed out", "NCCL", "Broken pipe"
-        return self.world > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+        known = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+        return self.world > 1 and known
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Being stopped
 
 
@@ -126,8 +124,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """After `listen`, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed) only set `signal`. One that was
-    ignored before, as SIGHUP is under nohup, stays ignored.
+    """After `listen`, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) only set `signal`.
 
     A second signal ends the process at once, but not under torchrun, which repeats a Ctrl-C of the terminal.
     """
@@ -138,7 +135,7 @@ class StopSignal:
 
     def listen(self):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # (Windows has no SIGHUP)
+            number = getattr(signal, name, None)  # (Windows has no SIGHUP; nohup ignores it)
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.receive)
 

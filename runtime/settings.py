@@ -5,35 +5,34 @@ Settings: a typed dataclass, files of plain assignments, and --key=value, read f
     python train.py config/train_small.py --batch_size=32
     python train.py --help
 
-A field of the dataclass is a name, a type, a default and a comment with the meaning, which `--help` prints. A config
-file is Python, so it can do arithmetic (`gradient_accumulation_steps = 5 * 8`) and have comments.
+A field of the dataclass is a name, a type, a default and a comment with the meaning, which `--help` prints.
+A config file is Python: it can do arithmetic (`gradient_accumulation_steps = 5 * 8`).
 """
-import ast
 import contextlib
 import dataclasses
 import difflib
 import inspect
 import os
 import re
+import runpy
 import sys
+import traceback
 import types
 import typing
 
 from runtime.console import UserError
-from runtime.files import open_file
 
-FLAG_WORDS = {"true": True, "false": False}
+CONSTANTS = {"true": True, "false": False, "none": None}
 # The types of settings, besides Literal["a", "b"] and unions
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
          type(None): "none"}
 
 
 def load(cls, argv, presets=None, files=False):
-    """Fill the dataclass `cls` from the arguments `argv`; later ones win. Prints the settings and exits on --help.
+    """(an instance of the dataclass `cls`, the names that were given, the bare arguments) of a command line.
 
     presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
-    files: bare arguments are config files; otherwise they are returned.
-    Returns (settings, the set of names that were given, the bare arguments).
+    files: bare arguments are config files.
     """
     kinds = typing.get_type_hints(cls)
     given, bare, argv = {}, [], list(argv)
@@ -51,11 +50,11 @@ def load(cls, argv, presets=None, files=False):
             given.update(read_config(argument, kinds))
         else:
             bare.append(argument)
-    if presets and given.get("preset"):
-        name = given["preset"]
-        if name not in presets:
-            raise UserError(f"there is no preset {name!r}", f"one of {', '.join(presets)}")
-        given = {**presets[name], **given}
+    preset = given.get("preset")
+    if presets and preset:
+        if preset not in presets:
+            raise UserError(f"there is no preset {preset!r}", f"one of {', '.join(presets)}")
+        given = presets[preset] | given
     return cls(**given), set(given), bare
 
 
@@ -67,7 +66,9 @@ def read_flag(argument, following, kinds):
     if not has_value:
         flag = kind is bool or bool in typing.get_args(kind)
         follows = following and not following[0].startswith("--")
-        if follows and (not flag or following[0].lower() in {"auto", *FLAG_WORDS}):  # (`--flag FILE` is true)
+        if flag and follows:  # (`--flag FILE` means true)
+            follows = following[0].lower() in ("auto", "true", "false")
+        if follows:
             text = following.pop(0)
         elif flag:
             text = "true"
@@ -77,37 +78,32 @@ def read_flag(argument, following, kinds):
 
 
 def read_config(path, kinds):
-    """The settings that a config file assigns, {name: value}."""
-    try:
-        with open_file(path, most=1 << 20) as file:
-            source = file.read()
-    except OSError as error:
+    """{name: value} of the settings that a config file assigns."""
+    if not os.path.isfile(path):
         folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
         recipes = sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
-        near = difflib.get_close_matches(path, recipes, 1)
-        raise UserError(f"cannot read the config file {path}: {error.strerror or error}",
-                        near[0] if near else "one of " + ", ".join(recipes)) from None
-    namespace, line = {"__name__": "config"}, 1
+        near = difflib.get_close_matches(path, recipes, 1) or recipes
+        raise UserError(f"there is no config file {path}", ", ".join(near))
     try:
-        for node in ast.parse(source).body:
-            line = node.lineno
-            exec(compile(ast.Module([node], []), path, "exec"), namespace)
+        assigned = runpy.run_path(path)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}, line {getattr(error, 'lineno', None) or line}: {type(error).__name__}: {error}",
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line = getattr(error, "lineno", last.lineno)  # a SyntaxError knows its own
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
                         "a config file holds lines like batch_size = 16") from None
     found = {}
-    for name, value in namespace.items():
+    for name, value in assigned.items():
         if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
             found[name] = parse(value, known(name, kinds, path), f"{path}: {name}")
     return found
 
 
 def known(name, kinds, where):
-    """The type of the setting `name`. Raises UserError with the most similar name."""
+    """The type of a setting. Raises UserError with the most similar name."""
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1)
-        raise UserError(f"{where}: there is no setting {name!r}",
-                        f"--{near[0]}" if near else "--help lists every setting with its meaning")
+        fix = f"--{near[0]}" if near else "--help lists every setting"
+        raise UserError(f"{where}: there is no setting {name!r}", fix)
     return kinds[name]
 
 
@@ -119,10 +115,10 @@ def check_limits(settings, limits):
             if value is not None and not smallest <= value <= largest:
                 default = type(settings).__dataclass_fields__[name].default
                 raise UserError(f"{name}={value} is out of range: {smallest:g} to {largest:g}",
-                                f"--{name}={str(default).lower()}, the default")
+                                f"--{name}={default}, the default")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Types
 
 
@@ -141,10 +137,8 @@ def convert(value, kind):
         return str(value)
     if kind == list[str]:
         return list(map(str, value)) if isinstance(value, list) else [str(value)]
-    if kind is bool and word in FLAG_WORDS:
-        return FLAG_WORDS[word]
-    if kind is type(None) and word == "none":
-        return None
+    if kind in (bool, type(None)) and type(CONSTANTS.get(word, "")) is kind:
+        return CONSTANTS[word]
     if kind is int and re.fullmatch("[+-]?[0-9_]+", word):  # exactly, however long
         return int(word)
     if kind in (int, float) and not isinstance(value, bool):  # 1e4 is a whole number too, 0.5 is none
@@ -162,9 +156,9 @@ def convert(value, kind):
 
 def describe(kind):
     """A type in a user's words: 'a whole number', 'learned or rope'."""
-    if kind in WORDS:
-        return WORDS[kind]
-    return " or ".join(option if isinstance(option, str) else describe(option) for option in typing.get_args(kind))
+    if isinstance(kind, str):
+        return kind
+    return WORDS.get(kind) or " or ".join(map(describe, typing.get_args(kind)))
 
 
 def help_text(cls):
@@ -175,7 +169,7 @@ def help_text(cls):
             name = line.partition(":")[0]
             if line.startswith("#"):
                 parts.append("\n" + line)
-            elif name in owner.__annotations__ and name not in seen:  # (a class may override what it inherits)
-                parts.append("--" + line.replace("field(default_factory=list)", "[]"))  # repeat the setting for several
+            elif name in owner.__annotations__ and name not in seen:  # (a class may override a field)
+                parts.append("--" + line.replace("field(default_factory=list)", "[]"))
                 seen.add(name)
     return "\n".join(parts)

@@ -499,7 +499,7 @@ def test_another_thread_count_is_a_warning(lab):  # row 30
     assert lab.start(*plain, "--out_dir=out/due").wait() == 0
     assert lab.start(*plain, fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
     assert lab.start(*plain, fault="another_thread").wait() == 0
-    n = re.search(r"warning: resumed elsewhere \(threads (\d+) -> (\d+)\)", said(lab.path))
+    n = re.search(r"warning: resumed with changes \(threads (\d+) -> (\d+)\)", said(lab.path))
     assert int(n[2]) == int(n[1]) + 1
     for mine, due in zip(faults.rows(lab.run), faults.rows(lab.path / "out/due"), strict=True):
         assert mine["loss"] == pytest.approx(due["loss"], abs=1e-4)
@@ -511,7 +511,7 @@ def test_other_micro_batches_go_on_with_the_same_data(lab):
     assert lab.start(*plain, "--out_dir=out/due").wait() == 0
     assert lab.start(*plain, fault=f"signal_at_step:{signal.SIGTERM},20").wait() == 143
     assert lab.start(*plain, "--batch_size=2", "--gradient_accumulation_steps=4").wait() == 0
-    assert "warning: micro-batches of 2 windows instead of 4" in said(lab.path)
+    assert "(batch_size 4 -> 2)" in said(lab.path)
     for mine, due in zip(faults.rows(lab.run), faults.rows(lab.path / "out/due"), strict=True):
         assert mine["loss"] == pytest.approx(due["loss"], abs=1e-4)
 

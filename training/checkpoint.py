@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Checkpoints: how one is written, found and read, and who may write into the folder of a run.
+Checkpoints: written, found and read; and the folder of a run.
 
     save_checkpoint("out/small/ckpt_00001000.pt", {"model": model.state_dict(), "step": 1000, ...})
     checkpoint, tokenizer = read_run("out/small")  # or a .pt file, nanoGPT's too, or a Hugging Face folder
     model, tokenizer, checkpoint = load_run("out/small", device=device)
 
-A file bears its final name only when it is whole and on the disk, so that the newest checkpoint is a good one. It holds
-tensors and plain values only and is read with weights_only=True, so that a stranger's file cannot run code.
+A file bears its final name only when it is whole and on the disk, so the newest checkpoint is a good one.
+It holds tensors and plain values and is read with weights_only=True, so a stranger's file cannot run code.
 """
 import contextlib
 import glob
@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from shlex import quote
@@ -25,107 +24,89 @@ import torch
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, outline
 from runtime.console import UserError, origin, warn
-from runtime.files import check_like, foreign, locked, replace_file
+from runtime.files import check_like, locked, replace_file
 from training import lora
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Writing
 
 
 def save_checkpoint(path, state):
-    """Write `state`: when this returns, the file is on the disk under its name; when it raises, nothing has changed."""
+    """When this returns, the file is on the disk under its name. When it raises, nothing has changed."""
     try:
         with replace_file(path) as file:
             torch.save(state, file)
-        with contextlib.suppress(OSError):  # Windows cannot open a folder, and not every file system can sync one
+        with contextlib.suppress(OSError):  # not every system can sync a folder
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:
                 os.fsync(folder)  # the name is on the disk before anything older is deleted
             finally:
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # where the disk is full, torch's writer hides why
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"cannot write {path}: {cause}",
-                        "make room; the same command continues", code=1) from None
+        if isinstance(error.__context__, OSError):
+            error = error.__context__
+        fix = "make room; the same command continues"
+        raise UserError(f"cannot write {path}: {error}", fix, code=1) from None
 
 
-def checkpoints(run):
-    """The numbered checkpoints of a run folder, oldest first: by the number in the name, not by the clock."""
-    return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + ".pt")))
+def checkpoints(run, end=".pt"):
+    """The numbered checkpoints of a run folder, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(run), "ckpt_" + "[0-9]" * 8 + end)))
 
 
 def prune_checkpoints(run):
-    """Delete all numbered checkpoints but the last two: a dying disk may cut one."""
-    for path in checkpoints(run)[:-2]:
+    """Delete what a kill left half-written, and all but the last two: a dying disk may cut one."""
+    for path in checkpoints(run)[:-2] + checkpoints(run, ".pt.part"):
         with contextlib.suppress(OSError):  # too many checkpoints are no reason to end a run
             os.unlink(path)
 
 
-MOST_BASES = 4  # LoRA runs that correct LoRA runs
-# What a run leaves that was stopped before its first checkpoint; while a file is being written, it ends in .part.
-RUN_FILES = r"(ckpt_\d{8}\.pt|log\.jsonl|loss\.svg|tokenizer)(\.part|\.damaged)?(/.*)?"
-
-
 class RunFolder(contextlib.ExitStack):
-    """The folder of a run, into which one process at a time may write. The lock ends with the process."""
+    """The folder of a run, into which one process at a time may write."""
 
     def __init__(self, path, writes=True):
         super().__init__()
-        self.path, self.writes, self.taken = path, writes, False
-
-    def take(self):
-        if not self.taken:
-            self.enter_context(locked(os.path.join(self.path, "log.jsonl")))
-            self.taken = True
+        self.path, self.writes = path, writes
 
     def check_ours(self):
-        """Raises UserError where a run can neither be continued nor begun: it never writes among other files.
-
-        It begins in a folder that is new, empty, or holds RUN_FILES. Hidden files are ignored.
-        """
+        """Make and lock the folder. Raises UserError where it holds other files than those of a run."""
         from training.log import read_header  # sampling does without
-        if os.path.isdir(self.path):
-            with contextlib.suppress(OSError):  # `open` says so
-                self.take()
-        if checkpoints(self.path):
-            return
-        begun = read_header(os.path.join(self.path, "log.jsonl"))
-        ours = RUN_FILES if begun else r"log\.jsonl\.part"
-        other = foreign(self.path, re.compile(rf"\..*|{ours}").fullmatch)
-        if other:
-            raise UserError(f"out_dir={self.path} holds {other}, and no run that could continue there",
+        log = os.path.join(self.path, "log.jsonl")
+        self.callback(remove_empty, self.path)
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.enter_context(locked(log))
+        except OSError as error:
+            fact = f"cannot write to out_dir={self.path}: {error.strerror}"
+            raise UserError(fact, "--out_dir=out/ANOTHER") from None
+        names = {name for name in os.listdir(self.path) if not name.startswith(".")} - {"log.jsonl.part"}
+        begun = read_header(log) and "best.pt" not in names  # it was stopped before its first checkpoint
+        if names and not begun and not checkpoints(self.path):
+            raise UserError(f"out_dir={self.path} holds {min(names)}, and no run that could continue there",
                             "--out_dir=out/ANOTHER")
 
     def open(self, step, needed):
-        """Make the folder, and delete what a kill left half-written.
-
-        step: where the run continues, None for a new one. needed: bytes that it will take here.
-        """
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            self.take()
-            for name in filter(re.compile(r"(ckpt_\d{8}|best)\.pt\.part").fullmatch, os.listdir(self.path)):
-                os.unlink(os.path.join(self.path, name))
-            free = shutil.disk_usage(self.path).free
-        except OSError as error:
-            raise UserError(f"cannot write to out_dir={self.path}: {error.strerror}",
-                            "--out_dir=ANOTHER_FOLDER") from None
+        """Set aside the checkpoints after `step`, which could not be read. needed: bytes to be written."""
         for path in checkpoints(self.path):
-            if step is None:
-                raise UserError(f"another process has just begun a run in {self.path}", "--out_dir=out/ANOTHER")
-            if os.path.basename(path) > f"ckpt_{step:08d}.pt":  # it was passed over; else the run would go on there
+            if os.path.basename(path) > f"ckpt_{step:08d}.pt":
                 os.replace(path, path + ".damaged")
+        free = shutil.disk_usage(self.path).free
         if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, and {self.path} has {free / 1e6:,.0f} MB left")
+            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def remove_empty(folder):  # an error before the first step leaves no folder
+    with contextlib.suppress(OSError):
+        os.removedirs(folder)
+
+
+# ------------------------------------------------------------------------------
 # Reading a file
 
 
 def load_file(path):
-    """The dict in a .pt file: plain values, and weights that take no more than the file."""
-    if not os.path.isfile(path):  # a pipe would make us wait
+    """The dict in a stranger's .pt file: plain values, and weights that take no more memory than the file."""
+    if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one")
     try:
         size = check_archive(path)
@@ -133,7 +114,7 @@ def load_file(path):
         weights = list(state.get("model", {}).values())
         if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in weights):
             raise ValueError("a tensor is not of the plain kind")
-        if sum(tensor.nbytes for tensor in weights) > 2 * size:  # twice: tied weights are one tensor with two names
+        if sum(tensor.nbytes for tensor in weights) > 2 * size:  # tied weights have two names
             raise ValueError("its weights take more memory than the file")
         return state
     except pickle.UnpicklingError:
@@ -145,11 +126,10 @@ def load_file(path):
 
 
 def check_archive(path):
-    """The size of the file. Raises BadZipFile, where torch.load would not, for a wrong checksum, and for members that
-    take more than the file.
+    """The size of the file. Raises BadZipFile for a wrong checksum, or members larger than the file.
 
-    Both must see the same members: torch looks for the directory where the end of the file says that it is, Python in
-    front of that end.
+    torch.load checks neither, so both readers must see the same members: torch takes the place of the
+    directory from the end of the file, Python expects it right in front of that end.
     """
     size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
@@ -168,42 +148,44 @@ def check_archive(path):
     return size
 
 
-# What readers of a checkpoint rely on: values of the same type, of a list one item.
+# What readers of a checkpoint rely on: examples of each type.
 ALWAYS = dict(settings=dict(dataset=""), model={}, step=0, tokenizer_sha256="", source=[""])
 SOMETIMES = dict(chat=False, int8=False, val_loss=0.0, val_bpb=0.0, base=dict(path="", sha256=""))
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Raises UserError where it is missing, damaged or unsafe."""
+    """What save_checkpoint wrote. Raises UserError where it is missing, damaged or unsafe."""
     return check_checkpoint(load_file(path), path)
 
 
 def check_checkpoint(state, path):
-    """The checkpoint. Raises UserError where it is none of this project, or its parts are not of the right types."""
+    """The checkpoint. Raises UserError where it is none, or its weights do not fit its settings."""
     if state.get("format") != 1:
-        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "python train.py trains one")
-    check_like(state, ALWAYS, path)
-    check_like(state, {name: like for name, like in SOMETIMES.items() if state.get(name) is not None}, path)
+        raise UserError(f"{path} is not a checkpoint of this project (no format 1)", "use another one")
+    here = {name: like for name, like in SOMETIMES.items() if state.get(name) is not None}
+    check_like(state, ALWAYS | here, path)
     if not state.get("base"):
         check_model(state["settings"], state["model"], path, state.get("int8"))
     return state
 
 
 def check_model(settings, weights, path, int8=False):
-    """Raises UserError where weights do not fit the model that the settings describe; before it is built."""
-    from formats.quantized import quantize  # late: few models have 8 bits
+    """Raises UserError where weights do not fit the model of the settings, before it takes memory."""
+    from formats.quantized import quantize  # rarely needed
     try:
         model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"{path} describes no model: {error}", "use another model") from None
-    fitting(quantize(model) if int8 else model, weights, path)
+    if int8:
+        model = quantize(model)
+    fitting(model, weights, path)
 
 
 def config_of(settings):
     return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Finding and reading a run
 
 
@@ -213,8 +195,10 @@ def find_checkpoint(init_from, out_dir):
     if paths and init_from == "scratch":
         raise UserError(f"init_from=scratch, but {out_dir} holds {os.path.basename(paths[-1])}",
                         f"--out_dir=out/ANOTHER, or rm -r {quote(out_dir)}")
-    if not paths and init_from == "resume":
-        raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave out --init_from: a new run")
+    if not paths:
+        if init_from == "resume":
+            raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave --init_from out")
+        return None
     for path in reversed(paths):
         try:
             state = load_checkpoint(path)
@@ -223,14 +207,12 @@ def find_checkpoint(init_from, out_dir):
             warn(f"{path} has no optimizer (a renamed best.pt?)")
         except UserError as error:
             warn(error.fact)
-    if paths:
-        best = quote(os.path.join(out_dir, "best.pt"))
-        raise UserError(f"no checkpoint in {out_dir} is whole", f"--init_from={best} --out_dir=out/ANOTHER")
-    return None
+    best = quote(os.path.join(out_dir, "best.pt"))
+    raise UserError(f"no checkpoint in {out_dir} is whole", f"--init_from={best} --out_dir=out/ANOTHER")
 
 
 def best_of(out_dir):
-    """(the validation loss of best.pt, its step); (infinity, 0) where there is none, or none that can be read."""
+    """(the validation loss of best.pt, its step); (infinity, 0) where it cannot be read."""
     path = os.path.join(out_dir, "best.pt")
     try:
         best = load_checkpoint(path)
@@ -242,14 +224,12 @@ def best_of(out_dir):
 
 
 def choose_run(bare, settings):
-    """The RUN of a command line: a bare argument, --init_from, --out_dir, or the newest one below out/."""
+    """The RUN of a command line: the bare argument, --init_from, --out_dir, or the newest one below out/."""
     if len(bare) > 1:
         raise UserError(f"expected one RUN, got {len(bare)}: {' '.join(bare)}", f"give one: {quote(bare[0])}")
     init_from = "" if settings.init_from == "resume" else settings.init_from  # nanoGPT's word for --out_dir
-    named = bare[0] if bare else init_from or settings.out_dir
-    if named and not os.path.exists(named):
-        raise UserError(f"there is no run {named}", "python train.py config/train_small.py trains one into out/small")
-    return named or find_run()
+    named = bare or [init_from or settings.out_dir or find_run()]
+    return named[0]
 
 
 def find_run():
@@ -265,29 +245,28 @@ def checkpoint_path(run, which="best"):
     """The file of a RUN: itself, or of a folder the best checkpoint, or with which="last" the newest."""
     if os.path.isfile(run):
         return run
-    found = [os.path.join(run, "ckpt.pt"), *checkpoints(run)]  # nanoGPT's, and ours
+    paths = [os.path.join(run, "ckpt.pt"), *checkpoints(run)]  # nanoGPT's, and ours
     if which == "best":
-        found.append(os.path.join(run, "best.pt"))
-    found = list(filter(os.path.exists, found))
-    if not found:
-        raise UserError(f"there is no trained model in {run}",
-                        f"python train.py config/train_small.py --out_dir={quote(run)}")
-    return found[-1]
+        paths.append(os.path.join(run, "best.pt"))
+    for path in reversed(paths):
+        if os.path.exists(path):
+            return path
+    raise UserError(f"there is no trained model in {run}",
+                    f"python train.py config/train_small.py --out_dir={quote(run)}")
 
 
 def read_run(run, which="best", depth=0):
-    """(checkpoint, its tokenizer) of a RUN: a run folder, a .pt file, nanoGPT's too, or a Hugging Face folder.
+    """(checkpoint, its tokenizer) of a RUN: a run or Hugging Face folder, or a .pt file, nanoGPT's too.
 
-    It comes as a checkpoint of this project, with `path`, and `chat`: has the model learned a chat format? The weights
-    fit the settings, and LoRA's corrections are added to them. depth: how many LoRA runs correct this one.
+    The checkpoint also says its `path`, and in `chat` whether the model knows a chat format. LoRA's
+    corrections are added to the weights. depth: how many LoRA runs correct this one.
     """
-    from formats import huggingface, nanogpt  # not needed where a script is only imported
+    from formats import huggingface, nanogpt  # rarely needed
+
+    # 1) Read it, whatever it is.
     if huggingface.is_folder(run):
-        path, (checkpoint, tokenizer) = run, huggingface.read(run)
-        if tokenizer.kind in tokenizers.LEARNED:  # export.py gives these a template only where the model can chat
-            chat = os.path.exists(os.path.join(run, "chat_template.jinja"))
-        else:
-            chat = bool(tokenizer.template)
+        path = run
+        checkpoint, tokenizer = huggingface.read(run)
     else:
         path = checkpoint_path(run, which)
         checkpoint = load_file(path)
@@ -297,25 +276,25 @@ def read_run(run, which="best", depth=0):
         else:
             check_checkpoint(checkpoint, path)
             tokenizer = tokenizers.load_from(os.path.dirname(path) or ".", checkpoint["tokenizer_sha256"])
-        chat = bool(checkpoint.get("chat") or tokenizer.template)
+    tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
+    if tokens > rows:
+        raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
+                        "take both from one model")
+
+    # 2) Complete it.
     if checkpoint.get("base"):
         merge_base(checkpoint, run, depth)
-    checkpoint["source"] = [origin(source) for source in checkpoint["source"]]  # an older one may name folders
-    vocab_size = checkpoint["settings"]["vocab_size"]
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{path}: the tokenizer beside it has {tokenizer.vocab_size:,} tokens, the model only "
-                        f"{vocab_size:,}", "take both from one model")
-    return checkpoint | {"path": path, "chat": chat}, tokenizer
+    template = os.path.join(path, "chat_template.jinja")  # export.py writes one where the model can chat
+    chat = bool(checkpoint.get("chat") or tokenizer.template or os.path.exists(template))
+    source = [origin(source) for source in checkpoint["source"]]  # an older one may name folders
+    return checkpoint | dict(path=path, chat=chat, source=source), tokenizer
 
 
 def load_run(run, which="best", device="cpu", int8=False):
-    """(model in eval mode on `device`, its tokenizer, the rest of the checkpoint) of a RUN.
-
-    int8: with matrices of 8-bit integers (formats/quantized.py); an export of that kind has them anyway.
-    """
+    """(model in eval mode, its tokenizer, the rest of the checkpoint) of a RUN. int8: quantize it."""
     from formats.quantized import quantize
     checkpoint, tokenizer = read_run(run, which)
-    path, stored = checkpoint["path"], bool(checkpoint.get("int8"))
+    path, stored = checkpoint["path"], bool(checkpoint.get("int8"))  # an export may be in 8 bits
     try:
         model = GPT(config_of(checkpoint["settings"]))
     except (RuntimeError, MemoryError) as error:
@@ -331,31 +310,28 @@ def load_run(run, which="best", device="cpu", int8=False):
 
 
 def check_whole(checkpoint):
-    """Raises UserError where the weights have been rounded to 8 bits, and more is asked of them."""
+    """Raises UserError where the weights have been rounded to 8 bits."""
     if checkpoint.get("int8"):
         raise UserError(f"{checkpoint['path']} has weights of 8 bits, for reading and writing text",
                         "take the run that it was made from")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Weights, and what LoRA has of them
 
 
 def learned(model):
-    """The weights that a checkpoint holds, a state_dict: of a model with LoRA, the corrections alone."""
+    """The state_dict that a checkpoint holds: of a model with LoRA, the corrections alone."""
     weights = model.state_dict()
     return lora.adapters(weights) or weights
 
 
 def fitting(model, weights, path):
-    """Of loaded weights, those that the model takes, without positions beyond its context.
-
-    Raises UserError that names the first that does not fit.
-    """
+    """Those of the weights that the model takes. Raises UserError that names the first that does not fit."""
     ours, positions = learned(model), "transformer.wpe.weight"
     found = {name: weights.get(name) for name in ours}
-    if isinstance(found.get(positions), torch.Tensor) and found[positions].dim() == 2:
-        found[positions] = found[positions][:model.config.block_size]
+    if torch.is_tensor(found.get(positions)):
+        found[positions] = found[positions][:model.config.block_size]  # of a longer context
     check_like(found, ours, path)
     return found
 
@@ -367,26 +343,30 @@ def load_weights(model, weights, path):
 def name_base(path, start):
     """What a LoRA run keeps of the weights that it corrects: their place, and their sha256."""
     digest = hashlib.sha256(str(start.get("base")).encode())
-    for name, tensor in sorted(start.get("corrections", start["model"]).items()):  # a sum may differ in its last bits
+    weights = start.get("corrections", start["model"])  # (the last bits of their sum may differ)
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return dict(path=path, sha256=digest.hexdigest())
 
 
+MOST_BASES = 4  # LoRA runs that correct LoRA runs
+
+
 def read_base(checkpoint, run, depth=0):
     """The checkpoint that a LoRA run corrects. Raises UserError where it is not as it was."""
-    path = checkpoint["base"]["path"]
+    path, problem = checkpoint["base"]["path"], ""
     if depth == MOST_BASES:  # maybe it corrects itself
-        raise UserError(f"{run} corrects (LoRA) a run that corrects another, and so on: more than {MOST_BASES}",
-                        "export.py --format=hf makes a model of one of them that needs no other")
-    if not os.path.exists(path):
-        raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, which is not there",
-                        f"bring {path} back; then export.py --format=hf makes a model that needs no other")
-    start, _ = read_run(path, depth=depth + 1)
-    check_whole(start)
-    if name_base(path, start) != checkpoint["base"]:
-        raise UserError(f"{run} holds corrections (LoRA) to the weights that {path} had; now it has others",
-                        f"bring the old ones back to {path}")
+        problem = f"which correct others, and so on: more than {MOST_BASES}"
+    elif not os.path.exists(path):
+        problem = "which is not there"
+    else:
+        start, _ = read_run(path, depth=depth + 1)
+        if name_base(path, start) != checkpoint["base"]:
+            problem = "which have changed"
+    if problem:
+        raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, {problem}",
+                        f"bring the old {path} back; export.py --format=hf makes a model that needs no other")
     check_model(checkpoint["settings"], start["model"], run)
     return start
 

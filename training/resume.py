@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-May this run begin, and may it be continued?
-
-Do the settings fit each other, the data, the checkpoint and the processes? And while it runs, what does an error mean?
+May this run begin, and may it be continued? And while it runs: what does an error mean?
 """
 import math
 import os
@@ -21,7 +19,7 @@ from training import checkpoint as ckpt
 from training.log import read_header, read_rows
 from training.muon import Muon
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The settings
 
 LIMITS = {  # the smallest and the largest value
@@ -40,11 +38,11 @@ def check_settings(settings):
     if settings.budget:
         seconds_of(settings.budget)
         settings.max_iters = max(settings.max_iters, 11)  # until it is chosen, after ten steps
-    if settings.init_from.startswith("gpt2") and not os.path.exists(settings.init_from):
-        raise UserError(f"init_from={settings.init_from}: OpenAI's weights are not downloaded here",
-                        "--init_from=scratch, or a RUN")
-    if settings.lora_rank and settings.init_from in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
-        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={settings.init_from} has none",
+    start = settings.init_from
+    if start.startswith("gpt2") and not os.path.exists(start):
+        raise UserError(f"init_from={start}: OpenAI's weights are not downloaded here", "--init_from=RUN")
+    if settings.lora_rank and start in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
+        raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={start} has none",
                         "--init_from=RUN, or leave --lora_rank out")
 
 
@@ -57,33 +55,33 @@ def seconds_of(budget):
 
 
 def pieces(settings, world):
-    """Into how many pieces a micro-batch is cut, so that all processes get as much of a step."""
+    """Into how many pieces a micro-batch is cut, so that all processes do as much."""
     micros, windows = settings.gradient_accumulation_steps, settings.batch_size
     cut = world // math.gcd(world, micros)
-    if windows % cut:
-        raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} processes",
-                        f"--nproc_per_node={math.gcd(world, micros * windows)}")
-    return cut
+    if windows % cut == 0:
+        return cut
+    raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} "
+                    "processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
 
 
 def check_data(settings, data):
-    """Do the settings fit the data? Sets vocab_size to that of the data."""
-    data.check(settings.block_size)
-    tokens = data.meta["vocab_size"]
+    """Do the settings fit the data? A vocab_size of 0 becomes that of the data."""
+    block_size, tokens = settings.block_size, data.meta["vocab_size"]
+    data.check(block_size)
     settings.vocab_size = settings.vocab_size or tokens
     if settings.vocab_size < tokens:
-        raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} was written with a tokenizer of "
-                        f"{tokens} tokens", "leave --vocab_size out")
+        raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} has a tokenizer of {tokens}",
+                        "leave --vocab_size out")
     if data.chat:
-        lost = 1 - data.layout("train", settings.block_size)[:, 2].sum() / data.meta["train"]["trained"]
+        learned = data.layout("train", block_size)[:, 2].sum()
+        lost = 1 - learned / data.meta["train"]["trained"]
         if lost:
-            warn(f"conversations longer than block_size={settings.block_size} are cut: {lost:.1%} of the answers is "
-                 "not learned")
-    if settings.budget:  # the number of steps is not known yet
-        return
-    steps, windows = settings.max_iters, settings.gradient_accumulation_steps * settings.batch_size
-    epochs = data.epochs(steps * windows, settings.block_size)
-    if epochs > 20:
+            warn(f"conversations longer than block_size={block_size} are cut: {lost:.1%} of the answers "
+                 "is not learned")
+    steps = settings.max_iters
+    windows = steps * settings.gradient_accumulation_steps * settings.batch_size
+    epochs = data.epochs(windows, block_size)
+    if epochs > 20 and not settings.budget:  # which has not chosen the steps yet
         warn(f"{steps:,} steps read this text {epochs:,.0f} times, and may learn it by heart; "
              f"--max_iters={max(1, round(10 * steps / epochs))} reads it 10 times")
 
@@ -96,169 +94,179 @@ def build_model(settings):
         raise UserError(fact, fix or "python train.py --help") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Where a run starts
 
-# What may differ when a run is continued. (The data are compared by their checksums.)
-MAY_CHANGE = {"preset", "dataset", "out_dir",  # names
-              "max_iters", "budget", "patience",  # when it ends
-              "eval_interval", "eval_iters", "eval_only", "log_interval",  # what is measured
-              "save_interval", "always_save_checkpoint",  # what is saved
-              "device", "backend", "dist_timeout",  # where it runs
-              "wandb_log", "wandb_project", "wandb_run_name"}
+GOES_ON = "auto", "resume"  # values of init_from that continue a run, wherever it began
 
 
-def check_same(was, now, what, fix):
-    """Raises UserError with both values of what may not differ."""
-    differ = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
+def may_change(was, now):
+    """The settings that may differ when a run is continued."""
+    names = {
+        "preset", "dataset", "out_dir",  # names; the data are compared by checksum
+        "max_iters", "budget", "patience",  # when the run ends
+        "eval_interval", "eval_iters", "eval_only", "log_interval",  # what is measured
+        "save_interval", "always_save_checkpoint",  # what is saved
+        "device", "backend", "dist_timeout",  # where it runs
+        "wandb_log", "wandb_project", "wandb_run_name",
+    }
+    batch = "batch_size", "gradient_accumulation_steps"
+    if math.prod(was[name] for name in batch) == math.prod(now[name] for name in batch):
+        names.update(batch)  # a step reads the same windows
+    if now["init_from"] in GOES_ON:
+        names.add("init_from")
+    return names
+
+
+def compare(was, now, may_differ, what, fix):
+    """Raises UserError with both values of what differs against the rules."""
+    differ = [name for name in now if now[name] != was.get(name) and name not in may_differ]
     if differ:
         before = ", ".join(f"{name}={was.get(name)}" for name in differ)
         after = ", ".join(f"{name}={now[name]}" for name in differ)
-        raise UserError(f"{what} {before}; now it is {after}", fix)
+        raise UserError(f"{what} {before}, not {after}", fix)
 
 
 def fingerprints(tokenizer, files):
+    """What identifies the data, from the checksums."""
     return dict(tokenizer=tokenizer[:12], data=" ".join(sha256[:12] for sha256 in files))
 
 
 def continue_run(resumed, settings, given, data, here):
-    """Raises UserError with both values of what may not differ from the run that was begun."""
-    was = asdict(type(settings)()) | resumed["settings"]  # (an older version may not have had them all)
-    take_over(was, resumed, settings, given)
-    now = asdict(settings)
+    """Take over what the run has worked out. Raises UserError where it would become another run."""
+    out_dir, step, chosen = settings.out_dir, resumed["step"], resumed["chosen"]
+    was = asdict(type(settings)()) | resumed["settings"]  # an older version may not have had them all
 
-    # 1) The settings. Cut into other micro-batches, a step reads the same windows.
-    batch = "batch_size", "gradient_accumulation_steps"
-    if math.prod(was[name] for name in batch) == math.prod(now[name] for name in batch):
-        if was["batch_size"] != now["batch_size"]:
-            warn(f"micro-batches of {now['batch_size']} windows instead of {was['batch_size']}: the same data, but not "
-                 "bit for bit")
-        was |= {name: now[name] for name in batch}
-    if settings.init_from in ("auto", "resume"):
-        now["init_from"] = was["init_from"]
-    check_same(was, now, f"{settings.out_dir} was begun with",
-               "the same command again, or --out_dir=out/ANOTHER for a new run")
+    # 1) Worked out when the run began: the vocabulary, the shape of a RUN, the steps of a budget.
+    names = {"vocab_size"}
+    if settings.init_from not in GOES_ON:
+        names = GPTConfig.__dataclass_fields__.keys()
+    take_over(settings, was, names - given)
+    if settings.budget != was["budget"]:
+        chosen.pop("max_iters", None)  # chosen anew, or given
+    if "max_iters" in chosen:
+        settings.max_iters = chosen["max_iters"]
+    elif settings.budget:
+        settings.max_iters = max(settings.max_iters, step + 2)  # one step measures the time
 
-    # 2) The data.
-    check_same(fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"]),
-               fingerprints(data.meta["tokenizer_sha256"], data.sha256()),
-               f"{data.folder} no longer holds the data that {settings.out_dir} was begun with:",
-               f"prepare {', '.join(resumed['source'])} as it was, or --out_dir=out/ANOTHER for a new run")
-
+    # 2) The settings and the data.
+    was |= fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"])
+    now = asdict(settings) | fingerprints(data.meta["tokenizer_sha256"], data.sha256())
+    compare(was, now, may_change(was, now), f"{out_dir} was begun with",
+            "the same command with the same data, or --out_dir=out/ANOTHER for a new run")
     if settings.eval_only:
         return
-    if resumed.get("order") != data.ORDER and settings.max_iters > resumed["step"]:
-        raise UserError(f"{settings.out_dir} was begun by an older version, which read the data in another order",
-                        f"--init_from={quote(settings.out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
+    if resumed.get("order") != data.ORDER and settings.max_iters > step:
+        raise UserError(f"{out_dir} was begun by an older version, which read the data in another order",
+                        f"--init_from={quote(out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
 
     # 3) The length.
-    if settings.max_iters < resumed["step"]:
-        raise UserError(f"max_iters={settings.max_iters}, but {settings.out_dir} has {resumed['step']} steps already",
-                        f"--max_iters={resumed['step']} or more")
-    if settings.max_iters != was["max_iters"] and settings.decay_lr and not settings.lr_decay_iters:
-        note(f"the learning rate now reaches its end at step {settings.max_iters}, not at {was['max_iters']}")
+    if settings.max_iters < step:
+        raise UserError(f"max_iters={settings.max_iters}, but {out_dir} has {step} steps already",
+                        f"--max_iters={step} or more")
 
-    # 4) The machine and its software.
-    changed = [f"{name} {version} -> {here.get(name)}" for name, version in resumed["versions"].items()
-               if name != "commit" and here.get(name) != version]
+    # 4) What changes the last bits.
+    before = resumed["versions"] | dict(batch_size=was["batch_size"])
+    after = here | dict(batch_size=settings.batch_size)
+    changed = [f"{name} {value} -> {after.get(name)}" for name, value in before.items()
+               if name != "commit" and after.get(name) != value]
     if changed:
-        warn(f"resumed elsewhere ({', '.join(changed)}): the run goes on, but not bit for bit")
+        warn(f"resumed with changes ({', '.join(changed)}): the run goes on, but not bit for bit")
 
 
-def take_over(was, resumed, settings, given):
-    """Set what was worked out when the run began: the shape of a RUN, the vocabulary, the steps of a budget."""
-    if settings.init_from not in ("auto", "resume"):
-        for name in GPTConfig.__dataclass_fields__.keys() - given:
-            setattr(settings, name, was[name])
-    settings.vocab_size = settings.vocab_size or was["vocab_size"]
-    if settings.budget != was["budget"]:
-        resumed["chosen"].pop("max_iters", None)  # chosen anew, or given
-    if "max_iters" in resumed["chosen"]:
-        settings.max_iters = resumed["chosen"]["max_iters"]
-    elif settings.budget:
-        settings.max_iters = max(settings.max_iters, resumed["step"] + 2)  # one step measures the time
+def take_over(settings, was, names):
+    for name in names:
+        setattr(settings, name, was[name])
+
+
+def load_start(settings, given, data):
+    """The checkpoint of the RUN that init_from names. Its shape becomes ours; a context may be shorter."""
+    run = settings.init_from
+    start, tokenizer = ckpt.read_run(run)
+    ckpt.check_whole(start)
+    if not tokenizer.special:
+        raise UserError(f"{run} is a character model of nanoGPT, which has no end-of-text token",
+                        "train a new one")
+    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+        same = tokenizer.name if tokenizer.kind == "tiktoken" else run
+        text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
+        raise UserError(f"{run} was trained with another tokenizer than {data.folder} was written with",
+                        f"python prepare.py {text} --out={quote(data.folder)} --tokenizer={quote(same)}")
+    was, names = start["settings"], GPTConfig.__dataclass_fields__.keys()
+    take_over(settings, was, names - given)
+    may_differ = {"dropout"}
+    if settings.block_size < was["block_size"]:
+        may_differ.add("block_size")
+    now = {name: getattr(settings, name) for name in names}
+    compare(was, now, may_differ, f"{run} has", "leave it out: the shape comes with the weights")
+    return start
+
+
+def check_begun(settings):
+    """A run that was stopped before its first checkpoint begins again, and replaces its own log only."""
+    path, now = os.path.join(settings.out_dir, "log.jsonl"), asdict(settings)
+    if any(read_rows(path)):
+        was = now | read_header(path).get("settings", {})
+        compare(was, now, may_change(was, now) | {"init_from"}, f"{path} is the log of a run with",
+                "--out_dir=out/ANOTHER")
+        note(f"{path} is the log of a run without a checkpoint: the run begins again at step 0")
 
 
 def how_it_ended(resumed, settings):
     """What to say of a run that is finished; "" where there is more to do."""
-    rows = [row for row in read_rows(os.path.join(settings.out_dir, "log.jsonl")) if "val_loss" in row]
-    step, at_end = resumed["step"], resumed["step"] == settings.max_iters
+    path, step = os.path.join(settings.out_dir, "log.jsonl"), resumed["step"]
+    rows = [row for row in read_rows(path) if "val_loss" in row]
     if settings.eval_only or not rows or rows[-1]["step"] != step:
         return ""
     best = min(rows, key=lambda row: row["val_loss"])
-    if not (at_end or is_stuck(settings, step - best["step"])):
-        return ""
-    early = "" if at_end else f", ended by patience={settings.patience}"
-    return f"{settings.out_dir} is finished: {step} steps{early}, validation loss {rows[-1]['val_loss']:.4f}"
+    end = ""
+    if step != settings.max_iters:
+        if not is_stuck(settings, step - best["step"]):
+            return ""
+        end = f", ended by patience={settings.patience}"
+    return f"{settings.out_dir} is finished: {step} steps{end}, validation loss {rows[-1]['val_loss']:.4f}"
 
 
 def is_stuck(settings, steps):
-    """Has the lowest validation loss been so many steps ago that the patience is over?"""
+    """Is the patience over? steps: since the lowest validation loss."""
     return 0 < settings.patience * settings.eval_interval <= steps
 
 
-def check_begun(settings):
-    """A run that was stopped before its first checkpoint begins again, and replaces its log. Raises UserError where the
-    log is that of a run with other settings."""
-    path = os.path.join(settings.out_dir, "log.jsonl")
-    if any(read_rows(path)):
-        was = read_header(path).get("settings", {}) | dict(init_from=settings.init_from)
-        check_same(was, asdict(settings), f"{settings.out_dir} holds the log of a run with", "--out_dir=out/ANOTHER")
-        note(f"{settings.out_dir} holds the log of a run, but no checkpoint: the run begins again at step 0")
-
-
-def load_start(settings, given, data):
-    """The checkpoint of the RUN that init_from names. Its shape becomes ours, maybe with a shorter context."""
-    start, tokenizer = ckpt.read_run(settings.init_from)
-    ckpt.check_whole(start)
-    if not tokenizer.special:
-        raise UserError(f"{settings.init_from} is a character model of nanoGPT, which has no end-of-text token",
-                        "train a new one")
-    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
-        same = tokenizer.name if tokenizer.kind == "tiktoken" else settings.init_from
-        text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
-        raise UserError(f"{settings.init_from} was trained with another tokenizer than {data.folder} was written with",
-                        f"python prepare.py {text} --out={quote(data.folder)} --tokenizer={quote(same)}")
-    for name in GPTConfig.__dataclass_fields__:
-        was, now = start["settings"][name], getattr(settings, name)
-        if name not in given:
-            setattr(settings, name, was)
-        elif now != was and name != "dropout" and not (name == "block_size" and now < was):
-            raise UserError(f"{settings.init_from} has {name}={was}, but {name}={now} is asked for",
-                            f"--{name}={was}: the shape comes with the weights")
-    return start
-
-
 def load_optimizers(optimizers, scaler, checkpoint, run):
-    """Restore the state of the optimizers and of the scaler. Raises UserError where it does not fit: a fused kernel
-    believes its shapes. The rates come from the settings, not from the file.
+    """Restore the state of the optimizers and of the scaler, but for the rates, which the settings give.
+
+    Raises UserError where a shape does not fit: a fused kernel does not check it.
     """
     found = dict(enumerate(checkpoint.pop("optimizer")))
     for i, optimizer in enumerate(optimizers):
         if i in found and not found[i]["state"]:  # so far, float16 has overflowed in every step
             continue
         like = {}
-        for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            adamw = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
-            like[number] = dict(momentum_buffer=p) if isinstance(optimizer, Muon) else adamw
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, p in enumerate(parameters):
+            if isinstance(optimizer, Muon):
+                like[number] = dict(momentum_buffer=p)
+            else:
+                like[number] = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
         check_like(found, {i: dict(state=like)}, run, "the optimizers")
-        optimizer.load_state_dict(dict(found[i], param_groups=optimizer.state_dict()["param_groups"]))
+        found[i]["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(found[i])
     check_like(checkpoint["scaler"], scaler.state_dict(), run, "the scaler")
     scaler.load_state_dict(checkpoint["scaler"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # While it runs
 
 
 def not_finite(run, loss, norm):
     """The error for a loss or gradient that is no number. Exit code 3."""
-    settings = run.settings
-    good = ckpt.checkpoints(settings.out_dir)[-1:]
-    start = f"--init_from={quote(good[0])} " if good else ""
-    return UserError(f"at step {run.step + 1} the loss is {loss} and the gradient norm {norm}; no weight was changed; "
-                     f"last good checkpoint: {good[0] if good else 'none yet'}",
-                     f"{start}{again(settings)}, or --dtype=float32", code=3)
+    good, fix = "none yet", again(run.settings)
+    if paths := ckpt.checkpoints(run.settings.out_dir):
+        good = paths[-1]
+        fix = f"--init_from={quote(good)} {fix}"
+    return UserError(f"at step {run.step + 1} the loss is {loss} and the gradient norm {norm}; "
+                     f"last good checkpoint: {good}", f"{fix}, or --dtype=float32", code=3)
 
 
 def again(settings):
@@ -272,11 +280,12 @@ def explain(error, settings, ranks):
     if machine.is_out_of_memory(error):
         fix = "a smaller --block_size, or a smaller model"
         if windows > 1:
-            cut = windows if windows % 2 else 2
-            fix = f"--batch_size={windows // cut} --gradient_accumulation_steps={micros * cut}: the same steps"
-        return UserError(f"out of memory with micro-batches of batch_size={windows} windows of block_size="
-                         f"{settings.block_size} tokens", fix, alone=True)
+            n = windows if windows % 2 else 2
+            fix = f"--batch_size={windows // n} --gradient_accumulation_steps={micros * n}: the same steps"
+        return UserError(f"out of memory with micro-batches of batch_size={windows} windows of "
+                         f"block_size={settings.block_size} tokens", fix, alone=True)
     if ranks.lost(error):
-        return UserError(f"process {ranks.rank} of {ranks.world} lost the others: {str(error).splitlines()[0]}",
-                         f"the same command continues; if one is slow: --dist_timeout={2 * settings.dist_timeout}")
+        reason = str(error).splitlines()[0]
+        return UserError(f"process {ranks.rank} of {ranks.world} lost the others: {reason}",
+                         f"the same command; if one is slow, --dist_timeout={2 * settings.dist_timeout}")
     return None
