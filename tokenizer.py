@@ -82,6 +82,9 @@ class Learned(pretrained.Tokenizer):
 
         Each message is encoded alone: the ids before an answer are those of its prompt.
         """
+        if not self.special.keys() >= set(SPECIAL):  # nanoGPT's characters have none
+            raise UserError("this vocabulary has no tokens that mark the turns of a chat",
+                            f"--tokenizer=bpe, or {pretrained.CHAT_FIX}")
         pretrained.check_messages(messages, ("system", "user", "assistant"))
         ids, mask = [], []
         for message in messages:
@@ -354,7 +357,7 @@ def main(argv):
     if settings.inspect:
         inspect(settings)
     elif settings.compare:
-        compare(settings.compare.split(","), Corpus(settings))
+        compare(re.split(" *, *", settings.compare), Corpus(settings))
     else:
         learn(settings, Corpus(settings))
 

@@ -289,11 +289,12 @@ def test_what_is_no_chat(talking):
         for wrong in (dict(role="user"), dict(content="a"), dict(role="user", content=["a"]), "a",
                       dict(role="user", content=None)):
             assert error(lambda _: make([*TALK, wrong]))[0] == "a message without role or without text"
+    plain = tokenizers.CharTokenizer("abc", special=())  # nanoGPT's
     encoding = byte_encoding()
-    for make in (encoding.chat, encoding.conversation):
-        fact, fix = error(lambda _: make(turns("a", "b")))
-        assert "tokenizer t has no chat template" in fact
-        assert "--tokenizer=bpe, or the folder of a chat model" in fix
+    for tokenizer, due in ((plain, "no tokens that mark the turns"), (encoding, "tokenizer t has no chat template")):
+        for make in (tokenizer.chat, tokenizer.conversation):
+            fact, fix = error(lambda _: make(turns("a", "b")))
+            assert due in fact and "--tokenizer=bpe, or the folder of a chat model" in fix
     character = tokenizers.train("char", ["abc"])
     assert "'?' (U+003F)" in error(lambda _: character.conversation(turns("a?", "b")))[0]
 
