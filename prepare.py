@@ -189,11 +189,10 @@ def learn_tokenizer(sources, plan, settings, existing):
             note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
         return tokenizer
     # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
-    smallest = tokenizers.smallest_vocab(plan.counts, settings.character_coverage)
-    vocab_size = settings.vocab_size or max(smallest + 64, min(4096, plan.bytes // 100))
+    vocab_size = settings.vocab_size or max(1, min(4096, plan.bytes // 100))
     texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
     return tokenizers.train(settings.tokenizer, tokenizers.sample(texts, plan.bytes), vocab_size,
-                            settings.character_coverage)
+                            settings.character_coverage, enlarge=not settings.vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

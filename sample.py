@@ -2,23 +2,21 @@
 """
 Sampling: let a trained model write in the terminal.
 
-    python sample.py                                        # the newest run under out/; asks for prompts in a terminal
+    python sample.py                                # the newest run under out/; asks for prompts
     python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
-    python sample.py out/chat --chat                        # a conversation with a model that was tuned to answer
-    python sample.py SmolLM2-135M-Instruct --chat           # a Hugging Face folder
+    python sample.py SmolLM2-135M-Instruct --chat   # a conversation; the model: a Hugging Face folder
 
-The text goes to standard output, everything else to standard error. Two steps lead from a model's logits to text:
+The text goes to standard output, everything else to standard error. Two steps lead from logits to text:
 
-1. From logits to a token: filter_logits drops what is too unlikely, sample_tokens samples one of the rest.
-2. From tokens to text: a token may be a part of a character. TextStream gives out whole characters, and no part of a
-   stop string.
+1. From logits to a token: `candidates` leaves out what is too unlikely, `sample_tokens` samples of the rest.
+2. From tokens to text: a token may be a part of a character, and end with a part of a stop string. TextStream
+   holds both back.
 """
 import codecs
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import Literal
@@ -35,17 +33,17 @@ from training import checkpoint as ckpt
 
 @dataclass
 class RunConfig:
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), given bare or by one of nanoGPT's names
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the same
-    checkpoint: Literal["best", "last"] = "best"  # of a run folder: the lowest validation loss, or the newest
+    checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
 
 
 @dataclass
 class ModelConfig(RunConfig):
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
-    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, the rest in float32; for CPUs
+    quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, for CPUs
 
 
 @dataclass(eq=False)  # two equal requests of the engine are still two
@@ -72,58 +70,47 @@ class SampleConfig(Sampling, ModelConfig):
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
 
 
-# The ranges of settings, inclusive, here and in serving/api.py.
+# The ranges of settings, inclusive, here and in serving/api.py
 RANGES = {
-    "temperature": (0, 2), "top_k": (0, 10**6), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1)}
+    "temperature": (0, 2),
+    "top_k": (0, 10**6),
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "max_new_tokens": (1, 10**6),
+    "seed": (0, 2**63 - 1),
+}
 MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. From logits to a token
+# ---------- 1. From logits to a token
 
+def candidates(logits, settings):
+    """Logits (B, V) -> (cdf, ids), (B, k) each: the tokens to choose from, and their cumulative distribution.
 
-def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Logits (..., V) -> logits whose softmax is the distribution to sample from; -inf for what is left out.
-
-    In this order: temperature divides the logits; top_k keeps the k highest; min_p keeps what has at least min_p times
-    the highest probability (arXiv 2407.01082); top_p keeps the smallest set that has at least this probability
-    (nucleus sampling, arXiv 1904.09751). The likeliest token always stays.
+    top_k, temperature, min_p and top_p apply in this order. The likeliest token always stays.
     """
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the best at 0: no overflow
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if min_p > 0:
-        probs = logits.softmax(dim=-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
-    if top_p < 1:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        above = probs.cumsum(dim=-1) - probs  # the probability of all that is likelier; 0 for the best
-        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (above >= top_p) & (above > 0))
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits
+    V = logits.size(-1)
+    ids = torch.arange(V).expand_as(logits)
+    if 0 < settings.top_k < V or settings.top_p < 1:  # (to sort a whole vocabulary takes time)
+        logits, ids = logits.topk(min(settings.top_k or V, V))  # the likeliest first
+    logits, ids = logits.cpu(), ids.cpu()
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # the best is 0: no overflow
+    probs = (logits / settings.temperature).softmax(dim=-1)
+    if settings.min_p > 0:  # arXiv 2407.01082
+        probs = probs * (probs >= settings.min_p * probs.amax(dim=-1, keepdim=True))
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # in float32, rare tokens get lost
+    if settings.top_p < 1:  # nucleus sampling, arXiv 1904.09751
+        cdf = cdf.minimum(cdf.gather(-1, find(cdf, settings.top_p)))  # what comes later adds nothing
+    return cdf, ids
 
 
-def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0, bias=None):
-    """Make used tokens less likely. logits: (1, V); prompt, written: ids; bias: {id: added to its logit}.
-
-    repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858). presence is subtracted for
-    written tokens, frequency for each time (OpenAI's API).
-    """
-    if repetition != 1.0 and (prompt or written):
-        ids = torch.tensor(sorted({*prompt, *written}), device=logits.device)
-        used = logits[:, ids]
-        logits = logits.index_copy(1, ids, torch.where(used > 0, used / repetition, used * repetition))
-    added = dict(bias or {})
-    if presence or frequency:
-        for i, n in Counter(written).items():
-            added[i] = added.get(i, 0.0) - (presence + frequency * n)
-    if added:
-        ids = torch.tensor(list(added), device=logits.device)
-        amounts = torch.tensor([list(added.values())], dtype=torch.float32, device=logits.device)  # (1, number of ids)
-        logits = logits.index_add(1, ids, amounts)
-    return logits
+def find(cdf, share):
+    """Where (B, 1) the cdf (B, k) reaches a share of its total."""
+    found = torch.searchsorted(cdf, share * cdf[:, -1:])
+    return found.clamp(max=cdf.size(-1) - 1)  # nowhere, if a logit is not finite
 
 
 def is_greedy(settings):
@@ -133,43 +120,47 @@ def is_greedy(settings):
 def sample_tokens(logits, settings, generators):
     """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    A row does not depend on the others: it has its own generator, whose uniform number becomes a token by the inverse
-    of the cumulative distribution (cdf). (torch.multinomial takes seven times as long for 32,768 tokens.)
+    Each row has a generator, whose uniform number becomes a token by the inverse of the cdf.
+    (torch.multinomial takes seven times as long for 32,768 tokens.)
     """
     if is_greedy(settings):  # of equals the lowest id
         best = logits.max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, -1).cpu()
-    ids = None
-    if 0 < settings.top_k < logits.size(-1):  # what follows takes k numbers, not V
-        best = logits.topk(settings.top_k)
-        logits, ids = best.values, best.indices.cpu()  # (B, k)
-    kept = filter_logits(logits.cpu(), settings.temperature, 0, settings.top_p, settings.min_p)
-    cdf = kept.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # in float32, rare tokens get lost
-    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    # No point in (0, total] falls on a token of probability 0.
-    total = cdf[:, -1:]  # (B, 1); 1 but for rounding, or nan where a logit is not finite
-    tokens = torch.searchsorted(cdf, (1 - uniform) * total)  # (B, 1)
-    if ids is not None:
-        tokens = ids.gather(-1, tokens.clamp(max=ids.size(-1) - 1))
-    return torch.where(total.isfinite(), tokens, -1)[:, 0]
+    cdf, ids = candidates(logits, settings)
+    uniform = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
+    share = 1 - torch.stack(uniform)  # (B, 1), in (0, 1]: never on a token of probability 0
+    tokens = ids.gather(-1, find(cdf, share))[:, 0]  # (B,)
+    return torch.where(cdf[:, -1].isfinite(), tokens, -1)
 
 
 class Sampler:
-    """Chooses the tokens of one text: the `pick` of GPT.generate. settings: a Sampling; prompt, bias: of penalize."""
+    """Chooses the tokens of one text: the `pick` of GPT.generate. bias: {id: what is added to its logit}."""
 
     def __init__(self, settings, prompt, seed, bias=None):
         self.settings, self.prompt, self.bias = settings, prompt, bias
         self.generator = torch.Generator().manual_seed(seed)
         self.written = []
-        self.penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
-        # The engine samples the texts of a group together. (Whole vocabularies one by one take half the time, since a
-        # row stays in the processor's cache.)
+        penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
+        self.changes = bool(bias) or penalties != (1, 0, 0)
+        # The engine samples the texts of a group together, but whole vocabularies one by one: a row stays in
+        # the processor's cache, which halves the time.
         self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
-        if self.penalties != (1, 0, 0) or bias or not (settings.top_k or is_greedy(settings)):
+        if self.changes or not (settings.top_k or is_greedy(settings)):
             self.group = id(self)
 
     def change(self, logits):
-        return penalize(logits, self.prompt, self.written, *self.penalties, self.bias)
+        """Logits (1, V) with the penalties and the bias."""
+        if not self.changes:
+            return logits
+        settings, repetition = self.settings, self.settings.repetition_penalty
+        counts = count(self.written, logits)
+        used = count(self.prompt, logits) + counts > 0
+        less = torch.where(logits > 0, logits / repetition, logits * repetition)  # CTRL, arXiv 1909.05858
+        logits = torch.where(used, less, logits)
+        logits = logits - settings.presence_penalty * (counts > 0) - settings.frequency_penalty * counts
+        if self.bias:
+            logits[:, list(self.bias)] += torch.tensor(list(self.bias.values()), device=logits.device)
+        return logits
 
     def __call__(self, logits):
         """Logits (1, V) -> a token (1,)."""
@@ -180,16 +171,18 @@ class Sampler:
         return token
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. From tokens to text
+def count(ids, logits):
+    """How often each token of the logits (1, V) is in a list of ids: (V,)."""
+    return torch.tensor(ids, dtype=torch.long).bincount(minlength=logits.size(-1)).to(logits.device)
 
+
+# ---------- 2. From tokens to text
 
 class TextStream:
-    """Makes text of tokens as they come: what push and finish return, joined, is the whole text."""
+    """Text of tokens as they come: what `push` and `finish` return, joined, is the whole text."""
 
     def __init__(self, tokenizer, stops=()):
-        self.tokenizer = tokenizer
-        self.stops = stops
+        self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
         self.pending = ""  # text that may be the beginning of a stop string
         self.stopped = False  # a stop string has come
@@ -209,34 +202,33 @@ class TextStream:
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
         if ends:  # the stop that is complete first, and of those the longest
-            self.stopped = True
-            self.pending = ""
-            return text[:min(ends)[1]]
-        beginnings = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            self.stopped, self.pending = True, ""
+            _, start = min(ends)
+            return text[:start]
+        beginnings = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)
         self.pending = text[certain:]
         return text[:certain]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The terminal
-
+# ---------- The terminal
 
 def read_prompt(prompt):
+    """The text of a prompt, which may be FILE:path. Raises UserError where it is not UTF-8."""
     try:
         if prompt.startswith("FILE:"):
             with open(prompt[5:], encoding="utf-8", newline="") as file:
                 return file.read()
-        prompt.encode()  # fails where it came as other bytes than UTF-8
+        prompt.encode()
         return prompt
     except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read the prompt {prompt}: {getattr(error, 'strerror', 'it is not UTF-8')}",
+        raise UserError(f"cannot read the prompt {prompt!r}: {getattr(error, 'strerror', 'it is not UTF-8')}",
                         "--prompt='some text', or --prompt=FILE:path of a UTF-8 text") from None
 
 
 def fit(messages, tokenizer, capacity):
-    """The ids of a conversation. Where there are more than `capacity`, the oldest questions and answers are removed
-    from `messages`, but not a system message or the last question."""
+    """The ids of a conversation, at most `capacity`: the oldest questions and answers are removed from
+    `messages`, but not a system message or the last question."""
     oldest = int(messages[0]["role"] == "system")
     ids = tokenizer.chat(messages)
     while len(ids) > capacity and len(messages) > oldest + 1:
@@ -246,17 +238,20 @@ def fit(messages, tokenizer, capacity):
 
 
 def write(model, tokenizer, ids, settings, seed):
-    """Print the continuation of the prompt `ids` as it comes; (the text, the number of tokens)."""
-    size, ends = model.config.block_size, tokenizers.ends(tokenizer)
+    """Print the continuation of the prompt `ids` as it comes; returns it."""
+    size = model.config.block_size
     if len(ids) > size:
-        note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
+        dropped = len(ids) - size
+        note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {dropped:,} are ignored")
         ids = ids[-size:]
+    ends = set() if settings.ignore_eos else tokenizers.ends(tokenizer)
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
-    stream, text, n = TextStream(tokenizer, stops), "", 0
+    stream, text = TextStream(tokenizer, stops), ""
     idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
-    for token in model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed)):
-        n += 1
-        if token.item() in ends and not settings.ignore_eos:
+    tokens = model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed))
+    started = time.perf_counter()
+    for n, token in enumerate(tokens, start=1):
+        if token.item() in ends:
             break
         new = stream.push(token.item())
         text += new
@@ -265,37 +260,32 @@ def write(model, tokenizer, ids, settings, seed):
             break
     rest = stream.finish()
     show(rest)
-    return text + rest, n
+    say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
+    return text + rest
 
 
 class Writer:
     """Answers prompts: each by its continuation or, with --chat, in one conversation."""
 
-    def __init__(self, model, tokenizer, settings, seed):
-        self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
+    def __init__(self, model, tokenizer, settings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.messages = []  # the conversation so far
         self.forgets = False
 
-    def begin(self, prompt):
-        """Print the prompt; its ids. An empty one begins as every document does."""
-        show(prompt, end="")
-        start = self.tokenizer.special.get(tokenizers.END_OF_TEXT)
-        return self.tokenizer.encode(prompt) or ([start] if start is not None else self.tokenizer.encode("\n"))
-
     def answer(self, prompt):
+        settings, tokenizer, size = self.settings, self.tokenizer, self.model.config.block_size
         messages = [*self.messages, dict(role="user", content=prompt)]
-        size = self.model.config.block_size
-        for _ in range(self.settings.num_samples):
-            if self.settings.chat:
-                ids = fit(messages, self.tokenizer, size - min(self.settings.max_new_tokens, size // 2))
-            else:
-                ids = self.begin(prompt)
-            started = time.perf_counter()
-            text, n = write(self.model, self.tokenizer, ids, self.settings, self.seed)
-            say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={self.seed}]")
-            self.seed += 1
+        if settings.chat:
+            ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2))
+        else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
+            ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+        for _ in range(settings.num_samples):
+            if not settings.chat:
+                show(prompt, end="")
+            text = write(self.model, tokenizer, ids, settings, settings.seed)
+            settings.seed += 1
         if len(messages) <= len(self.messages) and not self.forgets:
-            note(f"the conversation outgrows the context of {size:,} tokens: the oldest messages are forgotten")
+            note(f"the conversation outgrows the context of {size:,} tokens: its beginning is forgotten")
             self.forgets = True
         self.messages = [*messages, dict(role="assistant", content=text)]
 
@@ -305,14 +295,11 @@ def ask(writer):
     say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
     while True:
         try:
-            prompt = input("> ")
-            prompt.encode()
+            prompt = read_prompt(input("> "))
             if prompt.strip() or not writer.settings.chat:
                 writer.answer(prompt)
         except EOFError:
             return say()
-        except UnicodeError:
-            say("error: a prompt has to be UTF-8")
         except UserError as error:
             say(f"error: {error.fact}")
         except KeyboardInterrupt:
@@ -327,11 +314,11 @@ def load_model(settings, runs):
 
 
 def check_chat(run, tokenizer):
-    path = run["path"]
-    folder = quote(path if os.path.isdir(path) else os.path.dirname(path) or ".")
-    fix = pretrained.CHAT_FIX
+    path, fix = run["path"], pretrained.CHAT_FIX
     if tokenizers.END in tokenizer.special:
-        fix = f"python prepare.py CHATS.jsonl --format=chat --tokenizer={folder}, then train.py --init_from={folder}"
+        folder = quote(path if os.path.isdir(path) else os.path.dirname(path) or ".")
+        prepare = f"python prepare.py CHATS.jsonl --format=chat --tokenizer={folder}"
+        fix = f"{prepare}, then train.py --init_from={folder}"
     if not run["chat"]:
         raise UserError(f"{path} has no chat format", fix)
 
@@ -340,19 +327,20 @@ def main(argv):
     settings, _, runs = load(SampleConfig, argv)
     check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
-        raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='some text'")
+        raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     prompt = read_prompt(settings.prompt or settings.start)
     model, tokenizer, run = load_model(settings, runs)
-    source = f"{run['step']} updates on {', '.join(run['source'])}"
-    if os.path.isdir(run["path"]):
-        source = "a Hugging Face model"
-    say(f"{run['path']}: {model.n_params():,} parameters, {source}{', in 8 bits' if run['int8'] else ''}")
+    source = "a Hugging Face model"
+    if os.path.isfile(run["path"]):
+        source = f"{run['step']} steps on {', '.join(run['source'])}"
+    say(f"{run['path']}: {model.n_params():,} parameters, {source}{', in 8 bits' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)
     dtype, _ = machine.choose_dtype(settings.dtype, str(model.lm_head.weight.device))
     machine.use_linear(model, dtype)
-    seed = settings.seed if settings.seed is not None else int.from_bytes(os.urandom(4), "little")
-    writer = Writer(model, tokenizer, settings, seed)
+    if settings.seed is None:
+        settings.seed = int.from_bytes(os.urandom(4), "little")
+    writer = Writer(model, tokenizer, settings)
     if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
         writer.answer(prompt)
     else:

@@ -25,7 +25,7 @@ from training import checkpoint as ckpt
 import sample
 import train
 from serving.engine import Engine, Request
-from sample import Sampler, Sampling, filter_logits
+from sample import Sampler, Sampling, candidates
 
 FLOAT = 2.0**-24  # half of the last bit of a float32 number that is 1: what an operation may be off
 
@@ -286,7 +286,7 @@ def test_the_same_text_from_the_run_and_from_the_export(tiny_run, exported, caps
         assert sample.main([*argv, "--prompt=the", "--max_new_tokens=60", "--seed=3", "--temperature=1"]) is None
         said = capsys.readouterr()
         texts.append(said.out)
-        assert "updates on words.txt, in 8 bits" in said.err
+        assert "steps on words.txt, in 8 bits" in said.err
     assert texts[0] == texts[1] and len(texts[0]) > 40
     sample.main([str(tiny_run / "out/words"), "--prompt=the", "--max_new_tokens=9"])
     assert "in 8 bits" not in capsys.readouterr().err
@@ -392,7 +392,9 @@ def test_top_k_draws_from_the_distribution_of_the_filters(settings):
 
 def check_draws(logits, settings):
     """Does each token come as often as it should, within five standard deviations, and never what is left out?"""
-    n, due = 4000, filter_logits(logits, **settings)[0].double().softmax(dim=0)
+    n, (cdf, ids) = 4000, candidates(logits, Sampling(**settings))
+    due = torch.zeros(logits.size(-1), dtype=torch.float64)
+    due[ids[0]] = cdf[0].diff(prepend=torch.zeros(1)) / cdf[0, -1]
     share = torch.tensor(draws(logits, n, **settings)).bincount(minlength=len(due)) / n
     assert 2 <= (due > 0).sum() < len(due)
     assert ((share - due).abs() <= 5 * (due * (1 - due) / n).sqrt()).all()

@@ -23,7 +23,7 @@ import tokenizer as tokenizers
 def read(folder, side):
     """The text of one side, document by document, from the files alone."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokenizer = tokenizers.load(folder / "tokenizer")
+    tokenizer = tokenizers.load_from(folder / "tokenizer")
     ids = np.memmap(folder / f"{side}.bin", dtype=np.uint16, mode="r")  # as nanoGPT reads it
     assert len(ids) == meta[side]["tokens"] and ids[0] == meta["special"]["<|endoftext|>"]
     ends = [*np.flatnonzero(ids == meta["special"]["<|endoftext|>"]), len(ids)]
@@ -410,7 +410,7 @@ def read_chats(folder, side):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     raw = (folder / f"{side}.mask.bin").read_bytes()
     ids, mask, end = np.fromfile(folder / f"{side}.bin", np.uint16), np.frombuffer(raw, np.uint8), meta["special"]
-    due, tokenizer, borders = meta[side], tokenizers.load(folder / "tokenizer"), ids == end["<|endoftext|>"]
+    due, tokenizer, borders = meta[side], tokenizers.load_from(folder / "tokenizer"), ids == end["<|endoftext|>"]
     assert meta["chat"] is True and len(ids) == len(mask) == due["tokens"] and set(mask.tolist()) == {0, 1}
     assert due["mask_sha256"] == hashlib.sha256(raw).hexdigest() and due["trained"] == mask.sum()
     assert due["trained_bytes"] == sum(len(tokenizer.token_bytes(i)) for i in ids[mask == 1].tolist())
@@ -425,7 +425,7 @@ def test_conversations_are_held_out_whole(here, n, kind):
     """However few there are; and the mask is what the tokenizer says."""
     write_talks("talk.jsonl", talks(n))
     prepare.main(["talk.jsonl", "--format=chat", f"--tokenizer={kind}", "--vocab_size=320", "--num_proc=2"])
-    tokenizer = tokenizers.load(here / "data/talk-chat/tokenizer")
+    tokenizer = tokenizers.load_from(here / "data/talk-chat/tokenizer")
     sides = [read_chats(here / "data/talk-chat", side) for side in ("train", "val")]
     assert sorted(sides[0] + sides[1]) == sorted(tokenizer.conversation(messages) for messages in talks(n))
     assert 1 <= len(sides[1]) <= max(1, n // 10)

@@ -438,7 +438,7 @@ def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
     (tmp_path / "encoding.json").write_text(json.dumps(dict(name="t", pattern=GPT2, special=special)))
     (tmp_path / "encoding.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank
                                                           for token, rank in tokens.items()))
-    assert fact in error(lambda _: tokenizers.load(tmp_path))[0]
+    assert fact in error(lambda _: tokenizers.load_from(tmp_path))[0]
 
 
 def test_an_export_does_not_say_where_the_tokenizer_lay(tmp_path):

@@ -13,11 +13,18 @@ from conftest import ROOT, chat_run, error, script, turns
 from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
-from sample import Sampler, Sampling, TextStream, filter_logits, penalize, sample_tokens
+from sample import Sampler, Sampling, TextStream, candidates, sample_tokens
+
+
+def probabilities(logits, **settings):
+    """Of all tokens, for rows of logits (B, V)."""
+    cdf, ids = candidates(logits, Sampling(**dict(temperature=1.0, top_k=0) | settings))
+    probs = cdf.diff(prepend=torch.zeros(len(cdf), 1), dim=-1) / cdf[:, -1:]
+    return torch.zeros(logits.shape, dtype=torch.float64).scatter(-1, ids, probs)
 
 
 def kept(logits, **settings):
-    return set(torch.isfinite(filter_logits(torch.tensor(logits), **settings)).nonzero().flatten().tolist())
+    return set(probabilities(torch.tensor([logits]), **settings)[0].nonzero().flatten().tolist())
 
 
 def test_filters_by_brute_force():
@@ -36,7 +43,7 @@ def test_filters_by_brute_force():
             nucleus.add(i)
             total += probs[i]
         assert kept(logits, top_p=p) == nucleus
-        warm = filter_logits(torch.tensor(logits), temperature=t).softmax(0)
+        warm = probabilities(torch.tensor([logits]), temperature=t)[0].float()
         assert torch.allclose(warm, (torch.tensor(logits) / t).softmax(0), atol=1e-6)
         assert kept(logits, temperature=1e-39) >= {order[0]} and kept(logits, top_p=1e-300) == {order[0]}
         assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
@@ -45,15 +52,22 @@ def test_filters_by_brute_force():
 def test_filters_work_on_rows():
     logits = torch.randn(3, 20)
     for settings in (dict(top_k=3), dict(top_p=0.5), dict(min_p=0.2), dict(temperature=2.0)):
-        rows = torch.stack([filter_logits(row, **settings) for row in logits])
-        assert torch.equal(filter_logits(logits, **settings), rows)
+        rows = torch.cat([probabilities(row[None], **settings) for row in logits])
+        assert torch.equal(probabilities(logits, **settings), rows)
+
+
+def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.0):
+    settings = Sampling(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    sampler = Sampler(settings, prompt, 0)
+    sampler.written = written
+    return sampler.change(logits)
 
 
 def test_penalty():
     logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
     assert penalize(logits, [0, 1, 1], [], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
     assert penalize(logits, [0], [1, 1], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
-    assert penalize(logits, [], [], 2.0) is logits and penalize(logits, [0], [1]) is logits
+    assert torch.equal(penalize(logits, [], [], 2.0), logits) and penalize(logits, [0], [1]) is logits
 
 
 def test_penalties_by_brute_force():
@@ -160,7 +174,7 @@ def run(tiny_run, *argv):
 def test_the_text_alone_goes_to_standard_output(tiny_run):
     done = run(tiny_run, "--prompt=the ", "--seed=3", "--max_new_tokens=40")
     assert done.returncode == 0 and done.stdout.startswith("the ") and len(done.stdout) == 4 + 40 + 1
-    assert "out/words/best.pt" in done.stderr and "40 updates" in done.stderr and "per second" in done.stderr
+    assert "out/words/best.pt" in done.stderr and "40 steps on" in done.stderr and "per second" in done.stderr
     again = run(tiny_run, "out/words", "--start=the ", "--seed=3", "--max_new_tokens=40", "--out_dir=out/words")
     assert again.stdout == done.stdout
 
@@ -251,7 +265,7 @@ def test_a_conversation_in_a_terminal(tiny_run):
     os.write(leader, b"the \nthe cat?\n\xff\nmy \n\x04")  # a character that the model does not know; no UTF-8; Ctrl-D
     said = chat.communicate(timeout=120)[1]
     os.close(leader)
-    assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said and "has to be UTF-8" in said
+    assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said and "is not UTF-8" in said
     assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=2]" in said
 
 

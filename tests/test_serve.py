@@ -224,7 +224,7 @@ def test_a7_methods(script, method, path, status, allowed):
 def by_sample(client, prompt, n, **settings):
     """What sample.py writes with the same model."""
     settings = sample.SampleConfig(max_new_tokens=n, **settings)
-    return sample.write(client.model, ByteTokenizer(), list(prompt.encode()), settings, 0)[0]
+    return sample.write(client.model, ByteTokenizer(), list(prompt.encode()), settings, 0)
 
 
 def test_b1_greedy(tiny):

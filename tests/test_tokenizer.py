@@ -52,10 +52,12 @@ def test_rare_characters_can_be_left_to_bytes():
     assert "vocab_size=300 is too small" in fact and "--character_coverage" in fix, fact
     tokenizer = tokenizers.train("bpe", [text], 300, character_coverage=0.98)
     assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode("\u4e00")) == 3
-    counts = __import__("numpy").bincount([*map(ord, text)], minlength=0x110000)
-    smallest = tokenizers.smallest_vocab(counts, 0.98)
+    fact, fix = error(lambda _: tokenizers.train("bpe", [text], 1, character_coverage=0.98))
+    smallest = int(fix.split("=")[1].split()[0])
     assert tokenizers.train("bpe", [text], smallest, character_coverage=0.98).vocab_size == smallest
     error(lambda _: tokenizers.train("bpe", [text], smallest - 1, character_coverage=0.98))
+    enlarged = tokenizers.train("bpe", [text], 1, character_coverage=0.98, enlarge=True)
+    assert enlarged.vocab_size == smallest + 64
 
 
 def test_a_sample_is_spread_evenly_and_announced(monkeypatch, capsys):
@@ -103,7 +105,7 @@ def test_specials_exist_and_everything_survives_the_disk(kind, tmp_path, bpe):
     assert list(tokenizer.special) == list(SPECIAL) and len(set(tokenizer.special.values())) == 5
     assert all(tokenizer.token_bytes(i) == b"" for i in tokenizer.special.values())
     tokenizer.save(tmp_path / "t")
-    again = tokenizers.load(tmp_path / "t")
+    again = tokenizers.load_from(tmp_path / "t")
     assert (again.kind, again.vocab_size, again.special) == (kind, tokenizer.vocab_size, tokenizer.special)
     text = "hello \r\n\u4e2d"
     assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
@@ -144,13 +146,13 @@ def test_a_small_text_gets_a_smaller_vocabulary(capsys):
 def test_a_damaged_tokenizer_is_named(tmp_path, config, vocab):
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "vocab.json").write_text(vocab)
-    assert f"the tokenizer in {tmp_path} is damaged" in error(lambda _: tokenizers.load(tmp_path))[0]
+    assert f"{tmp_path} holds no tokenizer, or a damaged one" in error(lambda _: tokenizers.load_from(tmp_path))[0]
 
 
 def test_names_that_are_given_twice(tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "char", "special": ["<|endoftext|>", "<|endoftext|>"]}')
     (tmp_path / "vocab.json").write_text('["a", "b"]')
-    tokenizer = tokenizers.load(tmp_path)
+    tokenizer = tokenizers.load_from(tmp_path)
     assert tokenizer.decode(range(tokenizer.vocab_size)) == "ab"
 
 
@@ -161,9 +163,10 @@ def test_the_tokenizer_of_a_run_is_kept_whatever_lies_there(here, bpe):
     for aside in ("", ".damaged", ".damaged"):
         os.makedirs("b", exist_ok=True)
         tokenizers.keep(bpe, "b", due)
-        assert sorted(os.listdir("b/tokenizer")) == files and tokenizers.digest(tokenizers.files_in("b/tokenizer")) == due
+        assert sorted(os.listdir("b/tokenizer")) == files and tokenizers.load_from("b", due)
         assert not aside or os.path.exists(f"b/tokenizer{aside}")
         (here / "b/tokenizer/tokenizer.model").write_bytes(b"damaged")
+    (here / "nowhere").write_text("a file")
     assert "cannot write nowhere/tokenizer" in error(lambda _: tokenizers.keep(bpe, "nowhere", due))[0]
 
 
@@ -257,7 +260,7 @@ def test_a_chat(talking):
         ids += [special[f"<|{message['role']}|>"], *text, special["<|end|>"]]
         mask += [0] + [int(message["role"] == "assistant" and bool(text))] * (len(text) + 1)
     assert talking.conversation(TALK) == (ids, mask)
-    assert talking.chat(TALK, answer=False) == ids and talking.chat(TALK) == ids + [special["<|assistant|>"]]
+    assert talking.chat(TALK) == ids + [special["<|assistant|>"]]
     assert special[END_OF_TEXT] not in ids and ids.count(special["<|end|>"]) == len(TALK)
     answers = check_conversation(talking, TALK, special["<|end|>"])
     assert [talking.decode(answer) for answer in answers] == [TALK[2]["content"], FORGED, " \tx"]
@@ -273,7 +276,7 @@ def test_the_template_is_the_same_format(talking):
         text = pretrained.render(tokenizers.CHAT_TEMPLATE, messages=talk, add_generation_prompt=answer)
         parts = re.split(r"(<\|\w+\|>)", text)
         ids = [i for n, part in enumerate(parts) for i in ([talking.special[part]] if n % 2 else talking.encode(part))]
-        assert ids == talking.chat(talk, answer)
+        assert ids == (talking.chat(talk) if answer else talking.conversation(talk)[0])
     fact, _ = error(lambda _: pretrained.render(tokenizers.CHAT_TEMPLATE, messages=[dict(role="tool", content="x")]))
     assert "the roles are system, user and assistant" in fact
 
