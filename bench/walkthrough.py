@@ -156,9 +156,11 @@ def walk_a_prompt(model, tokenizer):
 
     title("7. Logits become a token")
     show_likeliest(tokenizer, "softmax(logits)", logits)
-    kept = sample.filter_logits(logits, temperature=0.8, top_k=3)
-    show_likeliest(tokenizer, "temperature 0.8, top_k 3", kept)
-    pick = sample.Sampler(sample.Sampling(temperature=0.8, top_k=3), prompt, seed=1)
+    settings = sample.Sampling(temperature=0.8, top_k=3)
+    cdf, ids = sample.candidates(logits, settings)  # (1, 3) each
+    print("temperature 0.8, top_k 3:", *[repr(tokenizer.decode([i])) for i in ids[0].tolist()])
+    write("their cumulative distribution", cdf)
+    pick = sample.Sampler(settings, prompt, seed=1)
     token = pick(logits)
     print("sampled:", repr(tokenizer.decode(token.tolist())))
 
@@ -167,7 +169,7 @@ def walk_a_prompt(model, tokenizer):
         logits = model(token[:, None], cache=cache)[:, -1]
     print(f"only the new token is read: {tuple(token[:, None].shape)}; {cache.length} positions in the cache")
     show_likeliest(tokenizer, "softmax(logits)", logits)
-    pick = sample.Sampler(sample.Sampling(temperature=0.8, top_k=3), prompt, seed=1)
+    pick = sample.Sampler(settings, prompt, seed=1)
     ids = [token.item() for token in model.generate(torch.tensor([prompt]), 40, pick)]
     print("40 tokens:", repr("the " + tokenizer.decode(ids)))
 
