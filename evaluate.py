@@ -19,6 +19,7 @@ import os
 import shlex
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 
@@ -31,7 +32,7 @@ from runtime import machine
 from runtime.console import UserError, command_line, note, say, warn
 from runtime.files import replace_file
 from runtime.processes import Processes
-from runtime.settings import check_limits, load
+from runtime.settings import check_limits, load, number
 from sample import ModelConfig, read_prompt
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
@@ -45,19 +46,19 @@ class EvaluateConfig(ModelConfig):
     # text
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line
-    megabytes: float = 0.0  # only so much of each text; 0: all
-    block_size: int = 0  # the context, in tokens; 0: that of the model
-    stride: int = 0  # by how many tokens the context moves on; 0: block_size, as in training
-    batch_size: int = 0  # contexts at once; 0: about 4,096 tokens
+    megabytes: Literal["all"] | float = "all"  # only so much of each text
+    block_size: Literal["auto"] | int = "auto"  # the context, in tokens; auto: that of the model
+    stride: Literal["auto"] | int = "auto"  # tokens by which the context moves on; auto: block_size
+    batch_size: Literal["auto"] | int = "auto"  # contexts at once; auto: about 4,096 tokens
     # questions
     tasks: list[str] = field(default_factory=list)  # a,b: names of evaluation/tasks, files, or none; default: all
-    limit: int = 0  # at most so many questions of each; 0: all
+    limit: Literal["all"] | int = "all"  # at most so many questions of each
     shots: int = 0  # examples before each question
     examples: str = ""  # the file of the examples; default: the questions that follow
     cot: bool = False  # chain of thought: ask for the way to a number, and show it in the examples
     chat: bool = False  # ask in the chat format, where a model has one
     votes: int = 1  # write so many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
-    max_new_tokens: int = 0  # the longest answer; 0: 256 for a number, 32 for words; half of the context at most
+    max_new_tokens: Literal["auto"] | int = "auto"  # of an answer; auto: 256 for a number, 32 for words
     # samples
     samples: int = 16  # texts to write and to measure; 0: none
     prompt: str = ""  # what they begin with, or FILE:path; default: the end-of-text token
@@ -69,7 +70,7 @@ class EvaluateConfig(ModelConfig):
     seed: int = 1337
 
 
-LIMITS = {"limit block_size stride batch_size max_new_tokens samples": (0, 1e9), "megabytes": (0, 1e6),
+LIMITS = {"limit block_size stride batch_size max_new_tokens": (1, 1e9), "samples": (0, 1e9), "megabytes": (1e-6, 1e6),
           "shots": (0, 1000), "votes": (1, 1000), "rows": (1, 1024), "seed": (0, 2**62)}
 LONGEST = {"number": 256, "words": 32}  # an answer, in tokens
 
@@ -85,7 +86,7 @@ def read_tasks(settings):
             raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         items = grading.read_task(path)
         pool = grading.read_task(settings.examples) if settings.examples else []
-        asked = items[:settings.limit or None]
+        asked = items[:number(settings.limit, None)]
         examples = [choose_examples(item, pool or items[i:] + items[:i], settings.shots)
                     for i, item in enumerate(asked)]
         tasks[os.path.splitext(name)[0]] = asked, examples
@@ -111,7 +112,7 @@ def read_texts(settings, folders):
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
             note("no run names a text that is here: --data=FILE for bits per byte")
-    return [read_text(source, settings.megabytes, settings.text_field) for source in sources if source != "none"]
+    return [read_text(source, number(settings.megabytes, 0.0), settings.text_field) for source in sources if source != "none"]
 
 
 def requests_for(item, examples, seeds, settings, engine, chat):
@@ -128,7 +129,7 @@ def requests_for(item, examples, seeds, settings, engine, chat):
         return requests, longest > size
 
     ids = grading.prompt_ids(item, examples, tokenizer, settings.cot, chat)
-    new = min(settings.max_new_tokens or LONGEST[item.kind], size // 2)
+    new = min(number(settings.max_new_tokens, LONGEST[item.kind]), size // 2)
     capacity = size - new
     stop = [] if chat else ["\nQuestion:"]  # a text goes on with a question of its own
     temperature = 0.8 if len(seeds) > 1 else 0.0
@@ -241,8 +242,8 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
         if text.name == data_of(about) and text.sha256 != about.get("data_sha256"):
             warn(f"{text.name} has changed since {name} was trained, which may know its validation split")
         with machine.autocast(device, dtype):
-            attempt(row["texts"], text.name, measure_text, model, tokenizer, text, settings.block_size,
-                    settings.stride, settings.batch_size, processes)
+            sizes = [number(size, 0) for size in (settings.block_size, settings.stride, settings.batch_size)]
+            attempt(row["texts"], text.name, measure_text, model, tokenizer, text, *sizes, processes)
         save()
     if not (settings.samples or tasks):
         return

@@ -34,10 +34,10 @@ class GPTConfig:
     vocab_size: int = 50257  # number of distinct tokens
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
-    n_kv_head: int = 0  # heads of keys and values, for groups of query heads; 0: n_head
+    n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, for groups of query heads; auto: n_head
     n_embd: int = 768  # channels of the residual stream
-    head_dim: int = 0  # channels of one head; 0: n_embd / n_head
-    n_inner: int = 0  # channels inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd
+    head_dim: Literal["auto"] | int = "auto"  # channels of one head; auto: n_embd / n_head
+    n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, for swiglu 8/3 n_embd
     # the family
     pos: Literal["learned", "rope"] = "learned"  # a vector per position, or rotated queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: cheaper, as good
@@ -130,7 +130,8 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            y = attend(q, k, v, self.dropout, self.training)  # (B, n_head, T, head_dim)
+            shared = self.n_kv_head != self.n_head
+            y = attend(q, k, v, self.dropout, self.training, shared)  # (B, n_head, T, head_dim)
         else:
             y = cache.attend(self.layer, q, k, v)
         # 3. The heads side by side again, mixed by one more matrix.
@@ -439,19 +440,17 @@ def look_back(q, k, v):
 MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
 
 
-def attend(q, k, v, dropout, training):
-    """Causal attention without a cache: (B, n_head, T, head_dim), like q. k, v: n_kv_head heads.
+def attend(q, k, v, dropout, training, shared):
+    """Causal attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it
-    twice as long.
+    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it twice as long.
     """
     B, n_head, T, _ = q.shape
     if not training:
         dropout = 0.0
     if training and q.device.type == "cpu" and B * n_head * T * T <= MOST_SCORES:
         return attention(q, k, v, dropout)
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=k.size(1) != n_head)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared)
 
 
 def attention(q, k, v, dropout=0.0):
@@ -549,6 +548,7 @@ def chunk_loss(logits, targets):
 
 # An assertion reads "fact; what to type": the two lines of a UserError.
 
+AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
 
 
@@ -557,7 +557,7 @@ def round_up(n, multiple):
 
 
 def resolve(config):
-    """A copy with every 0 that means "derive it" filled in. Asserts that the shape can exist."""
+    """A copy with numbers in place of "auto". Asserts that the shape can exist."""
     # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may be given too.
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
@@ -567,21 +567,23 @@ def resolve(config):
         assert 0 < value < 1e12, f"{name}={value} is out of range: above 0, below 1e12"
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
     # 2. The heads.
-    next_embd = round_up(c.n_embd, c.n_head)
-    assert c.head_dim or next_embd == c.n_embd, (
-        f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={next_embd}")
-    c.head_dim = c.head_dim or c.n_embd // c.n_head
+    if c.head_dim in AUTO:
+        next_embd = round_up(c.n_embd, c.n_head)
+        assert next_embd == c.n_embd, (
+            f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={next_embd}")
+        c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
     for name in ("n_head", "block_size"):  # the tables of rope: 4 GB at most
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
-    c.n_kv_head = c.n_kv_head or c.n_head
+    if c.n_kv_head in AUTO:
+        c.n_kv_head = c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
     # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd.
-    if c.n_inner == 0:
+    if c.n_inner in AUTO:
         c.n_inner = round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd
     return c
 
@@ -589,14 +591,16 @@ def resolve(config):
 def check_field(field, value):
     """Asserts that a value has the type of its field, and is a choice of it or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
+    if field.default == "auto":
+        if value in AUTO:
+            return
+        kind, choices = int, ()
     whole_as_float = kind is float and type(value) is int
     assert type(value) is kind or whole_as_float, f"{name}={value!r} is no {kind.__name__}"
     assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
     if kind is int:
         # A number from a stranger's file must not make PyTorch try to allocate petabytes.
-        least = min(field.default, 1)  # 0 where it means "derive it"
-        assert least <= value <= LARGEST, (
-            f"{name}={value:,} cannot be made here; --{name}={least} to {LARGEST}")
+        assert 1 <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}=1 to {LARGEST}"
 
 
 def outline(config, tensors):

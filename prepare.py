@@ -46,7 +46,7 @@ import dataset as datasets
 import tokenizer as tokenizers
 from runtime.files import locked
 from runtime.console import Progress, UserError, command_line, note, say, origin, public
-from runtime.settings import check_limits, load
+from runtime.settings import check_limits, load, number
 from text.leaks import Characters, characters, overlap
 from text.sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, kind
 
@@ -59,12 +59,12 @@ class PrepareConfig:
     follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
     mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
-    tokenizer: str = "bpe"  # bpe, unigram, char: learned from this text; gpt2, ...; or a folder: a run, data/NAME, ...
-    vocab_size: int = 0  # bpe, unigram: tokens; 0: 4,096, less for under 400 KB of text; 32,000 suit a few GB
+    tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
+    vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, less for under 400 KB; 32,000 suit GBs
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
     val_fraction: float = 0.05  # share of the text that is kept for validation
     min_words: int = 0  # leave out documents with fewer words
-    num_proc: int = 0  # blocks of text that are encoded at the same time; 0: as many as there are processors
+    num_proc: Literal["auto"] | int = "auto"  # blocks of text encoded at once; auto: as many as processors
     inspect: bool = False  # only check a folder that is there: every hash, every id, every count
 
 
@@ -185,14 +185,14 @@ def learn_tokenizer(sources, plan, settings, existing):
     """The tokenizer: one that exists, or learned, from the training split alone (char: from all)."""
     if existing or settings.tokenizer == "char":
         tokenizer = existing or tokenizers.train("char", map(chr, np.flatnonzero(plan.counts)))
-        if settings.vocab_size and settings.vocab_size != tokenizer.vocab_size:
+        if settings.vocab_size not in ("auto", tokenizer.vocab_size):
             note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
         return tokenizer
     # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
-    vocab_size = settings.vocab_size or max(1, min(4096, plan.bytes // 100))
+    vocab_size = number(settings.vocab_size, max(1, min(4096, plan.bytes // 100)))
     texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
     return tokenizers.train(settings.tokenizer, tokenizers.sample(texts, plan.bytes), vocab_size,
-                            settings.character_coverage, enlarge=not settings.vocab_size)
+                            settings.character_coverage, enlarge=settings.vocab_size == "auto")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
 
     Returns the counts of both splits, as meta.json has them, and the names of the documents in val.bin.
     """
-    chat, threads = settings.format == "chat", settings.num_proc or os.cpu_count() or 1
+    chat, threads = settings.format == "chat", number(settings.num_proc, os.cpu_count() or 1)
     counts, validation = dict(train=Counter(), val=Counter()), []
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size if chat else 0)])
     progress = Progress("encoding", plan.bytes)
@@ -304,8 +304,8 @@ def encode_batch(batch, tokenizer, chat):
 
 def prepare(sources, settings):
     """Write data/NAME, and return (data/NAME, what its meta.json says)."""
-    check_limits(settings, {"min_words num_proc": (0, 1 << 30), "val_fraction": (1e-9, 0.999),
-                            "character_coverage": (0.98, 1), "vocab_size": (0, 1_000_000)})
+    check_limits(settings, {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
+                            "character_coverage": (0.98, 1), "vocab_size": (1, 1_000_000)})
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)
     try:

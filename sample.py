@@ -50,7 +50,7 @@ class ModelConfig(RunConfig):
 class Sampling:
     # how tokens are chosen from their logits, and where a text ends
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
-    top_k: int = 50  # only the k likeliest tokens; 0: all
+    top_k: Literal["all"] | int = 50  # only the k likeliest tokens
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
     min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and text get less likely
@@ -82,6 +82,7 @@ RANGES = {
     "max_new_tokens": (1, 10**6),
     "seed": (0, 2**63 - 1),
 }
+ALL = "all", 0  # values of top_k; the server's clients send 0
 MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
 
 
@@ -93,9 +94,10 @@ def candidates(logits, settings):
     top_k, temperature, min_p and top_p apply in this order. The likeliest token always stays.
     """
     V = logits.size(-1)
+    k = V if settings.top_k in ALL else min(settings.top_k, V)
     ids = torch.arange(V).expand_as(logits)
-    if 0 < settings.top_k < V or settings.top_p < 1:  # (to sort a whole vocabulary takes time)
-        logits, ids = logits.topk(min(settings.top_k or V, V))  # the likeliest first
+    if k < V or settings.top_p < 1:  # (to sort a whole vocabulary takes time)
+        logits, ids = logits.topk(k)  # the likeliest first
     logits, ids = logits.cpu(), ids.cpu()
     logits = logits - logits.amax(dim=-1, keepdim=True)  # the best is 0: no overflow
     probs = (logits / settings.temperature).softmax(dim=-1)
@@ -145,7 +147,7 @@ class Sampler:
         # The engine samples the texts of a group together, but whole vocabularies one by one: a row stays in
         # the processor's cache, which halves the time.
         self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
-        if self.changes or not (settings.top_k or is_greedy(settings)):
+        if self.changes or (settings.top_k in ALL and not is_greedy(settings)):
             self.group = id(self)
 
     def change(self, logits):

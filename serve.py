@@ -25,10 +25,11 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from queue import Empty, Full
+from typing import Literal
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
-from runtime.settings import check_limits, load
+from runtime.settings import check_limits, load, number
 from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
@@ -41,7 +42,7 @@ class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
-    block_size: int = 0  # cut the context to so many tokens; 0: the model's own
+    block_size: Literal["auto"] | int = "auto"  # cut the context to so many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request
@@ -56,7 +57,7 @@ class ServeConfig(ModelConfig):
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
-          "max_body": (100, 2**30), "block_size": (0, 1e9), "drain": (0, 1e6),
+          "max_body": (100, 2**30), "block_size": (1, 1e9), "drain": (0, 1e6),
           "header_timeout body_timeout write_timeout request_timeout": (0.1, 1e6)}
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.html")
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
@@ -71,7 +72,8 @@ class Served:
         device, config = str(model.lm_head.weight.device), model.config
         parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
         dtype, _ = machine.choose_dtype(settings.dtype, device)
-        self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, settings.block_size)
+        context = number(settings.block_size, config.block_size)
+        self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, context)
         self.tokenizer, self.chat, self.context = tokenizer, run.get("chat", False), self.engine.context
         self.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         # A text of more bytes does not fit into the context. (4: Unicode's NFC may shorten it.)
@@ -354,8 +356,8 @@ def main(argv):
         signals.append(number)
         server.ended.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, on_signal)
     server.start()
     say(f"http://{settings.host}:{server.port} is open; loading the model")
     while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs

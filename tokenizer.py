@@ -11,15 +11,16 @@ Tokenizers: text becomes ids, and ids become the same text again.
     assert tokenizer.decode(ids) == "def f(x):"
     tokenizer.save("data/mine/tokenizer"); tokenizer = load_from("data/mine")
 
-Three kinds are learned from text:
+Four kinds are learned from text:
 
-char     One id per distinct character: the smallest vocabulary, the longest sequences.
-bpe      Byte-pair encoding (Sennrich 2016, arXiv 1508.07909). Start from single characters; again and
-         again, make a new piece of the most frequent pair.
-unigram  (Kudo 2018, arXiv 1804.10959). Start from many pieces with a probability each; again and again,
-         remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
+char        One id per distinct character: the smallest vocabulary, the longest sequences.
+bpe         Byte-pair encoding (Sennrich 2016, arXiv 1508.07909). Start from single characters; again and
+            again, make a new piece of the most frequent pair.
+unigram     (Kudo 2018, arXiv 1804.10959). Start from many pieces with a probability each; again and again,
+            remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
+simple_bpe  Byte-pair encoding again, in 60 lines to read: `train_bpe` and `encode_bpe` below. Slow.
 
-SentencePiece learns the last two. text/pretrained.py reads the vocabularies of others: GPT-2's, Llama's.
+SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of others: GPT-2's, Llama's.
 
 A token stands for bytes, not for characters: an emoji may take four tokens. So `decode` joins the bytes of
 all tokens before it decodes the UTF-8.
@@ -31,14 +32,17 @@ Special tokens are inserted by id: "<|endoftext|>" in a text stays text. In a ch
 A prompt (`chat`) ends with <|assistant|>. A model learns the answer and its <|end|> (`conversation`).
 """
 import contextlib
+import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import struct
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,7 +62,7 @@ CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
     "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-LEARNED = ("bpe", "unigram", "char")
+LEARNED = ("bpe", "unigram", "char", "simple_bpe")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text
 
 
@@ -119,6 +123,121 @@ class CharTokenizer(Learned):
                             "leave it out, or --tokenizer=bpe, which spells anything")
         return ids
 
+
+# ---------- Byte-pair encoding, slow and clear
+
+# Pairs are merged inside of words only. A word is a run of letters, digits, punctuation or white space; each but the
+# last may begin with one space. Longer words are cut, to bound the time that one takes.
+WORDS = re.compile("| ?".join([" ?[A-Za-z\x80-\U0010ffff]{1,64}", "[0-9]{1,64}", "[!-/:-@\\[-`{-~]{1,64}"])
+                   + "|[^!-~\x80-\U0010ffff]{1,64}")
+SIMPLE_BYTES = 1_000_000  # train_bpe takes about half a minute for so much text
+
+
+def merge(ids, pair, new):
+    """The list with `new` in place of every `pair`: merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]."""
+    merged, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i:i + 2]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def train_bpe(text, n):
+    """Learn n merges {pair of ids: new id}, the most frequent pair first (Sennrich 2016, arXiv 1508.07909).
+
+    The ids 0 to 255 are the bytes; the first merge makes the id 256. For "aaabdaaabac" and n = 3:
+
+        97  97  97  98 100  97  97  97  98  97  99     a a a b d a a a b a c
+        256     97  98 100 256      97  98  97  99     (97, 97) was there 4 times
+        256    257     100 256     257      97  99     (97, 98) was there twice, as (256, 97) was
+        258            100 258              97  99     (256, 257)
+    """
+    # 1. Each word once, as ids, and how often it occurs.
+    often = Counter(word.encode() for word in WORDS.findall(text))
+    words = {word: list(word) for word in often}
+    # 2. How often each pair occurs, and in which words.
+    counts, where = Counter(), defaultdict(set)
+    for word, ids in words.items():
+        for pair in zip(ids, ids[1:]):
+            counts[pair] += often[word]
+            where[pair].add(word)
+    # 3. Merge the most frequent pair, of equals the one with the lowest ids, again and again.
+    merges = {}
+    while counts and len(merges) < n:
+        best = max(counts, key=lambda pair: (counts[pair], -pair[0], -pair[1]))
+        if counts[best] < 2:
+            break  # a token for a pair that occurs once saves nothing
+        merges[best] = 256 + len(merges)
+        # Only words that hold the pair change, and with them the counts of their pairs.
+        for word in where.pop(best):
+            before = words[word]
+            after = words[word] = merge(before, best, merges[best])
+            for pair in zip(before, before[1:]):
+                counts[pair] -= often[word]
+            for pair in zip(after, after[1:]):
+                counts[pair] += often[word]
+                where[pair].add(word)
+        del counts[best]
+    return merges
+
+
+def encode_bpe(word, merges):
+    """The ids of a word: its bytes, joined by the merges in the order in which they were learned.
+
+    With the merges of the example above, encode_bpe(b"aaab", merges) -> [258].
+    """
+    ids = list(word)
+    while len(ids) > 1:
+        first = min(zip(ids, ids[1:]), key=lambda pair: merges.get(pair, math.inf))
+        if first not in merges:
+            break
+        ids = merge(ids, first, merges[first])
+    return ids
+
+
+class SimpleBPETokenizer(Learned):
+    """Byte-pair encoding by the functions above. Its ids: special tokens, bytes, merges in their order."""
+
+    kind = "simple_bpe"
+
+    def __init__(self, merges):
+        self.merges = merges
+        self.files = {"merges.json": json.dumps(list(merges)).encode()}
+        self.special = {name: i for i, name in enumerate(SPECIAL)}
+        tokens = [bytes([byte]) for byte in range(256)]
+        for left, right in merges:
+            tokens.append(tokens[left] + tokens[right])
+        self.bytes = [b""] * len(SPECIAL) + tokens
+        self.vocab_size = len(self.bytes)
+        # Words come again and again; each is encoded once.
+        self.encode_word = functools.lru_cache(1 << 16)(lambda word: encode_bpe(word.encode(), merges))
+
+    def encode_to_numpy(self, text, follows=False):
+        ids = []
+        for word in WORDS.findall(text):
+            ids += self.encode_word(word)
+        return np.array(ids, dtype=np.int32) + len(SPECIAL)
+
+
+def train_simple_bpe(texts, vocab_size, enlarge):
+    text, smallest = "\n".join(texts), len(SPECIAL) + 256
+    size = len(text.encode())
+    if size > SIMPLE_BYTES:
+        raise UserError(f"simple_bpe learns from at most {SIMPLE_BYTES / 1e6:.0f} MB of text, not {size / 1e6:.1f}",
+                        "--tokenizer=bpe, the fast one")
+    if vocab_size <= smallest:
+        if not enlarge:
+            raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens need {smallest}",
+                            f"--vocab_size={smallest + 64} or more")
+        vocab_size = smallest + 64
+    return SimpleBPETokenizer(train_bpe(text, vocab_size - smallest))
+
+
+# ---------- Byte-pair encoding and unigram, by SentencePiece
 
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 # Parts of about 2000 characters, each up to the end of a word, which no piece crosses: SentencePiece encodes
@@ -186,6 +305,8 @@ def train(kind, texts, vocab_size=4096, character_coverage=1.0, enlarge=False):
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind not in LEARNED:
         raise UserError(f"{kind!r} is no tokenizer that can be learned", f"one of {', '.join(LEARNED)}")
+    if kind == "simple_bpe":
+        return train_simple_bpe(texts, vocab_size, enlarge)
     # 1) the pieces
     lines = [line for text in texts for line in LINES.findall(text)]
     model = io.BytesIO()
@@ -274,6 +395,9 @@ def load_ours(folder):
     kind = about["kind"]
     if kind == "char":
         return CharTokenizer("".join(json.loads(read(folder, "vocab.json"))), about["special"])
+    if kind == "simple_bpe":
+        merges = [(int(left), int(right)) for left, right in json.loads(read(folder, "merges.json"))]
+        return SimpleBPETokenizer({pair: 256 + i for i, pair in enumerate(merges)})
     if kind == "tiktoken":
         return pretrained.TiktokenTokenizer({name: read(folder, name) for name in pretrained.ENCODING})
     if kind not in LEARNED:
@@ -340,7 +464,7 @@ class TokenizerConfig:
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned there
     # With what:
     input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
-    tokenizer: str = "bpe"  # --train: bpe, unigram or char; --inspect: gpt2, ..., or a folder with one
+    tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese
     out: str = ""  # --train: the folder to write, by default data/KIND-tokenizer

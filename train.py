@@ -44,7 +44,7 @@ from model import GPT, GPTConfig, PRESETS
 from runtime import machine
 from runtime.console import UserError, command_line, note, say, show, warn
 from runtime.processes import Processes, StopSignal, Stopped
-from runtime.settings import load
+from runtime.settings import load, number
 from training import checkpoint as ckpt
 from training import lora, memory, resume
 from training.log import Log, progress_line
@@ -56,7 +56,7 @@ MAX_SKIPPED = 20  # steps in a row that float16 may overflow, until the scaler h
 @dataclass
 class TrainConfig(GPTConfig):
     preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings win
-    vocab_size: int = 0  # 0: as many as the tokenizer of the data has
+    vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
     batch_size: int = 12  # windows of a micro-batch; less where memory is short
@@ -68,25 +68,25 @@ class TrainConfig(GPTConfig):
     budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes this long
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # steps between validations
-    eval_iters: int = 0  # at most this many batches of the validation split; 0: all of it
+    eval_iters: Literal["all"] | int = "all"  # at most so many batches of the validation split
     eval_only: bool = False  # print the validation loss of the last checkpoint and end
-    save_interval: int = 0  # steps between checkpoints; 0: eval_interval
+    save_interval: Literal["auto"] | int = "auto"  # steps between checkpoints; auto: eval_interval
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
     log_interval: int = 1  # steps between log lines
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models tolerate a higher one
     muon_lr: float = 0.02  # of Muon, at its highest
-    min_lr: float = 6e-5  # where the cosine ends; a tenth of learning_rate, or 0
+    min_lr: float = 6e-5  # where learning_rate ends, a tenth of it or 0; muon_lr ends at the same share
     warmup_iters: int = 100  # steps in which the rate rises from 0
-    lr_decay_iters: int = 0  # step at which the cosine ends; 0: max_iters
+    lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
     decay_lr: bool = True  # false: stay at learning_rate after the warm-up
     weight_decay: float = 0.1  # pull of matrices towards 0
     beta1: float = 0.9  # AdamW: averages the gradient over about 1 / (1 - beta1) steps
     beta2: float = 0.95  # AdamW: and its square over 1 / (1 - beta2)
-    grad_clip: float = 1.0  # a longer gradient is scaled down to this norm; 0: no limit
+    grad_clip: Literal["none"] | float = 1.0  # a longer gradient is scaled down to this norm
     # fine-tuning, which is init_from=RUN and the same loop
-    patience: int = 0  # end after so many validations in a row without a lower loss; 0: never before max_iters
+    patience: Literal["none"] | int = "none"  # end after so many validations without a lower loss
     lora_rank: int = 0  # train corrections of this rank, such as 8, and not the weights (training/lora.py)
     lora_alpha: float = 16.0  # the corrections are multiplied by lora_alpha / lora_rank
     # the machine
@@ -160,23 +160,12 @@ def train(settings, given, ranks, folder):
     chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
-
-    # 4) The model. The order: random weights, those of another run, LoRA's corrections
-    #    beside them, those of the checkpoint.
-    torch.manual_seed(settings.seed)
-    model = resume.build_model(settings)
-    if start:
-        ckpt.load_weights(model, start.pop("model"), settings.init_from)
-    if settings.lora_rank:
-        lora.add(model, settings.lora_rank, settings.lora_alpha)
-    if resumed:
-        ckpt.load_weights(model, resumed.pop("model"), out_dir)
-    model.to(device).train()
+    model = make_model(settings, start, resumed).to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        folder.open(step, needed=10 * size)  # three checkpoints of weights and two averages each, and best.pt
+        folder.open(step, needed=10 * size)  # weights and two averages, three times, and best.pt
 
-    # 5) The run. What `auto` chooses is written into it, and used again when it is resumed.
+    # 4) The run. What `auto` chooses is written into it, and used again when it is resumed.
     if resumed:
         chosen = resumed["chosen"]
     else:
@@ -195,7 +184,6 @@ def train(settings, given, ranks, folder):
     say_plan(run)
     if resumed:
         run.restore(resumed)
-        say(f"resumed {out_dir} after {run.step} of {settings.max_iters} steps")
     # Fine-tuning shows what it has changed: the loss before the first step, and a text.
     if settings.eval_only or (start and not resumed):
         before = run.validate()
@@ -212,41 +200,24 @@ def train(settings, given, ranks, folder):
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 6) The loop. Weights change at the end of train_step and nowhere else: when a signal
-    #    comes, half a step is thrown away, and memory holds exactly the state after `step`
-    #    steps.
+    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal comes,
+    #    half a step is thrown away, and memory holds exactly the state after `step` steps.
     run.stop.listen()
     try:
         if resumed:
             validate_and_log(run)  # a kill may have come between saving a step and validating it
+            choose_max_iters(run)
         while not run.over():
             train_step(run)
             choose_max_iters(run)
             save_if_due(run)  # before validating, where a crash would lose the step
             validate_and_log(run)
-    except datasets.Changed as error:
-        # Somebody has prepared the data anew. What was learned so far is good.
-        if run.step == 0:
-            raise
-        if folder.writes:
-            run.save_all()
-        if not error.alone:
-            ranks.barrier()
-        raise UserError(f"{error.fact}; the run is saved after {run.step} steps",
-                        "bring the old data back, and the same command continues", alone=error.alone) from None
-    except Stopped:
-        # Ctrl-C, or a machine that wants its GPU back.
-        if folder.writes and run.step > 0:
-            run.save_all()
-        ranks.barrier()  # torchrun kills rank 0, which is saving, as soon as another one leaves
-        saved = f"; saved in {out_dir}. The same command continues." if run.step else ""
-        say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
-        return 128 + run.stop.signal
+    except (datasets.Changed, Stopped) as reason:
+        return interrupted(run, reason)
 
-    # 7) The result.
-    if run.wandb:
-        run.wandb.finish()
+    # 6) The result.
     if folder.writes:
+        run.log.close()
         say_result(run)
         say_next(out_dir, data)
     return 0
@@ -270,6 +241,7 @@ class Run:
     stop: StopSignal = field(default_factory=StopSignal)
     # what changes
     step: int = 0  # finished steps
+    max_iters: float = math.inf  # the last step; infinity until --budget has chosen it
     row: dict | None = None  # the last step in numbers: its line in the log
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
@@ -279,13 +251,13 @@ class Run:
     wall_before: float = 0.0  # of the processes before this one
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
     log: Log | None = None  # of rank 0
-    wandb: object = None
 
     def __post_init__(self):
-        settings, world = self.settings, self.ranks.world
+        settings, world, chosen = self.settings, self.ranks.world, self.facts["chosen"]
+        self.max_iters = resume.total_steps(settings.budget, settings.max_iters, chosen)
         self.wrapped = self.model  # or DistributedDataParallel around it
         self.optimizers = make_optimizers(self.model, settings, self.device)
-        self.dtype = getattr(torch, self.facts["chosen"]["dtype"])
+        self.dtype = getattr(torch, chosen["dtype"])
         self.autocast = machine.autocast(self.device, self.dtype)
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
         # In float16, small gradients would round to 0 if the loss were not scaled up.
@@ -297,12 +269,12 @@ class Run:
         self.batch_size = settings.batch_size // cut
         self.micros = settings.gradient_accumulation_steps * cut
         self.mine = range(self.ranks.rank, self.micros, world)  # the micro-batches of this rank
-        self.val_batches = self.data.n_val_batches(
-            settings.block_size, self.batch_size, settings.eval_iters * cut)
+        most = number(settings.eval_iters, 0) * cut  # 0: all
+        self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, most)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
 
     def last(self):
-        return self.step >= self.settings.max_iters
+        return self.step >= self.max_iters
 
     def over(self):
         return self.last() or self.stuck
@@ -344,14 +316,21 @@ class Run:
         with torch.no_grad():
             nats, count = datasets.validation_sums(
                 lambda idx, targets: self.loss(self.model, idx, targets), batch, self.val_batches,
-                self.ranks, before_each=lambda number: self.check_stop())
+                self.ranks, lambda number: self.check_stop())
         self.model.train()
         return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
+
+    def settings_to_write(self):
+        """The settings, with the number of steps that a --budget has chosen."""
+        settings = asdict(self.settings)
+        if self.max_iters < math.inf:
+            settings["max_iters"] = self.max_iters
+        return settings
 
     def header(self):
         """The first line of the log."""
         return dict(versions=self.facts["versions"], chosen=self.facts["chosen"],
-                    settings=asdict(self.settings), data=self.data.meta)
+                    settings=self.settings_to_write(), data=self.data.meta)
 
     def open_log(self, resumed):
         """Begin or continue what is in the folder besides checkpoints."""
@@ -362,20 +341,27 @@ class Run:
         self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
         tokenizers.keep(self.tokenizer, out_dir, self.facts["tokenizer_sha256"])
         if settings.wandb_log:
-            try:
-                import wandb  # optional
-                self.wandb = wandb.init(project=settings.wandb_project,
-                                        name=settings.wandb_run_name, config=asdict(settings))
-            except ImportError:
-                note("wandb is not installed; log.jsonl has the same numbers")
+            self.log.mirror(settings.wandb_project, settings.wandb_run_name, asdict(settings))
 
     def restore(self, resumed):
         """Take over the state of a checkpoint, but for the weights."""
         self.step, self.row = resumed["step"], resumed["row"]
         self.train_seconds = self.row["train_seconds"]
         self.wall_before = self.row["wall_seconds"]
+        self.times = [self.train_seconds / self.step]
+        say(f"resumed {self.settings.out_dir} after {self.step} of {self.max_iters} steps")
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         resume.load_optimizers(optimizers, self.scaler, resumed, self.settings.out_dir)
+
+    def record(self, loss, norm, lr, seconds):
+        """The step that was just made, as a row of the log."""
+        self.train_seconds += seconds
+        self.times = self.times[-9:] + [seconds]
+        self.row = dict(
+            step=self.step, tokens=self.step * self.step_tokens, epoch=self.epochs(self.step),
+            train_seconds=self.train_seconds, wall_seconds=self.wall_seconds(), loss=loss, lr=lr,
+            grad_norm=-1.0 if self.skipped else norm,  # JSON has no infinity
+            tokens_per_second=self.step_tokens / seconds, memory=machine.peak_memory(self.device))
 
     def save_all(self, must=True):
         """Save what a resume needs."""
@@ -389,7 +375,7 @@ class Run:
     def save(self, name, must, **state):
         """Save the weights and `state`. Returns whether it went well; must: or else it is an error."""
         state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model),
-                      settings=asdict(self.settings))
+                      settings=self.settings_to_write())
         try:
             ckpt.save_checkpoint(os.path.join(self.settings.out_dir, name), state)
         except UserError as error:
@@ -401,43 +387,24 @@ class Run:
 
 
 def train_step(run):
-    """The gradient of all micro-batches, and a move of the weights against it."""
-    settings, ranks, scaler = run.settings, run.ranks, run.scaler
+    """The gradient of a batch, and a move of the weights against it."""
+    settings, scaler = run.settings, run.scaler
     started = time.perf_counter()
 
-    # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
-    batches = [run.batch(run.step, micro) for micro in run.mine]
-    counts = [int((targets >= 0).sum()) for _, targets in batches]
-    total = ranks.all_reduce_sum([sum(counts)])[0]
-    mean_count = max(1, total) / ranks.world  # backward averages over the ranks
-
-    # 2) The gradient. backward() adds to what the micro-batches before have left in p.grad.
-    #    A sum over micro-batches is what one large batch would give, and takes the memory
-    #    of a small one.
-    loss = 0.0
-    for micro, count, (idx, targets) in zip(run.mine, counts, batches):
-        run.check_stop()
-        torch.manual_seed(datasets.fold("dropout", settings.seed, run.step, micro))  # the same masks after a resume
-        # Ranks exchange gradients once, with the last micro-batch.
-        with ranks.no_sync(run.wrapped, unless=micro == run.mine[-1]):
-            part = run.loss(run.wrapped, idx, targets) * (count / mean_count)
-            scaler.scale(part).backward()
-        loss += part.item()
-    loss = ranks.all_reduce_sum([loss])[0] / ranks.world
-    # A rare batch with a huge gradient would throw the weights away: a longer one is scaled down.
+    # 1) The gradient. A rare batch with a huge one would throw the weights away: it is scaled down.
+    loss = accumulate_gradient(run)
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
-    most = settings.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), most).item()
+    longest = number(settings.grad_clip, math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), longest).item()
 
-    # 3) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no
-    #    weight moves.
+    # 2) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
         raise resume.not_finite(run, loss, norm)
 
-    # 4) The weights move. All optimizers follow one schedule, each with its own peak.
-    factor = learning_rate_factor(run.step, settings)
+    # 3) The weights move. All optimizers follow one schedule, each with its own peak.
+    factor = learning_rate_factor(run.step, settings, run.max_iters)
     for optimizer, peak_rate in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = peak_rate * factor
@@ -447,19 +414,37 @@ def train_step(run):
     scaler.update()
     run.step += 1
 
-    # 5) The step in numbers.
-    seconds = time.perf_counter() - started
-    run.train_seconds += seconds
-    run.times = run.times[-9:] + [seconds]
-    run.row = dict(
-        step=run.step, tokens=run.step * run.step_tokens, epoch=run.epochs(run.step),
-        train_seconds=run.train_seconds, wall_seconds=run.wall_seconds(), loss=loss,
-        lr=settings.learning_rate * factor,
-        grad_norm=-1.0 if run.skipped else norm,  # JSON has no infinity
-        tokens_per_second=run.step_tokens / seconds, memory=machine.peak_memory(run.device))
+    # 4) The step in numbers.
+    run.record(loss, norm, settings.learning_rate * factor, time.perf_counter() - started)
 
 
-def learning_rate_factor(step, settings):
+def accumulate_gradient(run):
+    """Add up the gradients of all micro-batches, in p.grad. Returns the loss of the step.
+
+    A sum over micro-batches is what one large batch would give, and takes the memory of a small one.
+    """
+    # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
+    ranks = run.ranks
+    batches = [run.batch(run.step, micro) for micro in run.mine]
+    counts = [int((targets >= 0).sum()) for _, targets in batches]
+    total = ranks.all_reduce_sum([sum(counts)])[0]
+    mean_count = max(1, total) / ranks.world  # backward averages over the ranks
+
+    # 2) Forward and backward.
+    loss = 0.0
+    for micro, count, (idx, targets) in zip(run.mine, counts, batches):
+        run.check_stop()
+        # The same dropout masks after a resume.
+        torch.manual_seed(datasets.fold("dropout", run.settings.seed, run.step, micro))
+        # Ranks exchange gradients once, with the last micro-batch.
+        with ranks.no_sync(run.wrapped, unless=micro == run.mine[-1]):
+            part = run.loss(run.wrapped, idx, targets) * (count / mean_count)
+            run.scaler.scale(part).backward()
+        loss += part.item()
+    return ranks.all_reduce_sum([loss])[0] / ranks.world
+
+
+def learning_rate_factor(step, settings, max_iters):
     """The share of the peak learning rate: up in a line, down in half a cosine, then level."""
     # 1) Up: the first gradients of random weights are wild.
     if step < settings.warmup_iters:
@@ -468,7 +453,7 @@ def learning_rate_factor(step, settings):
         return 1.0
     # 2) Down: smaller and smaller steps settle into a minimum (arXiv 1608.03983).
     lowest = settings.min_lr / settings.learning_rate
-    end = settings.lr_decay_iters or settings.max_iters
+    end = number(settings.lr_decay_iters, max_iters)
     if step >= end:
         return lowest
     progress = (step - settings.warmup_iters) / (end - settings.warmup_iters)  # from 0 to 1
@@ -481,7 +466,7 @@ def choose_max_iters(run):
     That is in the warm-up, where the learning rate does not depend on max_iters.
     """
     settings, chosen = run.settings, run.facts["chosen"]
-    if not settings.budget or "max_iters" in chosen or run.step < max(1, min(10, settings.warmup_iters)):
+    if run.max_iters < math.inf or run.step < max(1, min(10, settings.warmup_iters)):
         return
     # 1) The time: without the last validation, of which a batch costs a third of a step's
     #    (no backward pass).
@@ -494,18 +479,19 @@ def choose_max_iters(run):
                         "a longer --budget, or a smaller model")
     # 2) The steps, each with its share of the validations.
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
-    settings.max_iters = chosen["max_iters"] = run.step + steps
+    run.max_iters = run.step + steps
+    chosen["max_iters"] = run.max_iters
     if run.log:
         run.log.rewrite(run.header())
-    say(f"budget: enough for {run.epochs(settings.max_iters):.1f} epochs; the same run without the clock: "
-        f"--max_iters={settings.max_iters} --compile={str(chosen['compile']).lower()}")
+    say(f"budget: enough for {run.epochs(run.max_iters):.1f} epochs; the same run without the clock: "
+        f"--max_iters={run.max_iters} --compile={str(chosen['compile']).lower()}")
 
 
 def save_if_due(run):
     """Save if it is time, or if a validation is next."""
     settings = run.settings
     # 1) When.
-    saves = run.last() or run.step % (settings.save_interval or settings.eval_interval) == 0
+    saves = run.last() or run.step % number(settings.save_interval, settings.eval_interval) == 0
     # 2) Is what was learned from still what is in the files?
     if saves or run.validates():
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
@@ -535,9 +521,7 @@ def validate_and_log(run):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
         share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, at 1 token/s
-        say(progress_line(row, settings.max_iters, share))
-        if run.wandb:
-            run.wandb.log(row, step=run.step)
+        say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
         say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
@@ -545,8 +529,40 @@ def validate_and_log(run):
             run.save_all()
 
 
+def interrupted(run, reason):
+    """Save what was learned so far. Returns the exit code of a signal; raises UserError for changed data."""
+    if run.folder.writes and run.step > 0:
+        run.save_all()
+    # A signal: Ctrl-C, or a machine that is wanted for something else.
+    if isinstance(reason, Stopped):
+        run.ranks.barrier()  # torchrun kills rank 0, which is saving, as soon as another one leaves
+        saved = f"; saved in {run.settings.out_dir}. The same command continues." if run.step else ""
+        say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
+        return 128 + run.stop.signal
+    # Somebody has prepared the data anew.
+    if run.step == 0:
+        raise reason
+    if not reason.alone:
+        run.ranks.barrier()
+    raise UserError(f"{reason.fact}; the run is saved after {run.step} steps",
+                    "bring the old data back, and the same command continues", alone=reason.alone) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
+
+
+def make_model(settings, start, resumed):
+    """The GPT with its weights: random ones, those of another run, LoRA's corrections, those of a checkpoint."""
+    torch.manual_seed(settings.seed)
+    model = resume.build_model(settings)
+    if start:
+        ckpt.load_weights(model, start.pop("model"), settings.init_from)
+    if settings.lora_rank:
+        lora.add(model, settings.lora_rank, settings.lora_alpha)
+    if resumed:
+        ckpt.load_weights(model, resumed.pop("model"), settings.out_dir)
+    return model
 
 
 def prepare_stdlib():
@@ -599,7 +615,7 @@ def make_optimizers(model, settings, device):
 def is_worth_compiling(run):
     """Compiling takes half a minute, and then steps take a quarter less: it pays after two minutes."""
     # Uncompiled code reaches about 45% of the peak.
-    flops = run.settings.max_iters * run.step_tokens * run.model.flops_per_token()
+    flops = run.max_iters * run.step_tokens * run.model.flops_per_token()
     seconds = flops / (0.45 * run.peak * run.ranks.world)
     if run.settings.budget:
         seconds = resume.seconds_of(run.settings.budget)
@@ -621,7 +637,7 @@ def say_plan(run):
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.mine)} for each of {world} processes" if world > 1 else ""
-    length = settings.budget or f"{settings.max_iters:,} steps = {run.epochs(settings.max_iters):.1f} epochs"
+    length = settings.budget or f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
         f"{shared}; {length}")
     memory.say_memory(run)

@@ -86,7 +86,7 @@ def walk_a_batch(data, tokenizer):
     optimizers = train.make_optimizers(model, settings, "cpu")
     watched = model.transformer.h[0].attn.c_attn.weight
     for step in range(STEPS):
-        factor = train.learning_rate_factor(step, settings)
+        factor = train.learning_rate_factor(step, settings, STEPS)
         for optimizer, peak_rate in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * factor

@@ -9,7 +9,7 @@ init_from = "out/small"
 dataset = "stdlib-chat"
 out_dir = "out/stdlib-chat"
 
-# 16 windows x 256 tokens = 4,096 tokens per update, of which about a half is learned
+# 16 windows x 256 tokens = 4,096 tokens per step, of which about a half is learned
 batch_size = 16
 max_iters = 300
 

@@ -11,7 +11,7 @@ out_dir = "out/lora"
 lora_rank = 8
 lora_alpha = 16.0
 
-# 4 windows x 512 tokens = 2,048 tokens per update
+# 4 windows x 512 tokens = 2,048 tokens per step
 batch_size = 4
 block_size = 512
 max_iters = 100

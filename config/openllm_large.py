@@ -9,12 +9,12 @@
 preset = "openllm-large"
 out_dir = "out/openllm-large"
 
-# 4 windows x 2,048 tokens x 64 micro-batches = 524,288 tokens per update
+# 4 windows x 2,048 tokens x 64 micro-batches = 524,288 tokens per step
 batch_size = 4
 gradient_accumulation_steps = 64
 
 # A model is well used with about 20 tokens per parameter (Hoffmann 2022, arXiv 2203.15556):
-# 20 x 337 million = 6.7 billion tokens; 12,900 updates x 524,288 = 6.8 billion
+# 20 x 337 million = 6.7 billion tokens; 12,900 steps x 524,288 = 6.8 billion
 max_iters = 12900
 warmup_iters = 645
 learning_rate = 3e-4

@@ -9,12 +9,12 @@
 preset = "openllm-medium"
 out_dir = "out/openllm-medium"
 
-# 8 windows x 2,048 tokens x 32 micro-batches = 524,288 tokens per update
+# 8 windows x 2,048 tokens x 32 micro-batches = 524,288 tokens per step
 batch_size = 8
 gradient_accumulation_steps = 32
 
 # A model is well used with about 20 tokens per parameter (Hoffmann 2022, arXiv 2203.15556):
-# 20 x 111 million = 2.2 billion tokens; 4,200 updates x 524,288 = 2.2 billion
+# 20 x 111 million = 2.2 billion tokens; 4,200 steps x 524,288 = 2.2 billion
 max_iters = 4200
 warmup_iters = 210
 learning_rate = 4e-4

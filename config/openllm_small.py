@@ -9,12 +9,12 @@
 preset = "openllm-small"
 out_dir = "out/openllm-small"
 
-# 16 windows x 1,024 tokens x 8 micro-batches = 131,072 tokens per update
+# 16 windows x 1,024 tokens x 8 micro-batches = 131,072 tokens per step
 batch_size = 16
 gradient_accumulation_steps = 8
 
 # A model is well used with about 20 tokens per parameter (Hoffmann 2022, arXiv 2203.15556):
-# 20 x 35.8 million = 0.7 billion tokens; 5,500 updates x 131,072 = 0.7 billion
+# 20 x 35.8 million = 0.7 billion tokens; 5,500 steps x 131,072 = 0.7 billion
 max_iters = 5500
 warmup_iters = 275
 learning_rate = 6e-4

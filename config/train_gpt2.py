@@ -14,11 +14,11 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-# 12 windows x 1024 tokens x 40 micro-batches = 491,520 tokens per update, about as many as GPT-2 was trained with
+# 12 windows x 1024 tokens x 40 micro-batches = 491,520 tokens per step, about as many as GPT-2 was trained with
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 
-# 600,000 updates x 491,520 tokens = 295 billion tokens
+# 600,000 steps x 491,520 tokens = 295 billion tokens
 max_iters = 600_000
 warmup_iters = 2000
 learning_rate = 6e-4

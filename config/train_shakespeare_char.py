@@ -19,7 +19,7 @@ n_embd = 128
 n_inner = 320
 block_size = 64
 
-# 32 windows x 64 characters = 2,048 characters per update; 500 updates would read the text once
+# 32 windows x 64 characters = 2,048 characters per step; 500 steps would read the text once
 batch_size = 32
 max_iters = 150
 

@@ -20,7 +20,7 @@ n_embd = 256
 block_size = 256
 tie_weights = False
 
-# 12 windows x 256 tokens = 3,072 tokens per update; 1,000 updates read 3.1 million tokens, the text 1.6 times
+# 12 windows x 256 tokens = 3,072 tokens per step; 1,000 steps read 3.1 million tokens, the text 1.6 times
 batch_size = 12
 max_iters = 1000
 

@@ -18,6 +18,7 @@ from text.pretrained import byte_alphabet
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
 GRAPHS = "--format=onnx, pt2 or torchscript"
 FUSE = dict(type="Fuse")
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
 BYTES_AND_TEXT = dict(type="Sequence", decoders=[dict(type="ByteFallback"), FUSE])
 
 
@@ -32,7 +33,8 @@ def tokenizer_files(tokenizer, context, chat=False):
         for name in [name for name in settings if name.endswith(("_file", "_or_path"))]:
             del settings[name]  # a path of somebody's machine
     else:
-        kinds = {"char": char_model, "bpe": bpe_model, "unigram": unigram_model, "tiktoken": byte_model}
+        kinds = {"char": char_model, "bpe": bpe_model, "unigram": unigram_model, "simple_bpe": simple_bpe_model,
+                 "tiktoken": byte_model}
         about = dict(version="1.0", added_tokens=added_tokens(tokenizer), **kinds[tokenizer.kind](tokenizer))
         files = {"tokenizer.json": json.dumps(about, ensure_ascii=False).encode()}
         if chat:
@@ -78,6 +80,16 @@ def bpe_model(tokenizer):
     return dict(model=model, decoder=BYTES_AND_TEXT)
 
 
+def simple_bpe_model(tokenizer):
+    """Our own byte-pair encoding: bytes are written as visible characters, as in byte_model."""
+    visible = {byte: character for character, byte in byte_alphabet().items()}
+    shown = ["".join(visible[byte] for byte in token) for token in tokenizer.bytes[len(tokenizer.special):]]
+    vocabulary = {token: i for i, token in enumerate(shown, len(tokenizer.special))} | tokenizer.special
+    merges = [(shown[left], shown[right]) for left, right in tokenizer.merges]
+    words = dict(type="Sequence", pretokenizers=[split(tokenizers.WORDS.pattern), BYTE_LEVEL])
+    return dict(model=dict(type="BPE", vocab=vocabulary, merges=merges), pre_tokenizer=words, decoder=BYTE_LEVEL)
+
+
 def unigram_model(tokenizer):
     """SentencePiece's unigram model: the same scores, and the likeliest way to cut the text."""
     pieces, scores = pieces_and_scores(tokenizer)
@@ -109,15 +121,14 @@ def byte_model(tokenizer):
     # 1) the words: in the library's dialect, {1,3}+ would repeat, and $ is the end of every line
     regex = re.sub(r"([+*?}])\+", r"\1", tokenizer.pattern)  # (a possessive "+" only saves time)
     regex = regex.replace("$", r"\z")
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    words = dict(type="Sequence", pretokenizers=[split(regex), byte_level])
+    words = dict(type="Sequence", pretokenizers=[split(regex), BYTE_LEVEL])
 
     # 2) the tokens: a word that is a token as a whole needs no merges
     order = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     merges = [(shown[left], shown[right]) for left, right in merges_of(order)]
     vocabulary = {shown[token]: rank for token, rank in tokenizer.ranks.items()} | tokenizer.special
     model = dict(type="BPE", vocab=vocabulary, merges=merges, ignore_merges=True)
-    return dict(model=model, pre_tokenizer=words, decoder=byte_level)
+    return dict(model=model, pre_tokenizer=words, decoder=BYTE_LEVEL)
 
 
 def merges_of(order):

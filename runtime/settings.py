@@ -29,13 +29,13 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def load(cls, argv, presets=None, files=False):
-    """(an instance of the dataclass `cls`, the names that were given, the bare arguments) of a command line.
+    """(an instance of the dataclass `cls`, {name: what gave it}, the bare arguments) of a command line.
 
-    presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
+    What gave a setting is a config file, a preset or `--name`. presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
     files: bare arguments are config files.
     """
     kinds = typing.get_type_hints(cls)
-    given, bare, argv = {}, [], list(argv)
+    given, source, bare, argv = {}, {}, [], list(argv)
     while argv:
         argument = argv.pop(0)
         if argument in ("--help", "-h"):
@@ -46,8 +46,11 @@ def load(cls, argv, presets=None, files=False):
             if kinds[name] == list[str]:
                 value = given.get(name, []) + value
             given[name] = value
+            source[name] = f"--{name}"
         elif files:
-            given.update(read_config(argument, kinds))
+            assigned = read_config(argument, kinds)
+            given.update(assigned)
+            source.update(dict.fromkeys(assigned, argument))
         else:
             bare.append(argument)
     preset = given.get("preset")
@@ -55,7 +58,8 @@ def load(cls, argv, presets=None, files=False):
         if preset not in presets:
             raise UserError(f"there is no preset {preset!r}", f"one of {', '.join(presets)}")
         given = presets[preset] | given
-    return cls(**given), set(given), bare
+        source = dict.fromkeys(presets[preset], preset) | source
+    return cls(**given), source, bare
 
 
 def read_flag(argument, following, kinds):
@@ -108,11 +112,11 @@ def known(name, kinds, where):
 
 
 def check_limits(settings, limits):
-    """Raises UserError for a number out of range. limits: {"name name": (smallest, largest)}; None passes."""
+    """Raises UserError for a number out of range. limits: {"name name": (smallest, largest)}; words pass."""
     for names, (smallest, largest) in limits.items():
         for name in names.split():
             value = getattr(settings, name)
-            if value is not None and not smallest <= value <= largest:
+            if isinstance(value, (int, float)) and not smallest <= value <= largest:
                 default = type(settings).__dataclass_fields__[name].default
                 raise UserError(f"{name}={value} is out of range: {smallest:g} to {largest:g}",
                                 f"--{name}={default}, the default")
@@ -145,6 +149,8 @@ def convert(value, kind):
         number = float(value)
         if kind(number) == number:  # (NaN is not)
             return kind(number)
+    if word in ("0", "0.0") and word_for_zero(kind):
+        return word_for_zero(kind)
     for option in typing.get_args(kind):  # the words of a Literal, or the types of a union
         if option == value:
             return value
@@ -152,6 +158,25 @@ def convert(value, kind):
             with contextlib.suppress(ValueError, TypeError, OverflowError):
                 return convert(value, option)
     raise ValueError(value)
+
+
+def word_for_zero(kind):
+    """The word of a type like Literal["auto"] | int, for which nanoGPT writes 0; None of other types."""
+    options = typing.get_args(kind)
+    if len(options) == 2 and options[1] in (int, float):
+        return typing.get_args(options[0])[0]
+    return None
+
+
+def with_words(cls, values):
+    """{name: value} of an older version or of nanoGPT, with words in place of zeros."""
+    kinds = typing.get_type_hints(cls)
+    return {name: (value == 0 and word_for_zero(kinds.get(name))) or value for name, value in values.items()}
+
+
+def number(setting, otherwise):
+    """The value of a setting that is a number or a word (auto, all, none); `otherwise` for the word."""
+    return otherwise if isinstance(setting, str) else setting
 
 
 def describe(kind):

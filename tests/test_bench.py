@@ -51,9 +51,9 @@ def test_doctor_notices(here, capsys, monkeypatch, fault, line):
 
 def test_the_names_of_benches(capsys):
     assert bench.main([]) == 0
-    assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().out, re.M)) == 8  # what each is for
+    assert len(re.findall(r"^python -m bench \w+ +\w.*\?", capsys.readouterr().out, re.M)) == 9  # what each is for
     fact, fix = error(bench.main, "x")
-    assert "no bench 'x'" in fact and "one of: doctor, parity, loss" in fix
+    assert "no bench 'x'" in fact and "one of: doctor, walkthrough, parity" in fix
 
 
 def test_a_bench_knows_its_own_settings_only(capsys):

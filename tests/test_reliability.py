@@ -321,7 +321,7 @@ def test_a_checkpoint_of_another_run_is_refused(lab):  # row 13
     assert lab.start("--max_iters=5").wait() == 0
     for argv, both in ((["--n_embd=32"], ("n_embd=64", "n_embd=32")),
                        (["--batch_size=3"], ("batch_size=4", "batch_size=3")),
-                       (["--learning_rate=1"], ("learning_rate=0.01", "learning_rate=1.0")),
+                       (["--weight_decay=1"], ("weight_decay=0.1", "weight_decay=1.0")),
                        (["--init_from=scratch"], ("init_from=scratch", "ckpt_00000005.pt"))):
         assert lab.start(*argv).wait() == 2
         assert all(value in said(lab.path) for value in both)

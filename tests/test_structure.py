@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "evaluate": "runtime model tokenizer dataset training.checkpoint formats sample serving.engine evaluation",
     "serve": "runtime training.checkpoint training.log sample serving",
     "export": "runtime model tokenizer dataset text training.checkpoint sample evaluation.perplexity formats",
-    "bench": "runtime model dataset training formats sample serving train serve bench",
+    "bench": "runtime model dataset training formats sample serving train prepare serve bench",
 }
 # And what it imports inside a function, because it is optional or rarely needed.
 LATE = {

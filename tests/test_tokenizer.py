@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Tokenizers: nothing is lost, nothing is forged, and a small text is no trouble."""
+import ast
+import json
 import os
+import pathlib
 import random
 import re
 
 import pytest
 from conftest import byte_encoding, check_conversation, error, nasty, turns, words
 
+from formats import tokenizer_json
 from text import pretrained
 import tokenizer as tokenizers
 from tokenizer import END_OF_TEXT, SPECIAL
@@ -23,7 +27,7 @@ def bpe():
     return tokenizers.train("bpe", [words(20_000), "\tx\r\n  y caf\u00e9 \u4e2d\n" * 20], 400)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "simple_bpe"])
 def test_ten_thousand_nasty_strings_come_back(kind):
     strings = list(nasty(10_000))
     tokenizer = tokenizers.train(kind, [words(20_000), *(strings if kind == "char" else strings[:500])],
@@ -99,7 +103,7 @@ def test_any_ids_can_be_decoded(bpe):
         bpe.decode([rng.randrange(bpe.vocab_size + 50) for _ in range(20)])  # half characters and padding: never raises
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "simple_bpe"])
 def test_specials_exist_and_everything_survives_the_disk(kind, tmp_path, bpe):
     tokenizer = bpe if kind == "bpe" else tokenizers.train(kind, ["hello\tworld\r\n \u4e2d\U0001f600"] * 9, 300)
     assert list(tokenizer.special) == list(SPECIAL) and len(set(tokenizer.special.values())) == 5
@@ -118,6 +122,50 @@ def test_char():
     assert tokenizer.decode([7, tokenizer.special[END_OF_TEXT], 6]) == "ba"
     fact, _ = error(lambda _: tokenizer.encode("ban?"))
     assert "'?'" in fact and "U+003F" in fact and "the 4 " in fact
+
+
+def test_byte_pair_encoding_of_the_textbook():
+    merges = tokenizers.train_bpe("aaabdaaabac", 3)
+    assert merges == {(97, 97): 256, (97, 98): 257, (256, 257): 258}
+    assert tokenizers.encode_bpe(b"aaabdaaabac", merges) == [258, 100, 258, 97, 99]
+    assert tokenizers.encode_bpe(b"aaab", merges) == [258] and tokenizers.encode_bpe(b"", merges) == []
+    assert tokenizers.train_bpe("abcd", 9) == {}  # no pair comes twice
+
+
+def test_byte_pair_encoding_is_that_of_the_library_tokenizers():
+    library = pytest.importorskip("tokenizers")
+    text = "".join(pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (ast, json, random, re))
+    n = 200  # few enough that hardly any two pairs are equally frequent
+    merges = tokenizers.train_bpe(text, n)
+    assert all(new == 256 + i for i, new in enumerate(merges.values())) and len(merges) == n
+    # 1. The same pairs are learned, in nearly the same order: the library breaks ties otherwise.
+    theirs = library.Tokenizer(library.models.BPE())
+    theirs.pre_tokenizer = library.pre_tokenizers.Sequence([
+        library.pre_tokenizers.Split(library.Regex(tokenizers.WORDS.pattern), "isolated"),
+        library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=256 + n, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator([text], trainer)
+    byte_of = pretrained.byte_alphabet()
+    learned = {bytes(byte_of[c] for c in token) for token in theirs.get_vocab() if len(token) > 1}
+    ours = {token for token in tokenizers.SimpleBPETokenizer(merges).bytes if len(token) > 1}
+    assert len(ours - learned) <= 2
+    # 2. With the same merges, the same ids, of any text.
+    tokenizer = tokenizers.SimpleBPETokenizer(merges)
+    files = tokenizer_json.tokenizer_files(tokenizer, 1024)
+    theirs = library.Tokenizer.from_str(files["tokenizer.json"].decode())
+    theirs.encode_special_tokens = True  # the names of special tokens in a text stay text
+    for sample in (text, *NASTY, *nasty(500)):
+        ids = tokenizer.encode(sample)
+        assert theirs.encode(sample).ids == ids and tokenizer.decode(ids) == sample
+
+
+def test_simple_bpe_says_its_limits():
+    fact, fix = error(lambda _: tokenizers.train("simple_bpe", ["ab " * 400_000], 300))
+    assert "at most 1 MB of text, not 1.2" in fact and "--tokenizer=bpe" in fix
+    fact, fix = error(lambda _: tokenizers.train("simple_bpe", ["ab ab"], 261))
+    assert "vocab_size=261 is too small" in fact and "--vocab_size=325" in fix
+    assert tokenizers.train("simple_bpe", ["ab ab ab"], 100, enlarge=True).vocab_size == 263
 
 
 def test_smallest_vocabulary_is_named_and_works():
@@ -182,7 +230,7 @@ def text(here):
     (here / "a.txt").write_text(words(20_000) + "caf\u00e9\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "simple_bpe"])
 def test_train_then_inspect(here, text, kind, capsys):
     tokenizers.main(["--train", "--input=a.txt", f"--tokenizer={kind}", "--vocab_size=320", "--out=t"])
     said = capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import time
 import xml.etree.ElementTree
 
 import pytest
@@ -394,13 +395,44 @@ def test_a_run_is_not_mixed_with_another(data):
     assert "ckpt_00000010.pt" in error(lambda argv: run(*argv), "--init_from=scratch")[0]
     assert "init_from=auto, not init_from=elsewhere" in error(lambda argv: run(*argv), "--init_from=elsewhere")[0]
     for argument, both in (("--n_embd=64", ["n_embd=32", "n_embd=64"]), ("--seed=3", ["seed=1337", "seed=3"]),
-                           ("--learning_rate=0.5", ["learning_rate=0.01", "learning_rate=0.5"]),
+                           ("--beta1=0.5", ["beta1=0.9", "beta1=0.5"]),
                            ("--max_iters=5", ["max_iters=5", "10 steps"])):
         fact, fix = error(lambda argv: run(*argv), argument)
         assert all(value in fact for value in both), fact
     (data / "words.txt").write_text(words(8000, seed=1))
     prepare.main(["words.txt", "--tokenizer=char"])
     assert "data=" in error(lambda argv: run(*argv), "--max_iters=20")[0]
+
+
+def test_a_learning_rate_given_by_hand_may_change(data, capsys):
+    run("--max_iters=5", "--decay_lr=false", "--warmup_iters=2")
+    capsys.readouterr()
+    run("--max_iters=7", "--decay_lr=false", "--warmup_iters=2", "--learning_rate=1e-3")
+    assert "note: from step 5 on learning_rate=0.001; before, it was 0.01" in capsys.readouterr().err
+    assert [row["lr"] for row in log("out/words")[1]][-4:] == [0.01, 0.01, 0.001, 0.001]
+    # What stands in a config file is not by hand: it belongs to another run.
+    (data / "other.py").write_text("learning_rate = 0.5\n")
+    by_file = [argument for argument in TINY if "learning_rate" not in argument]
+    fact, _ = error(train.main, "other.py", "--dataset=words", *by_file, "--decay_lr=false", "--warmup_iters=2")
+    assert "learning_rate=0.001" in fact and "learning_rate=0.5" in fact
+
+
+def test_where_the_learning_rate_ends_is_said(data, capsys):
+    run("--max_iters=5")
+    run("--max_iters=9")
+    assert "the learning rate now reaches its end at step 9, not at 5" in capsys.readouterr().err
+
+
+def test_settings_stay_as_they_were_given(data, monkeypatch):
+    """What is worked out while training is never written into the settings."""
+    before = []
+    real = train.Run.__post_init__
+    monkeypatch.setattr(train.Run, "__post_init__", lambda run: (real(run), before.append((run, train.asdict(run.settings)))))
+    monkeypatch.setattr(train, "PROCESS_START", time.monotonic())
+    run("--max_iters=12", "--budget=8s", "--warmup_iters=2", "--eval_interval=1000", "--compile=false")
+    [(done, settings)] = before
+    assert train.asdict(done.settings) == settings and done.max_iters != settings["max_iters"] == 12
+    assert log("out/words")[0]["settings"]["max_iters"] == done.max_iters == log("out/words")[1][-1]["step"]
 
 
 def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-only
 """docs/walkthrough.md shows what `python -m bench walkthrough` prints."""
 import pathlib
 import re

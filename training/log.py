@@ -12,7 +12,7 @@ import json
 import math
 import os
 
-from runtime.console import UserError, warn
+from runtime.console import UserError, note, warn
 from runtime.files import open_file, replace_file
 
 
@@ -21,6 +21,7 @@ class Log:
 
     def __init__(self, path, header, before=0):
         self.path, self.picture = path, os.path.join(os.path.dirname(path), "loss.svg")
+        self.wandb = None  # a run of Weights & Biases, which gets the same rows
         self.rewrite(header, before)
 
     def rewrite(self, header, before=math.inf):
@@ -43,9 +44,23 @@ class Log:
     def add(self, row):
         self.curve.append((row["step"], row["loss"], row.get("val_loss")))
 
+    def mirror(self, project, name, settings):
+        """Send every row to Weights & Biases too, if its package is installed."""
+        try:
+            import wandb
+            self.wandb = wandb.init(project=project, name=name, config=settings)
+        except ImportError:
+            note("wandb is not installed; log.jsonl has the same numbers")
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
     def write(self, row):
         """Add a row. Where the disk is full, it waits in the buffer of the file, which holds a megabyte."""
         self.add(row)
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
         try:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
@@ -82,12 +97,15 @@ def progress_line(row, max_iters, peak_share):
     step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left
     """
     speed = row["tokens_per_second"]
-    minutes, seconds = divmod((max_iters - row["step"]) * row["train_seconds"] / row["step"], 60)
-    parts = [f"step {row['step']}/{max_iters}", f"loss {row['loss']:.3f}"]
+    end = f"/{max_iters}" if max_iters < math.inf else ""  # a --budget chooses it after some steps
+    parts = [f"step {row['step']}{end}", f"loss {row['loss']:.3f}"]
     if "val_loss" in row:
         parts.append(f"validation {row['val_loss']:.4f} = {row['val_bpb']:.4f} bits per byte")
     parts += [f"lr {row['lr']:.2g}", f"norm {row['grad_norm']:.2f}"]
-    parts += [f"{speed:,.0f} tok/s, {speed * peak_share:.0%} of peak", f"{minutes:.0f}m{seconds:02.0f}s left"]
+    parts.append(f"{speed:,.0f} tok/s, {speed * peak_share:.0%} of peak")
+    if end:
+        minutes, seconds = divmod((max_iters - row["step"]) * row["train_seconds"] / row["step"], 60)
+        parts.append(f"{minutes:.0f}m{seconds:02.0f}s left")
     return " | ".join(parts)
 
 

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from runtime import machine
 from runtime.console import UserError, note, warn
 from runtime.files import check_like
-from runtime.settings import check_limits
+from runtime.settings import check_limits, number, with_words
 from training import checkpoint as ckpt
 from training.log import read_header, read_rows
 from training.muon import Muon
@@ -26,9 +26,12 @@ LIMITS = {  # the smallest and the largest value
     "batch_size gradient_accumulation_steps eval_interval log_interval dist_timeout": (1, 1e9),
     "max_iters": (1, 99_999_999),  # the digits in the name of a checkpoint
     "learning_rate muon_lr": (1e-12, 1e12),
-    "weight_decay grad_clip warmup_iters lr_decay_iters min_lr eval_iters save_interval": (0, 1e12),
+    "weight_decay warmup_iters min_lr": (0, 1e12),
+    "eval_iters save_interval lr_decay_iters patience": (1, 1e12),
+    "grad_clip": (1e-12, 1e12),
     "beta1 beta2": (0, 1 - 1e-9),
-    "patience": (0, 1e9), "lora_rank": (0, 1e5), "lora_alpha": (1e-6, 1e6),
+    "lora_rank": (0, 1e5),
+    "lora_alpha": (1e-6, 1e6),
     "seed": (0, 2**62),
 }
 
@@ -37,7 +40,6 @@ def check_settings(settings):
     check_limits(settings, LIMITS)
     if settings.budget:
         seconds_of(settings.budget)
-        settings.max_iters = max(settings.max_iters, 11)  # until it is chosen, after ten steps
     start = settings.init_from
     if start.startswith("gpt2") and not os.path.exists(start):
         raise UserError(f"init_from={start}: OpenAI's weights are not downloaded here", "--init_from=RUN")
@@ -65,10 +67,10 @@ def pieces(settings, world):
 
 
 def check_data(settings, data):
-    """Do the settings fit the data? A vocab_size of 0 becomes that of the data."""
+    """Do the settings fit the data? `auto` becomes the vocab_size of the data."""
     block_size, tokens = settings.block_size, data.meta["vocab_size"]
     data.check(block_size)
-    settings.vocab_size = settings.vocab_size or tokens
+    settings.vocab_size = number(settings.vocab_size, tokens)
     if settings.vocab_size < tokens:
         raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} has a tokenizer of {tokens}",
                         "leave --vocab_size out")
@@ -100,22 +102,37 @@ def build_model(settings):
 GOES_ON = "auto", "resume"  # values of init_from that continue a run, wherever it began
 
 
-def may_change(was, now):
-    """The settings that may differ when a run is continued."""
-    names = {
-        "preset", "dataset", "out_dir",  # names; the data are compared by checksum
-        "max_iters", "budget", "patience",  # when the run ends
-        "eval_interval", "eval_iters", "eval_only", "log_interval",  # what is measured
-        "save_interval", "always_save_checkpoint",  # what is saved
-        "device", "backend", "dist_timeout",  # where it runs
-        "wandb_log", "wandb_project", "wandb_run_name",
-    }
-    batch = "batch_size", "gradient_accumulation_steps"
-    if math.prod(was[name] for name in batch) == math.prod(now[name] for name in batch):
-        names.update(batch)  # a step reads the same windows
-    if now["init_from"] in GOES_ON:
-        names.add("init_from")
+# The settings that may differ when a run is continued, and why. With any other it would be another run.
+RATES = "learning_rate muon_lr min_lr"
+BATCH = "batch_size gradient_accumulation_steps"
+MAY_CHANGE = {
+    "preset dataset out_dir": "names; the data are compared by their checksums",
+    "max_iters budget patience": "when the run ends",
+    "eval_interval eval_iters eval_only log_interval": "what is measured",
+    "save_interval always_save_checkpoint": "what is saved",
+    "device backend dist_timeout": "where it runs",
+    "wandb_log wandb_project wandb_run_name": "where it is shown",
+    RATES: "if given on the command line; a note says so",
+    BATCH: "if their product stays the same: a step reads the same windows",
+    "init_from": "if it is auto or resume, which continue a run, wherever it began",
+}
+
+
+def may_change(was, now, given):
+    """The names in MAY_CHANGE, without those whose condition is not met."""
+    names = set(" ".join(MAY_CHANGE).split())
+    names -= {name for name in RATES.split() if not given.get(name, "").startswith("--")}
+    if math.prod(was[name] for name in BATCH.split()) != math.prod(now[name] for name in BATCH.split()):
+        names -= set(BATCH.split())
+    if now["init_from"] not in GOES_ON:
+        names.remove("init_from")
     return names
+
+
+def total_steps(budget, max_iters, chosen):
+    """At which step a run ends. With a budget that is chosen as soon as the time of a step is known; until then
+    infinity."""
+    return chosen.get("max_iters", math.inf) if budget else max_iters
 
 
 def compare(was, now, may_differ, what, fix):
@@ -136,34 +153,38 @@ def continue_run(resumed, settings, given, data, here):
     """Take over what the run has worked out. Raises UserError where it would become another run."""
     out_dir, step, chosen = settings.out_dir, resumed["step"], resumed["chosen"]
     was = asdict(type(settings)()) | resumed["settings"]  # an older version may not have had them all
+    was = with_words(type(settings), was)
 
     # 1) Worked out when the run began: the vocabulary, the shape of a RUN, the steps of a budget.
     names = {"vocab_size"}
     if settings.init_from not in GOES_ON:
         names = GPTConfig.__dataclass_fields__.keys()
-    take_over(settings, was, names - given)
+    take_over(settings, was, names - given.keys())
+    was_end = total_steps(was["budget"], was["max_iters"], chosen)
     if settings.budget != was["budget"]:
         chosen.pop("max_iters", None)  # chosen anew, or given
-    if "max_iters" in chosen:
-        settings.max_iters = chosen["max_iters"]
-    elif settings.budget:
-        settings.max_iters = max(settings.max_iters, step + 2)  # one step measures the time
+    end = total_steps(settings.budget, settings.max_iters, chosen)
 
     # 2) The settings and the data.
     was |= fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"])
     now = asdict(settings) | fingerprints(data.meta["tokenizer_sha256"], data.sha256())
-    compare(was, now, may_change(was, now), f"{out_dir} was begun with",
+    compare(was, now, may_change(was, now, given), f"{out_dir} was begun with",
             "the same command with the same data, or --out_dir=out/ANOTHER for a new run")
     if settings.eval_only:
         return
-    if resumed.get("order") != data.ORDER and settings.max_iters > step:
+    if resumed.get("order") != data.ORDER and end > step:
         raise UserError(f"{out_dir} was begun by an older version, which read the data in another order",
                         f"--init_from={quote(out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
 
-    # 3) The length.
-    if settings.max_iters < step:
-        raise UserError(f"max_iters={settings.max_iters}, but {out_dir} has {step} steps already",
+    # 3) The length and the learning rate.
+    if end < step:
+        raise UserError(f"max_iters={end}, but {out_dir} has {step} steps already",
                         f"--max_iters={step} or more")
+    for name in RATES.split():
+        if now[name] != was[name]:
+            note(f"from step {step} on {name}={now[name]}; before, it was {was[name]}")
+    if end not in (was_end, math.inf) and settings.decay_lr and settings.lr_decay_iters == "auto":
+        note(f"the learning rate now reaches its end at step {end}, not at {was_end}")
 
     # 4) What changes the last bits.
     before = resumed["versions"] | dict(batch_size=was["batch_size"])
@@ -192,8 +213,8 @@ def load_start(settings, given, data):
         text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
         raise UserError(f"{run} was trained with another tokenizer than {data.folder} was written with",
                         f"python prepare.py {text} --out={quote(data.folder)} --tokenizer={quote(same)}")
-    was, names = start["settings"], GPTConfig.__dataclass_fields__.keys()
-    take_over(settings, was, names - given)
+    was, names = with_words(GPTConfig, start["settings"]), GPTConfig.__dataclass_fields__.keys()
+    take_over(settings, was, names - given.keys())
     may_differ = {"dropout"}
     if settings.block_size < was["block_size"]:
         may_differ.add("block_size")
@@ -207,7 +228,8 @@ def check_begun(settings):
     path, now = os.path.join(settings.out_dir, "log.jsonl"), asdict(settings)
     if any(read_rows(path)):
         was = now | read_header(path).get("settings", {})
-        compare(was, now, may_change(was, now) | {"init_from"}, f"{path} is the log of a run with",
+        was = with_words(type(settings), was)
+        compare(was, now, may_change(was, now, {}) | {"init_from"}, f"{path} is the log of a run with",
                 "--out_dir=out/ANOTHER")
         note(f"{path} is the log of a run without a checkpoint: the run begins again at step 0")
 
@@ -220,7 +242,7 @@ def how_it_ended(resumed, settings):
         return ""
     best = min(rows, key=lambda row: row["val_loss"])
     end = ""
-    if step != settings.max_iters:
+    if step != total_steps(settings.budget, settings.max_iters, resumed["chosen"]):
         if not is_stuck(settings, step - best["step"]):
             return ""
         end = f", ended by patience={settings.patience}"
@@ -229,7 +251,7 @@ def how_it_ended(resumed, settings):
 
 def is_stuck(settings, steps):
     """Is the patience over? steps: since the lowest validation loss."""
-    return 0 < settings.patience * settings.eval_interval <= steps
+    return steps >= number(settings.patience, math.inf) * settings.eval_interval
 
 
 def load_optimizers(optimizers, scaler, checkpoint, run):
@@ -243,11 +265,11 @@ def load_optimizers(optimizers, scaler, checkpoint, run):
             continue
         like = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, p in enumerate(parameters):
+        for place, p in enumerate(parameters):
             if isinstance(optimizer, Muon):
-                like[number] = dict(momentum_buffer=p)
+                like[place] = dict(momentum_buffer=p)
             else:
-                like[number] = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
+                like[place] = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
         check_like(found, {i: dict(state=like)}, run, "the optimizers")
         found[i]["param_groups"] = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(found[i])
