@@ -33,7 +33,8 @@ from training import checkpoint as ckpt
 
 @dataclass
 class RunConfig:
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), bare or by one of nanoGPT's names
+    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), bare or by one of
+    # nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
@@ -91,28 +92,37 @@ MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
 def candidates(logits, settings):
     """Logits (B, V) -> (cdf, ids), (B, k) each: the tokens to choose from, and their cumulative distribution.
 
-    top_k, temperature, min_p and top_p apply in this order. The likeliest token always stays.
+    The likeliest token always stays.
     """
+    # 1. top_k: the k highest logits, in falling order. Sorting a whole vocabulary takes time, so not
+    #    where nothing asks for it.
     V = logits.size(-1)
     k = V if settings.top_k in ALL else min(settings.top_k, V)
     ids = torch.arange(V).expand_as(logits)
-    if k < V or settings.top_p < 1:  # (to sort a whole vocabulary takes time)
-        logits, ids = logits.topk(k)  # the likeliest first
+    if k < V or settings.top_p < 1:
+        logits, ids = logits.topk(k)  # (B, k) each
     logits, ids = logits.cpu(), ids.cpu()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # the best is 0: no overflow
+    # 2. The temperature: below 1, differences grow, and the likely become likelier. With the best
+    #    logit at 0, a low temperature cannot overflow.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
     probs = (logits / settings.temperature).softmax(dim=-1)
-    if settings.min_p > 0:  # arXiv 2407.01082
+    # 3. min_p: at least this share of the highest probability (arXiv 2407.01082).
+    if settings.min_p > 0:
         probs = probs * (probs >= settings.min_p * probs.amax(dim=-1, keepdim=True))
-    cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # in float32, rare tokens get lost
-    if settings.top_p < 1:  # nucleus sampling, arXiv 1904.09751
-        cdf = cdf.minimum(cdf.gather(-1, find(cdf, settings.top_p)))  # what comes later adds nothing
+    # 4. The cumulative distribution: in float32, rare tokens would get lost in the sum.
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+    # 5. top_p: the fewest tokens that reach this share (nucleus sampling, arXiv 1904.09751).
+    #    Where the cdf does not rise any more, no token is chosen.
+    if settings.top_p < 1:
+        cdf = cdf.minimum(cdf.gather(-1, find(cdf, settings.top_p)))
     return cdf, ids
 
 
 def find(cdf, share):
     """Where (B, 1) the cdf (B, k) reaches a share of its total."""
     found = torch.searchsorted(cdf, share * cdf[:, -1:])
-    return found.clamp(max=cdf.size(-1) - 1)  # nowhere, if a logit is not finite
+    # Nowhere, if a logit is not finite; an index must be valid all the same.
+    return found.clamp(max=cdf.size(-1) - 1)
 
 
 def is_greedy(settings):
@@ -125,9 +135,11 @@ def sample_tokens(logits, settings, generators):
     Each row has a generator, whose uniform number becomes a token by the inverse of the cdf.
     (torch.multinomial takes seven times as long for 32,768 tokens.)
     """
-    if is_greedy(settings):  # of equals the lowest id
+    # 1. Greedy: nothing is left to chance; of equals, the lowest id.
+    if is_greedy(settings):
         best = logits.max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, -1).cpu()
+    # 2. A uniform number picks a place on the cdf; a token is hit as often as it is probable.
     cdf, ids = candidates(logits, settings)
     uniform = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
     share = 1 - torch.stack(uniform)  # (B, 1), in (0, 1]: never on a token of probability 0
@@ -140,12 +152,13 @@ class Sampler:
 
     def __init__(self, settings, prompt, seed, bias=None):
         self.settings, self.prompt, self.bias = settings, prompt, bias
+        # A generator of its own: the same seed gives the same text, whatever else runs.
         self.generator = torch.Generator().manual_seed(seed)
         self.written = []
         penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
         self.changes = bool(bias) or penalties != (1, 0, 0)
-        # The engine samples the texts of a group together, but whole vocabularies one by one: a row stays in
-        # the processor's cache, which halves the time.
+        # The engine samples the texts of a group together, but whole vocabularies one by one: a
+        # row stays in the processor's cache, which halves the time.
         self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
         if self.changes or (settings.top_k in ALL and not is_greedy(settings)):
             self.group = id(self)
@@ -155,11 +168,14 @@ class Sampler:
         if not self.changes:
             return logits
         settings, repetition = self.settings, self.settings.repetition_penalty
+        # 1. repetition: tokens of prompt and text become less likely (CTRL, arXiv 1909.05858).
         counts = count(self.written, logits)
         used = count(self.prompt, logits) + counts > 0
-        less = torch.where(logits > 0, logits / repetition, logits * repetition)  # CTRL, arXiv 1909.05858
+        less = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(used, less, logits)
+        # 2. presence and frequency, as OpenAI defines them: once, and for each time.
         logits = logits - settings.presence_penalty * (counts > 0) - settings.frequency_penalty * counts
+        # 3. What the request adds to single tokens.
         if self.bias:
             logits[:, list(self.bias)] += torch.tensor(list(self.bias.values()), device=logits.device)
         return logits
@@ -201,12 +217,15 @@ class TextStream:
     def add(self, new):
         if self.stopped:
             return ""
+        # 1. A stop string is complete: the text ends before the one that ended first, of those
+        #    the longest.
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
-        if ends:  # the stop that is complete first, and of those the longest
+        if ends:
             self.stopped, self.pending = True, ""
             _, start = min(ends)
             return text[:start]
+        # 2. The end of the text may be the beginning of a stop string: that much is held back.
         beginnings = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)
         self.pending = text[certain:]
@@ -231,6 +250,7 @@ def read_prompt(prompt):
 def fit(messages, tokenizer, capacity):
     """The ids of a conversation, at most `capacity`: the oldest questions and answers are removed from
     `messages`, but not a system message or the last question."""
+    # A question and its answer go together, and the system message stays.
     oldest = int(messages[0]["role"] == "system")
     ids = tokenizer.chat(messages)
     while len(ids) > capacity and len(messages) > oldest + 1:
@@ -241,14 +261,17 @@ def fit(messages, tokenizer, capacity):
 
 def write(model, tokenizer, ids, settings, seed):
     """Print the continuation of the prompt `ids` as it comes; returns it."""
+    # 1. The end of a prompt that is too long matters most.
     size = model.config.block_size
     if len(ids) > size:
         dropped = len(ids) - size
         note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {dropped:,} are ignored")
         ids = ids[-size:]
+    # 2. Where the text ends.
     ends = set() if settings.ignore_eos else tokenizers.ends(tokenizer)
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
     stream, text = TextStream(tokenizer, stops), ""
+    # 3. Token by token.
     idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     tokens = model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed))
     started = time.perf_counter()
@@ -276,16 +299,19 @@ class Writer:
 
     def answer(self, prompt):
         settings, tokenizer, size = self.settings, self.tokenizer, self.model.config.block_size
+        # 1. The ids of the prompt.
         messages = [*self.messages, dict(role="user", content=prompt)]
         if settings.chat:
             ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2))
         else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
             ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+        # 2. As many texts as asked for, each with the next seed.
         for _ in range(settings.num_samples):
             if not settings.chat:
                 show(prompt, end="")
             text = write(self.model, tokenizer, ids, settings, settings.seed)
             settings.seed += 1
+        # 3. Said once: what no longer fits is gone.
         if len(messages) <= len(self.messages) and not self.forgets:
             note(f"the conversation outgrows the context of {size:,} tokens: its beginning is forgotten")
             self.forgets = True
@@ -326,11 +352,13 @@ def check_chat(run, tokenizer):
 
 
 def main(argv):
+    # 1. Settings.
     settings, _, runs = load(SampleConfig, argv)
     check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
         raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     prompt = read_prompt(settings.prompt or settings.start)
+    # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
     source = "a Hugging Face model"
     if os.path.isfile(run["path"]):
@@ -340,6 +368,7 @@ def main(argv):
         check_chat(run, tokenizer)
     dtype, _ = machine.choose_dtype(settings.dtype, str(model.lm_head.weight.device))
     machine.use_linear(model, dtype)
+    # 3. The text.
     if settings.seed is None:
         settings.seed = int.from_bytes(os.urandom(4), "little")
     writer = Writer(model, tokenizer, settings)
