@@ -17,9 +17,10 @@ text/sources.py reads the texts, text/chats.py the conversations. What is writte
     data/NAME/meta.json             how many tokens, documents and bytes, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
-The text is read a megabyte at a time, two or three times: to choose the split of each document, to learn a vocabulary
-if need be, and to encode. In between, some 75 bytes per document stay in memory. The result does not depend on the
-number of threads, and gets its name when it is complete.
+The text is read a megabyte at a time, two or three times: to choose the split of each document,
+to learn a vocabulary if need be, and to encode. In between, some 75 bytes per document stay in
+memory. The result does not depend on the number of threads, and gets its name when it is
+complete.
 """
 import glob
 import hashlib
@@ -69,7 +70,8 @@ class PrepareConfig:
 
 
 MANY = 200  # from this many documents on, validation takes whole documents; with fewer, the end of each
-# A word is a run of letters and digits; in the scripts from Thai to Chinese, many of which have no spaces, one of them.
+# A word is a run of letters and digits; in the scripts from Thai to Chinese, many of which have
+# no spaces, one of them.
 WORD = re.compile(r"[^\W_\u0e00-\u9fff]+|(?=\w)[\u0e00-\u9fff]")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,10 +100,12 @@ def read(sources, settings):
 
 def make_plan(sources, settings):
     """Read everything once: find duplicates, choose the splits, count characters."""
-    # 1) Per document: a key that equal documents share, its size, and what its source says of the split.
+    # 1) Per document: a key that equal documents share, its size, and what its source says of
+    #    the split.
     seen, progress = Characters(), Progress("reading")
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
     for document in read(sources, settings):
+        # A long document comes in blocks, so that memory does not grow with it.
         digest = hashlib.sha256()
         size = length = n_words = 0
         for block in document.blocks():
@@ -113,8 +117,11 @@ def make_plan(sources, settings):
             if n_words < settings.min_words:
                 n_words += len(WORD.findall(block))
             progress.add(len(raw))
+        # Eight bytes of the hash: among a billion documents, two are confused with a chance of 3%.
         key = int.from_bytes(digest.digest()[:8], "big")
-        if document.messages:  # the same words from others are no duplicate, but in the same split (the upper half)
+        # The same words by other speakers are no duplicate. The upper half of the key, which
+        # decides on the split, stays: they belong into the same one.
+        if document.messages:
             key ^= crc32(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
         split = {None: CUT, False: TRAIN, True: VAL}[document.held_out]
         keys.append(key)
@@ -144,14 +151,15 @@ def choose_splits(keys, split_of, settings):
     """The split of each document, where its source leaves it to us. Neither split is ever empty."""
     if (split_of == split_of[0]).all():
         split_of[:] = CUT  # a source that has one split only
+    # Of a few documents, whole ones would be too coarse a share: the end of each is cut off instead.
     free = np.flatnonzero(split_of == CUT)
     if not len(free) or (len(free) < MANY and settings.format == "text"):
         return split_of
     # A number in [0, 1) from the text itself: the same text is in the same split wherever it stands.
-    number = keys[free] / 2.0**64
-    split_of[free] = np.where(number < settings.val_fraction, VAL, TRAIN)
-    split_of[free[number.argmin()]] = VAL
-    split_of[free[number.argmax()]] = TRAIN
+    share = keys[free] / 2.0**64
+    split_of[free] = np.where(share < settings.val_fraction, VAL, TRAIN)
+    split_of[free[share.argmin()]] = VAL
+    split_of[free[share.argmax()]] = TRAIN
     return split_of
 
 
@@ -164,8 +172,11 @@ def split_texts(sources, plan, settings):
         if split_of == SKIP:
             continue
         cut = {TRAIN: length, VAL: 0, CUT: length - math.ceil(length * settings.val_fraction)}[split_of]
-        near = cut - (length - cut) // 2  # a line end that is not further away than this is the better place
-        position, fresh = 0, {"train", "val"}  # fresh: the splits that have nothing of this document yet
+        # A line end is a better place to cut, if it is not further away than this.
+        near = cut - (length - cut) // 2
+        # The splits that have nothing of this document yet: it starts there with an end-of-text
+        # token.
+        position, fresh = 0, {"train", "val"}
         for block in document.blocks():
             here = min(max(cut - position, 0), len(block))
             if split_of == CUT and 0 < here < len(block):
@@ -183,13 +194,16 @@ def split_texts(sources, plan, settings):
 
 def learn_tokenizer(sources, plan, settings, existing):
     """The tokenizer: one that exists, or learned, from the training split alone (char: from all)."""
+    # 1) One that exists, or one id per character, for which the plan has all that is needed.
     if existing or settings.tokenizer == "char":
         tokenizer = existing or tokenizers.train("char", map(chr, np.flatnonzero(plan.counts)))
         if settings.vocab_size not in ("auto", tokenizer.vocab_size):
             note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
         return tokenizer
-    # A token that is seen a few times only is not learned: a hundred bytes of text for each at least.
+    # 2) A token that is seen a few times only is not learned: a hundred bytes of text for each
+    #    at least.
     vocab_size = number(settings.vocab_size, max(1, min(4096, plan.bytes // 100)))
+    # 3) The validation split stays unseen, here too.
     texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
     return tokenizers.train(settings.tokenizer, tokenizers.sample(texts, plan.bytes), vocab_size,
                             settings.character_coverage, enlarge=settings.vocab_size == "auto")
@@ -248,6 +262,7 @@ def append(path, array):
 
 def sealed(path):
     """The sha256 of a file, after all of it is on the disk."""
+    # The folder gets its name only after this: it can never hold half of the data.
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -255,6 +270,7 @@ def sealed(path):
 
 def batches(texts):
     """What split_texts yields, as lists of half a megabyte of one split: less is not worth a thread's while."""
+    # The order within a split is that of the text, whatever the number of threads.
     batch, size = dict(train=[], val=[]), dict(train=0, val=0)
     for item in texts:
         split = item[0]
@@ -268,6 +284,7 @@ def batches(texts):
 
 def in_threads(function, items, threads):
     """map(function, items) in a few threads, in order. No more than two items for each thread are in memory."""
+    # Threads are enough: the tokenizers encode in C++ or Rust, without Python's lock.
     with ThreadPoolExecutor(threads) as pool:
         running = deque()
         for item in items:
@@ -283,9 +300,11 @@ def encode_batch(batch, tokenizer, chat):
     end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
     ids, mask = [], []
     for _, document, starts, text in batch:
+        # An end-of-text token before every document: the first one begins with it too.
         if starts:
             ids.append(end)
         if not chat:
+            # `follows`: it goes on in a text that began before, where some tokenizers add a space.
             ids.append(tokenizer.encode_to_numpy(text, follows=not starts))
             continue
         try:
@@ -295,7 +314,8 @@ def encode_batch(batch, tokenizer, chat):
         ids.append(np.array(spoken))
         mask += [0, *learned]
     ids = np.concatenate(ids)
-    assert ids.max(initial=0) < tokenizer.vocab_size  # numpy would turn 70000 into 4464 in uint16 without a word
+    # numpy would turn 70000 into 4464 in uint16 without a word.
+    assert ids.max(initial=0) < tokenizer.vocab_size
     return ids, np.array(mask, dtype=np.uint8)
 
 
@@ -306,11 +326,13 @@ def prepare(sources, settings):
     """Write data/NAME, and return (data/NAME, what its meta.json says)."""
     check_limits(settings, {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
                             "character_coverage": (0.98, 1), "vocab_size": (1, 1_000_000)})
+    # 1) Where, and is there something else?
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        with locked(out, wait=missing):  # of two commands that need the same new data, the second waits
+        # 2) Of two commands that need the same new data, the second waits for the first.
+        with locked(out, wait=missing):
             held = held_by(out)
             if held and held != new and not settings.overwrite:
                 raise UserError(f"{out} holds {held}; {new} would replace it",
@@ -320,6 +342,7 @@ def prepare(sources, settings):
                 return out, datasets.read_meta(out)
             if held:
                 note(f"{out} holds {held} and is going to be replaced")
+            # 3) What is half done goes, whatever happens.
             try:
                 return out, write(sources, settings, out)
             finally:
@@ -330,9 +353,10 @@ def prepare(sources, settings):
 
 def folder_to_write(sources, settings):
     """--out, or data/NAME after the first source, for conversations data/NAME-chat. What is in it must be ours."""
+    # 1) The name: notes.txt.gz -> notes, 'letters/*.txt' -> letters.
     path = os.path.normpath(public(sources[0]))
     if glob.has_magic(path) and not os.path.exists(path):
-        path = os.path.dirname(path.split("*")[0])  # 'letters/*.txt' -> letters
+        path = os.path.dirname(path.split("*")[0])
     name = os.path.basename(path.removesuffix(".gz"))
     if kind(name) in (*KINDS, ".json"):
         name = os.path.splitext(name)[0]
@@ -342,6 +366,7 @@ def folder_to_write(sources, settings):
     out = os.path.normpath(settings.out or os.path.join("data", name))
     if os.path.islink(out):
         out = os.path.realpath(out)
+    # 2) Nothing is written over that prepare.py has not written.
     for folder in (out, out + ".part", out + ".old"):
         if other := datasets.not_ours(folder):
             raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
@@ -406,15 +431,18 @@ def write(sources, settings, out):
 
 def report(plan, about_overlap, tokenizer, counts):
     """What to know about this text before a model is trained on it: lines."""
+    # 1) The text.
     what = "conversations" if "trained" in counts["train"] else "documents"
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
     lines = [f"{len(plan.sizes):,} {what}, {plan.bytes:,} bytes; dropped: {plan.dropped}",
              f"the median one has {np.median(plan.sizes):,.0f} bytes, the longest {plan.sizes.max():,}",
              *characters(plan.counts), *about_overlap,
              f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token"]
+    # 2) What a vocabulary of others cannot spell.
     lacks = [byte for byte in getattr(tokenizer, "missing", b"") if byte < 128]
     if lost := plan.counts[lacks].sum():
         lines.append(f"dropped: {lost:,} control characters that this vocabulary has no token for")
+    # 3) The files.
     for split, n in counts.items():
         learned = f"; {n['trained']:,} tokens to be learned" if "trained" in n else ""
         lines.append(f"{split}.bin: {n['tokens']:,} tokens of {n['documents']:,} {what}, {n['bytes']:,} bytes of text"
@@ -422,7 +450,8 @@ def report(plan, about_overlap, tokenizer, counts):
     return lines
 
 
-# Where to start: with a new model, or with the weights that the tokenizer's folder holds, of a run or of others.
+# Where to start: with a new model, or with the weights that the tokenizer's folder holds, of a
+# run or of others.
 RECIPES = {
     ("text", "scratch"): ["config/train_small.py"],
     ("text", "run"): ["--learning_rate=1e-3", "--warmup_iters=5"],
@@ -472,6 +501,7 @@ def next_command(out, meta, settings):
 
 
 def main(argv):
+    # 1) --inspect only reads.
     settings, _, sources = load(PrepareConfig, argv)
     if settings.inspect:
         if len(sources) != 1:
@@ -481,6 +511,7 @@ def main(argv):
     if not sources:
         raise UserError("no text was named",
                         f"python prepare.py FILE, a folder, an address, or one of: stdlib, {', '.join(NAMES)}")
+    # 2) Prepare, and show what to do with it. A look at a conversation shows what is learned of it.
     out, meta = prepare(sources, settings)
     if settings.format == "chat":
         data = datasets.Dataset.open(out)

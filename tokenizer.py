@@ -20,10 +20,11 @@ unigram     (Kudo 2018, arXiv 1804.10959). Start from many pieces with a probabi
             remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
 simple_bpe  Byte-pair encoding again, in 60 lines to read: `train_bpe` and `encode_bpe` below. Slow.
 
-SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of others: GPT-2's, Llama's.
+SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of others:
+GPT-2's, Llama's.
 
-A token stands for bytes, not for characters: an emoji may take four tokens. So `decode` joins the bytes of
-all tokens before it decodes the UTF-8.
+A token stands for bytes, not for characters: an emoji may take four tokens. So `decode` joins the
+bytes of all tokens before it decodes the UTF-8.
 
 Special tokens are inserted by id: "<|endoftext|>" in a text stays text. In a chat they mark the turns:
 
@@ -86,15 +87,18 @@ class Learned(pretrained.Tokenizer):
 
         Each message is encoded alone: the ids before an answer are those of its prompt.
         """
-        if not self.special.keys() >= set(SPECIAL):  # nanoGPT's characters have none
+        # 1. A chat needs the tokens that mark its turns, which nanoGPT's characters do not have.
+        if not self.special.keys() >= set(SPECIAL):
             raise UserError("this vocabulary has no tokens that mark the turns of a chat",
                             f"--tokenizer=bpe, or {pretrained.CHAT_FIX}")
         pretrained.check_messages(messages, ("system", "user", "assistant"))
+        # 2. Message by message: its marker, its text, its end.
         ids, mask = [], []
         for message in messages:
             role, content = message["role"], message["content"]
             said = [*self.encode(content), self.special[END]]
             learned = role == "assistant" and content != ""
+            # The marker is never learned: the prompt ends with it.
             ids += [self.special[f"<|{role}|>"], *said]
             mask += [0] + [int(learned)] * len(said)
         return ids, mask
@@ -109,7 +113,8 @@ class CharTokenizer(Learned):
         self.characters = characters
         self.special = {name: i for i, name in enumerate(special)}
         self.vocab_size = len(self.special) + len(characters)
-        self.table = np.full(0x110000, -1, dtype=np.int32)  # the id of every code point
+        # The id of every code point there is, -1 for none: a text is encoded by one look-up (4 MB).
+        self.table = np.full(0x110000, -1, dtype=np.int32)
         self.table[code_points(characters)] = np.arange(len(self.special), self.vocab_size)
         self.bytes = [b""] * len(self.special) + [character.encode() for character in characters]
         self.files = {"vocab.json": json.dumps(list(characters), ensure_ascii=False).encode()}
@@ -126,8 +131,9 @@ class CharTokenizer(Learned):
 
 # ---------- Byte-pair encoding, slow and clear
 
-# Pairs are merged inside of words only. A word is a run of letters, digits, punctuation or white space; each but the
-# last may begin with one space. Longer words are cut, to bound the time that one takes.
+# Pairs are merged inside of words only. A word is a run of letters, digits, punctuation or white
+# space; each but the last may begin with one space. Longer words are cut, to bound the time that
+# one takes.
 WORDS = re.compile("| ?".join([" ?[A-Za-z\x80-\U0010ffff]{1,64}", "[0-9]{1,64}", "[!-/:-@\\[-`{-~]{1,64}"])
                    + "|[^!-~\x80-\U0010ffff]{1,64}")
 SIMPLE_BYTES = 1_000_000  # train_bpe takes about half a minute for so much text
@@ -135,6 +141,7 @@ SIMPLE_BYTES = 1_000_000  # train_bpe takes about half a minute for so much text
 
 def merge(ids, pair, new):
     """The list with `new` in place of every `pair`: merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]."""
+    # From left to right: of "aaa", the first two letters are merged.
     merged, i = [], 0
     while i < len(ids):
         if tuple(ids[i:i + 2]) == pair:
@@ -192,6 +199,7 @@ def encode_bpe(word, merges):
     """
     ids = list(word)
     while len(ids) > 1:
+        # Of all pairs in the word, the one that was learned first.
         first = min(zip(ids, ids[1:]), key=lambda pair: merges.get(pair, math.inf))
         if first not in merges:
             break
@@ -208,6 +216,7 @@ class SimpleBPETokenizer(Learned):
         self.merges = merges
         self.files = {"merges.json": json.dumps(list(merges)).encode()}
         self.special = {name: i for i, name in enumerate(SPECIAL)}
+        # A merge stands for the bytes of its two halves.
         tokens = [bytes([byte]) for byte in range(256)]
         for left, right in merges:
             tokens.append(tokens[left] + tokens[right])
@@ -224,11 +233,13 @@ class SimpleBPETokenizer(Learned):
 
 
 def train_simple_bpe(texts, vocab_size, enlarge):
+    # 1. Is it a text for a slow algorithm?
     text, smallest = "\n".join(texts), len(SPECIAL) + 256
     size = len(text.encode())
     if size > SIMPLE_BYTES:
         raise UserError(f"simple_bpe learns from at most {SIMPLE_BYTES / 1e6:.0f} MB of text, not {size / 1e6:.1f}",
                         "--tokenizer=bpe, the fast one")
+    # 2. Bytes and special tokens have an id each; what is beyond them are merges.
     if vocab_size <= smallest:
         if not enlarge:
             raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens need {smallest}",
@@ -240,8 +251,8 @@ def train_simple_bpe(texts, vocab_size, enlarge):
 # ---------- Byte-pair encoding and unigram, by SentencePiece
 
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
-# Parts of about 2000 characters, each up to the end of a word, which no piece crosses: SentencePiece encodes
-# short texts twice as fast.
+# Parts of about 2000 characters, each up to the end of a word, which no piece crosses:
+# SentencePiece encodes short texts twice as fast.
 PARTS = re.compile(r".{2000}.*?(?<=\S)(?= [^\W\d_])|.+", re.DOTALL)
 
 
@@ -254,6 +265,8 @@ class SentencePieceTokenizer(Learned):
         self.processor = library.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
         self.special = {name: self.processor.piece_to_id(name) for name in SPECIAL}
+        # What each id stands for, so that decoding is a join of bytes, here as in every other
+        # tokenizer.
         self.bytes = [self.spelled(i) for i in range(self.vocab_size)]
         # A mark in the text would come back as a space. The pieces of its three bytes spell it instead.
         self.mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -268,6 +281,8 @@ class SentencePieceTokenizer(Learned):
         return piece.replace(SPACE_MARK, " ").encode()
 
     def encode_to_numpy(self, text, follows=False):
+        # SentencePiece turns spaces into marks and back. A mark that is in the text is taken out
+        # before.
         ids = []
         for between_marks in text.split(SPACE_MARK):
             for part in self.processor.encode(PARTS.findall(between_marks), num_threads=1):
@@ -340,14 +355,16 @@ SCORE_STEPS = 64  # scores are multiples of 1/64: float32 then adds some 30,000 
 def round_scores(tokenizer):
     """The bytes of a unigram model whose scores are multiples of 1 / SCORE_STEPS.
 
-    The same pieces in another order are equally likely, and then rounding decides. With exact sums, every
-    program that reads this model decides alike.
+    The same pieces in another order are equally likely, and then rounding decides. With exact
+    sums, every program that reads this model decides alike.
     """
+    # The file is a protocol buffer. The scores are changed where they stand, so that nothing else
+    # changes.
     model, at = bytearray(tokenizer.model), 0
     for i in range(tokenizer.vocab_size):
         piece = tokenizer.processor.id_to_piece(i).encode()
         score = tokenizer.processor.get_score(i)
-        # In the file: the piece, and the score as a float32
+        # Field 1: the piece with its length. Field 2: the score, a float32.
         entry = bytes([0x0A, len(piece)]) + piece + b"\x15"
         at = model.index(entry + struct.pack("<f", score), at) + len(entry)
         struct.pack_into("<f", model, at, round(score * SCORE_STEPS) / SCORE_STEPS)
@@ -356,12 +373,14 @@ def round_scores(tokenizer):
 
 def sample(texts, total_bytes):
     """Up to SAMPLE_BYTES of the texts: the start of each long one, and some of the short ones, whole."""
+    # 1. More text makes learning slower, and the vocabulary hardly better.
     share, due = min(1.0, SAMPLE_BYTES / max(total_bytes, 1)), 0.0
     if share < 1:
         note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the "
              f"{total_bytes / 1e6:,.0f}")
+    # 2. `due`: so many characters should have been given by now. A part of less than 2,000 waits.
     for text in texts:
-        due += len(text) * share  # characters that should have been given by now
+        due += len(text) * share
         if due >= min(len(text), 2000):
             part = text[:round(due)]
             due -= len(part)
@@ -375,7 +394,8 @@ def load_from(path, sha256=None):
 
     sha256: the fingerprint that it must have.
     """
-    folder = os.path.join(path, "tokenizer")  # (an exported Hugging Face folder holds ours, too)
+    # 1. Which folder? An exported Hugging Face folder holds ours, too.
+    folder = os.path.join(path, "tokenizer")
     if not os.path.isdir(folder):
         folder = path
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
@@ -383,6 +403,7 @@ def load_from(path, sha256=None):
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
             tokenizer = load_ours(folder)
+    # 2. Ids of another tokenizer would be read as a text that nobody wrote.
     if sha256 not in (None, fingerprint(tokenizer)):
         raise UserError(f"{folder} is another tokenizer than the one meant ({sha256[:12]})",
                         "take the folder tokenizer/ from a copy, or prepare the data again")
@@ -428,9 +449,11 @@ def keep(tokenizer, folder, sha256):
     """Write a tokenizer to folder/tokenizer, unless it is there. Another one becomes tokenizer.damaged."""
     path = os.path.join(folder, "tokenizer")
     part, damaged = path + ".part", path + ".damaged"
+    # 1. It is there.
     with contextlib.suppress(UserError):
         load_from(path, sha256)
         return
+    # 2. Written under another name first: a kill in between leaves no half of a tokenizer.
     with writing(path):
         shutil.rmtree(part, ignore_errors=True)
         tokenizer.save(part)
@@ -472,11 +495,13 @@ class TokenizerConfig:
 
 
 def main(argv):
+    # 1. Settings.
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
     if bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
         raise UserError("one thing at a time is to be done",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
+    # 2. One of three.
     settings.input += bare
     if settings.inspect:
         inspect(settings)
@@ -527,10 +552,11 @@ def inspect(settings):
     ids = tokenizer.chat([message]) if settings.chat else tokenizer.encode(text)
     names = {i: name for name, i in tokenizer.special.items()}
     for i in ids:
+        # A token may be a part of a character: then its bytes are shown.
         piece = tokenizer.token_bytes(i)
         try:
             show(f"{i:7} {names.get(i) or repr(piece.decode())}")
-        except UnicodeDecodeError:  # a part of a character
+        except UnicodeDecodeError:
             show(f"{i:7} {piece!r}")
     say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}, for {len(text.encode())} bytes")
 
@@ -543,6 +569,7 @@ def compare(names, corpus):
         tokenizer = corpus.learn(name) if name in LEARNED else get(name)
         tokens, result = 0, "exact"
         for text in corpus:
+            # A vocabulary of others may change a text, in a normal form of Unicode for example.
             ids = tokenizer.encode(text)
             tokens += len(ids)
             if tokenizer.decode(ids) != text:
