@@ -5,13 +5,13 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or
-split over processes, and no loader has a state to save. The validation loss is one pass
-over the whole split.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed
+or split over processes, and no loader has a state to save. The validation loss is one
+pass over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window of
-conversations begins where a conversation begins, and the mask beside the tokens says which
-are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window
+of conversations begins where a conversation begins, and the mask beside the tokens
+says which are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -69,7 +69,8 @@ class Dataset:
 
         any_process: whether something is true in any process, so that all of them raise.
         """
-        # A batch of a file that is being rewritten would be garbage, and the run would learn it.
+        # A batch of a file that is being rewritten would be garbage, and the run
+        # would learn it.
         if any_process([version(file) for file in self.files.values()] != self.versions):
             raise self.changed("was changed while it was being read")
 
@@ -155,9 +156,9 @@ class Dataset:
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
-        An epoch visits each of the n windows of the training split once, in shuffled order:
-        sample number g of the whole run is the window at place g mod n of epoch g // n. So
-        no batch depends on another.
+        An epoch visits each of the n windows of the training split once, in shuffled
+        order: sample number g of the whole run is the window at place g mod n of
+        epoch g // n. So no batch depends on another.
         """
         # 1. Which samples are those of this micro-batch?
         n = self.windows(block_size)
@@ -186,7 +187,8 @@ class Dataset:
         if self.chat:
             return len(self.layout(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # The window that training leaves out is the room in which an epoch shifts its windows.
+        # The window that training leaves out is the room in which an epoch shifts its
+        # windows.
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
@@ -198,9 +200,9 @@ class Dataset:
     def layout(self, split, block_size):
         """The windows of conversations, (n, 3) int64: their begin, end, and number of learned tokens.
 
-        A window begins with the first token of a conversation, as a prompt does, and holds
-        as many whole ones as fit; the later see the earlier. A longer one is cut. A window
-        that teaches nothing is left out.
+        A window begins with the first token of a conversation, as a prompt does, and
+        holds as many whole ones as fit; the later see the earlier. A longer one is
+        cut. A window that teaches nothing is left out.
         """
         if (split, block_size) in self.layouts:
             return self.layouts[split, block_size]
@@ -248,9 +250,9 @@ class Dataset:
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Longer tokens are each harder to predict. The information in all of them, spread
-        over the bytes of the text, can be compared between tokenizers. Of conversations,
-        what the assistant says counts.
+        Longer tokens are each harder to predict. The information in all of them,
+        spread over the bytes of the text, can be compared between tokenizers. Of
+        conversations, what the assistant says counts.
         """
         # The first token of a text has no context, and is not predicted.
         val = self.meta["val"]
@@ -263,8 +265,8 @@ class Dataset:
     def prompt(self, block_size, nothing=False):
         """Ids to go on from, a list, taken from the validation split.
 
-        The first conversation up to its answer, or the first words of a text; nothing: its end-of-text
-        token alone.
+        The first conversation up to its answer, or the first words of a text;
+        nothing: its end-of-text token alone.
         """
         if self.chat:
             start, end, _ = self.layout("val", block_size)[0].tolist()
@@ -293,8 +295,8 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: behind the end of a short window, and
-    where `learned`, a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: behind the end of a short
+    window, and where `learned`, a bool for every target or for all of them, is False.
     """
     import torch  # prepare.py does without
     # What is behind the end of a short window is token 0, which no target asks about.
@@ -323,7 +325,8 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
         number = first + processes.rank
         if number < batches:
             idx, targets = batch(number)
-            # Batches differ in their number of targets, so that a mean of means would be wrong.
+            # Batches differ in their number of targets, so that a mean of means would
+            # be wrong.
             n = int((targets >= 0).sum())
             nats[number] = float(loss_of(idx, targets)) * n
             count += n
@@ -342,7 +345,8 @@ def read_meta(folder):
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
     check_like(meta, dict(train={}), path)
-    # 1. Does it have all that is read, with the right types? Conversations have more of everything.
+    # 1. Does it have all that is read, with the right types? Conversations have more
+    #    of everything.
     chat = "trained" in meta["train"]
     split = dict(tokens=1, bytes=1, documents=1, sha256="")
     if chat:

@@ -7,12 +7,13 @@ What is a GPT? The model in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-At every position a GPT predicts the next token. In each block, attention lets a position
-read from the positions before it, and the MLP processes what was read. Both add to the
-residual stream: one vector per position, which runs through the network from bottom to top.
+At every position a GPT predicts the next token. In each block, attention lets a
+position read from the positions before it, and the MLP processes what was read. Both
+add to the residual stream: one vector per position, which runs through the network
+from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that
-make training fast on a CPU, and the checks of a shape come after it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks
+that make training fast on a CPU, and the checks of a shape come after it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -85,8 +86,8 @@ def rotary_table(config):
 def rotate(x, cos, sin):
     """Turn channel i with channel i + head_dim / 2 by an angle (Su 2021, arXiv 2104.09864).
 
-    The product of a rotated query and a rotated key depends only on the distance of their
-    positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
+    The product of a rotated query and a rotated key depends only on the distance of
+    their positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -95,9 +96,9 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of those up to it whose keys match its query. Groups
-    of query heads may share keys and values, which makes the KV cache smaller (Ainslie
-    2023, arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query.
+    Groups of query heads may share keys and values, which makes the KV cache smaller
+    (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -143,7 +144,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
-    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value side by side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value
+    side by side.
     """
 
     def __init__(self, config):
@@ -216,7 +218,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's initial values: small, so that the first prediction is nearly uniform.
 
-        Its loss is about ln vocab_size. A loss that begins much higher is the first sign of a bug.
+        Its loss is about ln vocab_size. A loss that begins much higher is the first
+        sign of a bug.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -234,8 +237,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
 
-        With targets, the mean cross-entropy in nats per target; without, the logits (B, T,
-        vocab_size).
+        With targets, the mean cross-entropy in nats per target; without, the logits
+        (B, T, vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
         if targets is None:
@@ -255,9 +258,11 @@ class GPT(nn.Module):
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
         else:
-            # With an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1, head_dim / 2).
+            # With an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1,
+            # head_dim / 2).
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
-        # Activations are dropped at random, so that none is relied on alone (Srivastava 2014).
+        # Activations are dropped at random, so that none is relied on alone
+        # (Srivastava 2014).
         x = F.dropout(x, self.config.dropout, self.training)
         # 2. The blocks.
         for block in self.transformer.h:
@@ -277,7 +282,8 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled():
             # In validation: no gradient is computed for what needs none.
             weight = weight.detach()
-        # Not float16: the gradient of a frequent token is a sum over thousands of positions.
+        # Not float16: the gradient of a frequent token is a sum over thousands of
+        # positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C), where N = B T
         with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
@@ -301,7 +307,8 @@ class GPT(nn.Module):
         new = idx = idx[:, -size:]
         for _ in range(n):
             if cache.length + new.size(1) > size:
-                # The context is full: read the younger half of it again into an empty cache.
+                # The context is full: read the younger half of it again into an empty
+                # cache.
                 new = idx[:, -(size // 2):]
                 cache.length = 0
             x = self.trunk(new, cache)[:, -1]  # (B, C), of the last position
@@ -326,9 +333,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
-        A weight of a matrix costs a multiplication and an addition forward, and twice that
-        backward: 6, or 4 where it is not trained. Attention adds 12 n_head head_dim T per
-        layer: by custom, the masked half counts too.
+        A weight of a matrix costs a multiplication and an addition forward, and twice
+        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head
+        head_dim T per layer: by custom, the masked half counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -343,7 +350,8 @@ def argmax(logits):
     return logits.argmax(dim=-1)
 
 
-# OpenAI's models of 2019, ours, and the layout of Qwen3 for any size; the number is n_params().
+# OpenAI's models of 2019, ours, and the layout of Qwen3 for any size; the number is
+# n_params().
 GPT2 = dict(block_size=1024, vocab_size=50257, bias=True)
 OPENLLM = dict(vocab_size=32000, bias=True)
 PRESETS = {
@@ -364,11 +372,11 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again: their keys and
-    values are all that attention reads of them. Anything can stand in for this class that
-    has what GPT.trunk calls: `length`, the number of positions held; `positions(T)`, an
-    index for those of T new tokens; `attend`, which every layer calls with them; and
-    `advance(T)`, once all layers have.
+    While a token is written, those before it need not be computed again: their keys
+    and values are all that attention reads of them. Anything can stand in for this
+    class that has what GPT.trunk calls: `length`, the number of positions held;
+    `positions(T)`, an index for those of T new tokens; `attend`, which every layer
+    calls with them; and `advance(T)`, once all layers have.
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -443,7 +451,8 @@ MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the for
 def attend(q, k, v, dropout, training, shared):
     """Causal attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes it twice as long.
+    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes
+    it twice as long.
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -473,7 +482,8 @@ def attention(q, k, v, dropout=0.0):
 def gelu(x, training):
     """GPT-2's GELU: x / 2 (1 + tanh(u)), where u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if training and x.device.type == "cpu" and torch.compiler.is_compiling():
-        # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time of tanh.
+        # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time
+        # of tanh.
         return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -486,11 +496,11 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without the logits of all tokens at once.
 
-    With a large vocabulary they take more memory than the model. But their gradient is
-    known at once: softmax(logits), minus 1 at the target. So forward also computes the
-    gradients, chunk by chunk, and backward only scales them, once.
-    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and less
-    exact: docs/lab-notes.md.
+    With a large vocabulary they take more memory than the model. But their gradient
+    is known at once: softmax(logits), minus 1 at the target. So forward also computes
+    the gradients, chunk by chunk, and backward only scales them, once.
+    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and
+    less exact: docs/lab-notes.md.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
     """
@@ -538,7 +548,8 @@ def chunk_loss(logits, targets):
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
-    # 2. The gradient: probabilities (in the memory of their logarithms), minus 1 at the target.
+    # 2. The gradient: probabilities (in the memory of their logarithms), minus 1 at
+    #    the target.
     grad = logprobs.exp_()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)

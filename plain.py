@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The whole idea of a GPT in one file of plain arithmetic: no layers, no optimizer class, nothing for speed.
+The whole idea of a GPT in one file of plain arithmetic: no layers, no optimizer
+class, nothing for speed.
 
     python plain.py                                  # a small model learns from Python's library
     python plain.py --n_embd=128 --max_iters=1000
     python -m bench parity --peer=plain.py           # train.py has the same losses, but for rounding
 
-A GPT predicts, at every position of a text, the next token, here a character. Text becomes numbers, numbers become
-predictions, a loss says how wrong they are, and every weight takes a step that makes the loss smaller. Only the
-gradient is left to PyTorch.
+A GPT predicts, at every position of a text, the next token, here a character. Text
+becomes numbers, numbers become predictions, a loss says how wrong they are, and every
+weight takes a step that makes the loss smaller. Only the gradient is left to PyTorch.
 
 B, T, C, V in the comments: batch, time (positions), channels (n_embd), vocabulary.
 """
@@ -64,7 +65,8 @@ def load_tokens():
     characters = sorted(set(text))
     id_of = {character: i for i, character in enumerate(characters)}
     ids = torch.tensor([id_of[character] for character in text])
-    # 3) The last tenth is not trained on: only a text that the model has not seen shows what it has learned.
+    # 3) The last tenth is not trained on: only a text that the model has not seen
+    #    shows what it has learned.
     border = len(ids) * 9 // 10
     return ids[:border], ids[border:], characters
 
@@ -72,7 +74,8 @@ def load_tokens():
 def get_batch(ids):
     """Windows of the text: (inputs, targets), (B, T) each. The targets are one token later.
 
-    For inputs "def f(" the targets are "ef f(x": each position is an exercise, and one pass does all T.
+    For inputs "def f(" the targets are "ef f(x": each position is an exercise, and
+    one pass does all T.
     """
     starts = torch.randint(len(ids) - block_size, (batch_size,))  # (B,)
     windows = torch.stack([ids[start:start + block_size + 1] for start in starts])  # (B, T + 1)
@@ -90,7 +93,8 @@ def softmax(x):
 
 def norm(x, weight):
     """LayerNorm (Ba 2016, arXiv 1607.06450): mean 0 and variance 1 for every vector, times a weight per channel."""
-    # Sums of many terms grow with depth; a fixed size keeps every layer in the range where it can learn.
+    # Sums of many terms grow with depth; a fixed size keeps every layer in the range
+    # where it can learn.
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred ** 2).mean(-1, keepdim=True)
     return centred / (variance + 1e-5).sqrt() * weight
@@ -104,11 +108,12 @@ def gelu(x):
 def attention(q, k, v):
     """One head (Vaswani 2017, arXiv 1706.03762): softmax(q k^T / sqrt(head_dim)) v. q, k, v: (B, T, head_dim).
 
-    Every position takes the mean of all values, weighted by how well its query matches their keys. The
-    future, which is to be predicted, is masked.
+    Every position takes the mean of all values, weighted by how well its query
+    matches their keys. The future, which is to be predicted, is masked.
     """
     T, head_dim = q.shape[1:]
-    # 1) How well does each query match each key? The root keeps the variance near 1 (a sum of head_dim products).
+    # 1) How well does each query match each key? The root keeps the variance near 1
+    #    (a sum of head_dim products).
     scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)  # (B, T, T)
     # 2) Row i may not see column j > i. exp(-inf) is 0, so that the future has no weight.
     future = torch.ones(T, T).triu(1).bool()  # (T, T)
@@ -156,8 +161,9 @@ class GPT:
         x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:idx.size(1)]  # (B, T, C)
         for i in range(self.config.n_layer):
             block = f"transformer.h.{i}."
-            # Attention: positions read from each other; every head looks for something else. Adding, not
-            # replacing, lets the gradient pass every block unchanged (He 2015, arXiv 1512.03385).
+            # Attention: positions read from each other; every head looks for
+            # something else. Adding, not replacing, lets the gradient pass every
+            # block unchanged (He 2015, arXiv 1512.03385).
             qkv = norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T  # (B, T, 3 C)
             q, k, v = (part.chunk(self.config.n_head, dim=-1) for part in qkv.chunk(3, dim=-1))  # n_head parts each
             heads = [attention(*head) for head in zip(q, k, v)]  # (B, T, head_dim) each
@@ -176,7 +182,8 @@ class GPT:
     def generate(self, idx, n, temperature=1.0, top_k=40):
         """Continue idx (B, T) by n tokens, each sampled from the top_k most likely (Fan 2018, arXiv 1805.04833)."""
         for _ in range(n):
-            # The whole context is read again for each token. model.py keeps keys and values instead.
+            # The whole context is read again for each token. model.py keeps keys and
+            # values instead.
             logits = self.logits(idx[:, -self.config.block_size:])[:, -1]  # (B, V), of the last position
             values, ids = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k) each
             chosen = torch.multinomial(softmax(values / temperature), 1)  # (B, 1)
@@ -218,8 +225,9 @@ def clip_grad_norm_(weights, limit):
 def adamw(w, mean, square, step, rate):
     """AdamW (Loshchilov 2019, arXiv 1711.05101) for one tensor.
 
-    A weight moves against the running mean of its gradient, divided by the root of the running mean of the
-    square. Both begin at 0, which the powers of beta correct. Matrices also shrink a little.
+    A weight moves against the running mean of its gradient, divided by the root of
+    the running mean of the square. Both begin at 0, which the powers of beta correct.
+    Matrices also shrink a little.
     """
     # 1) The running means.
     mean.copy_(beta1 * mean + (1 - beta1) * w.grad)
@@ -227,7 +235,8 @@ def adamw(w, mean, square, step, rate):
     # 2) After few steps they are too small, by a known factor.
     direction = mean / (1 - beta1 ** (step + 1))
     size = (square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
-    # 3) The step. Where the gradient keeps its sign, direction / size is near 1: a weight moves by about `rate`.
+    # 3) The step. Where the gradient keeps its sign, direction / size is near 1: a
+    #    weight moves by about `rate`.
     decay = weight_decay * w if w.dim() == 2 else 0.0
     w -= rate * (direction / size + decay)
     w.grad = None
@@ -238,7 +247,8 @@ def train(model, ids):
     states = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
     for step in range(max_iters + 1):
         started = time.perf_counter()
-        # 1) The gradient: how the loss changes with each weight, computed backwards by the chain rule.
+        # 1) The gradient: how the loss changes with each weight, computed backwards
+        #    by the chain rule.
         for _ in range(gradient_accumulation_steps):
             _, loss = model.forward(*get_batch(ids))
             (loss / gradient_accumulation_steps).backward()  # gradients add up

@@ -2,25 +2,27 @@
 """
 Prepare: text in, two files of token ids out.
 
-    python prepare.py stdlib                               # Python's own source code: 8 MB of text on every machine
-    python prepare.py notes.txt --out=data/notes           # a file, a folder or 'a pattern/*.md'; .gz of these too
-    python prepare.py shakespeare --tokenizer=char --val_fraction=0.1 --out=data/shakespeare_char   # a download
-    python prepare.py stdlib --format=chat --tokenizer=out/small    # conversations, into data/stdlib-chat
-    python prepare.py --inspect data/notes                 # check all of it, and show a part
+    python prepare.py stdlib                  # Python's own source code, 8 MB on every machine
+    python prepare.py notes.txt               # a file, a folder or 'a pattern/*.md'; also .gz
+    python prepare.py shakespeare --tokenizer=char                    # a download
+    python prepare.py stdlib --format=chat --tokenizer=out/small      # conversations
+    python prepare.py --inspect data/notes    # check all of it, and show a part
 
 text/sources.py reads the texts, text/chats.py the conversations. What is written:
 
-    data/NAME/train.bin, val.bin    token ids, uint16 (uint32 for more than 65,536 tokens), <|endoftext|> before every
-                                    document; np.memmap(path, dtype=np.uint16) reads them
-    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 for what is learned (what the assistant says
-                                    and the token that ends it), 0 for what is only read
-    data/NAME/meta.json             how many tokens, documents and bytes, the checksum of each file, the report
+    data/NAME/train.bin, val.bin    token ids, uint16 (uint32 beyond 65,536 tokens), with
+                                    <|endoftext|> before every document
+    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 for what is learned,
+                                    the assistant's words and the token that ends them
+    data/NAME/meta.json             counts, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
-The text is read a megabyte at a time, two or three times: to choose the split of each document,
-to learn a vocabulary if need be, and to encode. In between, some 75 bytes per document stay in
-memory. The result does not depend on the number of threads, and gets its name when it is
-complete.
+np.memmap(path, dtype=np.uint16) reads a .bin file.
+
+The text is read a megabyte at a time, two or three times: to choose the split of each
+document, to learn a vocabulary if need be, and to encode. In between, some 75 bytes
+per document stay in memory. The result does not depend on the number of threads, and
+gets its name when it is complete.
 """
 import glob
 import hashlib
@@ -69,13 +71,14 @@ class PrepareConfig:
     inspect: bool = False  # only check a folder that is there: every hash, every id, every count
 
 
-MANY = 200  # from this many documents on, validation takes whole documents; with fewer, the end of each
-# A word is a run of letters and digits; in the scripts from Thai to Chinese, many of which have
-# no spaces, one of them.
+LIMITS = {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
+          "character_coverage": (0.98, 1), "vocab_size": (1, 1_000_000)}
+MANY = 200  # from so many documents on, validation takes whole ones; with fewer, the end of each
+# A word is a run of letters and digits; in the scripts from Thai to Chinese, many of
+# which have no spaces, one of them.
 WORD = re.compile(r"[^\W_\u0e00-\u9fff]+|(?=\w)[\u0e00-\u9fff]")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The plan: which documents are kept, and in which split
+# ---------- 1. The plan: which documents are kept, and in which split
 
 SKIP, TRAIN, VAL, CUT = range(4)  # a document is dropped, is in one split, or is cut near its end
 
@@ -100,8 +103,8 @@ def read(sources, settings):
 
 def make_plan(sources, settings):
     """Read everything once: find duplicates, choose the splits, count characters."""
-    # 1) Per document: a key that equal documents share, its size, and what its source says of
-    #    the split.
+    # 1) Per document: a key that equal documents share, its size, and what its source
+    #    says of the split.
     seen, progress = Characters(), Progress("reading")
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
     for document in read(sources, settings):
@@ -117,12 +120,14 @@ def make_plan(sources, settings):
             if n_words < settings.min_words:
                 n_words += len(WORD.findall(block))
             progress.add(len(raw))
-        # Eight bytes of the hash: among a billion documents, two are confused with a chance of 3%.
+        # Eight bytes of the hash: among a billion documents, two are confused with a
+        # chance of 3%.
         key = int.from_bytes(digest.digest()[:8], "big")
-        # The same words by other speakers are no duplicate. The upper half of the key, which
-        # decides on the split, stays: they belong into the same one.
+        # The same words by other speakers are no duplicate. The upper half of the
+        # key, which decides on the split, stays: they belong into the same one.
         if document.messages:
-            key ^= crc32(repr([(said["role"], len(said["content"])) for said in document.messages]).encode())
+            speakers = [(said["role"], len(said["content"])) for said in document.messages]
+            key ^= crc32(repr(speakers).encode())
         split = {None: CUT, False: TRAIN, True: VAL}[document.held_out]
         keys.append(key)
         sizes.append(size)
@@ -136,26 +141,31 @@ def make_plan(sources, settings):
     again = ~np.isin(np.arange(len(keys)), first_of_each)
     reasons = {"exact duplicates": again & (split_of != SKIP), "empty ones": sizes == 0,
                "with too few words": (split_of == SKIP) & (sizes > 0)}
-    dropped = ", ".join(f"{which.sum():,} {why}" for why, which in reasons.items() if which.any()) or "nothing"
+    counts = [f"{which.sum():,} {why}" for why, which in reasons.items() if which.any()]
+    dropped = ", ".join(counts) or "nothing"
     split_of[again] = SKIP
     kept = split_of != SKIP
     if not kept.any():
-        raise UserError(f"there is no text; dropped: {dropped}", "give a file with text, or a smaller --min_words")
+        raise UserError(f"there is no text; dropped: {dropped}",
+                        "give a file with text, or a smaller --min_words")
 
     # 3) Choose the splits.
     split_of[kept] = choose_splits(keys[kept], split_of[kept], settings)
-    return Plan(split_of, np.array(lengths), seen.counts, sizes[kept], int(sizes[kept].sum()), dropped)
+    sizes = sizes[kept]
+    return Plan(split_of, np.array(lengths), seen.counts, sizes, int(sizes.sum()), dropped)
 
 
 def choose_splits(keys, split_of, settings):
     """The split of each document, where its source leaves it to us. Neither split is ever empty."""
     if (split_of == split_of[0]).all():
         split_of[:] = CUT  # a source that has one split only
-    # Of a few documents, whole ones would be too coarse a share: the end of each is cut off instead.
+    # Of a few documents, whole ones would be too coarse a share: the end of each is
+    # cut off instead.
     free = np.flatnonzero(split_of == CUT)
     if not len(free) or (len(free) < MANY and settings.format == "text"):
         return split_of
-    # A number in [0, 1) from the text itself: the same text is in the same split wherever it stands.
+    # A number in [0, 1) from the text itself: the same text is in the same split
+    # wherever it stands.
     share = keys[free] / 2.0**64
     split_of[free] = np.where(share < settings.val_fraction, VAL, TRAIN)
     split_of[free[share.argmin()]] = VAL
@@ -171,11 +181,12 @@ def split_texts(sources, plan, settings):
     for document, split_of, length in zip(read(sources, settings), plan.split_of, plan.length):
         if split_of == SKIP:
             continue
-        cut = {TRAIN: length, VAL: 0, CUT: length - math.ceil(length * settings.val_fraction)}[split_of]
+        end = math.ceil(length * settings.val_fraction)  # characters for validation
+        cut = {TRAIN: length, VAL: 0, CUT: length - end}[split_of]
         # A line end is a better place to cut, if it is not further away than this.
         near = cut - (length - cut) // 2
-        # The splits that have nothing of this document yet: it starts there with an end-of-text
-        # token.
+        # The splits that have nothing of this document yet: it starts there with an
+        # end-of-text token.
         position, fresh = 0, {"train", "val"}
         for block in document.blocks():
             here = min(max(cut - position, 0), len(block))
@@ -189,37 +200,39 @@ def split_texts(sources, plan, settings):
             position += len(block)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The vocabulary
+# ---------- 2. The vocabulary
 
 def learn_tokenizer(sources, plan, settings, existing):
     """The tokenizer: one that exists, or learned, from the training split alone (char: from all)."""
-    # 1) One that exists, or one id per character, for which the plan has all that is needed.
+    # 1) One that exists, or one id per character, for which the plan has all that is
+    #    needed.
     if existing or settings.tokenizer == "char":
         tokenizer = existing or tokenizers.train("char", map(chr, np.flatnonzero(plan.counts)))
         if settings.vocab_size not in ("auto", tokenizer.vocab_size):
             note(f"--vocab_size has no effect here: this vocabulary has {tokenizer.vocab_size:,} tokens")
         return tokenizer
-    # 2) A token that is seen a few times only is not learned: a hundred bytes of text for each
-    #    at least.
+    # 2) A token that is seen a few times only is not learned: a hundred bytes of text
+    #    for each at least.
     vocab_size = number(settings.vocab_size, max(1, min(4096, plan.bytes // 100)))
     # 3) The validation split stays unseen, here too.
     texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
-    return tokenizers.train(settings.tokenizer, tokenizers.sample(texts, plan.bytes), vocab_size,
-                            settings.character_coverage, enlarge=settings.vocab_size == "auto")
+    texts = tokenizers.sample(texts, plan.bytes)
+    return tokenizers.train(settings.tokenizer, texts, vocab_size, settings.character_coverage,
+                            enlarge=settings.vocab_size == "auto")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Encoding
+# ---------- 3. Encoding
 
 def encode(texts, plan, tokenizer, dtype, folder, settings):
     """Write train.bin and val.bin, of conversations their masks too, from what split_texts yields.
 
-    Returns the counts of both splits, as meta.json has them, and the names of the documents in val.bin.
+    Returns the counts of both splits, as meta.json has them, and the names of the
+    documents in val.bin.
     """
     chat, threads = settings.format == "chat", number(settings.num_proc, os.cpu_count() or 1)
     counts, validation = dict(train=Counter(), val=Counter()), []
-    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size if chat else 0)])
+    known = range(tokenizer.vocab_size) if chat else ()
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in known])
     progress = Progress("encoding", plan.bytes)
 
     def work(batch):
@@ -235,7 +248,8 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         if chat:
             append(os.path.join(folder, f"{split}.mask.bin"), mask)
             learned = ids[mask == 1]
-            counts[split].update(trained=learned.size, trained_bytes=int(lengths[learned].sum()))
+            trained_bytes = int(lengths[learned].sum())
+            counts[split].update(trained=learned.size, trained_bytes=trained_bytes)
         if split == "val":
             validation += started
         progress.add(size)
@@ -269,7 +283,7 @@ def sealed(path):
 
 
 def batches(texts):
-    """What split_texts yields, as lists of half a megabyte of one split: less is not worth a thread's while."""
+    """What split_texts yields, as lists of half a megabyte of one split, the work of a thread."""
     # The order within a split is that of the text, whatever the number of threads.
     batch, size = dict(train=[], val=[]), dict(train=0, val=0)
     for item in texts:
@@ -283,7 +297,7 @@ def batches(texts):
 
 
 def in_threads(function, items, threads):
-    """map(function, items) in a few threads, in order. No more than two items for each thread are in memory."""
+    """map(function, items) in a few threads, in order, with at most two items per thread in memory."""
     # Threads are enough: the tokenizers encode in C++ or Rust, without Python's lock.
     with ThreadPoolExecutor(threads) as pool:
         running = deque()
@@ -304,7 +318,8 @@ def encode_batch(batch, tokenizer, chat):
         if starts:
             ids.append(end)
         if not chat:
-            # `follows`: it goes on in a text that began before, where some tokenizers add a space.
+            # `follows`: it goes on in a text that began before, where some tokenizers
+            # add a space.
             ids.append(tokenizer.encode_to_numpy(text, follows=not starts))
             continue
         try:
@@ -319,13 +334,11 @@ def encode_batch(batch, tokenizer, chat):
     return ids, np.array(mask, dtype=np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# ---------- All of it
 
 def prepare(sources, settings):
     """Write data/NAME, and return (data/NAME, what its meta.json says)."""
-    check_limits(settings, {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
-                            "character_coverage": (0.98, 1), "vocab_size": (1, 1_000_000)})
+    check_limits(settings, LIMITS)
     # 1) Where, and is there something else?
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)
@@ -352,7 +365,7 @@ def prepare(sources, settings):
 
 
 def folder_to_write(sources, settings):
-    """--out, or data/NAME after the first source, for conversations data/NAME-chat. What is in it must be ours."""
+    """--out, or data/NAME after the first source, for conversations data/NAME-chat."""
     # 1) The name: notes.txt.gz -> notes, 'letters/*.txt' -> letters.
     path = os.path.normpath(public(sources[0]))
     if glob.has_magic(path) and not os.path.exists(path):
@@ -369,7 +382,8 @@ def folder_to_write(sources, settings):
     # 2) Nothing is written over that prepare.py has not written.
     for folder in (out, out + ".part", out + ".old"):
         if other := datasets.not_ours(folder):
-            raise UserError(f"{folder} holds something other than prepared data: {other}", "--out=data/ANOTHER_NAME")
+            raise UserError(f"{folder} holds something other than prepared data: {other}",
+                            "--out=data/ANOTHER_NAME")
     return out
 
 
@@ -386,15 +400,19 @@ def held_by(out):
 
 def contents(sources, chat):
     """What data are made of, in words: the same words when it is prepared again, by whatever Python."""
-    names = [re.sub(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$", "", origin(name)) for name in sources]
+    accidents = re.compile(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$")
+    names = [accidents.sub("", origin(name)) for name in sources]
     return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
 
 def write(sources, settings, out):
     """Write all files into `out`.part, then rename it. Returns what meta.json says."""
     started, part, chat = time.monotonic(), out + ".part", settings.format == "chat"
-    existing = None if settings.tokenizer in tokenizers.LEARNED else tokenizers.get(settings.tokenizer)
-    sources, origins = fetch(sources, settings.mirror, chats.KINDS if chat else KINDS, settings.follow_links)
+    existing = None
+    if settings.tokenizer not in tokenizers.LEARNED:
+        existing = tokenizers.get(settings.tokenizer)
+    kinds = chats.KINDS if chat else KINDS
+    sources, origins = fetch(sources, settings.mirror, kinds, settings.follow_links)
 
     # 1) The plan, the vocabulary, the ids.
     plan = make_plan(sources, settings)
@@ -403,14 +421,17 @@ def write(sources, settings, out):
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     tokenizer.save(os.path.join(part, "tokenizer"))
-    counts, validation = encode(split_texts(sources, plan, settings), plan, tokenizer, dtype, part, settings)
+    texts = split_texts(sources, plan, settings)
+    counts, validation = encode(texts, plan, tokenizer, dtype, part, settings)
 
     # 2) What is known about them.
     end = tokenizer.special[tokenizers.END_OF_TEXT]
     about_overlap = overlap(part, dtype, counts, end, validation)
-    origins = [f"stdlib of Python {platform.python_version()}" if name == "stdlib" else name for name in origins]
-    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
-                source=origins, tokenizer_sha256=tokenizers.fingerprint(tokenizer), **counts,
+    library = f"stdlib of Python {platform.python_version()}"
+    origins = [library if name == "stdlib" else name for name in origins]
+    meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size,
+                special=tokenizer.special, source=origins, **counts,
+                tokenizer_sha256=tokenizers.fingerprint(tokenizer),
                 report=report(plan, about_overlap, tokenizer, counts))
     if chat:
         meta["chat"] = True
@@ -434,10 +455,12 @@ def report(plan, about_overlap, tokenizer, counts):
     # 1) The text.
     what = "conversations" if "trained" in counts["train"] else "documents"
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
+    median, longest = np.median(plan.sizes), plan.sizes.max()
     lines = [f"{len(plan.sizes):,} {what}, {plan.bytes:,} bytes; dropped: {plan.dropped}",
-             f"the median one has {np.median(plan.sizes):,.0f} bytes, the longest {plan.sizes.max():,}",
+             f"the median one has {median:,.0f} bytes, the longest {longest:,}",
              *characters(plan.counts), *about_overlap,
-             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {plan.bytes / tokens:.2f} bytes per token"]
+             f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
+             f"{plan.bytes / tokens:.2f} bytes per token"]
     # 2) What a vocabulary of others cannot spell.
     lacks = [byte for byte in getattr(tokenizer, "missing", b"") if byte < 128]
     if lost := plan.counts[lacks].sum():
@@ -445,13 +468,13 @@ def report(plan, about_overlap, tokenizer, counts):
     # 3) The files.
     for split, n in counts.items():
         learned = f"; {n['trained']:,} tokens to be learned" if "trained" in n else ""
-        lines.append(f"{split}.bin: {n['tokens']:,} tokens of {n['documents']:,} {what}, {n['bytes']:,} bytes of text"
-                     + learned)
+        lines.append(f"{split}.bin: {n['tokens']:,} tokens of {n['documents']:,} {what}, "
+                     f"{n['bytes']:,} bytes of text{learned}")
     return lines
 
 
-# Where to start: with a new model, or with the weights that the tokenizer's folder holds, of a
-# run or of others.
+# Where to start: with a new model, or with the weights that the tokenizer's folder
+# holds, of a run or of others.
 RECIPES = {
     ("text", "scratch"): ["config/train_small.py"],
     ("text", "run"): ["--learning_rate=1e-3", "--warmup_iters=5"],
@@ -509,9 +532,11 @@ def main(argv):
         datasets.inspect(sources[0])
         return
     if not sources:
+        names = ", ".join(["stdlib", *NAMES])
         raise UserError("no text was named",
-                        f"python prepare.py FILE, a folder, an address, or one of: stdlib, {', '.join(NAMES)}")
-    # 2) Prepare, and show what to do with it. A look at a conversation shows what is learned of it.
+                        f"python prepare.py FILE, a folder, an address, or one of: {names}")
+    # 2) Prepare, and show what to do with it. A look at a conversation shows what is
+    #    learned of it.
     out, meta = prepare(sources, settings)
     if settings.format == "chat":
         data = datasets.Dataset.open(out)

@@ -7,7 +7,8 @@ Sampling: let a trained model write in the terminal.
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
     python sample.py SmolLM2-135M-Instruct --chat   # a conversation; the model: a Hugging Face folder
 
-The text goes to standard output, everything else to standard error. Two steps lead from logits to text:
+The text goes to standard output, everything else to standard error. Two steps lead
+from logits to text:
 
 1. From logits to a token: `candidates` leaves out what is too unlikely, `sample_tokens` samples of the rest.
 2. From tokens to text: a token may be a part of a character, and end with a part of a stop string. TextStream
@@ -94,16 +95,16 @@ def candidates(logits, settings):
 
     The likeliest token always stays.
     """
-    # 1. top_k: the k highest logits, in falling order. Sorting a whole vocabulary takes time, so not
-    #    where nothing asks for it.
+    # 1. top_k: the k highest logits, in falling order. Sorting a whole vocabulary
+    #    takes time, so not where nothing asks for it.
     V = logits.size(-1)
     k = V if settings.top_k in ALL else min(settings.top_k, V)
     ids = torch.arange(V).expand_as(logits)
     if k < V or settings.top_p < 1:
         logits, ids = logits.topk(k)  # (B, k) each
     logits, ids = logits.cpu(), ids.cpu()
-    # 2. The temperature: below 1, differences grow, and the likely become likelier. With the best
-    #    logit at 0, a low temperature cannot overflow.
+    # 2. The temperature: below 1, differences grow, and the likely become likelier.
+    #    With the best logit at 0, a low temperature cannot overflow.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     probs = (logits / settings.temperature).softmax(dim=-1)
     # 3. min_p: at least this share of the highest probability (arXiv 2407.01082).
@@ -111,8 +112,8 @@ def candidates(logits, settings):
         probs = probs * (probs >= settings.min_p * probs.amax(dim=-1, keepdim=True))
     # 4. The cumulative distribution: in float32, rare tokens would get lost in the sum.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
-    # 5. top_p: the fewest tokens that reach this share (nucleus sampling, arXiv 1904.09751).
-    #    Where the cdf does not rise any more, no token is chosen.
+    # 5. top_p: the fewest tokens that reach this share (nucleus sampling, arXiv
+    #    1904.09751). Where the cdf does not rise any more, no token is chosen.
     if settings.top_p < 1:
         cdf = cdf.minimum(cdf.gather(-1, find(cdf, settings.top_p)))
     return cdf, ids
@@ -132,14 +133,15 @@ def is_greedy(settings):
 def sample_tokens(logits, settings, generators):
     """A token for each row of logits (B, V) -> (B,) on the CPU; -1 for a row that is not finite.
 
-    Each row has a generator, whose uniform number becomes a token by the inverse of the cdf.
-    (torch.multinomial takes seven times as long for 32,768 tokens.)
+    Each row has a generator, whose uniform number becomes a token by the inverse of
+    the cdf. (torch.multinomial takes seven times as long for 32,768 tokens.)
     """
     # 1. Greedy: nothing is left to chance; of equals, the lowest id.
     if is_greedy(settings):
         best = logits.max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, -1).cpu()
-    # 2. A uniform number picks a place on the cdf; a token is hit as often as it is probable.
+    # 2. A uniform number picks a place on the cdf; a token is hit as often as it is
+    #    probable.
     cdf, ids = candidates(logits, settings)
     uniform = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
     share = 1 - torch.stack(uniform)  # (B, 1), in (0, 1]: never on a token of probability 0
@@ -157,8 +159,8 @@ class Sampler:
         self.written = []
         penalties = settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
         self.changes = bool(bias) or penalties != (1, 0, 0)
-        # The engine samples the texts of a group together, but whole vocabularies one by one: a
-        # row stays in the processor's cache, which halves the time.
+        # The engine samples the texts of a group together, but whole vocabularies one
+        # by one: a row stays in the processor's cache, which halves the time.
         self.group = settings.temperature, settings.top_k, settings.top_p, settings.min_p
         if self.changes or (settings.top_k in ALL and not is_greedy(settings)):
             self.group = id(self)
@@ -168,7 +170,8 @@ class Sampler:
         if not self.changes:
             return logits
         settings, repetition = self.settings, self.settings.repetition_penalty
-        # 1. repetition: tokens of prompt and text become less likely (CTRL, arXiv 1909.05858).
+        # 1. repetition: tokens of prompt and text become less likely (CTRL, arXiv
+        #    1909.05858).
         counts = count(self.written, logits)
         used = count(self.prompt, logits) + counts > 0
         less = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -217,15 +220,16 @@ class TextStream:
     def add(self, new):
         if self.stopped:
             return ""
-        # 1. A stop string is complete: the text ends before the one that ended first, of those
-        #    the longest.
+        # 1. A stop string is complete: the text ends before the one that ended first,
+        #    of those the longest.
         text = self.pending + new
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
         if ends:
             self.stopped, self.pending = True, ""
             _, start = min(ends)
             return text[:start]
-        # 2. The end of the text may be the beginning of a stop string: that much is held back.
+        # 2. The end of the text may be the beginning of a stop string: that much is
+        #    held back.
         beginnings = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)
         self.pending = text[certain:]

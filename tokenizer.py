@@ -20,17 +20,19 @@ unigram     (Kudo 2018, arXiv 1804.10959). Start from many pieces with a probabi
             remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
 simple_bpe  Byte-pair encoding again, in 60 lines to read: `train_bpe` and `encode_bpe` below. Slow.
 
-SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of others:
-GPT-2's, Llama's.
+SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of
+others: GPT-2's, Llama's.
 
-A token stands for bytes, not for characters: an emoji may take four tokens. So `decode` joins the
-bytes of all tokens before it decodes the UTF-8.
+A token stands for bytes, not for characters: an emoji may take four tokens. So
+`decode` joins the bytes of all tokens before it decodes the UTF-8.
 
-Special tokens are inserted by id: "<|endoftext|>" in a text stays text. In a chat they mark the turns:
+Special tokens are inserted by id: "<|endoftext|>" in a text stays text. In a chat
+they mark the turns:
 
     <|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
 
-A prompt (`chat`) ends with <|assistant|>. A model learns the answer and its <|end|> (`conversation`).
+A prompt (`chat`) ends with <|assistant|>. A model learns the answer and its <|end|>
+(`conversation`).
 """
 import contextlib
 import functools
@@ -87,7 +89,8 @@ class Learned(pretrained.Tokenizer):
 
         Each message is encoded alone: the ids before an answer are those of its prompt.
         """
-        # 1. A chat needs the tokens that mark its turns, which nanoGPT's characters do not have.
+        # 1. A chat needs the tokens that mark its turns, which nanoGPT's characters
+        #    do not have.
         if not self.special.keys() >= set(SPECIAL):
             raise UserError("this vocabulary has no tokens that mark the turns of a chat",
                             f"--tokenizer=bpe, or {pretrained.CHAT_FIX}")
@@ -113,7 +116,8 @@ class CharTokenizer(Learned):
         self.characters = characters
         self.special = {name: i for i, name in enumerate(special)}
         self.vocab_size = len(self.special) + len(characters)
-        # The id of every code point there is, -1 for none: a text is encoded by one look-up (4 MB).
+        # The id of every code point there is, -1 for none: a text is encoded by one
+        # look-up (4 MB).
         self.table = np.full(0x110000, -1, dtype=np.int32)
         self.table[code_points(characters)] = np.arange(len(self.special), self.vocab_size)
         self.bytes = [b""] * len(self.special) + [character.encode() for character in characters]
@@ -131,9 +135,9 @@ class CharTokenizer(Learned):
 
 # ---------- Byte-pair encoding, slow and clear
 
-# Pairs are merged inside of words only. A word is a run of letters, digits, punctuation or white
-# space; each but the last may begin with one space. Longer words are cut, to bound the time that
-# one takes.
+# Pairs are merged inside of words only. A word is a run of letters, digits,
+# punctuation or white space; each but the last may begin with one space. Longer words
+# are cut, to bound the time that one takes.
 WORDS = re.compile("| ?".join([" ?[A-Za-z\x80-\U0010ffff]{1,64}", "[0-9]{1,64}", "[!-/:-@\\[-`{-~]{1,64}"])
                    + "|[^!-~\x80-\U0010ffff]{1,64}")
 SIMPLE_BYTES = 1_000_000  # train_bpe takes about half a minute for so much text
@@ -156,7 +160,8 @@ def merge(ids, pair, new):
 def train_bpe(text, n):
     """Learn n merges {pair of ids: new id}, the most frequent pair first (Sennrich 2016, arXiv 1508.07909).
 
-    The ids 0 to 255 are the bytes; the first merge makes the id 256. For "aaabdaaabac" and n = 3:
+    The ids 0 to 255 are the bytes; the first merge makes the id 256. For
+    "aaabdaaabac" and n = 3:
 
         97  97  97  98 100  97  97  97  98  97  99     a a a b d a a a b a c
         256     97  98 100 256      97  98  97  99     (97, 97) was there 4 times
@@ -172,7 +177,8 @@ def train_bpe(text, n):
         for pair in zip(ids, ids[1:]):
             counts[pair] += often[word]
             where[pair].add(word)
-    # 3. Merge the most frequent pair, of equals the one with the lowest ids, again and again.
+    # 3. Merge the most frequent pair, of equals the one with the lowest ids, again
+    #    and again.
     merges = {}
     while counts and len(merges) < n:
         best = max(counts, key=lambda pair: (counts[pair], -pair[0], -pair[1]))
@@ -265,10 +271,11 @@ class SentencePieceTokenizer(Learned):
         self.processor = library.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
         self.special = {name: self.processor.piece_to_id(name) for name in SPECIAL}
-        # What each id stands for, so that decoding is a join of bytes, here as in every other
-        # tokenizer.
+        # What each id stands for, so that decoding is a join of bytes, here as in
+        # every other tokenizer.
         self.bytes = [self.spelled(i) for i in range(self.vocab_size)]
-        # A mark in the text would come back as a space. The pieces of its three bytes spell it instead.
+        # A mark in the text would come back as a space. The pieces of its three bytes
+        # spell it instead.
         self.mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def spelled(self, i):
@@ -281,8 +288,8 @@ class SentencePieceTokenizer(Learned):
         return piece.replace(SPACE_MARK, " ").encode()
 
     def encode_to_numpy(self, text, follows=False):
-        # SentencePiece turns spaces into marks and back. A mark that is in the text is taken out
-        # before.
+        # SentencePiece turns spaces into marks and back. A mark that is in the text
+        # is taken out before.
         ids = []
         for between_marks in text.split(SPACE_MARK):
             for part in self.processor.encode(PARTS.findall(between_marks), num_threads=1):
@@ -293,7 +300,8 @@ class SentencePieceTokenizer(Learned):
 
 # ---------- Learning a vocabulary
 
-# SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), so that it keeps every space and character
+# SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226), so that it keeps every
+# space and character
 OPTIONS = dict(
     normalization_rule_name="identity",  # no NFKC: what goes in comes out
     remove_extra_whitespaces=False,
@@ -355,11 +363,11 @@ SCORE_STEPS = 64  # scores are multiples of 1/64: float32 then adds some 30,000 
 def round_scores(tokenizer):
     """The bytes of a unigram model whose scores are multiples of 1 / SCORE_STEPS.
 
-    The same pieces in another order are equally likely, and then rounding decides. With exact
-    sums, every program that reads this model decides alike.
+    The same pieces in another order are equally likely, and then rounding decides.
+    With exact sums, every program that reads this model decides alike.
     """
-    # The file is a protocol buffer. The scores are changed where they stand, so that nothing else
-    # changes.
+    # The file is a protocol buffer. The scores are changed where they stand, so that
+    # nothing else changes.
     model, at = bytearray(tokenizer.model), 0
     for i in range(tokenizer.vocab_size):
         piece = tokenizer.processor.id_to_piece(i).encode()
@@ -378,7 +386,8 @@ def sample(texts, total_bytes):
     if share < 1:
         note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the "
              f"{total_bytes / 1e6:,.0f}")
-    # 2. `due`: so many characters should have been given by now. A part of less than 2,000 waits.
+    # 2. `due`: so many characters should have been given by now. A part of less than
+    #    2,000 waits.
     for text in texts:
         due += len(text) * share
         if due >= min(len(text), 2000):
@@ -569,7 +578,8 @@ def compare(names, corpus):
         tokenizer = corpus.learn(name) if name in LEARNED else get(name)
         tokens, result = 0, "exact"
         for text in corpus:
-            # A vocabulary of others may change a text, in a normal form of Unicode for example.
+            # A vocabulary of others may change a text, in a normal form of Unicode
+            # for example.
             ids = tokenizer.encode(text)
             tokens += len(ids)
             if tokenizer.decode(ids) != text:

@@ -7,7 +7,8 @@ Training: one loop, from the settings to a trained model.
     python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
 
-The same command continues a run that was stopped (Ctrl-C saves first). A run is a folder, out/NAME:
+The same command continues a run that was stopped (Ctrl-C saves first). A run is a
+folder, out/NAME:
 
     ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the last two are kept
     best.pt             the weights with the lowest validation loss: what sample.py reads
@@ -16,10 +17,10 @@ The same command continues a run that was stopped (Ctrl-C saves first). A run is
 
 Read `train`, the whole run, and `train_step`, one step.
 
-The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a run
-that was killed at any moment and resumed has the same bits as one that was never stopped
-(docs/reliability.md has the proofs). A GPU adds in varying order, so there the two are
-equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So on a CPU
+a run that was killed at any moment and resumed has the same bits as one that was
+never stopped (docs/reliability.md has the proofs). A GPU adds in varying order, so
+there the two are equal up to rounding.
 """
 import time
 
@@ -103,7 +104,8 @@ class TrainConfig(GPTConfig):
 
 def main(argv):
     """Read the settings, acquire the folder of the run, and train."""
-    # 1) Settings: the defaults above, then config files and --name=value from left to right.
+    # 1) Settings: the defaults above, then config files and --name=value from left to
+    #    right.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
@@ -200,8 +202,9 @@ def train(settings, given, ranks, folder):
         run.open_log(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal comes,
-    #    half a step is thrown away, and memory holds exactly the state after `step` steps.
+    # 5) The loop. Weights change at the end of train_step and nowhere else: when a
+    #    signal comes, half a step is thrown away, and memory holds exactly the state
+    #    after `step` steps.
     run.stop.listen()
     try:
         if resumed:
@@ -223,8 +226,7 @@ def train(settings, given, ranks, folder):
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run and its step
+# ---------- The run and its step
 
 
 @dataclass
@@ -391,14 +393,16 @@ def train_step(run):
     settings, scaler = run.settings, run.scaler
     started = time.perf_counter()
 
-    # 1) The gradient. A rare batch with a huge one would throw the weights away: it is scaled down.
+    # 1) The gradient. A rare batch with a huge one would throw the weights away: it
+    #    is scaled down.
     loss = accumulate_gradient(run)
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
     longest = number(settings.grad_clip, math.inf)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), longest).item()
 
-    # 2) Is it a number? Where float16 has overflowed, the scaler halves its factor, and no weight moves.
+    # 2) Is it a number? Where float16 has overflowed, the scaler halves its factor,
+    #    and no weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
         raise resume.not_finite(run, loss, norm)
@@ -421,7 +425,8 @@ def train_step(run):
 def accumulate_gradient(run):
     """Add up the gradients of all micro-batches, in p.grad. Returns the loss of the step.
 
-    A sum over micro-batches is what one large batch would give, and takes the memory of a small one.
+    A sum over micro-batches is what one large batch would give, and takes the memory
+    of a small one.
     """
     # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
     ranks = run.ranks
@@ -548,8 +553,7 @@ def interrupted(run, reason):
                     "bring the old data back, and the same command continues", alone=reason.alone) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Before the loop
+# ---------- Before the loop
 
 
 def make_model(settings, start, resumed):
@@ -583,8 +587,8 @@ def prepare_stdlib():
 def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings,
-    whose rows learn one by one.
+    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the
+    embeddings, whose rows learn one by one.
     """
     # 1) Which parameter belongs where?
     inside, matrices, vectors = [], [], []
@@ -622,8 +626,7 @@ def is_worth_compiling(run):
     return run.device != "mps" and seconds > 120
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run prints
+# ---------- What a run prints
 
 
 def say_plan(run):

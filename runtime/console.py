@@ -12,7 +12,6 @@ file and must not control the terminal, so it is made printable first.
 import contextlib
 import hashlib
 import importlib
-import importlib.metadata
 import os
 import re
 import select
@@ -46,8 +45,9 @@ def needs(package, what):
     if oldest:
         fix = f"pip install '{package}>={oldest}'"
     try:
+        from importlib import metadata  # (slow to load)
         module = importlib.import_module(package)
-        version = importlib.metadata.version(package)
+        version = metadata.version(package)
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
     if numbers(version) < numbers(oldest):

@@ -115,8 +115,7 @@ class Processes:
         return self.world > 1 and known
 
 
-# ------------------------------------------------------------------------------
-# Being stopped
+# ---------- Being stopped
 
 
 class Stopped(Exception):

@@ -122,8 +122,7 @@ def check_limits(settings, limits):
                                 f"--{name}={default}, the default")
 
 
-# ------------------------------------------------------------------------------
-# Types
+# ---------- Types
 
 
 def parse(value, kind, where):

@@ -34,8 +34,7 @@ FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that.
+# ---------- The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that.
 
 
 def need(condition, name, fact, code=None):
@@ -122,8 +121,7 @@ def check_size(name, size, most_bytes):
     need(size <= most_bytes, name, f"has {size} bytes, more than {most_bytes}", "context_length_exceeded")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The three dialects
+# ---------- The three dialects
 
 
 def spell(tokenizer, i):

@@ -140,8 +140,7 @@ class Rows:
             cache.advance(T)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The same bits whatever the batch size
+# ---------- The same bits whatever the batch size
 
 
 @torch.inference_mode()

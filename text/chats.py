@@ -96,8 +96,7 @@ def dialogue(texts):
     return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
 
 
-# ------------------------------------------------------------------------------
-# Questions about the standard library, answered from its source
+# ---------- Questions about the standard library, answered from its source
 
 FIRST = {"what": ["What does {name} do?", "What is {name} for?", "Explain {name}.", "Tell me about {name}."],
          "call": ["How do I call {name}?", "How is {name} called?", "What does a call of {name} look like?"],

@@ -58,8 +58,7 @@ def characters(counts):
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the splits have in common
+# ---------- What the splits have in common
 
 def overlap(folder, dtype, counts, end, names):
     """Lines for a reader: how many validation documents repeat runs of k tokens of the training split, and which.

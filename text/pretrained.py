@@ -105,8 +105,7 @@ def check_ids(ids):
         raise ValueError(f"an id is given twice, or is no number from 0 to {MOST_IDS - 1:,}")
 
 
-# ------------------------------------------------------------------------------
-# tiktoken's encodings
+# ---------- tiktoken's encodings
 
 def tiktoken():
     return needs("tiktoken", "byte-level vocabularies")
@@ -162,8 +161,7 @@ def short_runs(text):
     yield text[start:]
 
 
-# ------------------------------------------------------------------------------
-# Hugging Face's tokenizer.json
+# ---------- Hugging Face's tokenizer.json
 
 def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError where its files cannot be read."""
@@ -375,8 +373,7 @@ def spelled(token, decoder, byte_level):
     return token.encode()
 
 
-# ------------------------------------------------------------------------------
-# Chats
+# ---------- Chats
 
 def check_messages(messages, roles=()):
     """Raises UserError for a message without text, or with a role that is none of these. (): any role."""

@@ -46,8 +46,7 @@ class Document:
     messages: list | None = None  # of a conversation (text/chats.py): [{"role", "content"}, ...]; None: a text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
+# ---------- Names
 
 # The validation split of the standard library: about 5%, chosen once, before any model was trained, from every corner
 # and size of it, among the modules that Python 3.10 to 3.14 all have.
@@ -115,8 +114,7 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
     return found, origins
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
+# ---------- Documents
 
 def documents(sources, text_field="text"):
     """The documents of all sources, in a fixed order. text_field: the field of a .jsonl line that holds the text."""
@@ -144,8 +142,7 @@ def stdlib_documents():
             yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---------- Files
 
 def kind(path):
     """The ending that says how to read a file: notes.txt.gz -> .txt, notes.gz -> .txt"""

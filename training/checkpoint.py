@@ -27,8 +27,7 @@ from runtime.console import UserError, origin, warn
 from runtime.files import check_like, locked, replace_file
 from training import lora
 
-# ------------------------------------------------------------------------------
-# Writing
+# ---------- Writing
 
 
 def save_checkpoint(path, state):
@@ -100,8 +99,7 @@ def remove_empty(folder):  # an error before the first step leaves no folder
         os.removedirs(folder)
 
 
-# ------------------------------------------------------------------------------
-# Reading a file
+# ---------- Reading a file
 
 
 def load_file(path):
@@ -185,8 +183,7 @@ def config_of(settings):
     return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
 
 
-# ------------------------------------------------------------------------------
-# Finding and reading a run
+# ---------- Finding and reading a run
 
 
 def find_checkpoint(init_from, out_dir):
@@ -316,8 +313,7 @@ def check_whole(checkpoint):
                         "take the run that it was made from")
 
 
-# ------------------------------------------------------------------------------
-# Weights, and what LoRA has of them
+# ---------- Weights, and what LoRA has of them
 
 
 def learned(model):

@@ -19,8 +19,7 @@ from training import checkpoint as ckpt
 from training.log import read_header, read_rows
 from training.muon import Muon
 
-# ------------------------------------------------------------------------------
-# The settings
+# ---------- The settings
 
 LIMITS = {  # the smallest and the largest value
     "batch_size gradient_accumulation_steps eval_interval log_interval dist_timeout": (1, 1e9),
@@ -96,8 +95,7 @@ def build_model(settings):
         raise UserError(fact, fix or "python train.py --help") from None
 
 
-# ------------------------------------------------------------------------------
-# Where a run starts
+# ---------- Where a run starts
 
 GOES_ON = "auto", "resume"  # values of init_from that continue a run, wherever it began
 
@@ -277,8 +275,7 @@ def load_optimizers(optimizers, scaler, checkpoint, run):
     scaler.load_state_dict(checkpoint["scaler"])
 
 
-# ------------------------------------------------------------------------------
-# While it runs
+# ---------- While it runs
 
 
 def not_finite(run, loss, norm):
