@@ -5,13 +5,13 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed
-or split over processes, and no loader has a state to save. The validation loss is one
-pass over the whole split.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or
+split over processes, and no loader has a state to save. The validation loss is the mean
+over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window
-of conversations begins where a conversation begins, and the mask beside the tokens
-says which are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window of
+conversations begins where a conversation begins, and the mask beside the tokens says
+which are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -44,8 +44,8 @@ class Dataset:
     folder: str
     meta: dict
     files: dict  # {"train": file, "val": file}; of conversations also "train.mask", "val.mask"
-    versions: list  # of the files, when they were opened
-    layouts: dict = field(default_factory=dict)  # what `layout` has found
+    stamps: list  # of the files, when they were opened
+    found: dict = field(default_factory=dict)  # what `chat_windows` has found
 
     ORDER = "permutation"  # how an epoch is shuffled; a run with another order cannot be continued
 
@@ -62,19 +62,21 @@ class Dataset:
             if meta.get("chat"):
                 mask = split + ".mask"
                 files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
-        return cls(folder, meta, files, versions=[version(file) for file in files.values()])
+        return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
     def check_unchanged(self, any_process=bool):
         """Raises Changed where a file was written to.
 
-        any_process: whether something is true in any process, so that all of them raise.
+        any_process: makes of this process's finding that of all, so that they stop together.
         """
         # A batch of a file that is being rewritten would be garbage, and the run
         # would learn it.
-        if any_process([version(file) for file in self.files.values()] != self.versions):
-            raise self.changed("was changed while it was being read")
+        changed = [stamp(file) for file in self.files.values()] != self.stamps
+        if any_process(changed):
+            raise self.change("was changed while it was being read")
 
-    def changed(self, what, alone=False):
+    def change(self, what, alone=False):
+        """The error. alone: other processes do not know of it."""
         return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
 
     @property
@@ -87,7 +89,7 @@ class Dataset:
         names = ["sha256", "mask_sha256"] if self.chat else ["sha256"]
         return [self.meta[split][name] for name in names for split in SPLITS]
 
-    def check_tokenizer(self):
+    def load_tokenizer(self):
         """The tokenizer of these ids. Raises UserError where it is another one."""
         return tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
 
@@ -96,9 +98,9 @@ class Dataset:
         shortest = min(self.meta[split]["tokens"] for split in SPLITS)
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
-            if self.chat and not len(self.layout(split, block_size)):
-                raise UserError(f"block_size={block_size} cuts every conversation of {path} off before its "
-                                "answer", "a larger --block_size")
+            if self.chat and not len(self.chat_windows(split, block_size)):
+                raise UserError(f"block_size={block_size} is so small that no window of {path} "
+                                "reaches an answer", "a larger --block_size")
             if not self.chat and tokens <= block_size:
                 raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at "
                                 f"least {block_size + 1}",
@@ -115,10 +117,10 @@ class Dataset:
         file.seek(offset)
         raw = file.read(size)
         if len(raw) < size:
-            raise self.changed(f"was changed: {name}.bin has become shorter", alone=True)
+            raise self.change(f"was changed: {name}.bin has become shorter", alone=True)
         return raw
 
-    def tokens(self, split, start, count):
+    def read_ids(self, split, start, count):
         """`count` ids from position `start` of a split, (count,) int64."""
         dtype, vocab_size = np.dtype(self.meta["dtype"]), self.meta["vocab_size"]
         raw = self.read(split, start * dtype.itemsize, count * dtype.itemsize)
@@ -126,23 +128,23 @@ class Dataset:
         # An id beyond the vocabulary would be an index out of range, on a GPU without a
         # useful message.
         if ids.max(initial=0) >= vocab_size:
-            raise self.changed(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}",
+            raise self.change(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}",
                                alone=True)
         return ids.astype(np.int64)
 
-    def mask(self, split, start, count):
+    def read_mask(self, split, start, count):
         """Which of `count` tokens of conversations are learned: (count,) uint8, 1 or 0."""
         return np.frombuffer(self.read(split + ".mask", start, count), np.uint8)
 
-    def rows(self, split, spans, block_size):
+    def read_windows(self, split, spans, block_size):
         """The windows that begin and end at these positions: (idx, targets), each (B, T) int64."""
         windows = []
         for start, end in spans:
-            ids = self.tokens(split, start, end - start)
+            ids = self.read_ids(split, start, end - start)
             # The mask belongs to targets, which are one token later than inputs.
             learned = True
             if self.chat:
-                learned = self.mask(split, start + 1, end - start - 1) == 1
+                learned = self.read_mask(split, start + 1, end - start - 1) == 1
             windows.append((ids, learned))
         return to_batch(windows, block_size)
 
@@ -151,133 +153,132 @@ class Dataset:
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Micro-batch number `micro` of the `micros` of a step: (idx, targets), each (B, T) int64."""
         spans = self.spans(block_size, batch_size, seed, step, micro, micros)
-        return self.rows("train", spans.tolist(), block_size)
+        return self.read_windows("train", spans.tolist(), block_size)
 
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of that micro-batch begin and end: (B, 2) int64.
 
         An epoch visits each of the n windows of the training split once, in shuffled
-        order: sample number g of the whole run is the window at place g mod n of
-        epoch g // n. So no batch depends on another.
+        order: sample number g of the whole run is the window at place g mod n of epoch g
+        // n. So no batch depends on another.
         """
         # 1. Which samples are those of this micro-batch?
-        n = self.windows(block_size)
+        n = self.n_windows(block_size)
         first = (step * micros + micro) * batch_size
-        # 2. Each epoch cuts a text at other places, so that a token is not always the first
-        #    of its window.
-        spare = self.meta["train"]["tokens"] - n * block_size
+        # 2. A text has some tokens more than the windows need: each epoch begins at
+        #    another of them, so that a token is not always the first of its window.
+        spare = 1 if self.chat else self.meta["train"]["tokens"] - n * block_size
         # 3. Sample by sample, since a batch may reach into the next epoch.
         spans = []
         for sample in range(first, first + batch_size):
             epoch, i = divmod(sample, n)
-            window = int(shuffled(n, seed, epoch)[i])
-            offset = fold("offset", seed, epoch) % spare
+            window = int(shuffled(n, seed, epoch)[i])  # (one permutation per epoch)
+            offset = seed_for("offset", seed, epoch) % spare
             spans.append(self.span("train", window, block_size, offset))
         return np.array(spans, dtype=np.int64)  # (B, 2)
 
     def span(self, split, window, block_size, offset=0):
         """Where a window begins and ends. offset: of a text, where its first window begins."""
         if self.chat:
-            return self.layout(split, block_size)[window, :2].tolist()
+            return self.chat_windows(split, block_size)[window, :2].tolist()
         start = offset + window * block_size
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
-    def windows(self, block_size, split="train"):
-        """How many windows a split has; of a text to train on, one fewer than fit, see `spare`."""
+    def n_windows(self, block_size, split="train"):
+        """How many windows a split has."""
         if self.chat:
-            return len(self.layout(split, block_size))
+            return len(self.chat_windows(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # The window that training leaves out is the room in which an epoch shifts its
-        # windows.
+        # One window less: by its tokens, an epoch can shift the others.
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
 
     def epochs(self, windows, block_size):
         """How often so many windows read the training split."""
-        return windows / self.windows(block_size)
+        return windows / self.n_windows(block_size)
 
-    def layout(self, split, block_size):
+    def chat_windows(self, split, block_size):
         """The windows of conversations, (n, 3) int64: their begin, end, and number of learned tokens.
 
-        A window begins with the first token of a conversation, as a prompt does, and
-        holds as many whole ones as fit; the later see the earlier. A longer one is
-        cut. A window that teaches nothing is left out.
+        A window begins with a conversation, as a prompt does, and holds as many whole
+        ones as fit; later ones see earlier ones. One that is longer than a window is cut.
+        A window that teaches nothing is left out.
         """
-        if (split, block_size) in self.layouts:
-            return self.layouts[split, block_size]
-        # 1. Where each conversation begins and ends: behind its end-of-text token, before
+        if (split, block_size) in self.found:
+            return self.found[split, block_size]
+        # 1. Where each conversation begins and ends: after its end-of-text token, before
         #    the next one.
         tokens = self.meta[split]["tokens"]
         border = self.meta["special"][tokenizers.END_OF_TEXT]
         borders = []
         for start in range(0, tokens, CHUNK):
-            ids = self.tokens(split, start, min(CHUNK, tokens - start))
+            ids = self.read_ids(split, start, min(CHUNK, tokens - start))
             borders.append(start + np.flatnonzero(ids == border))
         starts = np.concatenate(borders) + 1
         ends = np.append(starts[1:] - 1, tokens)
-        # 2. As many whole ones as fit, again and again. No more is packed in by cutting:
-        #    half a question before an answer teaches the wrong thing.
+        # 2. As many whole ones as fit. None is cut to fill a window: half a question
+        #    before an answer teaches the wrong thing.
         windows, i = [], 0
         while i < len(starts):
             start = int(starts[i])
             limit = start + block_size + 1  # block_size inputs, and the target of the last
-            following = max(i + 1, int(np.searchsorted(ends, limit, side="right")))
-            end = min(int(ends[following - 1]), limit)
-            learned = int(self.mask(split, start + 1, max(end - start - 1, 0)).sum())
+            next_i = max(i + 1, int(np.searchsorted(ends, limit, side="right")))
+            end = min(int(ends[next_i - 1]), limit)
+            learned = int(self.read_mask(split, start + 1, max(end - start - 1, 0)).sum())
             if learned:
                 windows.append((start, end, learned))
-            i = following
-        self.layouts[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
-        return self.layouts[split, block_size]
+            i = next_i
+        self.found[split, block_size] = np.array(windows, np.int64).reshape(-1, 3)
+        return self.found[split, block_size]
 
     # ---------- The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch number i of a pass in which each target of the validation split comes once: (idx, targets)."""
-        last = min((i + 1) * batch_size, self.windows(block_size, "val"))
+        """Batch i of one pass over the validation split; each target occurs once: (idx, targets)."""
+        last = min((i + 1) * batch_size, self.n_windows(block_size, "val"))
         spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
         # The last batch has the shape of the others, for which code was compiled. A window
         # of one token predicts nothing.
         spans += [(0, 1)] * (batch_size - len(spans))
-        return self.rows("val", spans, block_size)
+        return self.read_windows("val", spans, block_size)
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
         """How many batches the pass has, and no more than at_most; 0: all."""
-        n = math.ceil(self.windows(block_size, "val") / batch_size)
+        n = math.ceil(self.n_windows(block_size, "val") / batch_size)
         return min(n, at_most or n)
 
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        Longer tokens are each harder to predict. The information in all of them,
-        spread over the bytes of the text, can be compared between tokenizers. Of
-        conversations, what the assistant says counts.
+        A loss per token says little: a long token is harder to predict, but there are
+        fewer of them. Per byte of text, models with different tokenizers can be compared.
+        Of conversations, what the assistant says counts.
         """
-        # The first token of a text has no context, and is not predicted.
         val = self.meta["val"]
         if self.chat:
             tokens_per_byte = val["trained"] / val["trained_bytes"]
         else:
-            tokens_per_byte = (val["tokens"] - 1) / val["bytes"]
+            predicted = val["tokens"] - 1  # the first has no context
+            tokens_per_byte = predicted / val["bytes"]
         return loss * tokens_per_byte / math.log(2)
 
-    def prompt(self, block_size, nothing=False):
+    def prompt(self, block_size):
         """Ids to go on from, a list, taken from the validation split.
 
-        The first conversation up to its answer, or the first words of a text;
-        nothing: its end-of-text token alone.
+        The first conversation up to its answer, or of a text the end-of-text token and up
+        to 24 tokens more.
         """
         if self.chat:
-            start, end, _ = self.layout("val", block_size)[0].tolist()
-            answer = int(self.mask("val", start, end - start).argmax())
-            return self.tokens("val", start, answer).tolist()
-        count = 1 if nothing else 1 + min(24, block_size // 2)
-        return self.tokens("val", 0, min(count, self.meta["val"]["tokens"])).tolist()
+            start, end, _ = self.chat_windows("val", block_size)[0].tolist()
+            answer = int(self.read_mask("val", start, end - start).argmax())
+            return self.read_ids("val", start, answer).tolist()
+        count = 1 + min(24, block_size // 2)
+        return self.read_ids("val", 0, min(count, self.meta["val"]["tokens"])).tolist()
 
 
-def fold(*parts):
-    """A 63-bit seed for a purpose, the same on every machine: fold("dropout", seed, 3)."""
+def seed_for(*parts):
+    """A 63-bit seed for a purpose, the same on every machine: seed_for("dropout", seed, 3)."""
     # Not hash(), which differs between processes.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -295,11 +296,11 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: behind the end of a short
-    window, and where `learned`, a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: after the end of a short window, and
+    where `learned`, a bool for every target or for all of them, is False.
     """
     import torch  # prepare.py does without
-    # What is behind the end of a short window is token 0, which no target asks about.
+    # After the end of a short window stands token 0, which no target asks about.
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full_like(idx, -1)
     for row, (ids, learned) in enumerate(windows):
@@ -314,7 +315,7 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number
     -> (idx, targets). processes: each takes every world-th batch; however many they are,
-    all get the same sums to the last bit. before_each: called equally often in all of them.
+    all get the same sums to the last bit. before_each: called equally often in all of them, so that they can stop together.
     """
     # A place for each batch: a sum of floats depends on the order of its terms, and that
     # order must not depend on the number of processes.
@@ -363,14 +364,14 @@ def read_meta(folder):
     return meta
 
 
-def version(file):
+def stamp(file):
     """What changes when an open file is written to."""
     about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns  # not the inode: a replaced file stays open as it was
+    return about.st_size, about.st_mtime_ns  # a file that is replaced stays open as it was
 
 
 def open_part(folder, name, due, sha256, hash_all):
-    """Open a file of `due` bytes."""
+    """Open a file after checking its size, `due` bytes, and its checksum."""
     path = os.path.join(folder, name + ".bin")
     size = os.path.getsize(path) if os.path.exists(path) else 0
     if size != due:
@@ -398,7 +399,7 @@ def not_ours(folder):
 def inspect(folder):
     """python prepare.py --inspect data/NAME: compare every checksum, and show what the folder holds."""
     data = Dataset.open(folder, hash_all=True)
-    tokenizer = data.check_tokenizer()
+    tokenizer = data.load_tokenizer()
     sources = ", ".join(data.meta["source"])
     say(f"{folder}: {sources}; {data.meta['dtype']}, every checksum is right")
     for line in data.meta["report"]:
@@ -408,7 +409,7 @@ def inspect(folder):
 
 def example(data, tokenizer):
     """A piece of the training split: where two documents meet, or the first conversation that teaches."""
-    ids = data.tokens("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
+    ids = data.read_ids("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
     documents = np.split(ids, borders)  # the first is empty; the others begin with end-of-text
     # 1. A text: the end of one document and the beginning of the next.
@@ -418,7 +419,7 @@ def example(data, tokenizer):
         after = tokenizer.decode(documents[middle][1:120].tolist())
         return f"{before}\n--- {tokenizers.END_OF_TEXT} ---\n{after}"
     # 2. A conversation, with brackets around what is learned.
-    masks = np.split(data.mask("train", 0, len(ids)), borders)
+    masks = np.split(data.read_mask("train", 0, len(ids)), borders)
     number = next((i for i, mask in enumerate(masks) if mask.any()), -1)
     pairs = zip(documents[number][1:400].tolist(), masks[number][1:400].tolist())
     names = {i: name.encode() for name, i in tokenizer.special.items()}

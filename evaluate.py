@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 import tokenizer as tokenizers
-from dataset import Dataset, fold
+from dataset import Dataset, seed_for
 from evaluation import grading, report
 from evaluation.perplexity import Pace, measure_text, read_text
 from formats import huggingface
@@ -32,7 +32,7 @@ from runtime import machine
 from runtime.console import UserError, command_line, note, say, warn
 from runtime.files import replace_file
 from runtime.processes import Processes
-from runtime.settings import check_limits, load, number
+from runtime.settings import check_limits, load, or_else
 from sample import ModelConfig, read_prompt
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
@@ -86,7 +86,7 @@ def read_tasks(settings):
             raise UserError(f"there is no task {name!r}", f"--tasks=FILE, or none, or some of {','.join(BUNDLED)}")
         items = grading.read_task(path)
         pool = grading.read_task(settings.examples) if settings.examples else []
-        asked = items[:number(settings.limit, None)]
+        asked = items[:or_else(settings.limit, None)]
         examples = [choose_examples(item, pool or items[i:] + items[:i], settings.shots)
                     for i, item in enumerate(asked)]
         tasks[os.path.splitext(name)[0]] = asked, examples
@@ -112,7 +112,7 @@ def read_texts(settings, folders):
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
             note("no run names a text that is here: --data=FILE for bits per byte")
-    return [read_text(source, number(settings.megabytes, 0.0), settings.text_field) for source in sources if source != "none"]
+    return [read_text(source, or_else(settings.megabytes, 0.0), settings.text_field) for source in sources if source != "none"]
 
 
 def requests_for(item, examples, seeds, settings, engine, chat):
@@ -129,7 +129,7 @@ def requests_for(item, examples, seeds, settings, engine, chat):
         return requests, longest > size
 
     ids = grading.prompt_ids(item, examples, tokenizer, settings.cot, chat)
-    new = min(number(settings.max_new_tokens, LONGEST[item.kind]), size // 2)
+    new = min(or_else(settings.max_new_tokens, LONGEST[item.kind]), size // 2)
     capacity = size - new
     stop = [] if chat else ["\nQuestion:"]  # a text goes on with a question of its own
     temperature = 0.8 if len(seeds) > 1 else 0.0
@@ -166,7 +166,7 @@ def run_task(engine, items, examples, settings, processes, chat):
     asked = {}
     try:
         for i in range(processes.rank, len(items), processes.world):
-            seeds = [fold("vote", settings.seed, i, n) for n in range(settings.votes)]
+            seeds = [seed_for("vote", settings.seed, i, n) for n in range(settings.votes)]
             asked[i] = requests_for(items[i], examples[i], seeds, settings, engine, chat)
         work(engine, [request for requests, _ in asked.values() for request in requests])
         rows = {i: row_of(items[i], *found, engine.tokenizer) for i, found in asked.items()}
@@ -191,7 +191,7 @@ def measure_samples(engine, settings):
     if longest < 1:
         raise UserError(f"--prompt has {len(ids)} tokens, the context is {engine.context}", "a shorter one")
     how = dict(ids=ids, max_tokens=longest, ignore_eos=True)
-    requests = [Request(seed=fold("sample", settings.seed, i), **how) for i in range(settings.samples)]
+    requests = [Request(seed=seed_for("sample", settings.seed, i), **how) for i in range(settings.samples)]
     work(engine, requests)
 
     speeds = []
@@ -242,7 +242,7 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
         if text.name == data_of(about) and text.sha256 != about.get("data_sha256"):
             warn(f"{text.name} has changed since {name} was trained, which may know its validation split")
         with machine.autocast(device, dtype):
-            sizes = [number(size, 0) for size in (settings.block_size, settings.stride, settings.batch_size)]
+            sizes = [or_else(size, 0) for size in (settings.block_size, settings.stride, settings.batch_size)]
             attempt(row["texts"], text.name, measure_text, model, tokenizer, text, *sizes, processes)
         save()
     if not (settings.samples or tasks):

@@ -7,13 +7,13 @@ What is a GPT? The model in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-At every position a GPT predicts the next token. In each block, attention lets a
-position read from the positions before it, and the MLP processes what was read. Both
-add to the residual stream: one vector per position, which runs through the network
-from bottom to top.
+At every position a GPT predicts the next token. In each block, attention lets a position
+read from the positions before it, and the MLP processes what was read. Both add to the
+residual stream: one vector per position, which runs through the network from bottom to
+top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks
-that make training fast on a CPU, and the checks of a shape come after it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that
+make training fast on a CPU, and the checks that a shape is possible come after it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -35,7 +35,7 @@ class GPTConfig:
     vocab_size: int = 50257  # number of distinct tokens
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
-    n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, for groups of query heads; auto: n_head
+    n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, each shared by some query heads; auto: n_head
     n_embd: int = 768  # channels of the residual stream
     head_dim: Literal["auto"] | int = "auto"  # channels of one head; auto: n_embd / n_head
     n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, for swiglu 8/3 n_embd
@@ -44,10 +44,10 @@ class GPTConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: cheaper, as good
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu: GPT-2's tanh form
     qk_norm: bool = False  # RMSNorm on queries and keys: stable at higher learning rates
-    bias: bool = False  # in linear and norm layers; GPT-2 has it, without it is a bit better and faster
+    bias: bool = False  # in linear and norm layers; true in GPT-2, false is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
     dropout: float = 0.0  # share of activations set to 0 in training: 0.1 or more where data repeats
-    rope_theta: float = 10000.0  # rope: the slowest turn takes about 2 pi rope_theta positions
+    rope_theta: float = 10000.0  # rope: the base of the speeds of rotation; larger for long contexts
     norm_eps: float = 1e-5  # added to the variance before the root
 
 
@@ -66,8 +66,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config, dim):
-    # Every vector is brought to the same size before a layer reads it: deep networks train
-    # only so.
+    # Every layer reads vectors of the same size; without, deep networks do not train.
     if config.norm == "rmsnorm":
         return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
@@ -84,21 +83,22 @@ def rotary_table(config):
 
 
 def rotate(x, cos, sin):
-    """Turn channel i with channel i + head_dim / 2 by an angle (Su 2021, arXiv 2104.09864).
+    """Rotate channels i and i + head_dim / 2 by an angle per position (Su 2021, arXiv 2104.09864).
 
-    The product of a rotated query and a rotated key depends only on the distance of
-    their positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
+    The product of a rotated query and a rotated key depends only on the distance of their
+    positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    first, second = x.chunk(2, dim=-1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    return torch.cat(turned, dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of those up to it whose keys match its query.
-    Groups of query heads may share keys and values, which makes the KV cache smaller
-    (Ainslie 2023, arXiv 2305.13245).
+    Each position averages the values of those up to it whose keys match its query. Groups
+    of query heads may share keys and values, which makes the KV cache smaller (Ainslie
+    2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
-        # q, k and v in one matrix product: three times as large, and faster than three.
+        # q, k and v in one matrix product, which is faster than three.
         self.c_attn = nn.Linear(config.n_embd, q_width + 2 * kv_width, bias=config.bias)
         self.c_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
@@ -131,10 +131,10 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            shared = self.n_kv_head != self.n_head
-            y = attend(q, k, v, self.dropout, self.training, shared)  # (B, n_head, T, head_dim)
+            shared = self.n_kv_head != self.n_head  # (sizes of traced tensors are no Python ints)
+            y = causal_attention(q, k, v, self.dropout, self.training, shared)
         else:
-            y = cache.attend(self.layer, q, k, v)
+            y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim), either way
         # 3. The heads side by side again, mixed by one more matrix.
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         y = self.c_proj(y)  # (B, T, C)
@@ -144,15 +144,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
-    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value
-    side by side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value side by
+    side.
     """
 
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
         self.dropout = config.dropout
-        # Usually four times as many channels inside as outside.
+        # swiglu computes two things at once, the gate and the value.
         products = 2 if self.kind == "swiglu" else 1
         self.c_fc = nn.Linear(config.n_embd, products * config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
@@ -171,7 +171,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (B, T, C) -> (B, T, C). The residual stream itself is never normalized."""
+    """One layer: (B, T, C) -> (B, T, C). What a layer reads is normalized, not the stream."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -194,7 +194,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = resolve(config)
-        # A multiple of 64 rows is faster; `logits` cuts the padding off again.
+        # A multiple of 64 rows is faster; `logits` and `loss` leave the padding out.
         padded = round_up(config.vocab_size, 64)
         parts = dict(wte=nn.Embedding(padded, config.n_embd))
         if config.pos == "learned":
@@ -211,15 +211,14 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.chunk_loss = chunk_loss  # an attribute, so that machine.compile_model can compile it
+        self.chunk_loss = chunk_loss  # machine.compile_model replaces it by a compiled one
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initial values: small, so that the first prediction is nearly uniform.
 
-        Its loss is about ln vocab_size. A loss that begins much higher is the first
-        sign of a bug.
+        The first loss is about ln vocab_size; one far above is a bug.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -229,7 +228,7 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
                 # 2 n_layer of these add to the residual stream, whose variance would grow
-                # with depth: so each is smaller by the root of that.
+                # with depth: so each starts smaller by the root of that.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -237,16 +236,18 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
 
-        With targets, the mean cross-entropy in nats per target; without, the logits
-        (B, T, vocab_size).
+        With targets, the mean cross-entropy in nats per target; without, the logits (B,
+        T, vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
+        # The loss belongs in here: DistributedDataParallel sees what `forward` does, and
+        # nothing else.
         if targets is None:
             return self.logits(x)
         return self.loss(x, targets)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T), after those in the cache -> the stream above the last block (B, T, C)."""
+        """Token ids (B, T), after those in the cache -> the residual stream after the last block (B, T, C)."""
         T = idx.size(1)
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
@@ -256,10 +257,9 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[at]  # (T, C), the same for every row, or (B, 1, C)
+            x = x + self.transformer.wpe.weight[at]  # (T, C); (B, 1, C) if rows differ (serving)
         else:
-            # With an axis for the heads: (1, T, head_dim / 2) each, or (B, 1, 1,
-            # head_dim / 2).
+            # With an axis for the heads: (1, T, head_dim / 2) each.
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
         # Activations are dropped at random, so that none is relied on alone
         # (Srivastava 2014).
@@ -280,13 +280,13 @@ class GPT(nn.Module):
         weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights cannot be trained"
         if not torch.is_grad_enabled():
-            # In validation: no gradient is computed for what needs none.
+            # CrossEntropy computes gradients in its forward pass: not for a validation.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token is a sum over thousands of
         # positions.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C), where N = B T
-        with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen already
+        with torch.autocast(x.device.type, enabled=False):  # it would choose the dtype again
             total = CrossEntropy.apply(
                 x, weight, targets.flatten(), self.config.vocab_size, dtype, self.chunk_loss)
         return total / (targets >= 0).sum().clamp(min=1)
@@ -300,21 +300,21 @@ class GPT(nn.Module):
         """
         pick = pick or argmax
         size = self.config.block_size
-        # Memory for as many positions as there will be.
+        # Capacity for the prompt and the new tokens, at most for a whole context.
         capacity = min(size, idx.size(1) + n)
         cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.dtype())
         # The model reads the prompt once, then one new token at a time.
-        new = idx = idx[:, -size:]
+        idx = idx[:, -size:]
+        unread = idx
         for _ in range(n):
-            if cache.length + new.size(1) > size:
-                # The context is full: read the younger half of it again into an empty
-                # cache.
-                new = idx[:, -(size // 2):]
+            if cache.length + unread.size(1) > size:
+                # The context is full: read its second half again, into an empty cache.
+                unread = idx[:, -(size // 2):]
                 cache.length = 0
-            x = self.trunk(new, cache)[:, -1]  # (B, C), of the last position
-            new = pick(self.logits(x).float()).to(idx.device)[:, None]  # (B, 1)
-            idx = torch.cat((idx, new), dim=1)[:, -size:]
-            yield new
+            x = self.trunk(unread, cache)[:, -1]  # (B, C), of the last position
+            unread = pick(self.logits(x).float()).to(idx.device)[:, None]  # (B, 1)
+            idx = torch.cat((idx, unread), dim=1)[:, -size:]
+            yield unread
 
     def dtype(self):
         """The dtype of attention: autocast's where it is on, else that of the weights."""
@@ -334,8 +334,8 @@ class GPT(nn.Module):
         """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
         A weight of a matrix costs a multiplication and an addition forward, and twice
-        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head
-        head_dim T per layer: by custom, the masked half counts too.
+        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head head_dim
+        T per layer: by convention, the masked half counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -372,11 +372,14 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again: their keys
-    and values are all that attention reads of them. Anything can stand in for this
-    class that has what GPT.trunk calls: `length`, the number of positions held;
-    `positions(T)`, an index for those of T new tokens; `attend`, which every layer
-    calls with them; and `advance(T)`, once all layers have.
+    While a token is written, those before it need not be computed again: their keys and
+    values are all that attention reads of them. A cache of another kind, such as the
+    server's, has these four:
+
+        length                  how many positions it holds
+        positions(T)            an index for those of T new tokens
+        attend(layer, q, k, v)  called by each layer with the new tokens
+        advance(T)              called when all layers have
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -389,7 +392,7 @@ class KVCache:
 
     def row(self, i):
         """Row i as a cache in the same memory, with a length of its own."""
-        # The engine gives each request a row; rows are filled to different lengths.
+        # The server gives each request a row; rows are filled to different lengths.
         row = copy.copy(self)
         row.number = i
         row.k = self.k[:, i:i + 1]
@@ -413,7 +416,7 @@ class KVCache:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         # 2. One new token: it sees all, and no mask is needed.
         if T == 1:
-            return look_back(q, k, v)
+            return attend_from_one(q, k, v)
         # 3. Several after a past: new token i sees everything up to column past + i.
         mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device)
         mask = mask.tril(self.length)  # (T, past + T)
@@ -432,7 +435,7 @@ class KVCache:
         self.length += T
 
 
-def look_back(q, k, v):
+def attend_from_one(q, k, v):
     """Attention of one token, q (B, n_head, 1, head_dim), to k and v (B, n_kv_head, T, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
@@ -448,22 +451,22 @@ def look_back(q, k, v):
 MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
 
 
-def attend(q, k, v, dropout, training, shared):
-    """Causal attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
+def causal_attention(q, k, v, dropout, training, shared):
+    """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores, but training on a CPU in bfloat16 takes
-    it twice as long.
+    PyTorch's kernel holds no (T, T) scores. On a CPU in bfloat16, training with it takes
+    twice as long as with the formula.
     """
     B, n_head, T, _ = q.shape
     if not training:
         dropout = 0.0
     if training and q.device.type == "cpu" and B * n_head * T * T <= MOST_SCORES:
-        return attention(q, k, v, dropout)
+        return attention_by_formula(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared)
 
 
-def attention(q, k, v, dropout=0.0):
-    """Causal attention by its formula. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
+def attention_by_formula(q, k, v, dropout=0.0):
+    """Causal attention, step by step. q: (B, n_head, T, head_dim); k, v: n_kv_head heads."""
     # 1. Shared heads are copied, one for each query head.
     if k.size(1) < q.size(1):
         copies = q.size(1) // k.size(1)
@@ -473,7 +476,7 @@ def attention(q, k, v, dropout=0.0):
     T = q.size(2)
     future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device)
     future = future.triu(1)  # 0 where j <= i
-    # 3. Scaling q, not the scores, takes head_dim products in place of T.
+    # 3. Scaling q is cheaper than scaling the scores: head_dim products in a row, not T.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, T)
     weights = (scores + future).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, n_head, T, head_dim)
@@ -496,29 +499,30 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without the logits of all tokens at once.
 
-    With a large vocabulary they take more memory than the model. But their gradient
-    is known at once: softmax(logits), minus 1 at the target. So forward also computes
-    the gradients, chunk by chunk, and backward only scales them, once.
-    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and
-    less exact: docs/lab-notes.md.
+    With a large vocabulary they take more memory than the model. But their gradient is
+    known at once: softmax(logits), minus 1 at the target. So forward also computes the
+    gradients, chunk by chunk, and backward only scales them, once.
+    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and less
+    exact: docs/lab-notes.md.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, dtype, chunk_loss):
-        # 1. Where the gradients go; None where nothing asks for them.
+        # 1. The weights in the dtype of the product, and memory for the gradients that
+        #    are asked for.
         w = weight[:vocab_size].to(dtype)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        # 2. Equal chunks: compiled code is for one size.
+        # 2. Chunks of one size, but for the last: compiled code is for one size.
         chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
         size = math.ceil(len(x) / chunks)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = x[rows].to(dtype)
-            # The logits exist only here, and die with the turn.
+            # The logits exist only here: the next chunk takes their memory.
             loss, grad = chunk_loss(F.linear(part, w), targets[rows])  # grad: (chunk, vocab_size)
             total += loss
             if x_grad is not None:
@@ -548,8 +552,7 @@ def chunk_loss(logits, targets):
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
-    # 2. The gradient: probabilities (in the memory of their logarithms), minus 1 at
-    #    the target.
+    # 2. The gradient: probabilities (overwriting their logarithms), minus 1 at the target.
     grad = logprobs.exp_()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
@@ -557,7 +560,7 @@ def chunk_loss(logits, targets):
 
 # ---------- Can this shape exist?
 
-# An assertion reads "fact; what to type": the two lines of a UserError.
+# An assertion reads "fact; what to type", which resume.build_model makes a UserError of.
 
 AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
@@ -585,7 +588,7 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    for name in ("n_head", "block_size"):  # the tables of rope: 4 GB at most
+    for name in ("n_head", "block_size"):  # the tables of rope and the layers: 4 GB at most
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
@@ -593,7 +596,8 @@ def resolve(config):
         c.n_kv_head = c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
-    # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd.
+    # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd. A
+    #    multiple of 64 is faster.
     if c.n_inner in AUTO:
         c.n_inner = round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd
     return c
@@ -615,7 +619,7 @@ def check_field(field, value):
 
 
 def outline(config, tensors):
-    """A GPT whose weights take no memory, for a file with so many tensors."""
+    """A GPT whose weights take no memory. tensors: how many the file has, which bounds n_layer."""
     config = resolve(config)
     # A layer takes time to build, even without weights.
     assert config.n_layer <= tensors, (

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-The whole idea of a GPT in one file of plain arithmetic: no layers, no optimizer
+The whole idea of a GPT in one file: tensors and functions, no nn.Module, no optimizer
 class, nothing for speed.
 
     python plain.py                                  # a small model learns from Python's library
     python plain.py --n_embd=128 --max_iters=1000
-    python -m bench parity --peer=plain.py           # train.py has the same losses, but for rounding
+    python -m bench parity --peer=plain.py           # from the same weights, train.py has the same losses
 
 A GPT predicts, at every position of a text, the next token, here a character. Text
 becomes numbers, numbers become predictions, a loss says how wrong they are, and every
-weight takes a step that makes the loss smaller. Only the gradient is left to PyTorch.
+weight takes a step that makes the loss smaller. PyTorch has the operations on tensors,
+and computes the gradient.
 
 B, T, C, V in the comments: batch, time (positions), channels (n_embd), vocabulary.
 """
@@ -35,12 +36,12 @@ gradient_accumulation_steps = 1  # batches per step
 max_iters = 600
 learning_rate = 1e-2
 min_lr = 1e-3
-warmup_iters = 20
-lr_decay_iters = 0  # 0: max_iters
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.99
-grad_clip = 1.0
+warmup_iters = 20  # steps in which the rate rises from 0
+lr_decay_iters = 0  # step at which the rate reaches min_lr; 0: max_iters
+weight_decay = 0.1  # how strongly matrices are pulled towards 0
+beta1 = 0.9  # AdamW averages the gradient over about 1 / (1 - beta1) steps
+beta2 = 0.99  # and its square over 1 / (1 - beta2)
+grad_clip = 1.0  # a longer gradient is scaled down to this length
 log_interval = 50
 seed = 1337
 
@@ -58,7 +59,7 @@ def load_tokens():
     """(ids to train on, ids to validate on, the character of each id)."""
     if dataset:
         return read_ids("train"), read_ids("val"), []
-    # 1) A text of our own.
+    # 1) A text that every reader has: eight files of Python's library.
     library = Path(os.__file__).parent
     text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in LIBRARY)
     # 2) The vocabulary: an id for every character that occurs.
@@ -74,8 +75,8 @@ def load_tokens():
 def get_batch(ids):
     """Windows of the text: (inputs, targets), (B, T) each. The targets are one token later.
 
-    For inputs "def f(" the targets are "ef f(x": each position is an exercise, and
-    one pass does all T.
+    For inputs "def f(" the targets are "ef f(x": each position is a task of its own, and
+    one forward pass does all T.
     """
     starts = torch.randint(len(ids) - block_size, (batch_size,))  # (B,)
     windows = torch.stack([ids[start:start + block_size + 1] for start in starts])  # (B, T + 1)
@@ -87,14 +88,16 @@ def get_batch(ids):
 
 def softmax(x):
     """Numbers become probabilities: positive, with the sum 1."""
-    powers = x.exp()  # (in float32, take the maximum off first)
+    # In float32, exp overflows from 89 on, so there one subtracts the maximum first. Here
+    # all is float64.
+    powers = x.exp()
     return powers / powers.sum(-1, keepdim=True)
 
 
 def norm(x, weight):
-    """LayerNorm (Ba 2016, arXiv 1607.06450): mean 0 and variance 1 for every vector, times a weight per channel."""
-    # Sums of many terms grow with depth; a fixed size keeps every layer in the range
-    # where it can learn.
+    """LayerNorm (Ba 2016, arXiv 1607.06450): mean 0 and variance 1, times a weight per channel."""
+    # The residual stream grows with every block that adds to it. Norm gives each layer
+    # inputs of the same size.
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred ** 2).mean(-1, keepdim=True)
     return centred / (variance + 1e-5).sqrt() * weight
@@ -102,18 +105,20 @@ def norm(x, weight):
 
 def gelu(x):
     """x times the probability that a normal number is below x (Hendrycks 2016, arXiv 1606.08415)."""
+    # Without a nonlinearity, the two matrices of the MLP would be one matrix.
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
 def attention(q, k, v):
-    """One head (Vaswani 2017, arXiv 1706.03762): softmax(q k^T / sqrt(head_dim)) v. q, k, v: (B, T, head_dim).
+    """One head (Vaswani 2017, arXiv 1706.03762): softmax(q k^T / sqrt(head_dim)) v.
 
-    Every position takes the mean of all values, weighted by how well its query
-    matches their keys. The future, which is to be predicted, is masked.
+    Every position takes a weighted mean of the values up to its own: the better its query
+    matches a key, the greater the weight. Later positions are masked, since they are what
+    is to be predicted. q, k, v: (B, T, head_dim).
     """
     T, head_dim = q.shape[1:]
-    # 1) How well does each query match each key? The root keeps the variance near 1
-    #    (a sum of head_dim products).
+    # 1) How well does each query match each key? A score is a sum of head_dim products, so
+    #    its variance is about head_dim; divided by the root, about 1.
     scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)  # (B, T, T)
     # 2) Row i may not see column j > i. exp(-inf) is 0, so that the future has no weight.
     future = torch.ones(T, T).triu(1).bool()  # (T, T)
@@ -129,7 +134,6 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    bias: bool = False  # a model without them is as good
 
 
 class GPT:
@@ -150,9 +154,12 @@ class GPT:
         shapes["ln_f"] = (C,)
         self.weights = {}
         for name, shape in shapes.items():
-            # A product with a random matrix has the size of its input (LeCun 1998).
-            start = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / math.sqrt(shape[-1])
-            self.weights[f"transformer.{name}.weight"] = start.requires_grad_()
+            # Scaled by 1 / sqrt(inputs), a random matrix keeps the size of what it
+            # multiplies (LeCun 1998).
+            initial = torch.ones(shape)  # of norms
+            if len(shape) == 2:
+                initial = torch.randn(shape) / math.sqrt(shape[-1])
+            self.weights[f"transformer.{name}.weight"] = initial.requires_grad_()
 
     def logits(self, idx):
         """Token ids (B, T) -> how likely each token is next, before the softmax (B, T, V)."""
@@ -161,17 +168,18 @@ class GPT:
         x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:idx.size(1)]  # (B, T, C)
         for i in range(self.config.n_layer):
             block = f"transformer.h.{i}."
-            # Attention: positions read from each other; every head looks for
-            # something else. Adding, not replacing, lets the gradient pass every
-            # block unchanged (He 2015, arXiv 1512.03385).
+            # Attention: positions read from each other; every head looks for something else.
             qkv = norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T  # (B, T, 3 C)
             q, k, v = (part.chunk(self.config.n_head, dim=-1) for part in qkv.chunk(3, dim=-1))  # n_head parts each
-            heads = [attention(*head) for head in zip(q, k, v)]  # (B, T, head_dim) each
+            heads = [attention(*parts) for parts in zip(q, k, v)]  # (B, T, head_dim) each
+            # Adding, not replacing, lets the gradient pass every block unchanged (He 2015,
+            # arXiv 1512.03385).
             x = x + torch.cat(heads, dim=-1) @ w[block + "attn.c_proj.weight"].T  # (B, T, C)
             # The MLP: every position works on what it has read.
             hidden = gelu(norm(x, w[block + "ln_2.weight"]) @ w[block + "mlp.c_fc.weight"].T)  # (B, T, 4 C)
             x = x + hidden @ w[block + "mlp.c_proj.weight"].T  # (B, T, C)
-        # The vectors of the tokens also predict them (Press 2016, arXiv 1608.05859).
+        # Weight tying: the matrix that embeds tokens also predicts them (Press 2016,
+        # arXiv 1608.05859).
         return norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T  # (B, T, V)
 
     def forward(self, idx, targets):
@@ -205,7 +213,8 @@ def cross_entropy(logits, targets):
 
 
 def learning_rate_at(step):
-    """Up in a line, for the first gradients are wild, then down along half a cosine (arXiv 1608.03983)."""
+    """Linear warm-up, then down half a cosine to min_lr (Loshchilov 2016, arXiv 1608.03983)."""
+    # The first gradients, of random weights, are large and erratic.
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     last = lr_decay_iters or max_iters
@@ -214,7 +223,10 @@ def learning_rate_at(step):
 
 
 def clip_grad_norm_(weights, limit):
-    """Shorten the whole gradient to `limit` (Pascanu 2013, arXiv 1211.5063). Returns its length before."""
+    """Scale a gradient that is longer than `limit` to that length (Pascanu 2013, arXiv 1211.5063).
+
+    Returns its length before.
+    """
     length = sum((w.grad ** 2).sum() for w in weights).sqrt()
     for w in weights:
         w.grad *= min(1.0, limit / length)
@@ -222,41 +234,40 @@ def clip_grad_norm_(weights, limit):
 
 
 @torch.no_grad()
-def adamw(w, mean, square, step, rate):
+def adamw(w, mean, mean_square, step, rate):
     """AdamW (Loshchilov 2019, arXiv 1711.05101) for one tensor.
 
-    A weight moves against the running mean of its gradient, divided by the root of
-    the running mean of the square. Both begin at 0, which the powers of beta correct.
-    Matrices also shrink a little.
+    A weight moves against the running mean of its gradient, divided by the root of the
+    running mean of its square. Matrices also shrink a little.
     """
     # 1) The running means.
     mean.copy_(beta1 * mean + (1 - beta1) * w.grad)
-    square.copy_(beta2 * square + (1 - beta2) * w.grad ** 2)
-    # 2) After few steps they are too small, by a known factor.
+    mean_square.copy_(beta2 * mean_square + (1 - beta2) * w.grad ** 2)
+    # 2) They began at 0, so after s steps they are too small by a factor 1 - beta^s.
     direction = mean / (1 - beta1 ** (step + 1))
-    size = (square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
-    # 3) The step. Where the gradient keeps its sign, direction / size is near 1: a
-    #    weight moves by about `rate`.
+    size = (mean_square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
+    # 3) The step. While a gradient stays the same, direction / size is 1 or -1: the weight
+    #    moves by `rate`.
     decay = weight_decay * w if w.dim() == 2 else 0.0
     w -= rate * (direction / size + decay)
-    w.grad = None
 
 
 def train(model, ids):
     weights = model.weights.values()
     states = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    for step in range(max_iters + 1):
+    for step in range(max_iters + 1):  # 0 to max_iters, as nanoGPT counts
         started = time.perf_counter()
         # 1) The gradient: how the loss changes with each weight, computed backwards
         #    by the chain rule.
         for _ in range(gradient_accumulation_steps):
             _, loss = model.forward(*get_batch(ids))
             (loss / gradient_accumulation_steps).backward()  # gradients add up
-        # 2) One bad batch must not throw the weights away.
+        # 2) Now and then a batch has a huge gradient; it must not ruin the weights.
         clip_grad_norm_(weights, grad_clip)
-        # 3) The step.
-        for w, (mean, square) in zip(weights, states):
-            adamw(w, mean, square, step, learning_rate_at(step))
+        # 3) The step. The next one starts without a gradient.
+        for w, (mean, mean_square) in zip(weights, states):
+            adamw(w, mean, mean_square, step, learning_rate_at(step))
+            w.grad = None
         if step % log_interval == 0:
             took = time.perf_counter() - started
             print(f"iter {step}: loss {loss:.4f}, time {1000 * took:.2f}ms", flush=True)
@@ -266,24 +277,26 @@ def train(model, ids):
 
 
 def main():
-    # 1) Settings from the command line.
+    # 1) Settings from the command line, so that one of train.py or nanoGPT works here too.
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name in globals():
             globals()[name] = type(globals()[name])(value)
-        else:  # nanoGPT has more: device, dropout, compile, ...
+        else:
             print(f"plain.py does without {name}")
-    # 2) The same random numbers in every run; float64, so that rounding hides nothing.
+    # 2) The same random numbers in every run; float64, so that a difference to train.py is
+    #    not rounding.
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     ids, validation_ids, characters = load_tokens()
     vocab_size = 1 + int(max(ids.max(), validation_ids.max()))
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
     train(model, ids)
-    # 3) How good is it on a text that it has not seen, and what does it write?
+    # 3) How good is it on a text that it has not seen (20 batches are an estimate), and what
+    #    does it write?
     with torch.no_grad():
         loss = sum(model.forward(*get_batch(validation_ids))[1] for _ in range(20)) / 20
-    print(f"validation loss {loss:.4f}, a guess would have {math.log(vocab_size):.4f}")
+    print(f"validation loss {loss:.4f}, guessing would cost {math.log(vocab_size):.4f}")
     if characters:
         prompt = torch.tensor([[characters.index(character) for character in "    def "]])
         written = model.generate(prompt, 300, temperature=0.8)[0]

@@ -49,7 +49,7 @@ import dataset as datasets
 import tokenizer as tokenizers
 from runtime.files import locked
 from runtime.console import Progress, UserError, command_line, note, say, origin, public
-from runtime.settings import check_limits, load, number
+from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, kind
 
@@ -213,7 +213,7 @@ def learn_tokenizer(sources, plan, settings, existing):
         return tokenizer
     # 2) A token that is seen a few times only is not learned: a hundred bytes of text
     #    for each at least.
-    vocab_size = number(settings.vocab_size, max(1, min(4096, plan.bytes // 100)))
+    vocab_size = or_else(settings.vocab_size, max(1, min(4096, plan.bytes // 100)))
     # 3) The validation split stays unseen, here too.
     texts = (text for split, _, _, text in split_texts(sources, plan, settings) if split == "train")
     texts = tokenizers.sample(texts, plan.bytes)
@@ -229,7 +229,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     Returns the counts of both splits, as meta.json has them, and the names of the
     documents in val.bin.
     """
-    chat, threads = settings.format == "chat", number(settings.num_proc, os.cpu_count() or 1)
+    chat, threads = settings.format == "chat", or_else(settings.num_proc, os.cpu_count() or 1)
     counts, validation = dict(train=Counter(), val=Counter()), []
     known = range(tokenizer.vocab_size) if chat else ()
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in known])
@@ -540,7 +540,7 @@ def main(argv):
     out, meta = prepare(sources, settings)
     if settings.format == "chat":
         data = datasets.Dataset.open(out)
-        say("one of them:\n" + datasets.example(data, data.check_tokenizer()))
+        say("one of them:\n" + datasets.example(data, data.load_tokenizer()))
     say(f"next: {next_command(out, meta, settings)}")
 
 

@@ -29,7 +29,7 @@ from typing import Literal
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
-from runtime.settings import check_limits, load, number
+from runtime.settings import check_limits, load, or_else
 from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
@@ -72,7 +72,7 @@ class Served:
         device, config = str(model.lm_head.weight.device), model.config
         parameters = model.n_params()  # before the engine gives a tied head a matrix of its own
         dtype, _ = machine.choose_dtype(settings.dtype, device)
-        context = number(settings.block_size, config.block_size)
+        context = or_else(settings.block_size, config.block_size)
         self.engine = Engine(model, tokenizer, settings.rows, settings.max_queue, dtype, context)
         self.tokenizer, self.chat, self.context = tokenizer, run.get("chat", False), self.engine.context
         self.vocab_size = min(tokenizer.vocab_size, config.vocab_size)

@@ -7,20 +7,20 @@ Training: one loop, from the settings to a trained model.
     python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
 
-The same command continues a run that was stopped (Ctrl-C saves first). A run is a
-folder, out/NAME:
+The same command continues a run that was stopped (Ctrl-C saves first). A run is a folder,
+out/NAME:
 
     ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the last two are kept
     best.pt             the weights with the lowest validation loss: what sample.py reads
     log.jsonl           one line per logged step; loss.svg is its picture
     tokenizer/          a copy
 
-Read `train`, the whole run, and `train_step`, one step.
+Read `main`, then `train`, the whole run, and `train_step`, one step.
 
-The batch and the dropout masks of a step are computed from (seed, step). So on a CPU
-a run that was killed at any moment and resumed has the same bits as one that was
-never stopped (docs/reliability.md has the proofs). A GPU adds in varying order, so
-there the two are equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a
+run that was killed at any moment and resumed ends with the same weights, bit for bit, as
+one that was never stopped (docs/reliability.md has the proofs). A GPU adds in varying
+order, so there the two are equal up to rounding.
 """
 import time
 
@@ -30,10 +30,10 @@ import math
 import os
 import signal
 import statistics
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from shlex import join, quote
 from typing import Literal
 
 import torch
@@ -45,23 +45,25 @@ from model import GPT, GPTConfig, PRESETS
 from runtime import machine
 from runtime.console import UserError, command_line, note, say, show, warn
 from runtime.processes import Processes, StopSignal, Stopped
-from runtime.settings import load, number
+from runtime.settings import load, or_else
 from training import checkpoint as ckpt
 from training import lora, memory, resume
 from training.log import Log, progress_line
 from training.muon import Muon
 
-MAX_SKIPPED = 20  # steps in a row that float16 may overflow, until the scaler has found its factor
+SAMPLE_SECONDS = 3  # for the text at the end of a run
+MAX_SKIPPED = 20  # steps in a row that float16 may overflow, while the scaler lowers its factor
 
 
 @dataclass
 class TrainConfig(GPTConfig):
+    # the shape of the model: the settings of GPTConfig, in model.py, and
     preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings win
     vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
     batch_size: int = 12  # windows of a micro-batch; less where memory is short
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, of all processes together
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, summed over all processes
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
     init_from: str = "auto"  # auto: resume if there is a checkpoint; scratch; resume; or a RUN to take weights from
@@ -69,7 +71,7 @@ class TrainConfig(GPTConfig):
     budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes this long
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # steps between validations
-    eval_iters: Literal["all"] | int = "all"  # at most so many batches of the validation split
+    eval_iters: Literal["all"] | int = "all"  # use at most so many batches of the validation split
     eval_only: bool = False  # print the validation loss of the last checkpoint and end
     save_interval: Literal["auto"] | int = "auto"  # steps between checkpoints; auto: eval_interval
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
@@ -82,7 +84,7 @@ class TrainConfig(GPTConfig):
     warmup_iters: int = 100  # steps in which the rate rises from 0
     lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
     decay_lr: bool = True  # false: stay at learning_rate after the warm-up
-    weight_decay: float = 0.1  # pull of matrices towards 0
+    weight_decay: float = 0.1  # how strongly matrices are pulled towards 0
     beta1: float = 0.9  # AdamW: averages the gradient over about 1 / (1 - beta1) steps
     beta2: float = 0.95  # AdamW: and its square over 1 / (1 - beta2)
     grad_clip: Literal["none"] | float = 1.0  # a longer gradient is scaled down to this norm
@@ -95,7 +97,7 @@ class TrainConfig(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto"] | bool = "auto"  # torch.compile: faster steps after some seconds of compiling
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how processes communicate: nccl between GPUs, else gloo
-    dist_timeout: int = 600  # seconds after which a process that does not answer is given up
+    dist_timeout: int = 600  # seconds after which a process that does not answer is considered lost
     # Weights & Biases, as in nanoGPT, beside log.jsonl
     wandb_log: bool = False  # if its package is installed
     wandb_project: str = "owt"
@@ -103,16 +105,18 @@ class TrainConfig(GPTConfig):
 
 
 def main(argv):
-    """Read the settings, acquire the folder of the run, and train."""
+    """Read the settings, lock the folder of the run, and train."""
     # 1) Settings: the defaults above, then config files and --name=value from left to
     #    right.
+    # `given`: what has set each of them, of those that are not a default.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
     # 2) `data/notes` and `notes` are the same data; without a name, the run bears that of
     #    its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
-    settings.out_dir = os.path.normpath(settings.out_dir or os.path.join("out", os.path.basename(settings.dataset)))
+    default = os.path.join("out", os.path.basename(settings.dataset))
+    settings.out_dir = os.path.normpath(settings.out_dir or default)
     resume.check_settings(settings)
     # 3) One process writes; torchrun starts the others with another rank.
     ranks = Processes()
@@ -123,7 +127,8 @@ def main(argv):
             #    anything else is a bug.
             return train(settings, given, ranks, folder)
         except (RuntimeError, MemoryError) as error:
-            raise resume.explain(error, settings, ranks) or error from None
+            explained = resume.explain(error, settings, ranks)
+            raise explained or error from None
 
 
 def train(settings, given, ranks, folder):
@@ -140,42 +145,36 @@ def train(settings, given, ranks, folder):
         prepare_stdlib()
     ranks.join(device, settings.backend, settings.dist_timeout)
     data = datasets.Dataset.open(data_dir)
-    tokenizer = data.check_tokenizer()
+    tokenizer = data.load_tokenizer()
     if folder.writes:
         folder.check_ours()
 
-    # 3) The start: a checkpoint of this run, the weights of another one, or random weights.
-    resumed = ckpt.find_checkpoint(settings.init_from, out_dir)
-    start = base = None
-    if resumed:
-        resume.continue_run(resumed, settings, given, data, versions)
-        if ended := resume.how_it_ended(resumed, settings):
-            say(ended)
-            say_next(out_dir, data)
-            return 0
-        base = resumed.get("base")  # a LoRA run names the weights that it corrects
-        start = ckpt.read_base(resumed, out_dir) if base else None
-    elif settings.init_from not in ("auto", "scratch"):
-        start = resume.load_start(settings, given, data)
-        base = ckpt.name_base(settings.init_from, start) if settings.lora_rank else None
-    resume.check_data(settings, data)
-    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
+    # 3) The start. resumed: a checkpoint of this run; start: the weights of another one;
+    #    base: what LoRA corrects. Each may be missing. The settings take over what comes
+    #    with them, and do not change any more after that.
+    resumed, start, base = resume.find_start(settings, given, data, versions)
+    if resumed and (ended := resume.how_it_ended(resumed, settings)):
+        say(ended)
+        say_next(out_dir, data)
+        return 0
+    if not resumed and folder.writes:
+        resume.check_begun(settings)
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
     model = make_model(settings, start, resumed).to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        folder.open(step, needed=10 * size)  # weights and two averages, three times, and best.pt
+        folder.open(step, needed=10 * size)  # (2 + 1 being written) x 3 tensors, and best.pt
 
-    # 4) The run. What `auto` chooses is written into it, and used again when it is resumed.
+    # 4) The run. What `auto` chooses is written into every checkpoint, and used again on
+    #    resume.
     if resumed:
         chosen = resumed["chosen"]
     else:
-        if folder.writes:
-            resume.check_begun(settings)
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
         chosen = ranks.broadcast(chosen)
+    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
     before = resumed.get("before") if resumed else None
     facts = dict(format=1, order=data.ORDER, source=data.meta["source"], data_sha256=data.sha256(),
                  tokenizer_sha256=data.meta["tokenizer_sha256"], versions=versions, chosen=chosen,
@@ -188,27 +187,29 @@ def train(settings, given, ranks, folder):
         run.restore(resumed)
     # Fine-tuning shows what it has changed: the loss before the first step, and a text.
     if settings.eval_only or (start and not resumed):
-        before = run.validate()
-        say(f"validation loss {before['val_loss']:.4f}, {before['val_bpb']:.4f} bits per byte")
+        found = run.validate()
+        say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte")
         if settings.eval_only:
             return 0
-        facts["before"] = dict(before, text=sample(run, model))
-    # Compiling comes after measuring, or that would be compiled as well.
+        facts["before"] = dict(found, text=sample(run, model))
+    # Compiling comes after that: the shapes of a sample would be compiled one by one.
     if chosen["compile"]:
         required = settings.compile is True
         chosen["compile"] = machine.compile_model(
             model, required, lambda: run.loss(model, *run.batch(0, 0)))
     if folder.writes:
-        run.open_log(resumed)
+        run.open_outputs(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change at the end of train_step and nowhere else: when a
-    #    signal comes, half a step is thrown away, and memory holds exactly the state
-    #    after `step` steps.
+    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal
+    #    comes, the unfinished step is discarded, and memory holds exactly the state after
+    #    `step` steps.
     run.stop.listen()
     try:
         if resumed:
-            validate_and_log(run)  # a kill may have come between saving a step and validating it
+            # A kill may have come between saving a step and validating it. (The log has
+            # dropped the line of this step, if it had one.)
+            validate_and_log(run)
             choose_max_iters(run)
         while not run.over():
             train_step(run)
@@ -247,7 +248,7 @@ class Run:
     row: dict | None = None  # the last step in numbers: its line in the log
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
-    stuck: bool = False  # the patience is over
+    stuck: bool = False  # the patience has run out
     skipped: int = 0  # so many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # of the processes before this one
@@ -255,6 +256,7 @@ class Run:
     log: Log | None = None  # of rank 0
 
     def __post_init__(self):
+        # 1) What the machine can do.
         settings, world, chosen = self.settings, self.ranks.world, self.facts["chosen"]
         self.max_iters = resume.total_steps(settings.budget, settings.max_iters, chosen)
         self.wrapped = self.model  # or DistributedDataParallel around it
@@ -265,13 +267,13 @@ class Run:
         # In float16, small gradients would round to 0 if the loss were not scaled up.
         kind, needed = torch.device(self.device).type, self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(kind, enabled=needed)
-        # A step reads the same windows, however many ranks there are: they take its
+        # 2) A step reads the same windows, however many ranks there are: they take its
         # micro-batches in turn, cut into smaller ones where these are too few.
         cut = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // cut
         self.micros = settings.gradient_accumulation_steps * cut
-        self.mine = range(self.ranks.rank, self.micros, world)  # the micro-batches of this rank
-        most = number(settings.eval_iters, 0) * cut  # 0: all
+        self.my_micros = range(self.ranks.rank, self.micros, world)  # of this rank
+        most = or_else(settings.eval_iters, 0) * cut  # 0: all
         self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, most)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
 
@@ -302,23 +304,23 @@ class Run:
         return self.wall_before + time.monotonic() - PROCESS_START
 
     def check_stop(self):
-        """Before every micro-batch and validation batch: a signal to one rank stops all at the same place."""
-        if number := self.ranks.all_reduce_max(self.stop.signal):
-            self.stop.signal = number
+        """Raise Stopped in all ranks if one got a signal: before each micro-batch and validation batch."""
+        if received := self.ranks.all_reduce_max(self.stop.signal):
+            self.stop.signal = received
             again = "; once more to stop at once" if self.stop.twice_ends else ""
-            say(f"\n{signal.Signals(number).name}: saving{again}")
+            say(f"\n{signal.Signals(received).name}: saving{again}")
             raise Stopped
 
     def validate(self):
         """One pass over the validation split: its loss, also in bits per byte."""
-        def batch(number):
-            return self.data.val_batch(number, self.settings.block_size, self.batch_size)
+        def batch(i):
+            return self.data.val_batch(i, self.settings.block_size, self.batch_size)
 
         self.model.eval()
         with torch.no_grad():
             nats, count = datasets.validation_sums(
                 lambda idx, targets: self.loss(self.model, idx, targets), batch, self.val_batches,
-                self.ranks, lambda number: self.check_stop())
+                self.ranks, lambda i: self.check_stop())
         self.model.train()
         return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
 
@@ -334,7 +336,7 @@ class Run:
         return dict(versions=self.facts["versions"], chosen=self.facts["chosen"],
                     settings=self.settings_to_write(), data=self.data.meta)
 
-    def open_log(self, resumed):
+    def open_outputs(self, resumed):
         """Begin or continue what is in the folder besides checkpoints."""
         settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
@@ -375,7 +377,10 @@ class Run:
             ckpt.prune_checkpoints(self.settings.out_dir)
 
     def save(self, name, must, **state):
-        """Save the weights and `state`. Returns whether it went well; must: or else it is an error."""
+        """Save the weights and `state`. Returns whether it went well.
+
+        must: a failure is an error, not a warning.
+        """
         state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model),
                       settings=self.settings_to_write())
         try:
@@ -393,18 +398,19 @@ def train_step(run):
     settings, scaler = run.settings, run.scaler
     started = time.perf_counter()
 
-    # 1) The gradient. A rare batch with a huge one would throw the weights away: it
-    #    is scaled down.
+    # 1) The gradient. Now and then a batch has a huge one; scaled down, it cannot ruin
+    #    the weights.
     loss = accumulate_gradient(run)
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
-    longest = number(settings.grad_clip, math.inf)
+    longest = or_else(settings.grad_clip, math.inf)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), longest).item()
 
     # 2) Is it a number? Where float16 has overflowed, the scaler halves its factor,
     #    and no weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    if not math.isfinite(loss) or run.skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
+    allowed = MAX_SKIPPED if scaler.is_enabled() else 0
+    if not math.isfinite(loss) or run.skipped > allowed:
         raise resume.not_finite(run, loss, norm)
 
     # 3) The weights move. All optimizers follow one schedule, each with its own peak.
@@ -412,7 +418,7 @@ def train_step(run):
     for optimizer, peak_rate in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = peak_rate * factor
-        if not run.skipped:
+        if not run.skipped:  # (the scaler would skip only the optimizer whose gradients overflowed)
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)  # frees the memory, and saves a pass over it
     scaler.update()
@@ -425,40 +431,40 @@ def train_step(run):
 def accumulate_gradient(run):
     """Add up the gradients of all micro-batches, in p.grad. Returns the loss of the step.
 
-    A sum over micro-batches is what one large batch would give, and takes the memory
-    of a small one.
+    A sum over micro-batches is what one large batch would give, and takes the memory of a
+    small one.
     """
     # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
     ranks = run.ranks
-    batches = [run.batch(run.step, micro) for micro in run.mine]
+    batches = [run.batch(run.step, micro) for micro in run.my_micros]
     counts = [int((targets >= 0).sum()) for _, targets in batches]
-    total = ranks.all_reduce_sum([sum(counts)])[0]
-    mean_count = max(1, total) / ranks.world  # backward averages over the ranks
+    total = max(1, ranks.all_reduce_sum([sum(counts)])[0])
 
     # 2) Forward and backward.
     loss = 0.0
-    for micro, count, (idx, targets) in zip(run.mine, counts, batches):
+    for micro, count, (idx, targets) in zip(run.my_micros, counts, batches):
         run.check_stop()
         # The same dropout masks after a resume.
-        torch.manual_seed(datasets.fold("dropout", run.settings.seed, run.step, micro))
-        # Ranks exchange gradients once, with the last micro-batch.
-        with ranks.no_sync(run.wrapped, unless=micro == run.mine[-1]):
-            part = run.loss(run.wrapped, idx, targets) * (count / mean_count)
+        torch.manual_seed(datasets.seed_for("dropout", run.settings.seed, run.step, micro))
+        # Ranks exchange gradients once, with the last micro-batch: their mean, where a
+        # sum is due.
+        with ranks.no_sync(run.wrapped, unless=micro == run.my_micros[-1]):
+            part = run.loss(run.wrapped, idx, targets) * (count / (total / ranks.world))
             run.scaler.scale(part).backward()
         loss += part.item()
     return ranks.all_reduce_sum([loss])[0] / ranks.world
 
 
 def learning_rate_factor(step, settings, max_iters):
-    """The share of the peak learning rate: up in a line, down in half a cosine, then level."""
-    # 1) Up: the first gradients of random weights are wild.
+    """The share of the peak learning rate: up in a line, down in half a cosine, then constant."""
+    # 1) Up: the first gradients, of random weights, are large and erratic.
     if step < settings.warmup_iters:
         return (step + 1) / (settings.warmup_iters + 1)
     if not settings.decay_lr:
         return 1.0
     # 2) Down: smaller and smaller steps settle into a minimum (arXiv 1608.03983).
     lowest = settings.min_lr / settings.learning_rate
-    end = number(settings.lr_decay_iters, max_iters)
+    end = or_else(settings.lr_decay_iters, max_iters)
     if step >= end:
         return lowest
     progress = (step - settings.warmup_iters) / (end - settings.warmup_iters)  # from 0 to 1
@@ -468,17 +474,17 @@ def learning_rate_factor(step, settings, max_iters):
 def choose_max_iters(run):
     """--budget: how many steps fit into the time that is left, as soon as that of a step is known.
 
-    That is in the warm-up, where the learning rate does not depend on max_iters.
+    That is in the warm-up, if there is one: there the learning rate does not depend on max_iters.
     """
     settings, chosen = run.settings, run.facts["chosen"]
     if run.max_iters < math.inf or run.step < max(1, min(10, settings.warmup_iters)):
         return
-    # 1) The time: without the last validation, of which a batch costs a third of a step's
-    #    (no backward pass).
+    # 1) The time, without the last validation and the sample. A forward pass is a third
+    #    of a step.
     left = resume.seconds_of(settings.budget) - run.wall_seconds()
     left, step_seconds = run.ranks.broadcast((left, statistics.median(run.times)))
     validation = run.val_batches / run.micros * step_seconds / 3
-    left -= validation + 3  # and without the sample
+    left -= validation + SAMPLE_SECONDS
     if left <= 0:
         raise UserError(f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
                         "a longer --budget, or a smaller model")
@@ -496,11 +502,12 @@ def save_if_due(run):
     """Save if it is time, or if a validation is next."""
     settings = run.settings
     # 1) When.
-    saves = run.last() or run.step % number(settings.save_interval, settings.eval_interval) == 0
+    saves = run.last() or run.step % or_else(settings.save_interval, settings.eval_interval) == 0
     # 2) Is what was learned from still what is in the files?
     if saves or run.validates():
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    # 3) A run with best.pt alone could not be continued.
+    # 3) Before a validation too, if only there is a checkpoint: best.pt alone could not
+    #    be continued.
     if run.validates() and not saves:
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
@@ -525,7 +532,7 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, at 1 token/s
+        share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, per token/s
         say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
@@ -570,11 +577,11 @@ def make_model(settings, start, resumed):
 
 
 def prepare_stdlib():
-    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends that one too."""
+    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends prepare.py too."""
     # 1) The command, wherever this file is and whatever Python runs it.
     here = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, os.path.join(here, "prepare.py"), "stdlib"]
-    say(f"data/stdlib is missing; preparing it: {join(command)}")
+    say(f"data/stdlib is missing; preparing it: {shlex.join(command)}")
     # 2) subprocess.run kills the command when an exception passes, here the SystemExit of a
     #    SIGTERM.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -587,8 +594,8 @@ def prepare_stdlib():
 def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the
-    embeddings, whose rows learn one by one.
+    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings,
+    whose rows learn one by one.
     """
     # 1) Which parameter belongs where?
     inside, matrices, vectors = [], [], []
@@ -601,7 +608,7 @@ def make_optimizers(model, settings, device):
             inside.append(p)
         else:
             matrices.append(p)
-    # 2) AdamW, as one kernel for all tensors where there is one.
+    # 2) AdamW, fused into one kernel for all tensors; mps has none.
     groups = [dict(params=matrices, weight_decay=settings.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     betas = settings.beta1, settings.beta2
@@ -631,15 +638,17 @@ def is_worth_compiling(run):
 
 def say_plan(run):
     settings, meta, chosen, world = run.settings, run.data.meta, run.facts["chosen"], run.ranks.world
-    kind = f"conversations, {meta['train']['trained']:,} tokens to learn in" if run.data.chat else "text,"
-    say(f"data: {run.data.folder}, {kind} {meta['train']['tokens']:,} tokens of {', '.join(meta['source'])}")
+    what, sources = "text,", ", ".join(meta["source"])
+    if run.data.chat:
+        what = f"conversations, {meta['train']['trained']:,} tokens to learn in"
+    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
     say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, n_embd {settings.n_embd}, "
         f"context {settings.block_size}, vocabulary {settings.vocab_size:,}")
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
-    shared = f", {len(run.mine)} for each of {world} processes" if world > 1 else ""
+    shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
     length = settings.budget or f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
         f"{shared}; {length}")
@@ -679,11 +688,12 @@ def sample(run, model):
                 break
             ids.append(token.item())
     model.train()
-    return tokenizer.decode(prompt) + " -> " * run.data.chat + tokenizer.decode(ids)
+    between = " -> " if run.data.chat else ""
+    return tokenizer.decode(prompt) + between + tokenizer.decode(ids)
 
 
 def say_next(out_dir, data):
-    say(f"\nnext: python sample.py {quote(out_dir)}" + " --chat" * data.chat)
+    say(f"\nnext: python sample.py {shlex.quote(out_dir)}" + " --chat" * data.chat)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(settings, _):
         out = os.path.join(folder, "data")
         prepare.main([path, f"--out={out}", "--tokenizer=char", "--val_fraction=0.1"])
         data = dataset.Dataset.open(out)
-        tokenizer = data.check_tokenizer()
+        tokenizer = data.load_tokenizer()
     torch.manual_seed(0)
     model = walk_a_batch(data, tokenizer)
     walk_a_prompt(model, tokenizer)
@@ -64,7 +64,7 @@ def walk_a_batch(data, tokenizer):
     title("1. Text becomes ids")
     print("text   ", repr(TEXT[:22]))
     print("ids    ", *tokenizer.encode(TEXT[:22]))
-    print("train.bin begins with", *data.tokens("train", 0, 12), "(end of text, then the text)")
+    print("train.bin begins with", *data.read_ids("train", 0, 12), "(end of text, then the text)")
 
     title("2. Ids become a batch")
     idx, targets = data.batch(settings.block_size, settings.batch_size, seed=1, step=0)

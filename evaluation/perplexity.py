@@ -71,7 +71,7 @@ def split_documents(data):
     """The documents of the validation split, each as a list of one block of text."""
     if data.chat:
         raise UserError(f"{data.folder} holds conversations, not a text", "--data=A_TEXT")
-    tokenizer, ids = data.check_tokenizer(), data.tokens("val", 0, data.meta["val"]["tokens"])
+    tokenizer, ids = data.load_tokenizer(), data.read_ids("val", 0, data.meta["val"]["tokens"])
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
     for part in np.split(ids, borders)[1:]:
         yield [tokenizer.decode(part[1:].tolist())]

@@ -173,7 +173,7 @@ def with_words(cls, values):
     return {name: (value == 0 and word_for_zero(kinds.get(name))) or value for name, value in values.items()}
 
 
-def number(setting, otherwise):
+def or_else(setting, otherwise):
     """The value of a setting that is a number or a word (auto, all, none); `otherwise` for the word."""
     return otherwise if isinstance(setting, str) else setting
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 
 import tokenizer as tokenizers
-from model import KVCache, look_back
+from model import KVCache, attend_from_one
 from runtime import machine
 from runtime.console import UserError, note, print_error
 from sample import Sampler, Sampling, TextStream, sample_tokens
@@ -133,7 +133,7 @@ class Rows:
         for whole, new in zip(self.memory.layers[layer], (k, v)):
             whole[self.numbers, :, self.ends] = new[:, :, 0]  # (B, n_kv_head, head_dim)
         rows = zip(q.split(1), self.keys[layer], self.values[layer])
-        return torch.cat([look_back(*row) for row in rows])  # (B, n_head, 1, head_dim)
+        return torch.cat([attend_from_one(*row) for row in rows])  # (B, n_head, 1, head_dim)
 
     def advance(self, T):
         for cache in self.caches:

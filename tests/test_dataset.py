@@ -202,14 +202,14 @@ def conversations(data, side):
 def test_a_window_is_whole_conversations_or_a_part_of_one(chat, T):
     found, mask = conversations(chat, "train")
     first, past = zip(*found)
-    spans = chat.layout("train", T)
+    spans = chat.chat_windows("train", T)
     for start, end, n in spans.tolist():
         i, j = first.index(start), np.searchsorted(past, end, side="right")
         assert end == past[j - 1] or (end - start == T + 1 and j == i)  # whole ones, or the beginning of a long one
         assert j == len(past) or past[j] - start > T + 1  # no more would have fitted
         assert n == mask[start + 1:end].sum() > 0
     assert (spans[1:, 0] >= spans[:-1, 1]).all() and len(spans) > 1 or T == 5000
-    assert chat.epochs(3 * len(spans), T) == 3 and chat.windows(T) == len(spans)
+    assert chat.epochs(3 * len(spans), T) == 3 and chat.n_windows(T) == len(spans)
 
 
 @pytest.mark.parametrize("T", [40, 64, 5000])
@@ -218,7 +218,7 @@ def test_an_epoch_teaches_every_answer_once_and_nothing_else(chat, T):
     ids, due = np.fromfile("data/talk/train.bin", np.uint16), np.zeros(len(mask), int)
     for start, end in found:
         due[start:min(end, start + T + 1)] = mask[start:min(end, start + T + 1)]  # a long one is cut
-    n = chat.windows(T)
+    n = chat.n_windows(T)
     for epoch in range(2):
         seen = np.zeros(len(mask), int)
         for step in range(epoch * n, epoch * n + n):
@@ -257,10 +257,10 @@ def test_bits_per_byte_of_conversations_are_those_of_the_answers(chat):
 
 
 def test_a_prompt_ends_where_the_assistant_answers(chat):
-    tokenizer = chat.check_tokenizer()
+    tokenizer = chat.load_tokenizer()
     start, _ = conversations(chat, "val")[0][0]
     ids = chat.prompt(64)
-    assert ids == chat.tokens("val", start, len(ids)).tolist() and ids[-1] == tokenizer.special["<|assistant|>"]
+    assert ids == chat.read_ids("val", start, len(ids)).tolist() and ids[-1] == tokenizer.special["<|assistant|>"]
     assert len(ids) == 2 + len(tokenizer.decode(ids)) + 1
 
 

@@ -93,25 +93,25 @@ def test_a_prompt_without_an_answer_gives_no_gradient(lab):
     write_talks("mixed.jsonl", [*talks(20), turns("a dog sees"), turns("my friend", "")])
     prepare.main(["mixed.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.001"])
     data, model = datasets.Dataset.open("data/mixed-chat"), ckpt.load_run("base")[0]
-    tokenizer, ids = data.check_tokenizer(), data.tokens("train", 0, data.meta["train"]["tokens"]).tolist()
+    tokenizer, ids = data.load_tokenizer(), data.read_ids("train", 0, data.meta["train"]["tokens"]).tolist()
     spans = []
     for messages in (turns("a dog sees"), turns("my friend", "")):
         said, _ = tokenizer.conversation(messages)
         start = next(i for i in range(len(ids)) if ids[i:i + len(said)] == said)
         spans.append((start, start + len(said)))
-    idx, targets = data.rows("train", spans, T)
+    idx, targets = data.read_windows("train", spans, T)
     assert (targets == -1).all() and (idx != 0).any()
     loss, silent = gradients(model, idx, targets)
     assert loss == 0 and len(silent) > 10 and not any(grad.any() for grad in silent.values())
     # Beside others it counts for nothing: not for the sum, and not for the number that the sum is divided by.
     idx, targets = data.batch(T, 3, 0, 0)
     loss, alone = gradients(model, idx, targets)
-    more = data.rows("train", spans, T)
+    more = data.read_windows("train", spans, T)
     loss2, beside = gradients(model, torch.cat((idx, more[0])), torch.cat((targets, more[1])))
     assert loss2 == pytest.approx(loss, abs=1e-6)
     assert all(torch.allclose(alone[name], beside[name], rtol=0, atol=1e-6) for name in alone)
     spans = {tuple(span) for step in range(40) for span in data.spans(16, 4, 0, step).tolist()}  # short: one in each
-    assert all(data.mask("train", start, end - start).any() for start, end in spans)  # none is even read
+    assert all(data.read_mask("train", start, end - start).any() for start, end in spans)  # none is even read
 
 
 def test_8_windows_at_once_equal_8_one_by_one(lab, monkeypatch):
@@ -152,8 +152,8 @@ def test_the_validation_loss_of_a_chat_is_that_of_its_answers(lab):
     tune("--max_iters=5")
     data, (model, _, best) = datasets.Dataset.open("data/talk"), ckpt.load_run("out/talk")
     total = count = 0
-    for start, end, n in data.layout("val", T).tolist():
-        ids, mask = data.tokens("val", start, end - start), data.mask("val", start, end - start)
+    for start, end, n in data.chat_windows("val", T).tolist():
+        ids, mask = data.read_ids("val", start, end - start), data.read_mask("val", start, end - start)
         logprobs = model(torch.from_numpy(ids[:-1])[None])[0].log_softmax(-1)
         total -= sum(logprobs[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i])
         count += n
@@ -191,7 +191,7 @@ def test_the_mask_survives_two_processes(lab, how):
 def test_what_a_long_conversation_loses_is_said(lab, capsys):
     data = datasets.Dataset.open("data/talk")
     for block_size, cut in (32, True), (T, False):
-        kept = sum(n for *_, n in data.layout("train", block_size).tolist()) / data.meta["train"]["trained"]
+        kept = sum(n for *_, n in data.chat_windows("train", block_size).tolist()) / data.meta["train"]["trained"]
         tune("--eval_only", f"--block_size={block_size}")
         warning = f"longer than block_size={block_size} are cut: {1 - kept:.1%} of the answers is not learned"
         assert (warning in capsys.readouterr().err) == (kept < 1)
@@ -410,9 +410,9 @@ def test_before_and_after_are_shown(lab, capsys):
     before, after = shown.err.split(f"--- before: {bits} bits per byte ---\n")[1].split("\n--- after: ")
     row = rows("out/talk")[-1]
     assert after.startswith(f"{row['val_bpb']:.4f} bits per byte, -")
-    question = base.check_tokenizer().decode(base.prompt(T))
+    question = base.load_tokenizer().decode(base.prompt(T))
     assert before.startswith(question + " -> ") and shown.out.startswith(question + " -> ")
-    epochs = 5 * 4 / base.windows(T)
+    epochs = 5 * 4 / base.n_windows(T)
     assert f"5 steps = {epochs:.1f} epochs" in shown.err and row["epoch"] == pytest.approx(epochs)
     assert f"finished: 5 steps = {epochs:.1f} epochs in " in shown.err and " MB at most; " in shown.err
 

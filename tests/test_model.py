@@ -207,7 +207,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
 def test_attention_by_its_formula_is_scaled_dot_product_attention(n_kv_head):
     q = torch.randn(2, 4, 9, 6, requires_grad=True)
     k, v = (torch.randn(2, n_kv_head, 9, 6, requires_grad=True) for _ in range(2))
-    found, expected = model.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found, expected = model.attention_by_formula(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert (found - expected).abs().max() < 1e-6
     above = torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), above) for y in (found, expected))):

@@ -199,7 +199,7 @@ def read_tokenizer(path):
 def read_data(path):
     folder = str(path.parent)
     data = datasets.Dataset.open(folder)
-    data.check_tokenizer()
+    data.load_tokenizer()
     data.check(16)
     data.batch(16, 2, 1, 0)
     data.bits_per_byte(float(data.val_batch(0, 16, 2)[1].sum()))

@@ -93,6 +93,6 @@ def test_plain_learns_alone(tmp_path):
     """Without a prepared text it reads files of Python's library, learns, and writes."""
     out = script("plain.py", "--max_iters=20", "--log_interval=20", "--device=cpu", cwd=tmp_path).stdout
     first, last = map(float, re.findall(r"iter \d+: loss ([\d.]+), time", out))
-    validation, guess = map(float, re.search(r"validation loss ([\d.]+), a guess would have ([\d.]+)", out).groups())
+    validation, guess = map(float, re.search(r"validation loss ([\d.]+), guessing would cost ([\d.]+)", out).groups())
     assert last < first and validation < guess and "plain.py does without device" in out
     assert len(out.partition("    def ")[2]) > 250

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from runtime import machine
 from runtime.console import UserError, note, warn
 from runtime.files import check_like
-from runtime.settings import check_limits, number, with_words
+from runtime.settings import check_limits, or_else, with_words
 from training import checkpoint as ckpt
 from training.log import read_header, read_rows
 from training.muon import Muon
@@ -69,12 +69,12 @@ def check_data(settings, data):
     """Do the settings fit the data? `auto` becomes the vocab_size of the data."""
     block_size, tokens = settings.block_size, data.meta["vocab_size"]
     data.check(block_size)
-    settings.vocab_size = number(settings.vocab_size, tokens)
+    settings.vocab_size = or_else(settings.vocab_size, tokens)
     if settings.vocab_size < tokens:
         raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} has a tokenizer of {tokens}",
                         "leave --vocab_size out")
     if data.chat:
-        learned = data.layout("train", block_size)[:, 2].sum()
+        learned = data.chat_windows("train", block_size)[:, 2].sum()
         lost = 1 - learned / data.meta["train"]["trained"]
         if lost:
             warn(f"conversations longer than block_size={block_size} are cut: {lost:.1%} of the answers "
@@ -145,6 +145,28 @@ def compare(was, now, may_differ, what, fix):
 def fingerprints(tokenizer, files):
     """What identifies the data, from the checksums."""
     return dict(tokenizer=tokenizer[:12], data=" ".join(sha256[:12] for sha256 in files))
+
+
+def find_start(settings, given, data, versions):
+    """Where a run starts: (resumed, start, base), each None where there is none.
+
+    resumed: the newest checkpoint of this run. start: the checkpoint of another one, whose weights it
+    takes, or LoRA corrects. base: where those are, and their sha256. The settings take over what comes
+    with them: the shape of the model, the vocabulary.
+    """
+    resumed = ckpt.find_checkpoint(settings.init_from, settings.out_dir)
+    start = base = None
+    if resumed:
+        continue_run(resumed, settings, given, data, versions)
+        base = resumed.get("base")
+        if base:
+            start = ckpt.read_base(resumed, settings.out_dir)
+    elif settings.init_from not in ("auto", "scratch"):
+        start = load_start(settings, given, data)
+        if settings.lora_rank:
+            base = ckpt.name_base(settings.init_from, start)
+    check_data(settings, data)
+    return resumed, start, base
 
 
 def continue_run(resumed, settings, given, data, here):
@@ -249,7 +271,7 @@ def how_it_ended(resumed, settings):
 
 def is_stuck(settings, steps):
     """Is the patience over? steps: since the lowest validation loss."""
-    return steps >= number(settings.patience, math.inf) * settings.eval_interval
+    return steps >= or_else(settings.patience, math.inf) * settings.eval_interval
 
 
 def load_optimizers(optimizers, scaler, checkpoint, run):
