@@ -116,6 +116,13 @@ def test_damaged_data(here, monkeypatch):
     assert "meta.json: not JSON" in error(lambda _: datasets.Dataset.open("data/a"))[0]
 
 
+def test_windows_of_conversations_that_fill_the_split_exactly():
+    """20 tokens in 2 windows of 10: no token is left over, by which a text would be shifted."""
+    found = {("train", 10): np.array([[1, 10, 3], [11, 20, 3]])}
+    data = datasets.Dataset("data/x", dict(chat=True, train=dict(tokens=20)), {}, [], found)
+    assert sorted(data.spans(10, 2, seed=0, step=0).tolist()) == [[1, 10], [11, 20]]
+
+
 @pytest.mark.parametrize("change", [
     dict(format=2), dict(dtype="float16"), dict(dtype=3), dict(vocab_size="97"), dict(train=[]), dict(source=3),
     dict(val=dict(tokens=5, bytes=0, sha256="")), dict(tokenizer_sha256=None), dict(chat=True), []])
