@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""README.md is true: its commands run in their order, its files exist, its line counts and its settings are right."""
+"""README.md and the pages of docs/ are true: their commands run in their order, and the files, links, line counts and
+settings that they name are right."""
 import contextlib
 import importlib
 import json
@@ -27,12 +28,23 @@ import serve
 import tokenizer
 import train
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").strip().split("\n") if line.strip()]
-PROGRAMS = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "127.0.0.1:8000" in block]
+# The pages with commands, in the order in which their commands run: each may use what those before it have made.
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "docs/data.md", "docs/training.md", "docs/chat.md", "docs/evaluation.md", "docs/serving.md",
+    "docs/formats.md", "docs/distributed.md", "docs/measurements.md")}
+README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
+DOCS = {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
+
+
+COMMANDS = [(page, line) for page in PAGES for block in blocks(page, "sh")
+            for line in block.replace("\\\n", " ").strip().split("\n") if line.strip()]
+PROGRAMS = [(page, block) for page in PAGES for block in blocks(page, "python") if "127.0.0.1:8000" in block]
 # The README's own words for trying a long command in seconds.
-QUICK = dict(re.findall(r"`(?:python -m )?(\w+(?:\.py)?)` in seconds: `([^`]+)`", README))
+QUICK = dict(quick := re.findall(r"`(?:python -m )?(\w+(?:\.py)?)` in seconds: `([^`]+)`", ALL))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +64,8 @@ def clone(tmp_path_factory):
     for i, name in enumerate(("train-v1.1.json", "dev-v1.1.json")):
         paragraphs = [{"context": words(400, seed=j), "qas": []} for j in range(i * 100, i * 100 + 100)]
         (folder / name).write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
+    chats = [dict(prompt=words(5, seed=i), completion=words(5, seed=i + 1)) for i in range(200)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     write_model(folder / "SmolLM2-135M-Instruct")
     for name, seed in (("gsm8k_train.jsonl", 0), ("gsm8k_test.jsonl", 1)):
         rows = [dict(question=f"{a} and {a + seed}?", answer=f"#### {a + a + seed}") for a in range(220)]
@@ -109,7 +123,7 @@ def bench_settings(name):
     return importlib.import_module(f"bench.{name}").Settings.__dataclass_fields__
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, id=f"{i}: {c[:60]}") for i, c in enumerate(COMMANDS)])
+@pytest.mark.parametrize("command", [pytest.param(c, id=f"{page} {i}: {c[:60]}") for i, (page, c) in enumerate(COMMANDS)])
 def test_command(clone, command, request):
     for part in command.split(" && "):
         program, *arguments = shlex.split(part, comments=True)
@@ -156,7 +170,7 @@ def test_command(clone, command, request):
                 (clone / target).write_text(done.stdout, encoding="utf-8")
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split("\n")[0])
+@pytest.mark.parametrize("program", [pytest.param(p, id=f"{page} {p[:60]}".split("\n")[0]) for page, p in PROGRAMS])
 def test_program(clone, address, program):
     """The programs that are shown for the server, as they stand."""
     done = subprocess.run([sys.executable, "-c", program.replace("http://127.0.0.1:8000", address)], cwd=clone,
@@ -165,36 +179,67 @@ def test_program(clone, address, program):
 
 
 def test_there_are_commands_and_quick_variants():
-    assert len(COMMANDS) >= 8 and len(PROGRAMS) == 3 and set(QUICK) >= {"train.py", "sample.py", "bench"}
-    assert COMMANDS[0] == "pip install -r requirements.txt && python train.py config/train_small.py"
+    assert {page for page, _ in COMMANDS} == set(PAGES) and len(PROGRAMS) == 3
+    assert COMMANDS[0] == ("README.md", "pip install -r requirements.txt && python train.py config/train_small.py")
+    assert set(QUICK) >= {"train.py", "sample.py", "evaluate.py", "bench"} and len(quick) == len(QUICK)
+    commands = [command for _, command in COMMANDS]
+    assert len(commands) >= 59 and len(set(commands)) == len(commands)  # each stands in one place
+
+
+def test_the_front_page_is_short():
+    assert README.count("\n") < 350 and len(README.split()) < 3000
 
 
 def test_every_file_that_is_named_exists():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    files = re.findall(r"`((?:config|docs|tests|tasks)/[\w./-]+|\w+\.py|LICENSE)`", README)
-    assert len(links + files) > 10
-    for path in links + files:
-        assert (ROOT / path).exists(), path
+    folders = "bench|config|deploy|docs|evaluation|formats|runtime|serving|tests|text|training"
+    for page in PAGES:
+        assert len(re.findall(rf"`(?:{folders})/", PAGES[page]) + re.findall(r"\]\(", PAGES[page])) > 2
+        for path in re.findall(rf"`((?:{folders})/[\w./-]*|\w+\.py|LICENSE)`", PAGES[page]):
+            assert (ROOT / path).exists() or path == "bench.py", (page, path)  # (which some measurements were made with)
+
+
+def anchors(text):
+    """The names of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(DOCS)])
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / path if path else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
+
+
+def test_the_front_page_leads_to_every_page():
+    assert set(re.findall(r"\]\((docs/\w[\w-]*\.md)", README)) == set(DOCS)
 
 
 def test_line_counts_are_right():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M)
-    assert len(rows) >= 15
+    assert {path for path, _ in rows} == {path.name for path in ROOT.glob("*.py")} and rows[0][0] == "plain.py"
     for path, count in rows:
         assert len((ROOT / path).read_text(encoding="utf-8").split("\n")) - 1 == int(count), path
+    folders = set(re.findall(r"^\| `(\w+)/` \| *\|", README, re.M))
+    assert folders >= {path.parent.name for path in ROOT.glob("*/__init__.py")}
 
 
 def test_every_setting_that_is_named_exists():
     scripts = train.TrainConfig, sample.SampleConfig, prepare.PrepareConfig, tokenizer.TokenizerConfig, \
         export.ExportConfig, serve.ServeConfig, evaluate.EvaluateConfig
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts), *map(bench_settings, bench.BENCHES))
-    ours = re.sub(r"torchrun .*? train\.py|--max-restarts", "", README)  # torchrun has settings of its own
+    ours = re.sub(r"torchrun .*?(train\.py|evaluate\.py|`)|--max-restarts", "", ALL)  # it has settings of its own
     for name in re.findall(r"--([a-z]\w+)", ours):
         assert name in known | {"help"}, name
 
 
 def test_no_path_of_a_machine_and_no_marketing():
-    text = README + "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))
+    text = README + "".join(DOCS.values())
     for word in ("/home/", "/root/", "/work/", "/tmp/", "blazing", "state-of-the-art", "seamless", "powerful"):
         assert word not in text, word
     assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", text)  # no emoji
