@@ -67,7 +67,9 @@ class Dataset:
     def check_unchanged(self, any_process=bool):
         """Raises Changed where a file was written to.
 
-        any_process: (did this process find a change?) -> did any? So all stop together.
+        any_process: a function of "did this process find a change?" that says whether
+        any did, so that all stop together. For one process: bool, which changes
+        nothing.
         """
         # A batch of a file that is being rewritten would be garbage, and the run
         # would learn it.
@@ -192,8 +194,8 @@ class Dataset:
         if self.chat:
             return len(self.chat_windows(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # One window fewer than fit, so that an epoch can shift its windows by up to
-        # its length.
+        # One window fewer than fit: by the tokens left over, one to two windows, an
+        # epoch can shift the others.
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
@@ -351,9 +353,9 @@ def read_meta(folder):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
-    check_like(meta, dict(train={}), path)
-    # 1. Does it have all that is read, with the right types? (1 stands for any whole
-    #    number, "" for any text.) Conversations have more of everything.
+    check_like(meta, dict(train={}), path)  # (is there a "train" to look into?)
+    # 1. Does it have all that is read, with the right types? 0 or 1 stands for any
+    #    whole number, "" for any text. Conversations have more of everything.
     chat = "trained" in meta["train"]
     split = dict(tokens=1, bytes=1, documents=1, sha256="")
     if chat:
@@ -361,7 +363,7 @@ def read_meta(folder):
     special = {tokenizers.END_OF_TEXT: 0}
     check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
                           special=special, train=split, val=split), path)
-    # 2. Are the values possible?
+    # 2. Are the values possible? What is written as 1 above must be at least 1.
     counts = [meta[name][key] for name in SPLITS for key, like in split.items() if like == 1]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
     if not known or min(meta["vocab_size"], *counts) < 1:

@@ -133,7 +133,8 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            # (Not from k.size(1), which is no Python number while TorchScript traces.)
+            # (export.py traces this path for TorchScript, and k.size(1) is no Python
+            # number then.)
             shared = self.n_kv_head != self.n_head
             y = causal_attention(q, k, v, self.dropout, self.training, shared)
         else:
@@ -214,7 +215,9 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.chunk_loss = chunk_loss  # the last function of the loss; machine.compile_model compiles it
+        # An attribute, so that machine.compile_model can put a compiled one in its
+        # place.
+        self.chunk_loss = chunk_loss
         self.init_weights()
 
     @torch.no_grad()
@@ -255,12 +258,14 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
+        # The positions, as an index: a slice, or where rows have different lengths
+        # (in the server) a tensor (B, 1).
         at = slice(0, T) if cache is None else cache.positions(T)
         # 1. The vectors of the tokens, and where they are.
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[at]  # (T, C); from the server's cache (B, 1, C)
+            x = x + self.transformer.wpe.weight[at]  # (T, C), or (B, 1, C)
         else:
             # With an axis for the heads: (1, T, head_dim / 2) each.
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
@@ -283,8 +288,8 @@ class GPT(nn.Module):
         weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights (formats/quantized.py) cannot be trained"
         if not torch.is_grad_enabled():
-            # CrossEntropy computes gradients already in its forward pass, for a
-            # parameter even in a validation.
+            # CrossEntropy computes the gradient of whatever asks for one in its
+            # forward pass, and a parameter asks even under no_grad.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token, a sum over thousands of
         # positions, can overflow.
@@ -452,14 +457,14 @@ def attend_from_one(q, k, v):
 
 # ---------- Faster training on CPUs
 
-MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
+MOST_SCORES = 1 << 25  # B n_head T^2: beyond, attention_by_formula costs more in memory than it saves
 
 
 def causal_attention(q, k, v, dropout, training, shared):
     """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores. On a CPU in bfloat16, training with it
-    takes twice as long as with the formula.
+    PyTorch's kernel holds no (T, T) scores. But in bfloat16 on a CPU, training with
+    it takes twice as long as by the formula, which is no slower in float32.
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -568,7 +573,8 @@ def chunk_loss(logits, targets):
 
 # ---------- Can this shape exist?
 
-# An assertion reads "fact; what to type"; resume.build_model turns it into a UserError.
+# An assertion reads "fact", or "fact; what to type". resume.build_model turns it into a
+# UserError.
 
 AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # of a number in a shape: a product of two stays far below 2^63
@@ -597,7 +603,7 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    for name in ("n_head", "block_size"):  # the tables of rope, and the queries of a context: 4 GB at most
+    for name in ("n_head", "block_size"):  # the queries of a position, a table of rope: 2^30 numbers
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")

@@ -166,7 +166,8 @@ class GPT:
                 initial = torch.ones(shape)  # the weights of a norm
             else:
                 # Scaled by 1 / sqrt(inputs), a random matrix keeps the size of what
-                # it multiplies (LeCun 1998).
+                # it multiplies (LeCun 1998). (wte multiplies at the end; wpe never
+                # does, and is just small.)
                 initial = torch.randn(shape) / math.sqrt(shape[-1])
             # Named as in model.py, so that weights can be copied.
             self.weights[f"transformer.{name}.weight"] = initial.requires_grad_()
@@ -297,8 +298,8 @@ def train(model, ids):
 
 
 def main():
-    # 1) Settings from the command line. One for nanoGPT works here too: unknown names
-    #    are ignored.
+    # 1) Settings from the command line. A command line for nanoGPT works here too:
+    #    names that are unknown are reported and skipped.
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name in globals():

@@ -150,17 +150,18 @@ def train(settings, given, ranks, folder):
     if folder.writes:
         folder.check_ours()
 
-    # 3) The start. resumed: a checkpoint of this run; start: one of another run, whose
-    #    weights are taken; base: the path and checksum of that, for LoRA. Each may be
-    #    missing. This also sets the shape of the model and the vocabulary in `settings`,
-    #    which do not change after that.
+    # 3) The start. resumed: a checkpoint of this run; start: one of another run,
+    #    whose weights are taken; base: the path and checksum of that, for LoRA. Each
+    #    may be missing; a resumed LoRA run has all, since its checkpoint holds
+    #    corrections only. This also sets the shape of the model and the vocabulary in
+    #    `settings`, which do not change after that.
     resumed, start, base = resume.find_start(settings, given, data, versions)
     if resumed and (ended := resume.how_it_ended(resumed, settings)):
         say(ended)
         say_next(out_dir, data)
         return 0
     if not resumed and folder.writes:
-        resume.check_log(settings)  # of a run that was stopped before its first checkpoint
+        resume.check_log(settings)  # may it be replaced, if there is one without a checkpoint?
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
     model = make_model(settings, start, resumed).to(device).train()
@@ -270,12 +271,14 @@ class Run:
         kind, needed = torch.device(self.device).type, self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(kind, enabled=needed)
         # 2) A step reads the same windows on any number of ranks. Ranks take turns
-        #    with the micro-batches; if there are too few, each is cut into pieces.
+        #    with the micro-batches; if these do not divide evenly, each is cut into
+        #    pieces, so that all ranks have equally many.
         pieces = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // pieces
         self.micros = settings.gradient_accumulation_steps * pieces
         self.my_micros = range(self.ranks.rank, self.micros, world)  # of this rank
-        most = or_else(settings.eval_iters, 0) * pieces  # 0, for the word "all": all
+        # `or_else` gives 0 for the word "all", and n_val_batches takes 0 for all.
+        most = or_else(settings.eval_iters, 0) * pieces
         self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, most)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
 
@@ -450,10 +453,10 @@ def accumulate_gradient(run):
         # Ranks exchange gradients once, with the last micro-batch. They get the mean
         # where a sum is due, hence the factor `world`.
         with ranks.no_sync(run.wrapped, unless=micro == run.my_micros[-1]):
-            part = run.loss(run.wrapped, idx, targets) * (count / (total / ranks.world))
+            part = run.loss(run.wrapped, idx, targets) * (ranks.world * count / total)
             run.scaler.scale(part).backward()
         loss += part.item()
-    return ranks.all_reduce_sum([loss])[0] / ranks.world
+    return ranks.all_reduce_sum([loss])[0] / ranks.world  # without that factor
 
 
 def learning_rate_factor(step, settings, max_iters):
@@ -597,7 +600,8 @@ def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
     muon: for the matrices inside the blocks. AdamW keeps the vectors, and the
-    embeddings, of which a row gets a gradient only when its token occurs.
+    embeddings, whose rows are single tokens rather than a map from vectors to
+    vectors.
     """
     # 1) Which parameter belongs where?
     inside, matrices, vectors = [], [], []
