@@ -186,6 +186,8 @@ class Dataset:
         """Where a window begins and ends. offset: of a text, where its first window begins."""
         if self.chat:
             return self.chat_windows(split, block_size)[window, :2].tolist()
+        # One token more than inputs: the target of the last. At the end of a split
+        # there may be fewer.
         start = offset + window * block_size
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
@@ -253,6 +255,7 @@ class Dataset:
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
         """How many batches the pass has, and no more than at_most; 0: all."""
+        # The last batch counts, however short it is.
         n = math.ceil(self.n_windows(block_size, "val") / batch_size)
         return min(n, at_most or n)
 
@@ -278,6 +281,8 @@ class Dataset:
         token and up to 24 more.
         """
         if self.chat:
+            # The mask is 0 on the question and 1 on the answer: argmax finds where it
+            # begins.
             start, end, _ = self.chat_windows("val", block_size)[0].tolist()
             answer = int(self.read_mask("val", start, end - start).argmax())
             return self.read_ids("val", start, answer).tolist()
@@ -312,6 +317,7 @@ def to_batch(windows, block_size):
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full_like(idx, -1)
     for row, (ids, learned) in enumerate(windows):
+        # n inputs, and as many targets: the last token is a target only.
         n = len(ids) - 1
         idx[row, :n] = ids[:n]
         targets[row, :n] = np.where(learned, ids[1:], -1)
@@ -399,6 +405,7 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(jso
 
 def not_ours(folder):
     """The first thing in a folder that prepare.py did not write; "" if there is none."""
+    # A folder with a stranger's file in it is never replaced.
     if os.path.isdir(folder):
         return os.path.basename(foreign(folder, OURS.fullmatch))
     return "a file of this name" if os.path.lexists(folder) else ""
