@@ -336,7 +336,7 @@ def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browse
     assert page.get("text.value") == "x" and page.element("go").text == "Write"
     browser.find_element(By.CSS_SELECTOR, "[value=chat]").send_keys(Keys.SPACE)
     page.type("message", "hi", Keys.ENTER)
-    page.says("Messages and max_tokens do not fit")
+    page.says("Max_tokens does not fit into the context beside messages")
     assert page.get("message.value") == "hi" and page.get("said") == []
 
 
