@@ -138,6 +138,7 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
+    bias: bool = False  # nanoGPT's models may have biases; this one has none
 
 
 class GPT:
