@@ -64,12 +64,11 @@ class Dataset:
                 files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
-    def check_unchanged(self, any_process=bool):
+    def check_unchanged(self, any_process=lambda changed: changed):
         """Raises Changed where a file was written to.
 
         any_process: a function of "did this process find a change?" that says whether
-        any did, so that all stop together. For one process: bool, which changes
-        nothing.
+        any did, so that all stop together.
         """
         # A batch of a file that is being rewritten would be garbage, and the run
         # would learn it.
@@ -78,7 +77,10 @@ class Dataset:
             raise self.changed_error("was changed while it was being read")
 
     def changed_error(self, what, alone=False):
-        """A Changed to raise. alone: only this process has noticed."""
+        """A Changed to raise.
+
+        alone: only this process has noticed, so it ends without waiting for the others.
+        """
         return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
 
     @property
@@ -196,8 +198,8 @@ class Dataset:
         if self.chat:
             return len(self.chat_windows(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # One window fewer than fit: by the tokens left over, one to two windows, an
-        # epoch can shift the others.
+        # One window fewer than fit. That leaves one to two windows of spare tokens,
+        # and the start of an epoch moves within them (see `spans`).
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
@@ -328,8 +330,9 @@ def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: N
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number
-    -> (idx, targets). ranks: rank r takes the batches r, r + world, and so on; the sums are the same, to the last bit, for
-    any number of ranks. before_each: called equally often in each, so that they can stop together.
+    -> (idx, targets). ranks: the Processes
+    of the run; number r of `world` takes the batches r, r + world, and so on. For the same batches the
+    sums are the same, to the last bit, for any number of them. before_each: called equally often in each, so that they can stop together.
     """
     # A place for each batch: a sum of floats depends on the order of its terms, and that
     # order must not depend on the number of processes.
@@ -361,7 +364,8 @@ def read_meta(folder):
     meta = read_json(path, fix)
     check_like(meta, dict(train={}), path)  # (is there a "train" to look into?)
     # 1. Does it have all that is read, with the right types? 0 or 1 stands for any
-    #    whole number, "" for any text. Conversations have more of everything.
+    #    whole number, "" for any text. Splits of conversations have three more
+    #    fields.
     chat = "trained" in meta["train"]
     split = dict(tokens=1, bytes=1, documents=1, sha256="")
     if chat:
@@ -426,7 +430,7 @@ def example(data, tokenizer):
     """A piece of the training split: where two documents meet, or the first conversation that teaches."""
     ids = data.read_ids("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    documents = np.split(ids, borders)  # all begin with end-of-text, and before the first is nothing
+    documents = np.split(ids, borders)  # the first is empty; each other one begins with end-of-text
     # 1. A text: the end of one document and the beginning of the next.
     if not data.chat:
         middle = len(documents) // 2

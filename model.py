@@ -133,8 +133,8 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            # (export.py traces this path for TorchScript, and k.size(1) is no Python
-            # number then.)
+            # From the settings, not from k.size(1): while export.py traces this, a
+            # size is a tensor.
             shared = self.n_kv_head != self.n_head
             y = causal_attention(q, k, v, self.dropout, self.training, shared)
         else:
@@ -288,8 +288,8 @@ class GPT(nn.Module):
         weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights (formats/quantized.py) cannot be trained"
         if not torch.is_grad_enabled():
-            # CrossEntropy computes the gradient of whatever asks for one in its
-            # forward pass, and a parameter asks even under no_grad.
+            # CrossEntropy (below) computes gradients already in its forward pass, for
+            # every input with requires_grad. A parameter has that even under no_grad.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token, a sum over thousands of
         # positions, can overflow.
@@ -464,7 +464,8 @@ def causal_attention(q, k, v, dropout, training, shared):
     """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
     PyTorch's kernel holds no (T, T) scores. But in bfloat16 on a CPU, training with
-    it takes twice as long as by the formula, which is no slower in float32.
+    it takes twice as long as by the formula. In float32 both take as long, so the
+    dtype is not asked for.
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -603,7 +604,7 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    for name in ("n_head", "block_size"):  # the queries of a position, a table of rope: 2^30 numbers
+    for name in ("n_head", "block_size"):  # the queries of a position; a table of rope
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")

@@ -5,7 +5,7 @@ class, nothing for speed.
 
     python plain.py                                  # a small model learns from Python's standard library
     python plain.py --n_embd=128 --max_iters=1000
-    python -m bench parity --peer=plain.py           # from the same weights, train.py has the same losses
+    python -m bench parity --peer=plain.py           # with these weights and batches, train.py's losses
 
 A GPT predicts, at every position of a text, the next token, here a character. Text
 becomes numbers, numbers become predictions, a loss says how wrong they are, and every
@@ -138,7 +138,7 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    bias: bool = False  # nanoGPT's models may have biases; this one has none
+    bias: bool = False  # not read: bench/ makes this config as it makes nanoGPT's
 
 
 class GPT:
@@ -221,7 +221,7 @@ class GPT:
 
 
 def cross_entropy(logits, targets):
-    """The mean of -ln p(target), in nats, bits times ln 2 (Shannon 1948).
+    """The mean of -ln p(target), in nats (Shannon 1948); a bit is ln 2 nats.
 
     Guessing evenly costs ln V; being certain and right costs 0.
     """

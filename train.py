@@ -167,7 +167,9 @@ def train(settings, given, ranks, folder):
     model = make_model(settings, start, resumed).to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        folder.open(step, needed=10 * size)  # 3 checkpoints of weights and 2 moments, and best.pt
+        # Is there enough space on the disk? 3 checkpoints (the third is written
+        # before the oldest goes) of weights and 2 moments each, and best.pt.
+        folder.open(step, needed=10 * size)
 
     # 4) The run. What `auto` chooses is written into every checkpoint, and used again on
     #    resume.
@@ -266,6 +268,7 @@ class Run:
         self.optimizers = make_optimizers(self.model, settings, self.device)
         self.dtype = getattr(torch, chosen["dtype"])
         self.autocast = machine.autocast(self.device, self.dtype)
+        # FLOP/s of matrix products.
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
         # In float16, small gradients would round to 0 if the loss were not scaled up.
         kind, needed = torch.device(self.device).type, self.dtype == torch.float16
@@ -311,6 +314,7 @@ class Run:
         """Raise Stopped in all ranks if one got a signal: before each micro-batch and validation batch."""
         if received := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = received
+            # (Not under torchrun, which repeats a Ctrl-C by itself.)
             again = "; once more to stop at once" if self.stop.twice_ends else ""
             say(f"\n{signal.Signals(received).name}: saving{again}")
             raise Stopped
@@ -511,8 +515,9 @@ def save_if_due(run):
     # 2) Are the files of the data still those that were opened?
     if saves or run.validation_due():
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    # 3) Before a validation too, always or at least while there is no checkpoint: a
-    #    run cannot be continued from best.pt alone.
+    # 3) Before a validation too, with always_save_checkpoint; without it only while
+    #    there is no checkpoint yet, since a run cannot be continued from best.pt
+    #    alone.
     if run.validation_due() and not saves:
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
@@ -537,7 +542,8 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, that one token/s takes
+        # The share of the peak that one token per second takes.
+        share = run.model.flops_per_token() / (run.peak * run.ranks.world)
         say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
