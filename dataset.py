@@ -5,13 +5,13 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed or
-split over processes, and no loader has a state to save. The validation loss is the mean
-over the whole split.
+The batch of a step is a pure function of (seed, step): a run can be stopped, resumed
+or split over processes, and no loader has a state to save. The validation loss is the
+mean over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window of
-conversations begins where a conversation begins, and the mask beside the tokens says
-which are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere. A window
+of conversations begins where a conversation begins, and the mask beside the tokens
+says which are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -29,7 +29,7 @@ from runtime.console import UserError, origin, say, show
 from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
-HASHED_BYTES = 1 << 30  # larger files are hashed by --inspect only
+HASHED_BYTES = 1 << 30  # larger files are hashed by prepare.py --inspect only
 CHUNK = 1 << 20  # tokens read at once where all of a split is read
 
 
@@ -55,8 +55,8 @@ class Dataset:
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about = meta[split]
-            # Sizes and checksums catch a copy that was cut off, and files of two different
-            # runs of prepare.py.
+            # Sizes and checksums catch a copy that was cut off, and files of two
+            # different runs of prepare.py.
             size = about["tokens"] * np.dtype(meta["dtype"]).itemsize
             files[split] = open_part(folder, split, size, about["sha256"], hash_all)
             if meta.get("chat"):
@@ -64,19 +64,23 @@ class Dataset:
                 files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
-    def check_unchanged(self, any_process=bool):
+    def check_unchanged(self, any_process=lambda changed: changed):
         """Raises Changed where a file was written to.
 
-        any_process: makes of this process's finding that of all, so that they stop together.
+        any_process: a function of "did this process find a change?" that says whether
+        any did, so that all stop together.
         """
         # A batch of a file that is being rewritten would be garbage, and the run
         # would learn it.
         changed = [stamp(file) for file in self.files.values()] != self.stamps
         if any_process(changed):
-            raise self.change("was changed while it was being read")
+            raise self.changed_error("was changed while it was being read")
 
-    def change(self, what, alone=False):
-        """The error. alone: other processes do not know of it."""
+    def changed_error(self, what, alone=False):
+        """A Changed to raise.
+
+        alone: only this process has noticed, so it ends without waiting for the others.
+        """
         return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
 
     @property
@@ -108,8 +112,8 @@ class Dataset:
 
     # ---------- Reading
 
-    # By seek and read, not np.memmap: mapped pages count as memory of the process, and a
-    # file that is cut while it is mapped kills it with SIGBUS.
+    # By seek and read, not np.memmap: mapped pages count as memory of the process,
+    # and if a mapped file is cut short, the process is killed.
 
     def read(self, name, offset, size):
         """Bytes of a file. Raises Changed where it has become shorter."""
@@ -117,7 +121,7 @@ class Dataset:
         file.seek(offset)
         raw = file.read(size)
         if len(raw) < size:
-            raise self.change(f"was changed: {name}.bin has become shorter", alone=True)
+            raise self.changed_error(f"was changed: {name}.bin has become shorter", alone=True)
         return raw
 
     def read_ids(self, split, start, count):
@@ -128,8 +132,8 @@ class Dataset:
         # An id beyond the vocabulary would be an index out of range, on a GPU without a
         # useful message.
         if ids.max(initial=0) >= vocab_size:
-            raise self.change(f"was changed: {split}.bin has the token {ids.max()} of {vocab_size}",
-                               alone=True)
+            raise self.changed_error(f"was changed: {split}.bin has the token {ids.max()}, but the "
+                                     f"vocabulary has {vocab_size}", alone=True)
         return ids.astype(np.int64)
 
     def read_mask(self, split, start, count):
@@ -151,22 +155,25 @@ class Dataset:
     # ---------- The training split
 
     def batch(self, block_size, batch_size, seed, step, micro=0, micros=1):
-        """Micro-batch number `micro` of the `micros` of a step: (idx, targets), each (B, T) int64."""
+        """Micro-batch number `micro` of a step: (idx, targets), each (B, T) int64.
+
+        A step reads `micros` of them one after the other, to save memory.
+        """
         spans = self.spans(block_size, batch_size, seed, step, micro, micros)
         return self.read_windows("train", spans.tolist(), block_size)
 
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
-        """Where the windows of that micro-batch begin and end: (B, 2) int64.
+        """Where the windows of a micro-batch, as in `batch`, begin and end: (B, 2) int64.
 
         An epoch visits each of the n windows of the training split once, in shuffled
-        order: sample number g of the whole run is the window at place g mod n of epoch g
-        // n. So no batch depends on another.
+        order: sample g of the whole run is number g mod n of epoch g // n. So no
+        batch depends on another.
         """
         # 1. Which samples are those of this micro-batch?
         n = self.n_windows(block_size)
         first = (step * micros + micro) * batch_size
-        # 2. A text has some tokens more than the windows need: each epoch begins at
-        #    another of them, so that a token is not always the first of its window.
+        # 2. A text has more tokens than n windows need. Each epoch starts at a different
+        #    offset, so that windows do not always begin at the same tokens.
         spare = 1 if self.chat else self.meta["train"]["tokens"] - n * block_size
         # 3. Sample by sample, since a batch may reach into the next epoch.
         spans = []
@@ -181,6 +188,8 @@ class Dataset:
         """Where a window begins and ends. offset: of a text, where its first window begins."""
         if self.chat:
             return self.chat_windows(split, block_size)[window, :2].tolist()
+        # One token more than inputs: the target of the last. At the end of a split
+        # there may be fewer.
         start = offset + window * block_size
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
@@ -189,26 +198,28 @@ class Dataset:
         if self.chat:
             return len(self.chat_windows(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # One window less: by its tokens, an epoch can shift the others.
+        # One window fewer than fit. That leaves one to two windows of spare tokens,
+        # and the start of an epoch moves within them (see `spans`).
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
 
     def epochs(self, windows, block_size):
-        """How often so many windows read the training split."""
+        """How many passes over the training split a number of windows is."""
         return windows / self.n_windows(block_size)
 
     def chat_windows(self, split, block_size):
-        """The windows of conversations, (n, 3) int64: their begin, end, and number of learned tokens.
+        """The windows of conversations, (n, 3) int64: their start, end, and number of learned tokens.
 
-        A window begins with a conversation, as a prompt does, and holds as many whole
-        ones as fit; later ones see earlier ones. One that is longer than a window is cut.
-        A window that teaches nothing is left out.
+        A window starts where a conversation starts, as a prompt does, and holds as
+        many whole conversations as fit; later ones can see earlier ones. A
+        conversation longer than a window is cut. A window that teaches nothing is
+        left out.
         """
         if (split, block_size) in self.found:
             return self.found[split, block_size]
-        # 1. Where each conversation begins and ends: after its end-of-text token, before
-        #    the next one.
+        # 1. An end-of-text token stands before each conversation: it starts after
+        #    that, and ends before the next.
         tokens = self.meta[split]["tokens"]
         border = self.meta["special"][tokenizers.END_OF_TEXT]
         borders = []
@@ -223,6 +234,7 @@ class Dataset:
         while i < len(starts):
             start = int(starts[i])
             limit = start + block_size + 1  # block_size inputs, and the target of the last
+            # The first conversation that no longer fits; at least one is taken.
             next_i = max(i + 1, int(np.searchsorted(ends, limit, side="right")))
             end = min(int(ends[next_i - 1]), limit)
             learned = int(self.read_mask(split, start + 1, max(end - start - 1, 0)).sum())
@@ -238,13 +250,14 @@ class Dataset:
         """Batch i of one pass over the validation split; each target occurs once: (idx, targets)."""
         last = min((i + 1) * batch_size, self.n_windows(block_size, "val"))
         spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
-        # The last batch has the shape of the others, for which code was compiled. A window
-        # of one token predicts nothing.
+        # The last batch has the shape of the others, for which code was compiled. A
+        # window of one token predicts nothing.
         spans += [(0, 1)] * (batch_size - len(spans))
         return self.read_windows("val", spans, block_size)
 
     def n_val_batches(self, block_size, batch_size, at_most=0):
         """How many batches the pass has, and no more than at_most; 0: all."""
+        # The last batch counts, however short it is.
         n = math.ceil(self.n_windows(block_size, "val") / batch_size)
         return min(n, at_most or n)
 
@@ -252,8 +265,8 @@ class Dataset:
         """A validation loss in nats per token as bits per byte of the validation text.
 
         A loss per token says little: a long token is harder to predict, but there are
-        fewer of them. Per byte of text, models with different tokenizers can be compared.
-        Of conversations, what the assistant says counts.
+        fewer of them. Per byte of text, models with different tokenizers can be
+        compared. For conversations, only what the assistant says counts.
         """
         val = self.meta["val"]
         if self.chat:
@@ -266,10 +279,12 @@ class Dataset:
     def prompt(self, block_size):
         """Ids to go on from, a list, taken from the validation split.
 
-        The first conversation up to its answer, or of a text the end-of-text token and up
-        to 24 tokens more.
+        For conversations, the first one up to its answer; for a text, the end-of-text
+        token and up to 24 more.
         """
         if self.chat:
+            # The mask is 0 on the question and 1 on the answer: argmax finds where it
+            # begins.
             start, end, _ = self.chat_windows("val", block_size)[0].tolist()
             answer = int(self.read_mask("val", start, end - start).argmax())
             return self.read_ids("val", start, answer).tolist()
@@ -296,34 +311,36 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: after the end of a short window, and
-    where `learned`, a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: after the end of a short window,
+    and where `learned`, a bool for every target or for all of them, is False.
     """
     import torch  # prepare.py does without
-    # After the end of a short window stands token 0, which no target asks about.
+    # A short window is padded with token 0; its targets there are -1.
     idx = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full_like(idx, -1)
     for row, (ids, learned) in enumerate(windows):
+        # n inputs, and as many targets: the last token is a target only.
         n = len(ids) - 1
         idx[row, :n] = ids[:n]
         targets[row, :n] = np.where(learned, ids[1:], -1)
     return torch.from_numpy(idx), torch.from_numpy(targets)
 
 
-def validation_sums(loss_of, batch, batches, processes, before_each=lambda number: None):
+def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: None):
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number
-    -> (idx, targets). processes: each takes every world-th batch; however many they are,
-    all get the same sums to the last bit. before_each: called equally often in all of them, so that they can stop together.
+    -> (idx, targets). ranks: the Processes
+    of the run; number r of `world` takes the batches r, r + world, and so on. For the same batches the
+    sums are the same, to the last bit, for any number of them. before_each: called equally often in each, so that they can stop together.
     """
     # A place for each batch: a sum of floats depends on the order of its terms, and that
     # order must not depend on the number of processes.
     nats = [0.0] * batches
     count = 0
-    for first in range(0, batches, processes.world):
+    for first in range(0, batches, ranks.world):
         before_each(first)
-        number = first + processes.rank
+        number = first + ranks.rank
         if number < batches:
             idx, targets = batch(number)
             # Batches differ in their number of targets, so that a mean of means would
@@ -331,7 +348,7 @@ def validation_sums(loss_of, batch, batches, processes, before_each=lambda numbe
             n = int((targets >= 0).sum())
             nats[number] = float(loss_of(idx, targets)) * n
             count += n
-    *nats, count = processes.all_reduce_sum([*nats, count])
+    *nats, count = ranks.all_reduce_sum([*nats, count])
     return math.fsum(nats), count
 
 
@@ -345,9 +362,10 @@ def read_meta(folder):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
-    check_like(meta, dict(train={}), path)
-    # 1. Does it have all that is read, with the right types? Conversations have more
-    #    of everything.
+    check_like(meta, dict(train={}), path)  # (is there a "train" to look into?)
+    # 1. Does it have all that is read, with the right types? 0 or 1 stands for any
+    #    whole number, "" for any text. Splits of conversations have three more
+    #    fields.
     chat = "trained" in meta["train"]
     split = dict(tokens=1, bytes=1, documents=1, sha256="")
     if chat:
@@ -355,12 +373,12 @@ def read_meta(folder):
     special = {tokenizers.END_OF_TEXT: 0}
     check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
                           special=special, train=split, val=split), path)
-    # 2. Are the values possible?
+    # 2. Are the values possible? What is written as 1 above must be at least 1.
     counts = [meta[name][key] for name in SPLITS for key, like in split.items() if like == 1]
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
     if not known or min(meta["vocab_size"], *counts) < 1:
         raise UserError(f"{path} is not as format 1 should be", fix)
-    meta["source"] = [origin(source) for source in meta["source"]]  # an older file may hold more
+    meta["source"] = [origin(source) for source in meta["source"]]  # older files hold whole paths
     return meta
 
 
@@ -390,7 +408,8 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(jso
 
 
 def not_ours(folder):
-    """The first thing in a folder that no prepare.py wrote; "" if there is none."""
+    """The first thing in a folder that prepare.py did not write; "" if there is none."""
+    # A folder with a stranger's file in it is never replaced.
     if os.path.isdir(folder):
         return os.path.basename(foreign(folder, OURS.fullmatch))
     return "a file of this name" if os.path.lexists(folder) else ""
@@ -411,7 +430,7 @@ def example(data, tokenizer):
     """A piece of the training split: where two documents meet, or the first conversation that teaches."""
     ids = data.read_ids("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    documents = np.split(ids, borders)  # the first is empty; the others begin with end-of-text
+    documents = np.split(ids, borders)  # the first is empty; each other one begins with end-of-text
     # 1. A text: the end of one document and the beginning of the next.
     if not data.chat:
         middle = len(documents) // 2

@@ -112,7 +112,8 @@ def read_texts(settings, folders):
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
             note("no run names a text that is here: --data=FILE for bits per byte")
-    return [read_text(source, or_else(settings.megabytes, 0.0), settings.text_field) for source in sources if source != "none"]
+    sources = [source for source in sources if source != "none"]
+    return [read_text(source, or_else(settings.megabytes, 0.0), settings.text_field) for source in sources]
 
 
 def requests_for(item, examples, seeds, settings, engine, chat):

@@ -7,13 +7,14 @@ What is a GPT? The model in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-At every position a GPT predicts the next token. In each block, attention lets a position
-read from the positions before it, and the MLP processes what was read. Both add to the
-residual stream: one vector per position, which runs through the network from bottom to
-top.
+At every position a GPT predicts the next token. In each block, attention lets a
+position read from the positions before it, and the MLP processes what was read. Both
+add to the residual stream: one vector per position, which runs through the network
+from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks that
-make training fast on a CPU, and the checks that a shape is possible come after it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks
+that make training fast on a CPU, and the checks that a shape is possible come after
+it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -38,7 +39,7 @@ class GPTConfig:
     n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, each shared by some query heads; auto: n_head
     n_embd: int = 768  # channels of the residual stream
     head_dim: Literal["auto"] | int = "auto"  # channels of one head; auto: n_embd / n_head
-    n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, for swiglu 8/3 n_embd
+    n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, for swiglu's three matrices 8/3 n_embd
     # the family
     pos: Literal["learned", "rope"] = "learned"  # a vector per position, or rotated queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: cheaper, as good
@@ -47,12 +48,12 @@ class GPTConfig:
     bias: bool = False  # in linear and norm layers; true in GPT-2, false is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
     dropout: float = 0.0  # share of activations set to 0 in training: 0.1 or more where data repeats
-    rope_theta: float = 10000.0  # rope: the base of the speeds of rotation; larger for long contexts
+    rope_theta: float = 10000.0  # rope: the slowest channels turn 1 / rope_theta radians a position; larger for long contexts
     norm_eps: float = 1e-5  # added to the variance before the root
 
 
 class RMSNorm(nn.Module):
-    """x / root mean square of x, times a learned weight (Zhang 2019, arXiv 1910.07467)."""
+    """x divided by the root of the mean of its squares, times a weight (arXiv 1910.07467)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -66,7 +67,8 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config, dim):
-    # Every layer reads vectors of the same size; without, deep networks do not train.
+    # Norms keep what each layer reads at the same scale; without them, deep networks
+    # do not train.
     if config.norm == "rmsnorm":
         return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
@@ -75,8 +77,8 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # From 1 radian per position for the first pair of channels to about 1 / rope_theta for
-    # the last.
+    # From 1 radian per position for the first pair of channels to about 1 /
+    # rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
@@ -85,8 +87,8 @@ def rotary_table(config):
 def rotate(x, cos, sin):
     """Rotate channels i and i + head_dim / 2 by an angle per position (Su 2021, arXiv 2104.09864).
 
-    The product of a rotated query and a rotated key depends only on the distance of their
-    positions. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
+    Positions enter the product of a rotated query and a rotated key only through the
+    distance between them. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
     """
     first, second = x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
@@ -96,14 +98,14 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of those up to it whose keys match its query. Groups
-    of query heads may share keys and values, which makes the KV cache smaller (Ainslie
-    2023, arXiv 2305.13245).
+    Each position averages the values of all positions up to its own, weighted by how
+    well their keys match its query. Groups of query heads may share keys and values,
+    which makes the KV cache smaller (Ainslie 2023, arXiv 2305.13245).
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # its number, for the cache
         self.dropout = config.dropout
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
@@ -131,7 +133,9 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            shared = self.n_kv_head != self.n_head  # (sizes of traced tensors are no Python ints)
+            # From the settings, not from k.size(1): while export.py traces this, a
+            # size is a tensor.
+            shared = self.n_kv_head != self.n_head
             y = causal_attention(q, k, v, self.dropout, self.training, shared)
         else:
             y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim), either way
@@ -144,17 +148,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
-    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value side by
-    side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value
+    side by side.
     """
 
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
         self.dropout = config.dropout
-        # swiglu computes two things at once, the gate and the value.
-        products = 2 if self.kind == "swiglu" else 1
-        self.c_fc = nn.Linear(config.n_embd, products * config.n_inner, bias=config.bias)
+        parts = 2 if self.kind == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, parts * config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x):
@@ -163,7 +166,7 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, dim=-1)  # (B, T, n_inner) each
             x = F.silu(gate) * x
         elif self.kind == "gelu":
-            x = gelu(x, self.training)
+            x = gelu(x, self.training)  # (in training, a faster form)
         else:
             x = F.gelu(x)
         x = self.c_proj(x)  # (B, T, C)
@@ -171,7 +174,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (B, T, C) -> (B, T, C). What a layer reads is normalized, not the stream."""
+    """Attention, then an MLP: (B, T, C) -> (B, T, C). Each reads a normalized copy of the stream."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -181,8 +184,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rotation=None, cache=None):
-        # Adding, not replacing: the gradient passes every block unchanged (He 2015, arXiv
-        # 1512.03385).
+        # Adding, not replacing: the gradient passes through every block unchanged (He
+        # 2015, arXiv 1512.03385).
         x = x + self.attn(self.ln_1(x), rotation, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -204,14 +207,17 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
         if config.tie_weights:
-            # The vector that means a token also predicts it (Press 2016, arXiv 1608.05859).
+            # The vector that means a token also predicts it (Press 2016, arXiv
+            # 1608.05859).
             self.lm_head.weight = self.transformer.wte.weight
         if config.pos == "rope":
             # Computed, not learned: not part of a checkpoint.
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.chunk_loss = chunk_loss  # machine.compile_model replaces it by a compiled one
+        # An attribute, so that machine.compile_model can put a compiled one in its
+        # place.
+        self.chunk_loss = chunk_loss
         self.init_weights()
 
     @torch.no_grad()
@@ -227,8 +233,8 @@ class GPT(nn.Module):
                 # The weights of norm layers.
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2 n_layer of these add to the residual stream, whose variance would grow
-                # with depth: so each starts smaller by the root of that.
+                # 2 n_layer of these add to the residual stream. Divided by the root of
+                # their number, they give it the same variance at any depth.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -236,8 +242,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
 
-        With targets, the mean cross-entropy in nats per target; without, the logits (B,
-        T, vocab_size).
+        With targets, the mean cross-entropy in nats per target; without, the logits
+        (B, T, vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
         # The loss belongs in here: DistributedDataParallel sees what `forward` does, and
@@ -252,12 +258,14 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
+        # The positions, as an index: a slice, or where rows have different lengths
+        # (in the server) a tensor (B, 1).
         at = slice(0, T) if cache is None else cache.positions(T)
         # 1. The vectors of the tokens, and where they are.
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[at]  # (T, C); (B, 1, C) if rows differ (serving)
+            x = x + self.transformer.wpe.weight[at]  # (T, C), or (B, 1, C)
         else:
             # With an axis for the heads: (1, T, head_dim / 2) each.
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
@@ -278,12 +286,13 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Stream (B, T, C), targets (B, T) -> mean cross-entropy in nats; 0 if all are -1."""
         weight = self.lm_head.weight  # (padded vocabulary, C)
-        assert weight.is_floating_point(), "8-bit weights cannot be trained"
+        assert weight.is_floating_point(), "8-bit weights (formats/quantized.py) cannot be trained"
         if not torch.is_grad_enabled():
-            # CrossEntropy computes gradients in its forward pass: not for a validation.
+            # CrossEntropy (below) computes gradients already in its forward pass, for
+            # every input with requires_grad. A parameter has that even under no_grad.
             weight = weight.detach()
-        # Not float16: the gradient of a frequent token is a sum over thousands of
-        # positions.
+        # Not float16: the gradient of a frequent token, a sum over thousands of
+        # positions, can overflow.
         dtype = torch.float32 if self.dtype() == torch.float16 else self.dtype()
         x = self.transformer.ln_f(x).flatten(0, 1)  # (N, C), where N = B T
         with torch.autocast(x.device.type, enabled=False):  # it would choose the dtype again
@@ -296,7 +305,7 @@ class GPT(nn.Module):
         """Continue idx (B, T) by n tokens; yields them one by one, as columns of ids (B, 1).
 
         pick: (B, vocab_size) float32 logits -> (B,) ids; by default the likeliest.
-        sample.py has the rest.
+        sample.py has one with temperature, top_k and more.
         """
         pick = pick or argmax
         size = self.config.block_size
@@ -317,7 +326,7 @@ class GPT(nn.Module):
             yield unread
 
     def dtype(self):
-        """The dtype of attention: autocast's where it is on, else that of the weights."""
+        """The dtype of matrix products: autocast's where it is on, else that of the weights."""
         weight = self.lm_head.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
@@ -334,8 +343,8 @@ class GPT(nn.Module):
         """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
         A weight of a matrix costs a multiplication and an addition forward, and twice
-        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head head_dim
-        T per layer: by convention, the masked half counts too.
+        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head
+        head_dim T per layer: by convention, the masked half counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -372,14 +381,14 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again: their keys and
-    values are all that attention reads of them. A cache of another kind, such as the
-    server's, has these four:
+    While a token is written, those before it need not be computed again: their keys
+    and values are all that attention reads of them. A cache of another kind, such as
+    the server's, has these four:
 
         length                  how many positions it holds
         positions(T)            an index for those of T new tokens
         attend(layer, q, k, v)  called by each layer with the new tokens
-        advance(T)              called when all layers have
+        advance(T)              called once all layers have attended
     """
 
     def __init__(self, config, batch_size, capacity=None, device=None, dtype=None):
@@ -394,7 +403,7 @@ class KVCache:
         """Row i as a cache in the same memory, with a length of its own."""
         # The server gives each request a row; rows are filled to different lengths.
         row = copy.copy(self)
-        row.number = i
+        row.number = i  # for the server
         row.k = self.k[:, i:i + 1]
         row.v = self.v[:, i:i + 1]
         row.layers = list(zip(row.k, row.v))
@@ -411,7 +420,7 @@ class KVCache:
         k, v = self.extend(layer, k, v)  # (B, n_kv_head, past + T, head_dim)
         T = q.size(2)
         shared = k.size(1) != q.size(1)
-        # 1. A prompt: the square, masked as in training.
+        # 1. Nothing before: scores (T, T), masked as in training.
         if self.length == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         # 2. One new token: it sees all, and no mask is needed.
@@ -439,8 +448,8 @@ def attend_from_one(q, k, v):
     """Attention of one token, q (B, n_head, 1, head_dim), to k and v (B, n_kv_head, T, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
-    # Heads that share keys become tokens: enable_gqa copies the keys, 3.6 times as slow in
-    # bfloat16.
+    # Query heads that share a key head are passed as if they were several tokens of
+    # one head. enable_gqa would copy the keys: 3.6 times as slow in bfloat16.
     B, n_kv_head, _, head_dim = k.shape
     grouped = q.reshape(B, n_kv_head, -1, head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
@@ -448,14 +457,15 @@ def attend_from_one(q, k, v):
 
 # ---------- Faster training on CPUs
 
-MOST_SCORES = 1 << 25  # B n_head T^2: with more, memory costs more than the formula saves
+MOST_SCORES = 1 << 25  # B n_head T^2: beyond, attention_by_formula costs more in memory than it saves
 
 
 def causal_attention(q, k, v, dropout, training, shared):
     """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores. On a CPU in bfloat16, training with it takes
-    twice as long as with the formula.
+    PyTorch's kernel holds no (T, T) scores. But in bfloat16 on a CPU, training with
+    it takes twice as long as by the formula. In float32 both take as long, so the
+    dtype is not asked for.
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -476,7 +486,8 @@ def attention_by_formula(q, k, v, dropout=0.0):
     T = q.size(2)
     future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device)
     future = future.triu(1)  # 0 where j <= i
-    # 3. Scaling q is cheaper than scaling the scores: head_dim products in a row, not T.
+    # 3. Scaling q is cheaper than scaling the scores: head_dim products per position,
+    #    not T.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, T)
     weights = (scores + future).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, n_head, T, head_dim)
@@ -499,13 +510,14 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without the logits of all tokens at once.
 
-    With a large vocabulary they take more memory than the model. But their gradient is
-    known at once: softmax(logits), minus 1 at the target. So forward also computes the
-    gradients, chunk by chunk, and backward only scales them, once.
-    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and less
-    exact: docs/lab-notes.md.
+    With a large vocabulary they take more memory than the model. But their gradient
+    is known at once: softmax(logits), minus 1 at the target. So forward also computes
+    the gradients, chunk by chunk, and backward only scales them, once.
+    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and
+    less exact: docs/lab-notes.md.
 
-    x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets: (N,).
+    x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets:
+    (N,).
     """
 
     @staticmethod
@@ -516,7 +528,8 @@ class CrossEntropy(torch.autograd.Function):
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        # 2. Chunks of one size, but for the last: compiled code is for one size.
+        # 2. Chunks of equal size (the last may be smaller), since code is compiled
+        #    for one size.
         chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
         size = math.ceil(len(x) / chunks)
         for start in range(0, len(x), size):
@@ -535,13 +548,13 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, above):
+    def backward(ctx, grad_output):
         x_grad, w_grad = ctx.grads
         ctx.grads = None  # they are large
         if x_grad is not None:
-            x_grad.mul_(above)
+            x_grad.mul_(grad_output)
         if w_grad is not None:
-            w_grad.mul_(above)
+            w_grad.mul_(grad_output)
         return x_grad, w_grad, None, None, None, None
 
 
@@ -552,7 +565,8 @@ def chunk_loss(logits, targets):
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
-    # 2. The gradient: probabilities (overwriting their logarithms), minus 1 at the target.
+    # 2. The gradient: probabilities (overwriting their logarithms), minus 1 at the
+    #    target.
     grad = logprobs.exp_()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
@@ -560,10 +574,11 @@ def chunk_loss(logits, targets):
 
 # ---------- Can this shape exist?
 
-# An assertion reads "fact; what to type", which resume.build_model makes a UserError of.
+# An assertion reads "fact", or "fact; what to type". resume.build_model turns it into a
+# UserError.
 
 AUTO = "auto", 0  # older checkpoints have the 0
-LARGEST = 1 << 24  # of a number in a shape: products of a few do not overflow
+LARGEST = 1 << 24  # of a number in a shape: a product of two stays far below 2^63
 
 
 def round_up(n, multiple):
@@ -572,7 +587,8 @@ def round_up(n, multiple):
 
 def resolve(config):
     """A copy with numbers in place of "auto". Asserts that the shape can exist."""
-    # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may be given too.
+    # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may be given
+    #    too.
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
@@ -588,7 +604,7 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    for name in ("n_head", "block_size"):  # the tables of rope and the layers: 4 GB at most
+    for name in ("n_head", "block_size"):  # the queries of a position; a table of rope
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
@@ -607,19 +623,20 @@ def check_field(field, value):
     """Asserts that a value has the type of its field, and is a choice of it or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
     if field.default == "auto":
+        kind, choices = int, ()
         if value in AUTO:
             return
-        kind, choices = int, ()
     whole_as_float = kind is float and type(value) is int
-    assert type(value) is kind or whole_as_float, f"{name}={value!r} is no {kind.__name__}"
-    assert not choices or value in choices, f"{name}={value} is none of {', '.join(choices)}"
+    assert type(value) is kind or whole_as_float, f"{name}={value!r} is not of type {kind.__name__}"
+    assert not choices or value in choices, f"{name}={value} is not one of {', '.join(choices)}"
     if kind is int:
-        # A number from a stranger's file must not make PyTorch try to allocate petabytes.
+        # A number from a stranger's file must not make PyTorch try to allocate
+        # petabytes.
         assert 1 <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}=1 to {LARGEST}"
 
 
 def outline(config, tensors):
-    """A GPT whose weights take no memory. tensors: how many the file has, which bounds n_layer."""
+    """A GPT whose weights take no memory. tensors: how many a checkpoint holds, which bounds n_layer."""
     config = resolve(config)
     # A layer takes time to build, even without weights.
     assert config.n_layer <= tensors, (

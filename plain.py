@@ -3,14 +3,14 @@
 The whole idea of a GPT in one file: tensors and functions, no nn.Module, no optimizer
 class, nothing for speed.
 
-    python plain.py                                  # a small model learns from Python's library
+    python plain.py                                  # a small model learns from Python's standard library
     python plain.py --n_embd=128 --max_iters=1000
-    python -m bench parity --peer=plain.py           # from the same weights, train.py has the same losses
+    python -m bench parity --peer=plain.py           # with these weights and batches, train.py's losses
 
 A GPT predicts, at every position of a text, the next token, here a character. Text
 becomes numbers, numbers become predictions, a loss says how wrong they are, and every
-weight takes a step that makes the loss smaller. PyTorch has the operations on tensors,
-and computes the gradient.
+weight takes a step that makes the loss smaller. PyTorch has the operations on
+tensors, and computes the gradient.
 
 B, T, C, V in the comments: batch, time (positions), channels (n_embd), vocabulary.
 """
@@ -26,7 +26,7 @@ import torch
 
 # Settings. Each is also an argument: --n_embd=128.
 
-dataset = ""  # data/NAME; by default, files of Python's library
+dataset = ""  # data/NAME, of text with a small vocabulary (uint16); by default, files of Python's standard library
 block_size = 64  # T
 n_layer = 2
 n_head = 4
@@ -36,7 +36,7 @@ gradient_accumulation_steps = 1  # batches per step
 max_iters = 600
 learning_rate = 1e-2
 min_lr = 1e-3
-warmup_iters = 20  # steps in which the rate rises from 0
+warmup_iters = 20  # steps in which the rate rises to learning_rate
 lr_decay_iters = 0  # step at which the rate reaches min_lr; 0: max_iters
 weight_decay = 0.1  # how strongly matrices are pulled towards 0
 beta1 = 0.9  # AdamW averages the gradient over about 1 / (1 - beta1) steps
@@ -59,7 +59,7 @@ def load_tokens():
     """(ids to train on, ids to validate on, the character of each id)."""
     if dataset:
         return read_ids("train"), read_ids("val"), []
-    # 1) A text that every reader has: eight files of Python's library.
+    # 1) A text that comes with Python: eight files of its standard library.
     library = Path(os.__file__).parent
     text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in LIBRARY)
     # 2) The vocabulary: an id for every character that occurs.
@@ -75,8 +75,8 @@ def load_tokens():
 def get_batch(ids):
     """Windows of the text: (inputs, targets), (B, T) each. The targets are one token later.
 
-    For inputs "def f(" the targets are "ef f(x": each position is a task of its own, and
-    one forward pass does all T.
+    For inputs "def f(" the targets are "ef f(x": each position is a task of its own,
+    and one forward pass does all T.
     """
     starts = torch.randint(len(ids) - block_size, (batch_size,))  # (B,)
     windows = torch.stack([ids[start:start + block_size + 1] for start in starts])  # (B, T + 1)
@@ -88,39 +88,43 @@ def get_batch(ids):
 
 def softmax(x):
     """Numbers become probabilities: positive, with the sum 1."""
-    # In float32, exp overflows from 89 on, so there one subtracts the maximum first. Here
-    # all is float64.
+    # In float32, exp overflows above 88. There one first subtracts the maximum, which
+    # cancels in the division. Here `main` chooses float64.
     powers = x.exp()
     return powers / powers.sum(-1, keepdim=True)
 
 
 def norm(x, weight):
     """LayerNorm (Ba 2016, arXiv 1607.06450): mean 0 and variance 1, times a weight per channel."""
-    # The residual stream grows with every block that adds to it. Norm gives each layer
-    # inputs of the same size.
+    # Every block adds to x (the residual stream, in GPT.logits), so its numbers grow. A
+    # norm brings them back to one scale.
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred ** 2).mean(-1, keepdim=True)
     return centred / (variance + 1e-5).sqrt() * weight
 
 
 def gelu(x):
-    """x times the probability that a normal number is below x (Hendrycks 2016, arXiv 1606.08415)."""
-    # Without a nonlinearity, the two matrices of the MLP would be one matrix.
+    """x times the probability that a standard normal variable is below x (arXiv 1606.08415)."""
+    # Without a nonlinearity, the two matrices of the MLP (multilayer perceptron)
+    # would be one.
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
 def attention(q, k, v):
     """One head (Vaswani 2017, arXiv 1706.03762): softmax(q k^T / sqrt(head_dim)) v.
 
-    Every position takes a weighted mean of the values up to its own: the better its query
-    matches a key, the greater the weight. Later positions are masked, since they are what
-    is to be predicted. q, k, v: (B, T, head_dim).
+    From the vector of each position come three: a query (what it looks for), a key
+    (what it can be found by) and a value (what it passes on). Every position takes a
+    weighted mean of the values up to its own: the better its query matches a key, the
+    greater the weight. Later positions are masked, since they are what is to be
+    predicted. q, k, v: (B, T, head_dim).
     """
     T, head_dim = q.shape[1:]
-    # 1) How well does each query match each key? A score is a sum of head_dim products, so
-    #    its variance is about head_dim; divided by the root, about 1.
+    # 1) How well does each query match each key? A score is a sum of head_dim
+    #    products, so its variance is about head_dim; divided by the root, about 1.
+    #    With large scores, one position would get all the weight.
     scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)  # (B, T, T)
-    # 2) Row i may not see column j > i. exp(-inf) is 0, so that the future has no weight.
+    # 2) Row i may not see column j > i. exp(-inf) is 0, so the future has no weight.
     future = torch.ones(T, T).triu(1).bool()  # (T, T)
     weights = softmax(scores.masked_fill(future, -math.inf))  # (B, T, T), each row has the sum 1
     # 3) The mean of the values with these weights.
@@ -134,10 +138,15 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
+    bias: bool = False  # not read: bench/ makes this config as it makes nanoGPT's
 
 
 class GPT:
-    """GPT-2 (Radford 2019) with its names: wte, the vectors of tokens; wpe, of positions; h, the blocks."""
+    """A GPT in the shape of GPT-2 (Radford 2019), without biases, under its names.
+
+    wte has the vectors of tokens, wpe of positions, h the blocks. The c_ in c_attn,
+    c_proj and c_fc once meant convolution; they are plain matrices.
+    """
 
     def __init__(self, config):
         self.config = config
@@ -154,26 +163,32 @@ class GPT:
         shapes["ln_f"] = (C,)
         self.weights = {}
         for name, shape in shapes.items():
-            # Scaled by 1 / sqrt(inputs), a random matrix keeps the size of what it
-            # multiplies (LeCun 1998).
-            initial = torch.ones(shape)  # of norms
-            if len(shape) == 2:
+            if len(shape) == 1:
+                initial = torch.ones(shape)  # the weights of a norm
+            else:
+                # Scaled by 1 / sqrt(inputs), a random matrix keeps the size of what
+                # it multiplies (LeCun 1998). (wte multiplies at the end; wpe never
+                # does, and is just small.)
                 initial = torch.randn(shape) / math.sqrt(shape[-1])
+            # Named as in model.py, so that weights can be copied.
             self.weights[f"transformer.{name}.weight"] = initial.requires_grad_()
 
     def logits(self, idx):
         """Token ids (B, T) -> how likely each token is next, before the softmax (B, T, V)."""
         w = self.weights
-        # The residual stream: a vector per position, to which every block adds something.
+        # The residual stream: a vector per position, to which every block adds
+        # something.
         x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:idx.size(1)]  # (B, T, C)
         for i in range(self.config.n_layer):
             block = f"transformer.h.{i}."
-            # Attention: positions read from each other; every head looks for something else.
+            # Attention: each position reads from those before it; every head looks for
+            # something different.
             qkv = norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T  # (B, T, 3 C)
-            q, k, v = (part.chunk(self.config.n_head, dim=-1) for part in qkv.chunk(3, dim=-1))  # n_head parts each
-            heads = [attention(*parts) for parts in zip(q, k, v)]  # (B, T, head_dim) each
-            # Adding, not replacing, lets the gradient pass every block unchanged (He 2015,
-            # arXiv 1512.03385).
+            q, k, v = qkv.chunk(3, dim=-1)  # (B, T, C) each
+            split = [part.chunk(self.config.n_head, dim=-1) for part in (q, k, v)]  # n_head parts each
+            heads = [attention(*parts) for parts in zip(*split)]  # (B, T, head_dim) each
+            # Adding, not replacing, lets the gradient pass through every block unchanged
+            # (He 2015, arXiv 1512.03385).
             x = x + torch.cat(heads, dim=-1) @ w[block + "attn.c_proj.weight"].T  # (B, T, C)
             # The MLP: every position works on what it has read.
             hidden = gelu(norm(x, w[block + "ln_2.weight"]) @ w[block + "mlp.c_fc.weight"].T)  # (B, T, 4 C)
@@ -188,7 +203,10 @@ class GPT:
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=40):
-        """Continue idx (B, T) by n tokens, each sampled from the top_k most likely (Fan 2018, arXiv 1805.04833)."""
+        """Continue idx (B, T) by n tokens, each sampled from the top_k most likely (arXiv 1805.04833).
+
+        A temperature below 1 makes likely tokens likelier still.
+        """
         for _ in range(n):
             # The whole context is read again for each token. model.py keeps keys and
             # values instead.
@@ -203,7 +221,10 @@ class GPT:
 
 
 def cross_entropy(logits, targets):
-    """The mean of -ln p(target), in nats (Shannon 1948). Guessing costs ln V, certainty 0."""
+    """The mean of -ln p(target), in nats (Shannon 1948); a bit is ln 2 nats.
+
+    Guessing evenly costs ln V; being certain and right costs 0.
+    """
     # Of all V probabilities at a position, that of the token which really came.
     probability = softmax(logits).gather(-1, targets[..., None])  # (B, T, 1)
     return -probability.log().mean()
@@ -237,17 +258,18 @@ def clip_grad_norm_(weights, limit):
 def adamw(w, mean, mean_square, step, rate):
     """AdamW (Loshchilov 2019, arXiv 1711.05101) for one tensor.
 
-    A weight moves against the running mean of its gradient, divided by the root of the
-    running mean of its square. Matrices also shrink a little.
+    A weight moves against mean / sqrt(mean_square), the running means of the gradient
+    and of the gradient squared. Matrices also shrink a little.
     """
     # 1) The running means.
     mean.copy_(beta1 * mean + (1 - beta1) * w.grad)
     mean_square.copy_(beta2 * mean_square + (1 - beta2) * w.grad ** 2)
-    # 2) They began at 0, so after s steps they are too small by a factor 1 - beta^s.
+    # 2) They began at 0, so after s steps they are only 1 - beta^s times what they
+    #    should be.
     direction = mean / (1 - beta1 ** (step + 1))
     size = (mean_square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
-    # 3) The step. While a gradient stays the same, direction / size is 1 or -1: the weight
-    #    moves by `rate`.
+    # 3) The step. While a gradient stays the same, direction / size is 1 or -1: the
+    #    weight moves by `rate`.
     decay = weight_decay * w if w.dim() == 2 else 0.0
     w -= rate * (direction / size + decay)
 
@@ -255,7 +277,7 @@ def adamw(w, mean, mean_square, step, rate):
 def train(model, ids):
     weights = model.weights.values()
     states = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    for step in range(max_iters + 1):  # 0 to max_iters, as nanoGPT counts
+    for step in range(max_iters + 1):  # max_iters + 1 steps, as in nanoGPT; train.py makes max_iters
         started = time.perf_counter()
         # 1) The gradient: how the loss changes with each weight, computed backwards
         #    by the chain rule.
@@ -277,23 +299,24 @@ def train(model, ids):
 
 
 def main():
-    # 1) Settings from the command line, so that one of train.py or nanoGPT works here too.
+    # 1) Settings from the command line. A command line for nanoGPT works here too:
+    #    names that are unknown are reported and skipped.
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name in globals():
             globals()[name] = type(globals()[name])(value)
         else:
             print(f"plain.py does without {name}")
-    # 2) The same random numbers in every run; float64, so that a difference to train.py is
-    #    not rounding.
+    # 2) The same random numbers in every run; float64, so that rounding here does not
+    #    hide a difference from train.py.
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     ids, validation_ids, characters = load_tokens()
     vocab_size = 1 + int(max(ids.max(), validation_ids.max()))
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
     train(model, ids)
-    # 3) How good is it on a text that it has not seen (20 batches are an estimate), and what
-    #    does it write?
+    # 3) How good is it on a text that it has not seen (20 batches are an estimate),
+    #    and what does it write?
     with torch.no_grad():
         loss = sum(model.forward(*get_batch(validation_ids))[1] for _ in range(20)) / 20
     print(f"validation loss {loss:.4f}, guessing would cost {math.log(vocab_size):.4f}")

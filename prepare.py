@@ -47,7 +47,7 @@ import numpy as np
 from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
-from runtime.files import locked
+from runtime.files import file_sha256, locked
 from runtime.console import Progress, UserError, command_line, note, say, origin, public
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
@@ -279,7 +279,7 @@ def sealed(path):
     # The folder gets its name only after this: it can never hold half of the data.
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def batches(texts):

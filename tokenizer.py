@@ -448,6 +448,7 @@ def get(name):
 
 def fingerprint(tokenizer):
     """The sha256 of all that `save` writes: two tokenizers with the same one give the same ids."""
+    # Names and lengths go in too, so that no two sets of files look alike.
     sha256 = hashlib.sha256()
     for name, content in sorted(pretrained.files_of(tokenizer).items()):
         sha256.update(f"{name} {len(content)}\n".encode() + content)
@@ -462,7 +463,8 @@ def keep(tokenizer, folder, sha256):
     with contextlib.suppress(UserError):
         load_from(path, sha256)
         return
-    # 2. Written under another name first: a kill in between leaves no half of a tokenizer.
+    # 2. Written under another name first: a kill in between leaves no half of a
+    #    tokenizer.
     with writing(path):
         shutil.rmtree(part, ignore_errors=True)
         tokenizer.save(part)
@@ -482,6 +484,7 @@ def writing(path):
 
 def ends(tokenizer):
     """The ids after which a text, or an answer in a chat, is over."""
+    # A Hugging Face tokenizer names its own end in its settings.
     names = END_OF_TEXT, END, tokenizer.settings.get("eos_token")
     return {tokenizer.special[name] for name in names if name in tokenizer.special}
 

@@ -7,20 +7,20 @@ Training: one loop, from the settings to a trained model.
     python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
 
-The same command continues a run that was stopped (Ctrl-C saves first). A run is a folder,
-out/NAME:
+The same command continues a run that was stopped (Ctrl-C saves first). A run is a
+folder, out/NAME:
 
-    ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the last two are kept
+    ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the two newest are kept
     best.pt             the weights with the lowest validation loss: what sample.py reads
     log.jsonl           one line per logged step; loss.svg is its picture
     tokenizer/          a copy
 
 Read `main`, then `train`, the whole run, and `train_step`, one step.
 
-The batch and the dropout masks of a step are computed from (seed, step). So on a CPU a
-run that was killed at any moment and resumed ends with the same weights, bit for bit, as
-one that was never stopped (docs/reliability.md has the proofs). A GPU adds in varying
-order, so there the two are equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So on a CPU
+a run that was killed at any moment and resumed ends with the same weights, bit for
+bit, as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in
+varying order, so there the two are equal up to rounding.
 """
 import time
 
@@ -52,13 +52,13 @@ from training.log import Log, progress_line
 from training.muon import Muon
 
 SAMPLE_SECONDS = 3  # for the text at the end of a run
-MAX_SKIPPED = 20  # steps in a row that float16 may overflow, while the scaler lowers its factor
+MAX_SKIPPED = 20  # so many steps in a row may be skipped because float16 overflowed
 
 
 @dataclass
 class TrainConfig(GPTConfig):
     # the shape of the model: the settings of GPTConfig, in model.py, and
-    preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings win
+    preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; settings given beside it win
     vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
@@ -71,7 +71,7 @@ class TrainConfig(GPTConfig):
     budget: str = ""  # 90s, 5m or 1h: choose max_iters so that the whole command takes this long
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # steps between validations
-    eval_iters: Literal["all"] | int = "all"  # use at most so many batches of the validation split
+    eval_iters: Literal["all"] | int = "all"  # at most this many batches of the validation split
     eval_only: bool = False  # print the validation loss of the last checkpoint and end
     save_interval: Literal["auto"] | int = "auto"  # steps between checkpoints; auto: eval_interval
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
@@ -80,7 +80,7 @@ class TrainConfig(GPTConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models tolerate a higher one
     muon_lr: float = 0.02  # of Muon, at its highest
-    min_lr: float = 6e-5  # where learning_rate ends, a tenth of it or 0; muon_lr ends at the same share
+    min_lr: float = 6e-5  # the final learning_rate, often a tenth of it or 0; muon_lr falls in proportion
     warmup_iters: int = 100  # steps in which the rate rises from 0
     lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
     decay_lr: bool = True  # false: stay at learning_rate after the warm-up
@@ -89,7 +89,7 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.95  # AdamW: and its square over 1 / (1 - beta2)
     grad_clip: Literal["none"] | float = 1.0  # a longer gradient is scaled down to this norm
     # fine-tuning, which is init_from=RUN and the same loop
-    patience: Literal["none"] | int = "none"  # end after so many validations without a lower loss
+    patience: Literal["none"] | int = "none"  # end after this many validations without a lower loss
     lora_rank: int = 0  # train corrections of this rank, such as 8, and not the weights (training/lora.py)
     lora_alpha: float = 16.0  # the corrections are multiplied by lora_alpha / lora_rank
     # the machine
@@ -107,17 +107,17 @@ class TrainConfig(GPTConfig):
 def main(argv):
     """Read the settings, lock the folder of the run, and train."""
     # 1) Settings: the defaults above, then config files and --name=value from left to
-    #    right.
-    # `given`: what has set each of them, of those that are not a default.
+    #    right. given: {name: the file, preset or --option that set it}, for those
+    #    that are not a default.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
-    # 2) `data/notes` and `notes` are the same data; without a name, the run bears that of
-    #    its data.
+    # 2) `data/notes` and `notes` are the same data; without an out_dir, the run is named
+    #    after its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     default = os.path.join("out", os.path.basename(settings.dataset))
     settings.out_dir = os.path.normpath(settings.out_dir or default)
-    resume.check_settings(settings)
+    resume.check_settings(settings)  # (only raises)
     # 3) One process writes; torchrun starts the others with another rank.
     ranks = Processes()
     writes = ranks.rank == 0 and not settings.eval_only
@@ -139,7 +139,8 @@ def train(settings, given, ranks, folder):
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
 
-    # 2) The data. Rank 0 prepares what is built in, while the others wait in `join`.
+    # 2) The data. If the built-in set is missing, rank 0 prepares it, while the
+    #    others wait in `join`.
     data_dir = os.path.join("data", settings.dataset)
     if settings.dataset == "stdlib" and ranks.rank == 0 and not os.path.exists(data_dir):
         prepare_stdlib()
@@ -149,22 +150,26 @@ def train(settings, given, ranks, folder):
     if folder.writes:
         folder.check_ours()
 
-    # 3) The start. resumed: a checkpoint of this run; start: the weights of another one;
-    #    base: what LoRA corrects. Each may be missing. The settings take over what comes
-    #    with them, and do not change any more after that.
+    # 3) The start. resumed: a checkpoint of this run; start: one of another run,
+    #    whose weights are taken; base: the path and checksum of that, for LoRA. Each
+    #    may be missing; a resumed LoRA run has all, since its checkpoint holds
+    #    corrections only. This also sets the shape of the model and the vocabulary in
+    #    `settings`, which do not change after that.
     resumed, start, base = resume.find_start(settings, given, data, versions)
     if resumed and (ended := resume.how_it_ended(resumed, settings)):
         say(ended)
         say_next(out_dir, data)
         return 0
     if not resumed and folder.writes:
-        resume.check_begun(settings)
+        resume.check_log(settings)  # may it be replaced, if there is one without a checkpoint?
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
     model = make_model(settings, start, resumed).to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        folder.open(step, needed=10 * size)  # (2 + 1 being written) x 3 tensors, and best.pt
+        # Is there enough space on the disk? 3 checkpoints (the third is written
+        # before the oldest goes) of weights and 2 moments each, and best.pt.
+        folder.open(step, needed=10 * size)
 
     # 4) The run. What `auto` chooses is written into every checkpoint, and used again on
     #    resume.
@@ -201,9 +206,9 @@ def train(settings, given, ranks, folder):
         run.open_outputs(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change at the end of train_step and nowhere else: when a signal
-    #    comes, the unfinished step is discarded, and memory holds exactly the state after
-    #    `step` steps.
+    # 5) The loop. Weights change at the end of train_step and nowhere else: when a
+    #    signal comes, the unfinished step is discarded, and memory holds exactly the
+    #    state after `step` steps.
     run.stop.listen()
     try:
         if resumed:
@@ -251,29 +256,32 @@ class Run:
     stuck: bool = False  # the patience has run out
     skipped: int = 0  # so many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
-    wall_before: float = 0.0  # of the processes before this one
+    wall_before: float = 0.0  # before the last resume
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
     log: Log | None = None  # of rank 0
 
     def __post_init__(self):
-        # 1) What the machine can do.
+        # 1) Length, optimizers, dtype.
         settings, world, chosen = self.settings, self.ranks.world, self.facts["chosen"]
         self.max_iters = resume.total_steps(settings.budget, settings.max_iters, chosen)
         self.wrapped = self.model  # or DistributedDataParallel around it
         self.optimizers = make_optimizers(self.model, settings, self.device)
         self.dtype = getattr(torch, chosen["dtype"])
         self.autocast = machine.autocast(self.device, self.dtype)
+        # FLOP/s of matrix products.
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
         # In float16, small gradients would round to 0 if the loss were not scaled up.
         kind, needed = torch.device(self.device).type, self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(kind, enabled=needed)
-        # 2) A step reads the same windows, however many ranks there are: they take its
-        # micro-batches in turn, cut into smaller ones where these are too few.
-        cut = resume.pieces(settings, world)
-        self.batch_size = settings.batch_size // cut
-        self.micros = settings.gradient_accumulation_steps * cut
+        # 2) A step reads the same windows on any number of ranks. Ranks take turns
+        #    with the micro-batches; if these do not divide evenly, each is cut into
+        #    pieces, so that all ranks have equally many.
+        pieces = resume.pieces(settings, world)
+        self.batch_size = settings.batch_size // pieces
+        self.micros = settings.gradient_accumulation_steps * pieces
         self.my_micros = range(self.ranks.rank, self.micros, world)  # of this rank
-        most = or_else(settings.eval_iters, 0) * cut  # 0: all
+        # `or_else` gives 0 for the word "all", and n_val_batches takes 0 for all.
+        most = or_else(settings.eval_iters, 0) * pieces
         self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, most)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
 
@@ -283,8 +291,7 @@ class Run:
     def over(self):
         return self.last() or self.stuck
 
-    def validates(self):
-        """Does a validation follow this step?"""
+    def validation_due(self):
         return self.last() or self.step % self.settings.eval_interval == 0
 
     def batch(self, step, micro):
@@ -307,6 +314,7 @@ class Run:
         """Raise Stopped in all ranks if one got a signal: before each micro-batch and validation batch."""
         if received := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = received
+            # (Not under torchrun, which repeats a Ctrl-C by itself.)
             again = "; once more to stop at once" if self.stop.twice_ends else ""
             say(f"\n{signal.Signals(received).name}: saving{again}")
             raise Stopped
@@ -341,7 +349,7 @@ class Run:
         settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
             self.best_loss, self.best_step = ckpt.best_of(out_dir)  # it may be newer than the checkpoint
-        # The log comes first: by it, the folder counts as that of a run.
+        # The log comes first: it marks the folder as that of a run.
         self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
         tokenizers.keep(self.tokenizer, out_dir, self.facts["tokenizer_sha256"])
         if settings.wandb_log:
@@ -431,8 +439,8 @@ def train_step(run):
 def accumulate_gradient(run):
     """Add up the gradients of all micro-batches, in p.grad. Returns the loss of the step.
 
-    A sum over micro-batches is what one large batch would give, and takes the memory of a
-    small one.
+    A sum over micro-batches is what one large batch would give, and takes the memory
+    of a small one.
     """
     # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
     ranks = run.ranks
@@ -446,13 +454,13 @@ def accumulate_gradient(run):
         run.check_stop()
         # The same dropout masks after a resume.
         torch.manual_seed(datasets.seed_for("dropout", run.settings.seed, run.step, micro))
-        # Ranks exchange gradients once, with the last micro-batch: their mean, where a
-        # sum is due.
+        # Ranks exchange gradients once, with the last micro-batch. They get the mean
+        # where a sum is due, hence the factor `world`.
         with ranks.no_sync(run.wrapped, unless=micro == run.my_micros[-1]):
-            part = run.loss(run.wrapped, idx, targets) * (count / (total / ranks.world))
+            part = run.loss(run.wrapped, idx, targets) * (ranks.world * count / total)
             run.scaler.scale(part).backward()
         loss += part.item()
-    return ranks.all_reduce_sum([loss])[0] / ranks.world
+    return ranks.all_reduce_sum([loss])[0] / ranks.world  # without that factor
 
 
 def learning_rate_factor(step, settings, max_iters):
@@ -472,9 +480,10 @@ def learning_rate_factor(step, settings, max_iters):
 
 
 def choose_max_iters(run):
-    """--budget: how many steps fit into the time that is left, as soon as that of a step is known.
+    """--budget: how many steps fit into the time that is left, once the time of a step is known.
 
-    That is in the warm-up, if there is one: there the learning rate does not depend on max_iters.
+    That is in the warm-up, if there is one: there the learning rate does not depend
+    on max_iters.
     """
     settings, chosen = run.settings, run.facts["chosen"]
     if run.max_iters < math.inf or run.step < max(1, min(10, settings.warmup_iters)):
@@ -503,12 +512,13 @@ def save_if_due(run):
     settings = run.settings
     # 1) When.
     saves = run.last() or run.step % or_else(settings.save_interval, settings.eval_interval) == 0
-    # 2) Is what was learned from still what is in the files?
-    if saves or run.validates():
+    # 2) Are the files of the data still those that were opened?
+    if saves or run.validation_due():
         run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
-    # 3) Before a validation too, if only there is a checkpoint: best.pt alone could not
-    #    be continued.
-    if run.validates() and not saves:
+    # 3) Before a validation too, with always_save_checkpoint; without it only while
+    #    there is no checkpoint yet, since a run cannot be continued from best.pt
+    #    alone.
+    if run.validation_due() and not saves:
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
         run.save_all(must=run.last())
@@ -518,7 +528,7 @@ def validate_and_log(run):
     """Validate if it is time, keep the best weights, and write the line of the step."""
     settings, row, writes = run.settings, run.row, run.folder.writes
     # 1) The validation loss.
-    if run.validates():
+    if run.validation_due():
         row |= run.validate()
         loss = row["val_loss"]
         if not math.isfinite(loss):
@@ -532,7 +542,8 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        share = run.model.flops_per_token() / (run.peak * run.ranks.world)  # of the peak, per token/s
+        # The share of the peak that one token per second takes.
+        share = run.model.flops_per_token() / (run.peak * run.ranks.world)
         say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
@@ -582,8 +593,8 @@ def prepare_stdlib():
     here = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, os.path.join(here, "prepare.py"), "stdlib"]
     say(f"data/stdlib is missing; preparing it: {shlex.join(command)}")
-    # 2) subprocess.run kills the command when an exception passes, here the SystemExit of a
-    #    SIGTERM.
+    # 2) subprocess.run kills the command when an exception passes, here the
+    #    SystemExit of a SIGTERM.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     code = subprocess.run(command).returncode
     signal.signal(signal.SIGTERM, before)
@@ -594,8 +605,9 @@ def prepare_stdlib():
 def make_optimizers(model, settings, device):
     """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
 
-    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the embeddings,
-    whose rows learn one by one.
+    muon: for the matrices inside the blocks. AdamW keeps the vectors, and the
+    embeddings, whose rows are single tokens rather than a map from vectors to
+    vectors.
     """
     # 1) Which parameter belongs where?
     inside, matrices, vectors = [], [], []
@@ -608,7 +620,7 @@ def make_optimizers(model, settings, device):
             inside.append(p)
         else:
             matrices.append(p)
-    # 2) AdamW, fused into one kernel for all tensors; mps has none.
+    # 2) AdamW, fused into one kernel for all tensors, but not on mps.
     groups = [dict(params=matrices, weight_decay=settings.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     betas = settings.beta1, settings.beta2

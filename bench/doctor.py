@@ -45,7 +45,7 @@ def main(settings, _):
 def machine_checks(device, dtype, why):
     has = machine.versions(device)
     recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-    yield ("versions", sys.version_info >= (3, 11) and recent,
+    yield ("versions", sys.version_info >= (3, 10) and recent,
            ", ".join(f"{name} {has[name]}" for name in ("commit", "python", "torch", "numpy", "system")))
     yield "device", True, f"{device} ({has['processor']}, {has['cpu_capability']}, {has['threads']} threads)"
     yield "dtype", True, f"{dtype}: {why}"

@@ -91,8 +91,11 @@ def foreign(folder, ours):
 
 
 def file_sha256(path):
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 18):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 @contextlib.contextmanager

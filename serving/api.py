@@ -34,7 +34,7 @@ FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
 
 
-# ---------- The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that.
+# ---------- The fields of a request. Each is a pair: what it must be, and a function that tells whether a value is that
 
 
 def need(condition, name, fact, code=None):

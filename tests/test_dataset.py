@@ -274,7 +274,7 @@ def test_a_prompt_ends_where_the_assistant_answers(chat):
 def test_a_context_that_cuts_all_answers_is_refused(chat):
     chat.check(40)
     fact, fix = error(lambda _: chat.check(8))
-    assert "block_size=8 cuts every conversation of data/talk/train.bin off" in fact
+    assert "block_size=8 is so small that no window of data/talk/train.bin reaches an answer" in fact
     assert fix == "a larger --block_size"
 
 

@@ -428,10 +428,10 @@ def test_votes(place):
 def test_examples(here, shots):
     rows = [dict(prompt=f"p{i}", choices=["a", "b"], answer=0) for i in range(5)]
     task("x.jsonl", *rows), task("y.jsonl", *reversed(rows))
-    for limit in (0, 2):
+    for limit in ("all", 2):
         settings = evaluate.EvaluateConfig(tasks=["x.jsonl"], shots=shots, limit=limit)
         (items, examples), = evaluate.read_tasks(settings).values()
-        assert len(items) == (limit or 5)
+        assert len(items) == (5 if limit == "all" else limit)
         for i, item in enumerate(items):  # those that follow in the file, and never the question itself
             assert [e.prompt for e in examples[i]] == [f"p{(i + k) % 5}" for k in range(1, shots + 1)]
     settings = evaluate.EvaluateConfig(tasks=["x.jsonl"], shots=shots, examples="y.jsonl" if shots else "")
@@ -552,7 +552,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "for x.jsonl, line 1 there are only 0 examples", "=0"),
     (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
     (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
-    (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=0"),
+    (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=auto"),
     (["out/words", "words.txt"], "words.txt is damaged, or not a checkpoint", "another checkpoint"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
     (["--device=cude"], "sees no 'cude' here", "--device=auto"), (["--strid=1"], "no setting", "--stride"),

@@ -196,7 +196,7 @@ def test_what_a_long_conversation_loses_is_said(lab, capsys):
         warning = f"longer than block_size={block_size} are cut: {1 - kept:.1%} of the answers is not learned"
         assert (warning in capsys.readouterr().err) == (kept < 1)
         assert kept < 0.9 or not cut
-    assert "block_size=4 cuts every conversation" in error(lambda argv: tune(*argv), "--block_size=4")[0]
+    assert "block_size=4 is so small that no window" in error(lambda argv: tune(*argv), "--block_size=4")[0]
 
 
 def test_a_chat_run_can_chat(lab, capsys):

@@ -332,11 +332,11 @@ def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browse
     page.refused = True
     page.type("max_tokens", "5000")
     page.type("text", "x", CONTROL_ENTER)
-    assert "1+5000>4096" in page.says("does not fit into the context")
+    assert "1+5000>4096" in page.says("Max_tokens does not fit into the context")
     assert page.get("text.value") == "x" and page.element("go").text == "Write"
     browser.find_element(By.CSS_SELECTOR, "[value=chat]").send_keys(Keys.SPACE)
     page.type("message", "hi", Keys.ENTER)
-    page.says("Messages and max_tokens do not fit")
+    page.says("Max_tokens does not fit into the context beside messages")
     assert page.get("message.value") == "hi" and page.get("said") == []
 
 

@@ -521,7 +521,7 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
     fact, fix = error(lambda _: tokenizers.get("p50k_base"))
     assert "tiktoken cannot fetch the vocabulary p50k_base: ConnectionError" in fact and "TIKTOKEN_CACHE_DIR" in fix
     fact, fix = error(lambda _: tokenizers.get("gpt5"))
-    assert "there is no tokenizer 'gpt5'" in fact and "bpe, unigram, char, gpt2" in fix
+    assert "there is no tokenizer 'gpt5'" in fact and "bpe, unigram, char, simple_bpe, gpt2" in fix
 
 
 def test_without_the_package_tokenizers(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "runtime": "runtime",
     "model": "",
     "tokenizer": "runtime text.pretrained",
-    "text": "runtime tokenizer text",
+    "text": "runtime text",
     "dataset": "runtime tokenizer",
     "formats": "runtime model tokenizer text.pretrained formats",
     "training": "runtime model tokenizer dataset formats training",

@@ -10,7 +10,6 @@ import os
 import numpy as np
 
 from runtime.console import Progress, origin
-from tokenizer import code_points
 
 RUN_BYTES = 80  # about 13 English words, which hardly ever recur by chance (Brown et al. 2020, appendix C)
 SAMPLE = 500_000  # of more runs in the validation split than this, an even sample is looked up
@@ -33,7 +32,8 @@ class Characters:
 
     def count(self):
         """Count the texts that wait."""
-        found = np.bincount(code_points("".join(self.waiting)))
+        text = "".join(self.waiting)
+        found = np.bincount(np.frombuffer(text.encode("utf-32-le"), "<u4"))  # of each code point
         self.counts[:len(found)] += found
         self.waiting, self.size = [], 0
 

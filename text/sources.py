@@ -20,10 +20,10 @@ import os
 import re
 import sysconfig
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Callable
 from urllib.parse import unquote, urlsplit
 
 from runtime.console import UserError, note, origin, public

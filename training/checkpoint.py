@@ -180,7 +180,9 @@ def check_model(settings, weights, path, int8=False):
 
 
 def config_of(settings):
-    return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__})
+    """The shape that the settings of a run describe. An older run may lack a switch: its default holds."""
+    known = GPTConfig.__dataclass_fields__.keys() & settings.keys()
+    return GPTConfig(**{name: settings[name] for name in known})
 
 
 # ---------- Finding and reading a run

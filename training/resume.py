@@ -243,7 +243,7 @@ def load_start(settings, given, data):
     return start
 
 
-def check_begun(settings):
+def check_log(settings):
     """A run that was stopped before its first checkpoint begins again, and replaces its own log only."""
     path, now = os.path.join(settings.out_dir, "log.jsonl"), asdict(settings)
     if any(read_rows(path)):
