@@ -13,7 +13,7 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt jinja2==3.1.6 safetensors==0.8.0
 COPY . .
 
-# Memory in pages of 2 MB, where the kernel has them: texts are written some 5% faster (README.md, "Writing").
+# Memory in pages of 2 MB, where the kernel has them: texts are written some 5% faster (docs/measurements.md).
 ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 RUN useradd --uid 1000 --create-home openllm
