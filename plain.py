@@ -299,6 +299,9 @@ def train(model, ids):
 
 
 def main():
+    if "--help" in sys.argv:
+        print(__doc__)
+        return None
     # 1) Settings from the command line. A command line for nanoGPT works here too:
     #    names that are unknown are reported and skipped.
     for argument in sys.argv[1:]:

@@ -34,8 +34,7 @@ from training import checkpoint as ckpt
 
 @dataclass
 class RunConfig:
-    # the model: a RUN (run folder, checkpoint file, Hugging Face folder), bare or by one of
-    # nanoGPT's names
+    # the model: a RUN, given bare or by one of nanoGPT's names
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest

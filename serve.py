@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 import traceback
+import urllib.parse
 from collections import Counter
 from dataclasses import dataclass
 from queue import Empty, Full
@@ -127,7 +128,8 @@ class Server:
                             "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
-                "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models}
+                "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
+                "/v1/models/": self.named_model}
         posts = dict.fromkeys(DIALECTS, self.generate)
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
@@ -158,7 +160,6 @@ class Server:
     def work(self):
         """The engine's thread: load the model, then run it."""
         served = Served(self.settings, *self.load())
-        self.web.routes[f"/v1/models/{served.name}"] = {"GET": self.model}
         self.served = served
         parameters, rows = served.info["parameters"], self.engine.rows
         say(f"serving {served.name}: {parameters:,} parameters, {rows} rows of {served.context} tokens")
@@ -245,6 +246,12 @@ class Server:
 
     def model(self, connection):
         return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
+
+    def named_model(self, connection):
+        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models/")
+        if name not in ("", self.ready().name):
+            raise Refuse(404, "there is no such model", "model", "model_not_found")
+        return self.model(connection) if name else self.models(connection)
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer

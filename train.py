@@ -57,7 +57,7 @@ MAX_SKIPPED = 20  # so many steps in a row may be skipped because float16 overfl
 
 @dataclass
 class TrainConfig(GPTConfig):
-    # the shape of the model: the settings of GPTConfig, in model.py, and
+    # the model; GPTConfig, in model.py, has the rest of its settings
     preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; settings given beside it win
     vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
     # data
@@ -190,6 +190,8 @@ def train(settings, given, ranks, folder):
     say_plan(run)
     if resumed:
         run.restore(resumed)
+        if not settings.eval_only:
+            choose_max_iters(run)
     # Fine-tuning shows what it has changed: the loss before the first step, and a text.
     if settings.eval_only or (start and not resumed):
         found = run.validate()
@@ -215,7 +217,6 @@ def train(settings, given, ranks, folder):
             # A kill may have come between saving a step and validating it. (The log has
             # dropped the line of this step, if it had one.)
             validate_and_log(run)
-            choose_max_iters(run)
         while not run.over():
             train_step(run)
             choose_max_iters(run)
@@ -361,7 +362,8 @@ class Run:
         self.train_seconds = self.row["train_seconds"]
         self.wall_before = self.row["wall_seconds"]
         self.times = [self.train_seconds / self.step]
-        say(f"resumed {self.settings.out_dir} after {self.step} of {self.max_iters} steps")
+        end = f" of {self.max_iters}" if self.max_iters < math.inf else ""
+        say(f"resumed {self.settings.out_dir} after {self.step}{end} steps")
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         resume.load_optimizers(optimizers, self.scaler, resumed, self.settings.out_dir)
 
@@ -534,7 +536,8 @@ def validate_and_log(run):
         if not math.isfinite(loss):
             raise UserError(f"the validation loss after {run.step} steps is {loss}",
                             resume.again(settings), code=3)
-        if writes and loss < run.best_loss:
+        # Not where no checkpoint could be saved: a run cannot be continued from best.pt alone.
+        if writes and loss < run.best_loss and ckpt.checkpoints(settings.out_dir):
             if run.save("best.pt", must=run.last(), val_loss=loss, val_bpb=row["val_bpb"]):
                 run.best_loss, run.best_step = loss, run.step
         run.stuck = run.ranks.broadcast(resume.is_stuck(settings, run.step - run.best_step))
@@ -661,7 +664,9 @@ def say_plan(run):
     say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
         f"{run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
-    length = settings.budget or f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
+    length = f"as many steps as fit into {settings.budget}"
+    if run.max_iters < math.inf:
+        length = f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
         f"{shared}; {length}")
     memory.say_memory(run)
@@ -680,7 +685,10 @@ def say_result(run):
     show(sample(run, model))
     guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
     if row["val_loss"] > guessing + 0.5:  # random weights, too, are a little worse than guessing
-        warn(f"the run has diverged: guessing costs {guessing:.2f}; {resume.again(settings)}")
+        if row["loss"] < guessing / 2:
+            warn(f"the text was learned by heart: use {best['path']}, fewer steps, or more text")
+        else:
+            warn(f"the run has diverged: guessing costs {guessing:.2f}; {resume.again(settings)}")
 
 
 def sample(run, model):

@@ -6,6 +6,8 @@ One batch and one prompt through the code, with every tensor in numbers: the blo
 
 The model is real but tiny: one block, two heads, four channels, a few hundred parameters.
 """
+import contextlib
+import io
 import math
 import os
 import tempfile
@@ -35,7 +37,8 @@ def main(settings, _):
         with open(path, "w", encoding="utf-8") as file:
             file.write(TEXT)
         out = os.path.join(folder, "data")
-        prepare.main([path, f"--out={out}", "--tokenizer=char", "--val_fraction=0.1"])
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare.main([path, f"--out={out}", "--tokenizer=char", "--val_fraction=0.1"])
         data = dataset.Dataset.open(out)
         tokenizer = data.load_tokenizer()
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ Hugging Face folders, both ways: the same models under other names.
 GPT-2, Llama and Qwen3 are this project's GPT under other names. One table translates the settings both
 ways (KINDS), one function the tensors (their_views). What would not be the same is refused.
 """
+import glob
 import json
 import os
 import shutil
@@ -208,7 +209,13 @@ def our_weights(theirs, config, where):
 
 
 def is_folder(path):
-    return os.path.exists(os.path.join(path, "config.json"))
+    """Does it hold their weights, or a config.json with a model_type?"""
+    if glob.glob("model.safetensors*", root_dir=path):
+        return True
+    try:
+        return "model_type" in read_dict(os.path.join(path, "config.json"))
+    except UserError:
+        return False
 
 
 def read_dict(path):

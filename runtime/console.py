@@ -111,7 +111,12 @@ def show(text, end="\n"):
     """Print a text on standard output: on a terminal made printable, else exactly as it is."""
     if sys.stdout.isatty():
         text = printable(text)
-    print(text, end=end, flush=True)
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to standard output: {error.strerror}", "make room", code=1) from None
 
 
 def note(text):

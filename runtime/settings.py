@@ -91,8 +91,9 @@ def read_config(path, kinds):
     try:
         assigned = runpy.run_path(path)
     except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        line = getattr(error, "lineno", last.lineno)  # a SyntaxError knows its own
+        # A SyntaxError knows its line. Of others, it is the last one of the file that was running.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = getattr(error, "lineno", None) or (lines or [1])[-1]
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}",
                         "a config file holds lines like batch_size = 16") from None
     found = {}
@@ -148,14 +149,13 @@ def convert(value, kind):
         number = float(value)
         if kind(number) == number:  # (NaN is not)
             return kind(number)
-    if word in ("0", "0.0") and word_for_zero(kind):
-        return word_for_zero(kind)
     for option in typing.get_args(kind):  # the words of a Literal, or the types of a union
         if option == value:
             return value
         if not isinstance(option, str):
             with contextlib.suppress(ValueError, TypeError, OverflowError):
-                return convert(value, option)
+                found = convert(value, option)
+                return (found == 0 and word_for_zero(kind)) or found
     raise ValueError(value)
 
 

@@ -307,7 +307,9 @@ class Completions(Job):
     def read_common(self):
         """The fields that OpenAI's two endpoints share."""
         for name, harmless in UNSUPPORTED.items():
-            need(self.body.get(name) in (None, harmless), name, "is not supported here", "unsupported")
+            value = self.body.get(name)
+            changes = value is not None and (value != harmless or type(value) is not type(harmless))
+            need(not changes, name, "is not supported here", "unsupported")
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
         need(fits, "stream_options", "must be an object, and goes with stream=true alone")

@@ -256,9 +256,12 @@ class Connection(BaseHTTPRequestHandler):
             if self.headers["Origin"] != server.origin:
                 raise Refuse(403, "this origin is not allowed")
             return self.respond(204, b"")
-        if path not in server.routes:
+        above = [route for route in server.routes if route != "/" and route.endswith("/") and path.startswith(route)]
+        found = [path] if path in server.routes else above  # a route with a final slash holds what is below it
+        if not found:
             raise Refuse(404, "there is no such path")
-        self.route, methods = path, server.routes[path]
+        self.route = found[0]
+        methods = server.routes[self.route]
         if path != "/health" and server.at_work() > self.settings.max_connections:
             self.close_connection = True
             raise Refuse(503, "too many connections")

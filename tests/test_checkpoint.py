@@ -190,12 +190,14 @@ def test_strange_archives_are_refused(here, change):
     assert "a.pt is damaged" in error(lambda _: ckpt.load_checkpoint("a.pt"))[0]
 
 
-def test_what_is_no_file_is_no_run(here):
+def test_what_is_no_file_is_no_run(here, monkeypatch):
     """Links to nothing, folders and pipes, where a checkpoint should be: an error, and no waiting."""
     os.makedirs("out/a")
     os.symlink("nowhere", "out/a/best.pt")
     for run in ("out/a", "out/a/best.pt"):
         assert "out/a" in error(lambda _: ckpt.read_run(run))[0]
+    assert ckpt.find_run() == os.path.relpath(ckpt.SMALL)
+    monkeypatch.setattr(ckpt, "SMALL", "nowhere")
     assert "no trained run below out/" in error(lambda _: ckpt.find_run())[0]
     for make, path in ((os.mkdir, "folder.pt"), (os.mkfifo, "pipe.pt")):
         make(path)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Settings: types, order, nearest names, config files, help, and how an error leaves the program."""
+import contextlib
 import os
 import subprocess
 import sys
@@ -96,6 +97,24 @@ def test_missing_and_unreadable_files(here):
     assert "image.py, line 1" in error(train.main, "image.py")[0]
     (here / "folder.py").mkdir()
     assert "folder.py" in error(train.main, "folder.py")[0]
+    (here / "mean.py").write_text("batch_size = 4\nimport statistics\nlearning_rate = statistics.mean([])\n")
+    assert "mean.py, line 3: StatisticsError" in error(train.main, "mean.py")[0]
+
+
+def test_every_spelling_of_zero_is_the_word():
+    given = ["--grad_clip=0.00", "--patience=-0", "--eval_iters=0", "--save_interval=0e0", "--weight_decay=0"]
+    found = config.load(train.TrainConfig, given)[0]
+    assert (found.grad_clip, found.patience, found.eval_iters, found.save_interval) == ("none", "none", "all", "auto")
+    assert found.weight_decay == 0 and found.lora_rank == 0
+
+
+def test_a_full_standard_output(monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert error(lambda _: console.show("x" * 100_000)) == (
+        "cannot write to standard output: No space left on device", "make room")
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_presets_change_defaults_only():

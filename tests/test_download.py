@@ -51,6 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, mode, wanted = self.server, self.server.mode, self.headers.get("Range", "")
         server.asked.append((self.path, wanted))
+        if wanted:
+            server.if_range = self.headers.get("If-Range")
         name, _, argument = mode.partition(":")
         if name == "status" or self.path not in server.files and not self.path.startswith("/cdn"):
             return self.answer(int(argument or 404), b"no")
@@ -80,6 +82,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"1000\r\nhello")
             self.close_connection = True
             return
+        if name == "packed":
+            head["Content-Encoding"] = "br"
         length = int(argument) if name == "length" else len(part)
         if name == "garbled":
             part = bytes([part[0] ^ 1]) + part[1:]
@@ -250,7 +254,7 @@ def test_a_server_without_ranges_or_names_for_its_versions(here, server):
     ("circle", "Exceeded 30 redirects"),
     ("login", "it is a web page and not a text"), ("page", "it is a web page and not a text"),
     ("chunks", "the connection ended or stalled"), ("status:416", "416"),
-    ("status:300", "300 Multiple Choices"),
+    ("status:300", "300 Multiple Choices"), ("packed", "sends it packed (br)"),
     ("garbled", "its sha256 is"), ("length:12", "a file of 12 bytes, but 200,000"),
     ("endless", "its sha256 is")])
 def test_what_servers_do(here, server, mode, due):
@@ -343,6 +347,14 @@ def test_tinystories_through_a_redirect(here, server, contents, capsys):
     assert "10 exact duplicates" in capsys.readouterr().err  # what is on both sides stays on the training side
 
 
+def test_a_continued_download_names_its_version(here, server):
+    server.mode = "cut:9"
+    error(lambda _: fetch(server))
+    server.mode = ""
+    fetch(server)
+    assert server.if_range == server.version
+
+
 def test_files_that_are_there_already(here, server, contents):
     for i, (path, raw) in enumerate(server.files.items()):
         (here / path.rsplit("/", 1)[1]).write_bytes(raw)
@@ -371,7 +383,7 @@ def test_the_secrets_of_an_address_are_neither_said_nor_written(here, server, ca
     server.files["/a.txt?sig=SECRET"] = TEXT
     address = server.url.replace("//", "//jane:SECRET@") + "/a.txt?sig=SECRET#SECRET"
     argv, said = [address, "--tokenizer=char", "--out=data/web"], []
-    for mode in ("status:503", "status:404", "circle", "login", "cut:9", "", ""):
+    for mode in ("status:503", "status:404", "circle", "login", "packed", "cut:9", "", ""):
         server.mode = mode
         said += error(prepare.main, *argv) if mode else [str(prepare.main(argv))]
     for wrong in ("http://jane:SECRET@[x/a.txt", "http://jane:SECRET@h/a.pdf?SECRET", "http://jane:SECRET@h℀/a.txt",

@@ -571,7 +571,8 @@ def test_errors(place, capsys, argv, fact, fix):
     assert fact in found[0] and fix in found[1] and "bits per byte" not in capsys.readouterr().err
 
 
-def test_no_run(here):
+def test_no_run(here, monkeypatch):
+    monkeypatch.setattr(evaluate.ckpt, "SMALL", "nowhere")
     assert error(evaluate.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
 
 

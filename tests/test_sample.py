@@ -229,8 +229,19 @@ def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
     assert "ckpt_00000040.pt" in in_process(tmp_path, monkeypatch, capsys, "out/old/ckpt_00000040.pt").err
 
 
+def test_a_config_json_in_a_run_makes_no_hugging_face_folder_of_it(tiny_run):
+    path = tiny_run / "out/words/config.json"
+    path.write_text('{"a": 1}')
+    try:
+        assert sample.ckpt.read_run(str(path.parent))[0]["step"] == 40
+    finally:
+        path.unlink()
+
+
 def test_what_people_get_wrong(tiny_run, monkeypatch, here):
-    assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.ckpt, "SMALL", "nowhere")
+        assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
     assert "no trained model in out/nowhere" in error(sample.main, "out/nowhere")[0]
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]

@@ -146,6 +146,8 @@ def test_a4_what_the_model_is(tiny):
     assert one["id"] == info["name"] and one["object"] == "model"
     assert isinstance(one["created"], int) and isinstance(one["owned_by"], str)
     assert tiny.get(f"/v1/models/{info['name']}").json == one
+    gone = tiny.get("/v1/models/other")
+    assert gone.status == 404 and gone.json["error"]["code"] == "model_not_found"
     for answer in (tiny.complete(max_tokens=1, model="gpt-4"), tiny.chat(max_tokens=1, model="gpt-4")):
         assert answer["model"] == info["name"]
 

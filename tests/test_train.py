@@ -417,6 +417,26 @@ def test_a_learning_rate_given_by_hand_may_change(data, capsys):
     assert "learning_rate=0.001" in fact and "learning_rate=0.5" in fact
 
 
+def test_a_disk_too_full_for_the_first_checkpoint_leaves_no_best_pt(data, monkeypatch):
+    def full(path, state):
+        raise ckpt.UserError(f"cannot write {path}: No space left on device", "make room", code=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "save_checkpoint", full)
+        error(lambda _: run("--max_iters=20"))
+    assert not os.path.exists("out/words/best.pt")
+    assert run("--max_iters=20") == 0
+
+
+def test_a_text_that_was_learned_by_heart_is_not_called_diverged(data, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "validation_sums", lambda *_: (9.0, 1))
+    real = train.Run.record
+    monkeypatch.setattr(train.Run, "record", lambda run, loss, *rest: real(run, loss / 10, *rest))
+    run("--max_iters=2")
+    said = capsys.readouterr().err
+    assert "the text was learned by heart" in said and "diverged" not in said
+
+
 def test_where_the_learning_rate_ends_is_said(data, capsys):
     run("--max_iters=5")
     run("--max_iters=9")

@@ -88,7 +88,9 @@ def receive(address, path, size, sha256):
     # 2) Continue after these bytes. Start again if the server has no ranges, or another file by now.
     if have:
         response.close()
-        response = get(address, Range=f"bytes={have}-")
+        # If-Range: bytes of two versions are never mixed; a known checksum finds that out anyway.
+        only_if = {} if sha256 else {"If-Range": version}
+        response = get(address, Range=f"bytes={have}-", **only_if)
         if response.headers.get("Content-Range") != f"bytes {have}-{total - 1}/{total}":
             response = get(address)
             have = 0
@@ -144,4 +146,7 @@ def get(address, **headers):
     for hop in [*response.history, response]:
         if address.startswith("https:") and not hop.url.startswith("https:"):
             raise Failed(f"it is sent on to {public(hop.url)}, without encryption")
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise Failed(f"the server sends it packed ({encoding})")
     return response

@@ -23,7 +23,7 @@ import torch
 
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, outline
-from runtime.console import UserError, origin, warn
+from runtime.console import UserError, note, origin, warn
 from runtime.files import check_like, locked, replace_file
 from training import lora
 
@@ -231,13 +231,20 @@ def choose_run(bare, settings):
     return named[0]
 
 
+# The model that comes with the code: what config/train_small.py trains, in 8 bits.
+SMALL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pretrained", "small")
+
+
 def find_run():
-    """The run below out/ that was written last."""
+    """The run below out/ that was written last, or else the model that comes with the code."""
     paths = [path for path in glob.glob("out/**/*.pt", recursive=True)
              if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)]
-    if not paths:
+    if paths:
+        return os.path.dirname(max(paths, key=os.path.getmtime))
+    if not os.path.isdir(SMALL):
         raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
-    return os.path.dirname(max(paths, key=os.path.getmtime))
+    note("there is no run below out/: taking the small model that comes with the code, which writes Python")
+    return os.path.relpath(SMALL)
 
 
 def checkpoint_path(run, which="best"):

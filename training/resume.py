@@ -188,6 +188,9 @@ def continue_run(resumed, settings, given, data, here):
     # 2) The settings and the data.
     was |= fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"])
     now = asdict(settings) | fingerprints(data.meta["tokenizer_sha256"], data.sha256())
+    if was["dataset"] != now["dataset"] and was["data"] != now["data"]:
+        raise UserError(f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}",
+                        f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run")
     compare(was, now, may_change(was, now, given), f"{out_dir} was begun with",
             "the same command with the same data, or --out_dir=out/ANOTHER for a new run")
     if settings.eval_only:
@@ -239,7 +242,8 @@ def load_start(settings, given, data):
     if settings.block_size < was["block_size"]:
         may_differ.add("block_size")
     now = {name: getattr(settings, name) for name in names}
-    compare(was, now, may_differ, f"{run} has", "leave it out: the shape comes with the weights")
+    shape = " ".join(f"--{name}={was[name]}" for name in names if now[name] != was[name] and name not in may_differ)
+    compare(was, now, may_differ, f"{run} has", f"{shape}: the shape comes with the weights")
     return start
 
 
