@@ -188,11 +188,12 @@ def continue_run(resumed, settings, given, data, here):
     # 2) The settings and the data.
     was |= fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"])
     now = asdict(settings) | fingerprints(data.meta["tokenizer_sha256"], data.sha256())
+    what = f"{out_dir} was begun with"
+    fix = "the same command with the same data, or --out_dir=out/ANOTHER for a new run"
     if was["dataset"] != now["dataset"] and was["data"] != now["data"]:
-        raise UserError(f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}",
-                        f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run")
-    compare(was, now, may_change(was, now, given), f"{out_dir} was begun with",
-            "the same command with the same data, or --out_dir=out/ANOTHER for a new run")
+        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was begun with"
+        fix = f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run"
+    compare(was, now, may_change(was, now, given), what, fix)
     if settings.eval_only:
         return
     if resumed.get("order") != data.ORDER and end > step:
