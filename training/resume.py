@@ -82,7 +82,8 @@ def check_data(settings, data):
     steps = settings.max_iters
     windows = steps * settings.gradient_accumulation_steps * settings.batch_size
     epochs = data.epochs(windows, block_size)
-    if epochs > 20 and not settings.budget:  # which has not chosen the steps yet
+    # prepare.py suggests 50 steps for the shortest texts. A budget has not chosen the steps yet.
+    if epochs > 20 and steps > 50 and not settings.budget:
         warn(f"{steps:,} steps read this text {epochs:,.0f} times, and may learn it by heart; "
              f"--max_iters={max(1, round(10 * steps / epochs))} reads it 10 times")
 
