@@ -64,16 +64,12 @@ class Dataset:
                 files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
-    def check_unchanged(self, any_process=lambda changed: changed):
-        """Raises Changed where a file was written to.
-
-        any_process: a function of "did this process find a change?" that says whether
-        any did, so that all stop together.
-        """
-        # A batch of a file that is being rewritten would be garbage, and the run
-        # would learn it.
+    def check_unchanged(self, ranks):
+        """Raises Changed where a file was written to: in all ranks if one of them finds it."""
+        # A batch of a file that is being rewritten would be garbage, and the run would
+        # learn it.
         changed = [stamp(file) for file in self.files.values()] != self.stamps
-        if any_process(changed):
+        if ranks.all_reduce_max(int(changed)):
             raise self.changed_error("was changed while it was being read")
 
     def changed_error(self, what, alone=False):

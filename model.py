@@ -110,6 +110,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
+        self.shared = config.n_kv_head < config.n_head  # do heads share keys and values?
         q_width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
         # q, k and v in one matrix product, which is faster than three.
@@ -133,10 +134,7 @@ class Attention(nn.Module):
         # 2. Each query averages the values whose keys it matches. With a cache, that
         #    includes the keys and values of earlier calls.
         if cache is None:
-            # From the settings, not from k.size(1): while export.py traces this, a
-            # size is a tensor.
-            shared = self.n_kv_head != self.n_head
-            y = causal_attention(q, k, v, self.dropout, self.training, shared)
+            y = causal_attention(q, k, v, self.dropout, self.training, self.shared)
         else:
             y = cache.attend(self.layer, q, k, v)  # (B, n_head, T, head_dim), either way
         # 3. The heads side by side again, mixed by one more matrix.
@@ -288,8 +286,7 @@ class GPT(nn.Module):
         weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights (formats/quantized.py) cannot be trained"
         if not torch.is_grad_enabled():
-            # CrossEntropy (below) computes gradients already in its forward pass, for
-            # every input with requires_grad. A parameter has that even under no_grad.
+            # In a validation no gradient of it is wanted, and CrossEntropy would compute one.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token, a sum over thousands of
         # positions, can overflow.

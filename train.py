@@ -516,7 +516,7 @@ def save_if_due(run):
     saves = run.last() or run.step % or_else(settings.save_interval, settings.eval_interval) == 0
     # 2) Are the files of the data still those that were opened?
     if saves or run.validation_due():
-        run.data.check_unchanged(any_process=lambda changed: run.ranks.all_reduce_max(int(changed)))
+        run.data.check_unchanged(run.ranks)
     # 3) Before a validation too, with always_save_checkpoint; without it only while
     #    there is no checkpoint yet, since a run cannot be continued from best.pt
     #    alone.
