@@ -325,10 +325,11 @@ def to_batch(windows, block_size):
 def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: None):
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
-    loss_of: (idx, targets) -> the mean loss over the targets that are not -1. batch: number
-    -> (idx, targets). ranks: the Processes
-    of the run; number r of `world` takes the batches r, r + world, and so on. For the same batches the
-    sums are the same, to the last bit, for any number of them. before_each: called equally often in each, so that they can stop together.
+    loss_of: (idx, targets) -> the mean loss over the targets that are not -1.
+    batch: number -> (idx, targets).
+    ranks: the Processes of the run. Rank r of `world` takes the batches r, r + world, and so
+    on. For the same batches, the sums are the same to the last bit for any number of ranks.
+    before_each: called equally often in each rank, so that all can stop together.
     """
     # A place for each batch: a sum of floats depends on the order of its terms, and that
     # order must not depend on the number of processes.

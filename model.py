@@ -39,7 +39,7 @@ class GPTConfig:
     n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, each shared by some query heads; auto: n_head
     n_embd: int = 768  # channels of the residual stream
     head_dim: Literal["auto"] | int = "auto"  # channels of one head; auto: n_embd / n_head
-    n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, for swiglu's three matrices 8/3 n_embd
+    n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, with swiglu 8/3 n_embd
     # the family
     pos: Literal["learned", "rope"] = "learned"  # a vector per position, or rotated queries and keys
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm: cheaper, as good
@@ -48,7 +48,7 @@ class GPTConfig:
     bias: bool = False  # in linear and norm layers; true in GPT-2, false is a bit better and faster
     tie_weights: bool = True  # one matrix for reading tokens and for predicting them
     dropout: float = 0.0  # share of activations set to 0 in training: 0.1 or more where data repeats
-    rope_theta: float = 10000.0  # rope: the slowest channels turn 1 / rope_theta radians a position; larger for long contexts
+    rope_theta: float = 10000.0  # rope: larger turns the channels more slowly, for long contexts
     norm_eps: float = 1e-5  # added to the variance before the root
 
 

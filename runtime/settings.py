@@ -31,7 +31,8 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def load(cls, argv, presets=None, files=False):
     """(an instance of the dataclass `cls`, {name: what gave it}, the bare arguments) of a command line.
 
-    What gave a setting is a config file, a preset or `--name`. presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
+    What gave a setting is a config file, a preset or `--name`.
+    presets: {name: {setting: value}}, other defaults, chosen by the setting `preset`.
     files: bare arguments are config files.
     """
     kinds = typing.get_type_hints(cls)

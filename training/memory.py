@@ -23,10 +23,13 @@ def training_memory(model, batch_size, width, optimizer_bytes):
     attention = 8 * c.n_head * c.head_dim
     if tokens * c.n_head * c.block_size <= MOST_SCORES:
         attention += c.n_head * c.block_size  # the scores, where attention is computed by its formula
-    mlp = c.n_inner * (4 if c.mlp == "swiglu" else 2)
-    norms = c.n_embd * (5 if c.norm == "rmsnorm" else 2)
+    mlp = c.n_inner * {"swiglu": 4, "gelu": 2, "gelu_exact": 2}[c.mlp]
+    norms = c.n_embd * {"rmsnorm": 5, "layernorm": 2}[c.norm]
     layer = width * (attention + mlp) + 4 * norms
-    copies = weights * width if width < 4 else 0  # of the weights, in the dtype of the products
+    # Copies of the weights in the dtype of the products, unless that is their own, float32.
+    copies = weights * width
+    if width == 4:
+        copies = 0
     return dict(weights=4 * weights, gradients=4 * trained, optimizer=optimizer_bytes * trained,
                 activations=tokens * c.n_layer * layer + copies,
                 logits=min(tokens * c.vocab_size, CHUNK_LOGITS) * (2 * width + 12))
