@@ -190,8 +190,6 @@ def train(settings, given, ranks, folder):
     say_plan(run)
     if resumed:
         run.restore(resumed)
-        if not settings.eval_only:
-            choose_max_iters(run)
     # Fine-tuning shows what it has changed: the loss before the first step, and a text.
     if settings.eval_only or (start and not resumed):
         found = run.validate()
@@ -204,6 +202,9 @@ def train(settings, given, ranks, folder):
         required = settings.compile is True
         chosen["compile"] = machine.compile_model(
             model, required, lambda: run.loss(model, *run.batch(0, 0)))
+    # How long a step takes is known from before; what compiling took is in the time now.
+    if resumed:
+        choose_max_iters(run)
     if folder.writes:
         run.open_outputs(resumed)
     run.wrapped = ranks.wrap(model)

@@ -455,6 +455,17 @@ def test_settings_stay_as_they_were_given(data, monkeypatch):
     assert log("out/words")[0]["settings"]["max_iters"] == done.max_iters == log("out/words")[1][-1]["step"]
 
 
+def test_a_longer_budget_continues_a_run(data, monkeypatch, capsys):
+    argv = "--warmup_iters=2", "--eval_interval=100000", "--log_interval=1000", "--compile=false"
+    for budget in 6, 12:
+        monkeypatch.setattr(train, "PROCESS_START", time.monotonic())
+        assert run(f"--budget={budget}s", *argv) == 0
+    said = capsys.readouterr().err
+    first, second = map(int, re.findall(r"--max_iters=(\d+) --compile", said))
+    assert first < second == log("out/words")[1][-1]["step"] and "inf" not in said
+    assert re.search(rf"resumed out/words after {first} steps\n.*\n?budget: enough for", said)
+
+
 def test_float16_overflow_skips_and_is_bounded(data, monkeypatch):
     """The scaler's own path on the CPU: an overflow leaves the weights alone and halves the factor; too many end it."""
     real = torch.nn.utils.clip_grad_norm_
