@@ -36,10 +36,10 @@ GPT2 = dict(
     n_inner="n_inner", norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings")
 MODERN = dict(
     pos="rope", norm="rmsnorm", mlp="swiglu", bias=False,
-    n_kv_head=0, rope_theta=10000.0, tie_weights=False)
+    n_kv_head="auto", rope_theta=10000.0, tie_weights=False)
 KINDS = {  # by model_type: the class, the names of its settings, and ours where it has none
-    "gpt2": ("GPT2LMHeadModel", GPT2, dict(bias=True, n_inner=0, tie_weights=True)),
-    "llama": ("LlamaForCausalLM", LLAMA | dict(bias="attention_bias"), dict(MODERN, head_dim=0)),
+    "gpt2": ("GPT2LMHeadModel", GPT2, dict(bias=True, n_inner="auto", tie_weights=True)),
+    "llama": ("LlamaForCausalLM", LLAMA | dict(bias="attention_bias"), dict(MODERN, head_dim="auto")),
     "qwen3": ("Qwen3ForCausalLM", LLAMA, dict(MODERN, head_dim=128, qk_norm=True)),
 }
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # theirs: ours
@@ -64,7 +64,7 @@ def translate(theirs):
     # 1. Their settings under our names. Only transformers 5 has rope_parameters.
     model_type = theirs.get("model_type")
     if model_type not in KINDS:
-        raise ValueError(f"model_type={model_type} is none of {', '.join(KINDS)}")
+        raise ValueError(f"model_type={model_type} is not one of {', '.join(KINDS)}")
     rope = theirs.get("rope_parameters") or {}
     given = {name: value for name, value in {**theirs, **rope}.items() if value is not None}
     _, names, default = KINDS[model_type]

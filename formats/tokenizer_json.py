@@ -114,7 +114,7 @@ def pieces_and_scores(tokenizer):
 def byte_model(tokenizer):
     """tiktoken's encodings: bytes are written as visible characters."""
     if tokenizer.name not in ENCODINGS:
-        raise UserError(f"the encoding {tokenizer.name} is none of {', '.join(ENCODINGS)}", GRAPHS)
+        raise UserError(f"the encoding {tokenizer.name} is not one of {', '.join(ENCODINGS)}", GRAPHS)
     visible = {byte: character for character, byte in byte_alphabet().items()}
     shown = {token: "".join(visible[byte] for byte in token) for token in tokenizer.ranks}
 

@@ -156,7 +156,7 @@ def test_wrong_sources(here, monkeypatch):
     for name in ("notes.txt", "page.md", "code.py", "table.csv", "README", "notes.txt.gz"):
         (here / name).write_text("text")
         fact, fix = wrong(name)
-        assert fact == f"{name} is none of the kinds that can be read: .jsonl, .json, or .gz of these"
+        assert fact == f"{name} is not one of the kinds that can be read: .jsonl, .json, or .gz of these"
         assert "--format=chat" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)

@@ -410,7 +410,7 @@ def test_the_path_of_a_text_is_not_written_down(here):
 
 def test_an_address_of_something_else(here, server):
     for name in ("book.pdf", "page", ""):
-        assert "none of the kinds that can be read" in error(prepare.main, f"{server.url}/{name}")[0]
+        assert "not one of the kinds that can be read" in error(prepare.main, f"{server.url}/{name}")[0]
 
 
 def test_killed_at_random_moments_while_fetching_and_preparing(here, server):

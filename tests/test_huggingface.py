@@ -130,7 +130,7 @@ def test_everything_that_can_be_wrong_with_a_folder(here):
         return wrong(lambda folder: save_file({name: tensor for name, tensor in {**good, **change}.items()
                                                if tensor is not None}, folder / "model.safetensors"))
 
-    assert "model_type=bert is none of gpt2, llama, qwen3" in settings(model_type="bert")
+    assert "model_type=bert is not one of gpt2, llama, qwen3" in settings(model_type="bert")
     assert "attention_bias" in settings(model_type="qwen3", attention_bias=True)
     assert "mlp_bias=False, but only True is supported" in settings(attention_bias=True)
     assert "rope_type=yarn, but only default is supported" in settings(rope_parameters=dict(rope_type="yarn"))
@@ -392,7 +392,7 @@ def huggingface_files(folder, tokenizer):
 def test_tokenizers_that_cannot_be_the_same_are_refused(monkeypatch):
     encoding = small_encoding("cl100k")
     encoding.name = "another"
-    assert "the encoding another is none of gpt2" in error(lambda _: tokenizer_json.tokenizer_files(encoding, 64))[0]
+    assert "the encoding another is not one of gpt2" in error(lambda _: tokenizer_json.tokenizer_files(encoding, 64))[0]
     monkeypatch.setattr(tokenizers, "round_scores", lambda tokenizer: tokenizer.model)
     old = tokenizers.train("unigram", [words(5000)], 300)
     assert "cannot be added exactly" in error(lambda _: tokenizer_json.tokenizer_files(old, 64))[0]

@@ -154,7 +154,7 @@ def kind(path):
 
 def check_kind(path, kinds):
     if kind(path) not in (*kinds, ".json"):
-        raise UserError(f"{path} is none of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
+        raise UserError(f"{path} is not one of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
                         "give plain text the ending .txt, and leave out --format=chat")
 
 
