@@ -29,7 +29,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import runpy
 import shlex
@@ -51,7 +50,7 @@ from runtime.files import file_sha256, locked
 from runtime.console import Progress, UserError, command_line, note, say, origin, public
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
-from text.sources import BLOCK_BYTES, KINDS, NAMES, documents, fetch, kind
+from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind, with_version
 
 
 @dataclass
@@ -400,7 +399,7 @@ def held_by(out):
 
 def contents(sources, chat):
     """What data are made of, in words: the same words when it is prepared again, by whatever Python."""
-    accidents = re.compile(r"^\./|/$|(?<=^stdlib) of Python .*| \(sha256 \w+\)$")
+    accidents = re.compile(r"^\./|/$|(?<=^stdlib) of Python .*|(?<=^pytorch) \d.*| \(sha256 \w+\)$")
     names = [accidents.sub("", origin(name)) for name in sources]
     return f"{'conversations' if chat else 'text'} from {', '.join(names)}"
 
@@ -427,8 +426,7 @@ def write(sources, settings, out):
     # 2) What is known about them.
     end = tokenizer.special[tokenizers.END_OF_TEXT]
     about_overlap = overlap(part, dtype, counts, end, validation)
-    library = f"stdlib of Python {platform.python_version()}"
-    origins = [library if name == "stdlib" else name for name in origins]
+    origins = [with_version(name) for name in origins]
     meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size,
                 special=tokenizer.special, source=origins, **counts,
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer),
@@ -532,7 +530,7 @@ def main(argv):
         datasets.inspect(sources[0])
         return
     if not sources:
-        names = ", ".join(["stdlib", *NAMES])
+        names = ", ".join([*INSTALLED, *NAMES])
         raise UserError("no text was named",
                         f"python prepare.py FILE, a folder, an address, or one of: {names}")
     # 2) Prepare, and show what to do with it. A look at a conversation shows what is

@@ -121,8 +121,8 @@ def test_other_data_are_replaced_with_overwrite_alone(here, capsys, argv, held):
 
 
 @pytest.mark.parametrize("first, again", [
-    ("stdlib of Python 3.10.1", "stdlib"), ("notes.txt", "./notes.txt"), ("letters", "letters/"),
-    ("https://h/a.txt (sha256 " + "0f" * 32 + ")", "https://h/a.txt")])
+    ("stdlib of Python 3.10.1", "stdlib"), ("pytorch 2.13.0+cpu", "pytorch"), ("notes.txt", "./notes.txt"),
+    ("letters", "letters/"), ("https://h/a.txt (sha256 " + "0f" * 32 + ")", "https://h/a.txt")])
 def test_the_same_data_again(first, again):
     assert prepare.contents([first], False) == prepare.contents([again], False) != prepare.contents([again], True)
 

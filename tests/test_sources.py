@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import error, words
 
 from text import chats
@@ -30,6 +31,14 @@ def test_stdlib():
     assert 0.03 < sum(len(b.encode()) for d in held for b in d.blocks()) / size < 0.09
     names = {d.name for d in documents}
     assert "textwrap.py" in names and not any("test" in n.split("/") or n.startswith("idlelib") for n in names)
+
+
+def test_pytorch():
+    documents = list(sources.documents(["pytorch"]))
+    texts = {d.name: "".join(d.blocks()) for d in documents if d.name in ("torch/nn/functional.py", "torch/optim/adamw.py")}
+    assert len(documents) > 1500 and not any("testing" in d.name.split("/") for d in documents)
+    assert "def linear_cross_entropy(" in texts["torch/nn/functional.py"] and "class AdamW(" in texts["torch/optim/adamw.py"]
+    assert sources.with_version("pytorch") == f"pytorch {torch.__version__}"
 
 
 def test_large_files_are_read_in_blocks(here, monkeypatch):

@@ -16,7 +16,10 @@ import codecs
 import glob
 import gzip
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
+import platform
 import re
 import sysconfig
 import zlib
@@ -57,7 +60,7 @@ HELD_OUT = """asyncio/queues.py calendar.py concurrent/futures/thread.py copy.py
 # Not text to learn from: other people's packages, tests, tables written by programs, and old or second copies.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "encodings", "lib2to3",
             "distutils", "pydoc_data", "turtledemo", "ensurepip", "__pycache__", "_pydecimal.py", "_pyio.py",
-            "_pydatetime.py", "_pylong.py", "_pyrepl", "entities.py", "_vendor"}
+            "_pydatetime.py", "_pylong.py", "_pyrepl", "entities.py", "_vendor", "testing", "_triton_ops_meta.py"}
 
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -80,8 +83,8 @@ NAMES = {  # what is downloaded: address, bytes, sha256
                     (STORIES + "TinyStories-valid.txt", 19_447_282,
                      "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")],
 }
-LICENCES = {"stdlib": "Python Software Foundation License", "shakespeare": "public domain", "squad": "CC BY-SA 4.0",
-            "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
+LICENCES = {"stdlib": "Python Software Foundation License", "pytorch": "BSD 3-Clause", "shakespeare": "public domain",
+            "squad": "CC BY-SA 4.0", "tinystories": "CDLA-Sharing-1.0"}  # of the texts; a model card states them
 
 
 def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
@@ -92,9 +95,10 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
     found, origins = [], []
     for source in sources:
         about = origin(source)
-        if source in NAMES and not os.path.exists(source):
-            if kinds != KINDS:
-                raise UserError(f"{source} is text, not conversations", "leave out --format=chat")
+        known = source in NAMES and not os.path.exists(source)
+        if kinds != KINDS and (known or source == "pytorch"):
+            raise UserError(f"{source} is text, not conversations", "leave out --format=chat")
+        if known:
             for url, size, sha256 in NAMES[source]:
                 where = urlsplit(url).path
                 if mirror:
@@ -120,8 +124,8 @@ def documents(sources, text_field="text"):
     """The documents of all sources, in a fixed order. text_field: the field of a .jsonl line that holds the text."""
     for source in sources:
         for path in files(source):
-            if path == "stdlib":
-                yield from stdlib_documents()
+            if path in INSTALLED:
+                yield from INSTALLED[path]()
             elif os.path.basename(path).startswith("TinyStories"):
                 yield from story_documents(path)
             elif kind(path) == ".jsonl":
@@ -132,6 +136,14 @@ def documents(sources, text_field="text"):
                 yield Document(path, lambda path=path: text_blocks(path))
 
 
+def pytorch_documents():
+    """The Python files of the PyTorch that is installed: 1,900 files, 40 MB."""
+    [root] = importlib.util.find_spec("torch").submodule_search_locations
+    for path in sorted(glob.glob("**/*.py", root_dir=root, recursive=True)):
+        if not LEFT_OUT.intersection(path.split(os.sep)):
+            yield Document("torch/" + path, lambda path=path: text_blocks(os.path.join(root, path)))
+
+
 def stdlib_documents():
     """The source files of the Python that runs this, documentation strings and all."""
     root = sysconfig.get_paths()["stdlib"]
@@ -140,6 +152,19 @@ def stdlib_documents():
         build = path.startswith("_sysconfigdata") or "-" in parts[0]  # config-3.12-x86_64-linux-gnu/...
         if not build and not LEFT_OUT.intersection(parts):
             yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
+
+
+# What is on every machine that runs this.
+INSTALLED = {"stdlib": stdlib_documents, "pytorch": pytorch_documents}
+
+
+def with_version(name):
+    """The name of a source for meta.json. The text of an installed one depends on its version."""
+    if name == "stdlib":
+        return f"stdlib of Python {platform.python_version()}"
+    if name == "pytorch":
+        return f"pytorch {importlib.metadata.version('torch')}"
+    return name
 
 
 # ---------- Files
@@ -160,7 +185,7 @@ def check_kind(path, kinds):
 
 def files(source, kinds=KINDS, follow_links=False):
     """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
-    if source == "stdlib":
+    if source in INSTALLED:
         return [source]
     if os.path.isdir(source):
         found, lacks = walk(source, follow_links), "holds no"
@@ -174,7 +199,7 @@ def files(source, kinds=KINDS, follow_links=False):
     paths = sorted(path for path in found if kind(path) in kinds)
     if not paths:
         raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
-                        f"give a file, a folder, a pattern, an address, or one of: stdlib, {', '.join(NAMES)}")
+                        f"give a file, a folder, a pattern, an address, or one of: {', '.join([*INSTALLED, *NAMES])}")
     return paths
 
 
