@@ -5,13 +5,13 @@ What is a batch, and what is a validation loss? Prepared data, read back.
     data = Dataset.open("data/stdlib")
     idx, targets = data.batch(block_size=256, batch_size=12, seed=1337, step=0)  # (B, T) each, int64
 
-The batch of a step is a pure function of (seed, step): a run can be stopped, resumed
-or split over processes, and no loader has a state to save. The validation loss is the
-mean over the whole split.
+The batch of a step is a pure function of (seed, step): a run can be stopped,
+resumed or split over processes, and no loader has a state to save. The
+validation loss is the mean over the whole split.
 
-A text is one long sequence of tokens, and a window of it may begin anywhere. A window
-of conversations begins where a conversation begins, and the mask beside the tokens
-says which are learned: the assistant's.
+A text is one long sequence of tokens, and a window of it may begin anywhere.
+A window of conversations begins where a conversation begins, and the mask
+beside the tokens says which are learned: the assistant's.
 """
 import functools
 import hashlib
@@ -39,7 +39,10 @@ class Changed(UserError):
 
 @dataclass
 class Dataset:
-    """A folder of prepared data: meta.json, and open files, which stay readable when they are replaced."""
+    """A folder of prepared data: meta.json, and its files, opened.
+
+    An open file stays readable when it is replaced.
+    """
 
     folder: str
     meta: dict
@@ -47,7 +50,8 @@ class Dataset:
     stamps: list  # of the files, when they were opened
     found: dict = field(default_factory=dict)  # what `chat_windows` has found
 
-    ORDER = "permutation"  # how an epoch is shuffled; a run with another order cannot be continued
+    # How an epoch is shuffled; a run with another order cannot be continued.
+    ORDER = "permutation"
 
     @classmethod
     def open(cls, folder, hash_all=False):
@@ -61,13 +65,14 @@ class Dataset:
             files[split] = open_part(folder, split, size, about["sha256"], hash_all)
             if meta.get("chat"):
                 mask = split + ".mask"
-                files[mask] = open_part(folder, mask, about["tokens"], about["mask_sha256"], hash_all)
+                files[mask] = open_part(
+                    folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
     def check_unchanged(self, ranks):
         """Raises Changed where a file was written to: in all ranks if one of them finds it."""
-        # A batch of a file that is being rewritten would be garbage, and the run would
-        # learn it.
+        # A batch of a file that is being rewritten would be garbage, and the
+        # run would learn it.
         changed = [stamp(file) for file in self.files.values()] != self.stamps
         if ranks.all_reduce_max(int(changed)):
             raise self.changed_error("was changed while it was being read")
@@ -75,7 +80,8 @@ class Dataset:
     def changed_error(self, what, alone=False):
         """A Changed to raise.
 
-        alone: only this process has noticed, so it ends without waiting for the others.
+        alone: only this process has noticed, so it ends without waiting for
+        the others.
         """
         return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
 
@@ -99,17 +105,19 @@ class Dataset:
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.chat_windows(split, block_size)):
-                raise UserError(f"block_size={block_size} is so small that no window of {path} "
-                                "reaches an answer", "a larger --block_size")
+                raise UserError(
+                    f"block_size={block_size} is so small that no window of {path} reaches an answer",
+                    "a larger --block_size")
             if not self.chat and tokens <= block_size:
-                raise UserError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs at "
-                                f"least {block_size + 1}",
-                                f"--block_size={max(1, shortest - 1)}, or more text")
+                raise UserError(
+                    f"{path} has {tokens:,} tokens, but "
+                    f"block_size={block_size} needs at least {block_size + 1}",
+                    f"--block_size={max(1, shortest - 1)}, or more text")
 
     # ---------- Reading
 
-    # By seek and read, not np.memmap: mapped pages count as memory of the process,
-    # and if a mapped file is cut short, the process is killed.
+    # By seek and read, not np.memmap: mapped pages count as memory of the
+    # process, and if a mapped file is cut short, the process is killed.
 
     def read(self, name, offset, size):
         """Bytes of a file. Raises Changed where it has become shorter."""
@@ -125,11 +133,11 @@ class Dataset:
         dtype, vocab_size = np.dtype(self.meta["dtype"]), self.meta["vocab_size"]
         raw = self.read(split, start * dtype.itemsize, count * dtype.itemsize)
         ids = np.frombuffer(raw, dtype)
-        # An id beyond the vocabulary would be an index out of range, on a GPU without a
-        # useful message.
+        # An id beyond the vocabulary would be an index out of range, on a GPU
+        # without a useful message.
         if ids.max(initial=0) >= vocab_size:
-            raise self.changed_error(f"was changed: {split}.bin has the token {ids.max()}, but the "
-                                     f"vocabulary has {vocab_size}", alone=True)
+            what = f"{split}.bin has the token {ids.max()}, but the vocabulary has {vocab_size}"
+            raise self.changed_error(f"was changed: {what}", alone=True)
         return ids.astype(np.int64)
 
     def read_mask(self, split, start, count):
@@ -137,7 +145,7 @@ class Dataset:
         return np.frombuffer(self.read(split + ".mask", start, count), np.uint8)
 
     def read_windows(self, split, spans, block_size):
-        """The windows that begin and end at these positions: (idx, targets), each (B, T) int64."""
+        """The windows at these (start, end): (idx, targets), each (B, T) int64."""
         windows = []
         for start, end in spans:
             ids = self.read_ids(split, start, end - start)
@@ -161,15 +169,17 @@ class Dataset:
     def spans(self, block_size, batch_size, seed, step, micro=0, micros=1):
         """Where the windows of a micro-batch, as in `batch`, begin and end: (B, 2) int64.
 
-        An epoch visits each of the n windows of the training split once, in shuffled
-        order: sample g of the whole run is number g mod n of epoch g // n. So no
-        batch depends on another.
+        An epoch visits each of the n windows of the training split once, in
+        shuffled order: sample g of the whole run is number g mod n of epoch
+        g // n. So no batch depends on another.
         """
         # 1. Which samples are those of this micro-batch?
         n = self.n_windows(block_size)
         first = (step * micros + micro) * batch_size
-        # 2. A text has more tokens than n windows need. Each epoch starts at a different
-        #    offset, so that windows do not always begin at the same tokens.
+        # 2. The n windows leave some tokens of a text over (see `n_windows`),
+        #    so an epoch can begin at any of the first ones. It begins at a
+        #    different one each time, so that windows do not always begin at
+        #    the same tokens.
         spare = 1 if self.chat else self.meta["train"]["tokens"] - n * block_size
         # 3. Sample by sample, since a batch may reach into the next epoch.
         spans = []
@@ -184,8 +194,8 @@ class Dataset:
         """Where a window begins and ends. offset: of a text, where its first window begins."""
         if self.chat:
             return self.chat_windows(split, block_size)[window, :2].tolist()
-        # One token more than inputs: the target of the last. At the end of a split
-        # there may be fewer.
+        # One token more than inputs: the target of the last. At the end of a
+        # split there may be fewer.
         start = offset + window * block_size
         return start, min(start + block_size + 1, self.meta[split]["tokens"])
 
@@ -194,8 +204,8 @@ class Dataset:
         if self.chat:
             return len(self.chat_windows(split, block_size))
         tokens = self.meta[split]["tokens"]
-        # One window fewer than fit. That leaves one to two windows of spare tokens,
-        # and the start of an epoch moves within them (see `spans`).
+        # One window fewer than fit. That leaves one to two windows of spare
+        # tokens, and the start of an epoch moves within them (see `spans`).
         if split == "train":
             return max(1, tokens // block_size - 1)
         return math.ceil((tokens - 1) / block_size)
@@ -205,17 +215,17 @@ class Dataset:
         return windows / self.n_windows(block_size)
 
     def chat_windows(self, split, block_size):
-        """The windows of conversations, (n, 3) int64: their start, end, and number of learned tokens.
+        """The windows of conversations, (n, 3) int64: start, end, number of learned tokens.
 
-        A window starts where a conversation starts, as a prompt does, and holds as
-        many whole conversations as fit; later ones can see earlier ones. A
-        conversation longer than a window is cut. A window that teaches nothing is
-        left out.
+        A window starts where a conversation starts, as a prompt does, and
+        holds as many whole conversations as fit; later ones can see earlier
+        ones. A conversation longer than a window is cut. A window that
+        teaches nothing is left out.
         """
         if (split, block_size) in self.found:
             return self.found[split, block_size]
-        # 1. An end-of-text token stands before each conversation: it starts after
-        #    that, and ends before the next.
+        # 1. An end-of-text token stands before each conversation: it starts
+        #    after that, and ends before the next.
         tokens = self.meta[split]["tokens"]
         border = self.meta["special"][tokenizers.END_OF_TEXT]
         borders = []
@@ -224,8 +234,8 @@ class Dataset:
             borders.append(start + np.flatnonzero(ids == border))
         starts = np.concatenate(borders) + 1
         ends = np.append(starts[1:] - 1, tokens)
-        # 2. As many whole ones as fit. None is cut to fill a window: half a question
-        #    before an answer teaches the wrong thing.
+        # 2. As many whole ones as fit. None is cut to fill a window: half a
+        #    question before an answer teaches the wrong thing.
         windows, i = [], 0
         while i < len(starts):
             start = int(starts[i])
@@ -243,11 +253,11 @@ class Dataset:
     # ---------- The validation split
 
     def val_batch(self, i, block_size, batch_size):
-        """Batch i of one pass over the validation split; each target occurs once: (idx, targets)."""
+        """Batch i of one pass over the validation split: (idx, targets). Each target occurs once."""
         last = min((i + 1) * batch_size, self.n_windows(block_size, "val"))
         spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
-        # The last batch has the shape of the others, for which code was compiled. A
-        # window of one token predicts nothing.
+        # The last batch has the shape of the others, for which code was
+        # compiled. A window of one token predicts nothing.
         spans += [(0, 1)] * (batch_size - len(spans))
         return self.read_windows("val", spans, block_size)
 
@@ -260,9 +270,10 @@ class Dataset:
     def bits_per_byte(self, loss):
         """A validation loss in nats per token as bits per byte of the validation text.
 
-        A loss per token says little: a long token is harder to predict, but there are
-        fewer of them. Per byte of text, models with different tokenizers can be
-        compared. For conversations, only what the assistant says counts.
+        A loss per token says little: a long token is harder to predict, but
+        there are fewer of them. Per byte of text, models with different
+        tokenizers can be compared. For conversations, only what the assistant
+        says counts.
         """
         val = self.meta["val"]
         if self.chat:
@@ -275,12 +286,12 @@ class Dataset:
     def prompt(self, block_size):
         """Ids to go on from, a list, taken from the validation split.
 
-        For conversations, the first one up to its answer; for a text, the end-of-text
-        token and up to 24 more.
+        For conversations, the first one up to its answer; for a text, the
+        end-of-text token and up to 24 more.
         """
         if self.chat:
-            # The mask is 0 on the question and 1 on the answer: argmax finds where it
-            # begins.
+            # The mask is 0 on the question and 1 on the answer: argmax finds
+            # where it begins.
             start, end, _ = self.chat_windows("val", block_size)[0].tolist()
             answer = int(self.read_mask("val", start, end - start).argmax())
             return self.read_ids("val", start, answer).tolist()
@@ -299,7 +310,7 @@ def seed_for(*parts):
 def shuffled(n, seed, epoch):
     """The numbers 0 to n - 1 in the order of an epoch, (n,) int64.
 
-    For 10 billion tokens in windows of 1,024, 80 MB and a second.
+    10 billion tokens in windows of 1,024 take 80 MB and a second.
     """
     return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(n)
 
@@ -307,8 +318,9 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: after the end of a short window,
-    and where `learned`, a bool for every target or for all of them, is False.
+    The target of a token is the one after it, or -1: after the end of a short
+    window, and where `learned`, a bool for every target or for all of them,
+    is False.
     """
     import torch  # prepare.py does without
     # A short window is padded with token 0; its targets there are -1.
@@ -326,13 +338,14 @@ def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: N
     """One pass over so many batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1.
-    batch: number -> (idx, targets).
-    ranks: the Processes of the run. Rank r of `world` takes the batches r, r + world, and so
-    on. For the same batches, the sums are the same to the last bit for any number of ranks.
-    before_each: called equally often in each rank, so that all can stop together.
+    batch: number -> (idx, targets). ranks: the Processes of the run. Rank r
+    of `world` takes the batches r, r + world, and so on. For the same
+    batches, the sums are the same to the last bit for any number of ranks.
+    before_each: called equally often in each rank, so that all can stop
+    together.
     """
-    # A place for each batch: a sum of floats depends on the order of its terms, and that
-    # order must not depend on the number of processes.
+    # A place for each batch: a sum of floats depends on the order of its
+    # terms, and that order must not depend on the number of processes.
     nats = [0.0] * batches
     count = 0
     for first in range(0, batches, ranks.world):
@@ -340,8 +353,8 @@ def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: N
         number = first + ranks.rank
         if number < batches:
             idx, targets = batch(number)
-            # Batches differ in their number of targets, so that a mean of means would
-            # be wrong.
+            # Batches differ in their number of targets, so that a mean of
+            # means would be wrong.
             n = int((targets >= 0).sum())
             nats[number] = float(loss_of(idx, targets)) * n
             count += n
@@ -353,29 +366,32 @@ def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: N
 
 
 def read_meta(folder):
-    """What its meta.json says. Raises UserError where it is not as prepare.py writes it."""
+    """Its meta.json. Raises UserError where that is not as prepare.py writes it."""
     path, fix = os.path.join(folder, "meta.json"), "run prepare.py again"
     if not os.path.exists(path):
         raise UserError(f"there is no prepared data in {folder} (no meta.json)",
                         f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
     meta = read_json(path, fix)
     check_like(meta, dict(train={}), path)  # (is there a "train" to look into?)
-    # 1. Does it have all that is read, with the right types? 0 or 1 stands for any
-    #    whole number, "" for any text. Splits of conversations have three more
-    #    fields.
+    # 1. Does it have all that is read, with the right types? 0 or 1 stands
+    #    for any whole number, "" for any text. Splits of conversations have
+    #    three more fields.
     chat = "trained" in meta["train"]
     split = dict(tokens=1, bytes=1, documents=1, sha256="")
     if chat:
         split |= dict(trained=1, trained_bytes=1, mask_sha256="")
     special = {tokenizers.END_OF_TEXT: 0}
-    check_like(meta, dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
-                          special=special, train=split, val=split), path)
+    like = dict(format=1, dtype="", vocab_size=1, tokenizer_sha256="", source=[""], report=[""],
+                special=special, train=split, val=split)
+    check_like(meta, like, path)
     # 2. Are the values possible? What is written as 1 above must be at least 1.
     counts = [meta[name][key] for name in SPLITS for key, like in split.items() if like == 1]
-    known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32") and meta.get("chat", False) is chat
-    if not known or min(meta["vocab_size"], *counts) < 1:
+    known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
+    consistent = meta.get("chat", False) is chat
+    if not (known and consistent) or min(meta["vocab_size"], *counts) < 1:
         raise UserError(f"{path} is not as format 1 should be", fix)
-    meta["source"] = [origin(source) for source in meta["source"]]  # older files hold whole paths
+    # Older files hold whole paths.
+    meta["source"] = [origin(source) for source in meta["source"]]
     return meta
 
 
@@ -390,18 +406,21 @@ def open_part(folder, name, due, sha256, hash_all):
     path = os.path.join(folder, name + ".bin")
     size = os.path.getsize(path) if os.path.exists(path) else 0
     if size != due:
-        raise UserError(f"{path} has {size:,} bytes, but meta.json says {due:,}", f"prepare {folder} again")
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {due:,}",
+                        f"prepare {folder} again")
     # Hashing takes about a second per gigabyte.
     if hash_all or size <= HASHED_BYTES:
         found = file_sha256(path)
         if found != sha256:
-            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
-                            f"prepare {folder} again")
+            raise UserError(
+                f"{path} has the checksum {found[:12]}, but meta.json says {sha256[:12]}",
+                f"prepare {folder} again")
     return open(path, "rb")
 
 
 # All that prepare.py writes into a folder.
-OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json|tokenizer/[a-z_]+\.(json|model|tiktoken|jinja)")
+OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json"
+                  r"|tokenizer/[a-z_]+\.(json|model|tiktoken|jinja)")
 
 
 def not_ours(folder):
@@ -413,7 +432,7 @@ def not_ours(folder):
 
 
 def inspect(folder):
-    """python prepare.py --inspect data/NAME: compare every checksum, and show what the folder holds."""
+    """prepare.py --inspect data/NAME: compare every checksum, and show what the folder holds."""
     data = Dataset.open(folder, hash_all=True)
     tokenizer = data.load_tokenizer()
     sources = ", ".join(data.meta["source"])
@@ -424,17 +443,18 @@ def inspect(folder):
 
 
 def example(data, tokenizer):
-    """A piece of the training split: where two documents meet, or the first conversation that teaches."""
+    """A piece of the training split: where two documents meet, or a conversation."""
     ids = data.read_ids("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
     borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    documents = np.split(ids, borders)  # the first is empty; each other one begins with end-of-text
+    # The first is empty; each other one begins with end-of-text.
+    documents = np.split(ids, borders)
     # 1. A text: the end of one document and the beginning of the next.
     if not data.chat:
         middle = len(documents) // 2
         before = tokenizer.decode(documents[middle - 1][1:][-60:].tolist())
         after = tokenizer.decode(documents[middle][1:120].tolist())
         return f"{before}\n--- {tokenizers.END_OF_TEXT} ---\n{after}"
-    # 2. A conversation, with brackets around what is learned.
+    # 2. The first conversation that teaches, with brackets around what is learned.
     masks = np.split(data.read_mask("train", 0, len(ids)), borders)
     number = next((i for i, mask in enumerate(masks) if mask.any()), -1)
     pairs = zip(documents[number][1:400].tolist(), masks[number][1:400].tolist())

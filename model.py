@@ -7,14 +7,14 @@ What is a GPT? The model in one file, from token ids to the loss.
     logits = model(idx)                             # (B, T, vocab_size)
     for token in model.generate(idx, n=100): ...    # one column of ids (B, 1) at a time
 
-At every position a GPT predicts the next token. In each block, attention lets a
-position read from the positions before it, and the MLP processes what was read. Both
-add to the residual stream: one vector per position, which runs through the network
-from bottom to top.
+At every position a GPT predicts the next token. In each block, attention lets
+a position read from the positions before it, and the MLP processes what was
+read. Both add to the residual stream: one vector per position, which runs
+through the network from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the tricks
-that make training fast on a CPU, and the checks that a shape is possible come after
-it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the
+tricks that make training fast on a CPU, and the checks that a shape is
+possible come after it.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -67,8 +67,8 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config, dim):
-    # Norms keep what each layer reads at the same scale; without them, deep networks
-    # do not train.
+    # Norms keep what each layer reads at the same scale; without them, deep
+    # networks do not train.
     if config.norm == "rmsnorm":
         return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
@@ -87,8 +87,9 @@ def rotary_table(config):
 def rotate(x, cos, sin):
     """Rotate channels i and i + head_dim / 2 by an angle per position (Su 2021, arXiv 2104.09864).
 
-    Positions enter the product of a rotated query and a rotated key only through the
-    distance between them. x: (B, heads, T, head_dim); cos, sin: (1, T, head_dim / 2).
+    Positions enter the product of a rotated query and a rotated key only
+    through the distance between them. x: (B, heads, T, head_dim); cos, sin:
+    (1, T, head_dim / 2).
     """
     first, second = x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
@@ -98,9 +99,10 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal self-attention: softmax(q k^T / sqrt(head_dim)) v (Vaswani 2017, arXiv 1706.03762).
 
-    Each position averages the values of all positions up to its own, weighted by how
-    well their keys match its query. Groups of query heads may share keys and values,
-    which makes the KV cache smaller (Ainslie 2023, arXiv 2305.13245).
+    Each position averages the values of all positions up to its own, weighted
+    by how well their keys match its query. Groups of query heads may share
+    keys and values, which makes the KV cache smaller (Ainslie 2023, arXiv
+    2305.13245).
     """
 
     def __init__(self, config, layer):
@@ -131,8 +133,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # 2. Each query averages the values whose keys it matches. With a cache, that
-        #    includes the keys and values of earlier calls.
+        # 2. Each query averages the values whose keys it matches. With a
+        #    cache, that includes the keys and values of earlier calls.
         if cache is None:
             y = causal_attention(q, k, v, self.dropout, self.training, self.shared)
         else:
@@ -146,8 +148,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
-    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the value
-    side by side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the
+    value side by side.
     """
 
     def __init__(self, config):
@@ -182,8 +184,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rotation=None, cache=None):
-        # Adding, not replacing: the gradient passes through every block unchanged (He
-        # 2015, arXiv 1512.03385).
+        # Adding, not replacing: the gradient passes through every block
+        # unchanged (He 2015, arXiv 1512.03385).
         x = x + self.attn(self.ln_1(x), rotation, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -195,7 +197,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = resolve(config)
-        # A multiple of 64 rows is faster; `logits` and `loss` leave the padding out.
+        # A multiple of 64 rows is faster; `logits` and `loss` leave the
+        # padding out.
         padded = round_up(config.vocab_size, 64)
         parts = dict(wte=nn.Embedding(padded, config.n_embd))
         if config.pos == "learned":
@@ -213,8 +216,8 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        # An attribute, so that machine.compile_model can put a compiled one in its
-        # place.
+        # An attribute, so that machine.compile_model can put a compiled one
+        # in its place.
         self.chunk_loss = chunk_loss
         self.init_weights()
 
@@ -231,8 +234,9 @@ class GPT(nn.Module):
                 # The weights of norm layers.
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2 n_layer of these add to the residual stream. Divided by the root of
-                # their number, they give it the same variance at any depth.
+                # 2 n_layer of these add to the residual stream. Divided by
+                # the root of their number, they give it the same variance at
+                # any depth.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -240,12 +244,12 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx: (B, T) token ids. targets: (B, T) ids, -1 where nothing is to be learned.
 
-        With targets, the mean cross-entropy in nats per target; without, the logits
-        (B, T, vocab_size).
+        With targets, the mean cross-entropy in nats per target; without, the
+        logits (B, T, vocab_size).
         """
         x = self.trunk(idx, cache)  # (B, T, C)
-        # The loss belongs in here: DistributedDataParallel sees what `forward` does, and
-        # nothing else.
+        # The loss belongs in here: DistributedDataParallel sees what
+        # `forward` does, and nothing else.
         if targets is None:
             return self.logits(x)
         return self.loss(x, targets)
@@ -256,8 +260,8 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
-        # The positions, as an index: a slice, or where rows have different lengths
-        # (in the server) a tensor (B, 1).
+        # The positions, as an index: a slice, or where rows have different
+        # lengths (in the server) a tensor (B, 1).
         at = slice(0, T) if cache is None else cache.positions(T)
         # 1. The vectors of the tokens, and where they are.
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -286,7 +290,8 @@ class GPT(nn.Module):
         weight = self.lm_head.weight  # (padded vocabulary, C)
         assert weight.is_floating_point(), "8-bit weights (formats/quantized.py) cannot be trained"
         if not torch.is_grad_enabled():
-            # In a validation no gradient of it is wanted, and CrossEntropy would compute one.
+            # CrossEntropy computes the gradient of all that requires one,
+            # even under no_grad, as in a validation.
             weight = weight.detach()
         # Not float16: the gradient of a frequent token, a sum over thousands of
         # positions, can overflow.
@@ -301,12 +306,13 @@ class GPT(nn.Module):
     def generate(self, idx, n, pick=None):
         """Continue idx (B, T) by n tokens; yields them one by one, as columns of ids (B, 1).
 
-        pick: (B, vocab_size) float32 logits -> (B,) ids; by default the likeliest.
-        sample.py has one with temperature, top_k and more.
+        pick: (B, vocab_size) float32 logits -> (B,) ids; by default the
+        likeliest. sample.py has one with temperature, top_k and more.
         """
         pick = pick or argmax
         size = self.config.block_size
-        # Capacity for the prompt and the new tokens, at most for a whole context.
+        # Capacity for the prompt and the new tokens, at most for a whole
+        # context.
         capacity = min(size, idx.size(1) + n)
         cache = KVCache(self.config, idx.size(0), capacity, idx.device, self.dtype())
         # The model reads the prompt once, then one new token at a time.
@@ -314,7 +320,8 @@ class GPT(nn.Module):
         unread = idx
         for _ in range(n):
             if cache.length + unread.size(1) > size:
-                # The context is full: read its second half again, into an empty cache.
+                # The context is full: read its second half again, into an
+                # empty cache.
                 unread = idx[:, -(size // 2):]
                 cache.length = 0
             x = self.trunk(unread, cache)[:, -1]  # (B, C), of the last position
@@ -339,9 +346,10 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
-        A weight of a matrix costs a multiplication and an addition forward, and twice
-        that backward: 6, or 4 where it is not trained. Attention adds 12 n_head
-        head_dim T per layer: by convention, the masked half counts too.
+        A weight of a matrix costs a multiplication and an addition forward,
+        and twice that backward: 6, or 4 where it is not trained. Attention
+        adds 12 n_head head_dim T per layer: by convention, the masked half
+        counts too.
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -356,8 +364,8 @@ def argmax(logits):
     return logits.argmax(dim=-1)
 
 
-# OpenAI's models of 2019, ours, and the layout of Qwen3 for any size; the number is
-# n_params().
+# OpenAI's models of 2019, ours, and the layout of Qwen3 for any size; the
+# number is n_params().
 GPT2 = dict(block_size=1024, vocab_size=50257, bias=True)
 OPENLLM = dict(vocab_size=32000, bias=True)
 PRESETS = {
@@ -378,9 +386,9 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again: their keys
-    and values are all that attention reads of them. A cache of another kind, such as
-    the server's, has these four:
+    While a token is written, those before it need not be computed again:
+    their keys and values are all that attention reads of them. A cache of
+    another kind, such as the server's, has these four:
 
         length                  how many positions it holds
         positions(T)            an index for those of T new tokens
@@ -398,7 +406,8 @@ class KVCache:
 
     def row(self, i):
         """Row i as a cache in the same memory, with a length of its own."""
-        # The server gives each request a row; rows are filled to different lengths.
+        # The server gives each request a row; rows are filled to different
+        # lengths.
         row = copy.copy(self)
         row.number = i  # for the server
         row.k = self.k[:, i:i + 1]
@@ -423,7 +432,8 @@ class KVCache:
         # 2. One new token: it sees all, and no mask is needed.
         if T == 1:
             return attend_from_one(q, k, v)
-        # 3. Several after a past: new token i sees everything up to column past + i.
+        # 3. Several after a past: new token i sees everything up to column
+        #    past + i.
         mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device)
         mask = mask.tril(self.length)  # (T, past + T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
@@ -445,8 +455,9 @@ def attend_from_one(q, k, v):
     """Attention of one token, q (B, n_head, 1, head_dim), to k and v (B, n_kv_head, T, head_dim)."""
     if k.size(1) == q.size(1):
         return F.scaled_dot_product_attention(q, k, v)
-    # Query heads that share a key head are passed as if they were several tokens of
-    # one head. enable_gqa would copy the keys: 3.6 times as slow in bfloat16.
+    # Query heads that share a key head are passed as if they were several
+    # tokens of one head. enable_gqa would copy the keys: 3.6 times as slow in
+    # bfloat16.
     B, n_kv_head, _, head_dim = k.shape
     grouped = q.reshape(B, n_kv_head, -1, head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
@@ -460,9 +471,8 @@ MOST_SCORES = 1 << 25  # B n_head T^2: beyond, attention_by_formula costs more i
 def causal_attention(q, k, v, dropout, training, shared):
     """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
-    PyTorch's kernel holds no (T, T) scores. But in bfloat16 on a CPU, training with
-    it takes twice as long as by the formula. In float32 both take as long, so the
-    dtype is not asked for.
+    PyTorch's kernel holds no (T, T) scores. But for training in bfloat16 on a
+    CPU, the formula is twice as fast. (In float32, both are equally fast.)
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -483,8 +493,8 @@ def attention_by_formula(q, k, v, dropout=0.0):
     T = q.size(2)
     future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device)
     future = future.triu(1)  # 0 where j <= i
-    # 3. Scaling q is cheaper than scaling the scores: head_dim products per position,
-    #    not T.
+    # 3. Scaling q is cheaper than scaling the scores: head_dim products per
+    #    position, not T.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, T)
     weights = (scores + future).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, n_head, T, head_dim)
@@ -493,8 +503,8 @@ def attention_by_formula(q, k, v, dropout=0.0):
 def gelu(x, training):
     """GPT-2's GELU: x / 2 (1 + tanh(u)), where u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if training and x.device.type == "cpu" and torch.compiler.is_compiling():
-        # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half the time
-        # of tanh.
+        # 1 + tanh(u) = 2 sigmoid(2 u): in a compiled kernel, exp takes half
+        # the time of tanh.
         return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -507,26 +517,26 @@ CHUNK_LOGITS = 1 << 24  # logits of a chunk: 67 MB in float32, and some copies
 class CrossEntropy(torch.autograd.Function):
     """The sum of -ln p over the targets other than -1, without the logits of all tokens at once.
 
-    With a large vocabulary they take more memory than the model. But their gradient
-    is known at once: softmax(logits), minus 1 at the target. So forward also computes
-    the gradients, chunk by chunk, and backward only scales them, once.
-    torch.nn.functional.linear_cross_entropy does the same, but is slower on CPUs and
-    less exact: docs/lab-notes.md.
+    With a large vocabulary they take more memory than the model. But their
+    gradient is known at once: softmax(logits), minus 1 at the target. So
+    forward also computes the gradients, chunk by chunk, and backward only
+    scales them, once. torch.nn.functional.linear_cross_entropy does the same,
+    but is slower on CPUs and less exact: docs/lab-notes.md.
 
-    x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens; targets:
-    (N,).
+    x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens;
+    targets: (N,).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, dtype, chunk_loss):
-        # 1. The weights in the dtype of the product, and memory for the gradients that
-        #    are asked for.
+        # 1. The weights in the dtype of the product, and memory for the
+        #    gradients that are asked for.
         w = weight[:vocab_size].to(dtype)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         w_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        # 2. Chunks of equal size (the last may be smaller), since code is compiled
-        #    for one size.
+        # 2. Chunks of equal size (the last may be smaller), since code is
+        #    compiled for one size.
         chunks = math.ceil(len(x) * vocab_size / CHUNK_LOGITS)
         size = math.ceil(len(x) / chunks)
         for start in range(0, len(x), size):
@@ -562,8 +572,8 @@ def chunk_loss(logits, targets):
     learned = targets >= 0
     at = targets.clamp(min=0)[:, None]
     loss = -(logprobs.gather(1, at)[:, 0] * learned).sum()
-    # 2. The gradient: probabilities (overwriting their logarithms), minus 1 at the
-    #    target.
+    # 2. The gradient: probabilities (overwriting their logarithms), minus 1
+    #    at the target.
     grad = logprobs.exp_()
     grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
     return loss, grad.mul_(learned[:, None]).to(logits.dtype)
@@ -571,8 +581,8 @@ def chunk_loss(logits, targets):
 
 # ---------- Can this shape exist?
 
-# An assertion reads "fact", or "fact; what to type". resume.build_model turns it into a
-# UserError.
+# The messages read "fact", or "fact; what to type": resume.build_model makes
+# a UserError of them.
 
 AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # of a number in a shape: a product of two stays far below 2^63
@@ -584,8 +594,8 @@ def round_up(n, multiple):
 
 def resolve(config):
     """A copy with numbers in place of "auto". Asserts that the shape can exist."""
-    # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may be given
-    #    too.
+    # 1. Types and ranges. A TrainConfig, which inherits from GPTConfig, may
+    #    be given too.
     c = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     for field in fields(GPTConfig):
         check_field(field, getattr(c, field.name))
@@ -601,7 +611,9 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    for name in ("n_head", "block_size"):  # the queries of a position; a table of rope
+    # With a head_dim of its own, these two can be huge: the matrix of the
+    # queries, and the table of rope.
+    for name in ("n_head", "block_size"):
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
             f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
@@ -609,8 +621,8 @@ def resolve(config):
         c.n_kv_head = c.n_head
     assert c.n_head % c.n_kv_head == 0, (
         f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}; --n_kv_head={c.n_head} or 1")
-    # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of 4 n_embd. A
-    #    multiple of 64 is faster.
+    # 3. The MLP: three matrices of 8/3 n_embd have as many weights as two of
+    #    4 n_embd. A multiple of 64 is faster.
     if c.n_inner in AUTO:
         c.n_inner = round_up(8 * c.n_embd / 3, 64) if c.mlp == "swiglu" else 4 * c.n_embd
     return c

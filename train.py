@@ -7,8 +7,8 @@ Training: one loop, from the settings to a trained model.
     python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
 
-The same command continues a run that was stopped (Ctrl-C saves first). A run is a
-folder, out/NAME:
+The same command continues a run that was stopped (Ctrl-C saves first). A run
+is a folder, out/NAME:
 
     ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the two newest are kept
     best.pt             the weights with the lowest validation loss: what sample.py reads
@@ -17,10 +17,11 @@ folder, out/NAME:
 
 Read `main`, then `train`, the whole run, and `train_step`, one step.
 
-The batch and the dropout masks of a step are computed from (seed, step). So on a CPU
-a run that was killed at any moment and resumed ends with the same weights, bit for
-bit, as one that was never stopped (docs/reliability.md has the proofs). A GPU adds in
-varying order, so there the two are equal up to rounding.
+The batch and the dropout masks of a step are computed from (seed, step). So
+on a CPU a run that was killed at any moment and resumed ends with the same
+weights, bit for bit, as one that was never stopped (docs/reliability.md has
+the proofs). A GPU adds in varying order, so there the two are equal up to
+rounding.
 """
 import time
 
@@ -106,14 +107,14 @@ class TrainConfig(GPTConfig):
 
 def main(argv):
     """Read the settings, lock the folder of the run, and train."""
-    # 1) Settings: the defaults above, then config files and --name=value from left to
-    #    right. given: {name: the file, preset or --option that set it}, for those
-    #    that are not a default.
+    # 1) Settings: the defaults above, then config files and --name=value from
+    #    left to right. given: {name: the file, preset or --option that set
+    #    it}, for those that are not a default.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
-    # 2) `data/notes` and `notes` are the same data; without an out_dir, the run is named
-    #    after its data.
+    # 2) `data/notes` and `notes` are the same data; without an out_dir, the
+    #    run is named after its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     default = os.path.join("out", os.path.basename(settings.dataset))
     settings.out_dir = os.path.normpath(settings.out_dir or default)
@@ -123,8 +124,8 @@ def main(argv):
     writes = ranks.rank == 0 and not settings.eval_only
     with ckpt.RunFolder(settings.out_dir, writes) as folder:
         try:
-            # 4) An allocation that failed, or a process that was lost, is explained;
-            #    anything else is a bug.
+            # 4) An allocation that failed, or a process that was lost, is
+            #    explained; anything else is a bug.
             return train(settings, given, ranks, folder)
         except (RuntimeError, MemoryError) as error:
             explained = resume.explain(error, settings, ranks)
@@ -150,11 +151,10 @@ def train(settings, given, ranks, folder):
     if folder.writes:
         folder.check_ours()
 
-    # 3) The start. resumed: a checkpoint of this run; start: one of another run,
-    #    whose weights are taken; base: the path and checksum of that, for LoRA. Each
-    #    may be missing; a resumed LoRA run has all, since its checkpoint holds
-    #    corrections only. This also sets the shape of the model and the vocabulary in
-    #    `settings`, which do not change after that.
+    # 3) The start. resumed: a checkpoint of this run; start: one of another
+    #    run, whose weights are taken; base: the path and checksum of that.
+    #    Each may be None; a resumed LoRA run has all three. The shape of the
+    #    model is set in `settings` here; after this, they do not change.
     resumed, start, base = resume.find_start(settings, given, data, versions)
     if resumed and (ended := resume.how_it_ended(resumed, settings)):
         say(ended)
@@ -171,8 +171,8 @@ def train(settings, given, ranks, folder):
         # before the oldest goes) of weights and 2 moments each, and best.pt.
         folder.open(step, needed=10 * size)
 
-    # 4) The run. What `auto` chooses is written into every checkpoint, and used again on
-    #    resume.
+    # 4) The run. What `auto` chooses is written into every checkpoint, and
+    #    used again on resume.
     if resumed:
         chosen = resumed["chosen"]
     else:
@@ -190,33 +190,36 @@ def train(settings, given, ranks, folder):
     say_plan(run)
     if resumed:
         run.restore(resumed)
-    # Fine-tuning shows what it has changed: the loss before the first step, and a text.
+    # Fine-tuning shows what it has changed: the loss before the first step,
+    # and a text.
     if settings.eval_only or (start and not resumed):
         found = run.validate()
         say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte")
         if settings.eval_only:
             return 0
         facts["before"] = dict(found, text=sample(run, model))
-    # Compiling comes after that: the shapes of a sample would be compiled one by one.
+    # Compiling comes after that: the shapes of a sample would be compiled one
+    # by one.
     if chosen["compile"]:
         required = settings.compile is True
         chosen["compile"] = machine.compile_model(
             model, required, lambda: run.loss(model, *run.batch(0, 0)))
-    # How long a step takes is known from before; what compiling took is in the time now.
+    # How long a step takes is known from before; what compiling took is in
+    # the time now.
     if resumed:
         choose_max_iters(run)
     if folder.writes:
         run.open_outputs(resumed)
     run.wrapped = ranks.wrap(model)
 
-    # 5) The loop. Weights change at the end of train_step and nowhere else: when a
-    #    signal comes, the unfinished step is discarded, and memory holds exactly the
-    #    state after `step` steps.
+    # 5) The loop. Weights change at the end of train_step and nowhere else:
+    #    when a signal comes, the unfinished step is discarded, and memory
+    #    holds exactly the state after `step` steps.
     run.stop.listen()
     try:
         if resumed:
-            # A kill may have come between saving a step and validating it. (The log has
-            # dropped the line of this step, if it had one.)
+            # A kill may have come between saving a step and validating it.
+            # (The log has dropped the line of this step, if it had one.)
             validate_and_log(run)
         while not run.over():
             train_step(run)
@@ -272,17 +275,19 @@ class Run:
         self.autocast = machine.autocast(self.device, self.dtype)
         # FLOP/s of matrix products.
         self.peak = self.ranks.broadcast(machine.measure_peak(self.device, self.dtype))
-        # In float16, small gradients would round to 0 if the loss were not scaled up.
+        # In float16, small gradients would round to 0 if the loss were not
+        # scaled up.
         kind, needed = torch.device(self.device).type, self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(kind, enabled=needed)
-        # 2) A step reads the same windows on any number of ranks. Ranks take turns
-        #    with the micro-batches; if these do not divide evenly, each is cut into
-        #    pieces, so that all ranks have equally many.
+        # 2) A step reads the same windows on any number of ranks. Ranks take
+        #    turns with the micro-batches; if these do not divide evenly, each
+        #    is cut into pieces, so that all ranks have equally many.
         pieces = resume.pieces(settings, world)
         self.batch_size = settings.batch_size // pieces
         self.micros = settings.gradient_accumulation_steps * pieces
         self.my_micros = range(self.ranks.rank, self.micros, world)  # of this rank
-        # `or_else` gives 0 for the word "all", and n_val_batches takes 0 for all.
+        # `or_else` gives 0 for the word "all", and n_val_batches takes 0 for
+        # all.
         most = or_else(settings.eval_iters, 0) * pieces
         self.val_batches = self.data.n_val_batches(settings.block_size, self.batch_size, most)
         self.step_tokens = self.micros * self.batch_size * settings.block_size
@@ -313,7 +318,7 @@ class Run:
         return self.wall_before + time.monotonic() - PROCESS_START
 
     def check_stop(self):
-        """Raise Stopped in all ranks if one got a signal: before each micro-batch and validation batch."""
+        """Before each micro-batch and validation batch: raise Stopped in all ranks if one got a signal."""
         if received := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = received
             # (Not under torchrun, which repeats a Ctrl-C by itself.)
@@ -350,7 +355,8 @@ class Run:
         """Begin or continue what is in the folder besides checkpoints."""
         settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
-            self.best_loss, self.best_step = ckpt.best_of(out_dir)  # it may be newer than the checkpoint
+            # It may be newer than the checkpoint.
+            self.best_loss, self.best_step = ckpt.best_of(out_dir)
         # The log comes first: it marks the folder as that of a run.
         self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
         tokenizers.keep(self.tokenizer, out_dir, self.facts["tokenizer_sha256"])
@@ -409,27 +415,29 @@ def train_step(run):
     settings, scaler = run.settings, run.scaler
     started = time.perf_counter()
 
-    # 1) The gradient. Now and then a batch has a huge one; scaled down, it cannot ruin
-    #    the weights.
+    # 1) The gradient. Now and then a batch has a huge one; scaled down, it
+    #    cannot ruin the weights.
     loss = accumulate_gradient(run)
     for optimizer, _ in run.optimizers:
         scaler.unscale_(optimizer)
     longest = or_else(settings.grad_clip, math.inf)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), longest).item()
 
-    # 2) Is it a number? Where float16 has overflowed, the scaler halves its factor,
-    #    and no weight moves.
+    # 2) Is it a number? Where float16 has overflowed, the scaler halves its
+    #    factor, and no weight moves.
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     allowed = MAX_SKIPPED if scaler.is_enabled() else 0
     if not math.isfinite(loss) or run.skipped > allowed:
         raise resume.not_finite(run, loss, norm)
 
-    # 3) The weights move. All optimizers follow one schedule, each with its own peak.
+    # 3) The weights move. All optimizers follow one schedule, each with its
+    #    own peak.
     factor = learning_rate_factor(run.step, settings, run.max_iters)
     for optimizer, peak_rate in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = peak_rate * factor
-        if not run.skipped:  # (the scaler would skip only the optimizer whose gradients overflowed)
+        # (The scaler would skip only the optimizer whose gradients overflowed.)
+        if not run.skipped:
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)  # frees the memory, and saves a pass over it
     scaler.update()
@@ -442,10 +450,11 @@ def train_step(run):
 def accumulate_gradient(run):
     """Add up the gradients of all micro-batches, in p.grad. Returns the loss of the step.
 
-    A sum over micro-batches is what one large batch would give, and takes the memory
-    of a small one.
+    A sum over micro-batches is what one large batch would give, and takes the
+    memory of a small one.
     """
-    # 1) The data. Every target counts the same, whichever micro-batch and rank it is in.
+    # 1) The data. Every target counts the same, whichever micro-batch and
+    #    rank it is in.
     ranks = run.ranks
     batches = [run.batch(run.step, micro) for micro in run.my_micros]
     counts = [int((targets >= 0).sum()) for _, targets in batches]
@@ -457,8 +466,8 @@ def accumulate_gradient(run):
         run.check_stop()
         # The same dropout masks after a resume.
         torch.manual_seed(datasets.seed_for("dropout", run.settings.seed, run.step, micro))
-        # Ranks exchange gradients once, with the last micro-batch. They get the mean
-        # where a sum is due, hence the factor `world`.
+        # Ranks exchange gradients once, with the last micro-batch. They get
+        # the mean where a sum is due, hence the factor `world`.
         with ranks.no_sync(run.wrapped, unless=micro == run.my_micros[-1]):
             part = run.loss(run.wrapped, idx, targets) * (ranks.world * count / total)
             run.scaler.scale(part).backward()
@@ -473,7 +482,8 @@ def learning_rate_factor(step, settings, max_iters):
         return (step + 1) / (settings.warmup_iters + 1)
     if not settings.decay_lr:
         return 1.0
-    # 2) Down: smaller and smaller steps settle into a minimum (arXiv 1608.03983).
+    # 2) Down: smaller and smaller steps settle into a minimum (arXiv
+    #    1608.03983).
     lowest = settings.min_lr / settings.learning_rate
     end = or_else(settings.lr_decay_iters, max_iters)
     if step >= end:
@@ -483,23 +493,24 @@ def learning_rate_factor(step, settings, max_iters):
 
 
 def choose_max_iters(run):
-    """--budget: how many steps fit into the time that is left, once the time of a step is known.
+    """--budget: how many steps fit into the time left, once the time of a step is known.
 
-    That is in the warm-up, if there is one: there the learning rate does not depend
-    on max_iters.
+    That is in the warm-up, if there is one: there the learning rate does not
+    depend on max_iters.
     """
     settings, chosen = run.settings, run.facts["chosen"]
     if run.max_iters < math.inf or run.step < max(1, min(10, settings.warmup_iters)):
         return
-    # 1) The time, without the last validation and the sample. A forward pass is a third
-    #    of a step.
+    # 1) The time, without the last validation and the sample. A forward pass
+    #    is a third of a step.
     left = resume.seconds_of(settings.budget) - run.wall_seconds()
     left, step_seconds = run.ranks.broadcast((left, statistics.median(run.times)))
     validation = run.val_batches / run.micros * step_seconds / 3
     left -= validation + SAMPLE_SECONDS
     if left <= 0:
-        raise UserError(f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
-                        "a longer --budget, or a smaller model")
+        raise UserError(
+            f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
+            "a longer --budget, or a smaller model")
     # 2) The steps, each with its share of the validations.
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
     run.max_iters = run.step + steps
@@ -518,9 +529,9 @@ def save_if_due(run):
     # 2) Are the files of the data still those that were opened?
     if saves or run.validation_due():
         run.data.check_unchanged(run.ranks)
-    # 3) Before a validation too, with always_save_checkpoint; without it only while
-    #    there is no checkpoint yet, since a run cannot be continued from best.pt
-    #    alone.
+    # 3) Before a validation too, with always_save_checkpoint; without it only
+    #    while there is no checkpoint yet, since a run cannot be continued
+    #    from best.pt alone.
     if run.validation_due() and not saves:
         saves = settings.always_save_checkpoint or not ckpt.checkpoints(settings.out_dir)
     if saves and run.folder.writes:
@@ -537,7 +548,8 @@ def validate_and_log(run):
         if not math.isfinite(loss):
             raise UserError(f"the validation loss after {run.step} steps is {loss}",
                             resume.again(settings), code=3)
-        # Not where no checkpoint could be saved: a run cannot be continued from best.pt alone.
+        # Not where no checkpoint could be saved: a run cannot be continued
+        # from best.pt alone.
         if writes and loss < run.best_loss and ckpt.checkpoints(settings.out_dir):
             if run.save("best.pt", must=run.last(), val_loss=loss, val_bpb=row["val_bpb"]):
                 run.best_loss, run.best_step = loss, run.step
@@ -557,12 +569,13 @@ def validate_and_log(run):
 
 
 def interrupted(run, reason):
-    """Save what was learned so far. Returns the exit code of a signal; raises UserError for changed data."""
+    """Save what was learned. Returns the exit code of a signal; raises UserError for changed data."""
     if run.folder.writes and run.step > 0:
         run.save_all()
     # A signal: Ctrl-C, or a machine that is wanted for something else.
     if isinstance(reason, Stopped):
-        run.ranks.barrier()  # torchrun kills rank 0, which is saving, as soon as another one leaves
+        # torchrun kills rank 0, which is saving, as soon as another one leaves.
+        run.ranks.barrier()
         saved = f"; saved in {run.settings.out_dir}. The same command continues." if run.step else ""
         say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
         return 128 + run.stop.signal
@@ -579,7 +592,7 @@ def interrupted(run, reason):
 
 
 def make_model(settings, start, resumed):
-    """The GPT with its weights: random ones, those of another run, LoRA's corrections, those of a checkpoint."""
+    """The GPT with its weights: random, of another run, with LoRA's corrections, of a checkpoint."""
     torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
     if start:
@@ -592,7 +605,7 @@ def make_model(settings, start, resumed):
 
 
 def prepare_stdlib():
-    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends prepare.py too."""
+    """Run `python prepare.py stdlib`, as a user would. A signal that ends this process ends it too."""
     # 1) The command, wherever this file is and whatever Python runs it.
     here = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, os.path.join(here, "prepare.py"), "stdlib"]
@@ -607,7 +620,7 @@ def prepare_stdlib():
 
 
 def make_optimizers(model, settings, device):
-    """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only, not at biases and norms.
+    """[(optimizer, its peak learning rate)]. Weight decay pulls at matrices only.
 
     muon: for the matrices inside the blocks. AdamW keeps the vectors, and the
     embeddings, whose rows are single tokens rather than a map from vectors to
@@ -640,7 +653,7 @@ def make_optimizers(model, settings, device):
 
 
 def is_worth_compiling(run):
-    """Compiling takes half a minute, and then steps take a quarter less: it pays after two minutes."""
+    """Compiling takes half a minute and saves a quarter of a step: it pays after two minutes."""
     # Uncompiled code reaches about 45% of the peak.
     flops = run.max_iters * run.step_tokens * run.model.flops_per_token()
     seconds = flops / (0.45 * run.peak * run.ranks.world)
@@ -660,32 +673,34 @@ def say_plan(run):
     say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
-    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, n_embd {settings.n_embd}, "
-        f"context {settings.block_size}, vocabulary {settings.vocab_size:,}")
-    say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} ({chosen['why']}), at most "
-        f"{run.peak / 1e9:,.0f} GFLOP/s")
+    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, "
+        f"n_embd {settings.n_embd}, context {settings.block_size}, vocabulary {settings.vocab_size:,}")
+    say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} "
+        f"({chosen['why']}), at most {run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
     length = f"as many steps as fit into {settings.budget}"
     if run.max_iters < math.inf:
         length = f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
-    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x {settings.block_size}"
-        f"{shared}; {length}")
+    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
+        f"{settings.block_size}{shared}; {length}")
     memory.say_memory(run)
 
 
 def say_result(run):
     settings, row, before = run.settings, run.row, run.facts["before"]
-    say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of training, "
-        f"{run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; validation loss "
-        f"{row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
+    say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of "
+        f"training, {run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; "
+        f"validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
     model, _, best = ckpt.load_run(settings.out_dir, device=run.device)
     say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; it writes:\n")
     if before:
+        change = best["val_bpb"] / before["val_bpb"] - 1
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
-            f"--- after: {best['val_bpb']:.4f} bits per byte, {best['val_bpb'] / before['val_bpb'] - 1:+.1%} ---")
+            f"--- after: {best['val_bpb']:.4f} bits per byte, {change:+.1%} ---")
     show(sample(run, model))
     guessing = math.log(settings.vocab_size)  # the loss where every token is equally likely
-    if row["val_loss"] > guessing + 0.5:  # random weights, too, are a little worse than guessing
+    # Random weights, too, are a little worse than guessing.
+    if row["val_loss"] > guessing + 0.5:
         if row["loss"] < guessing / 2:
             warn(f"the text was learned by heart: use {best['path']}, fewer steps, or more text")
         else:
@@ -693,12 +708,12 @@ def say_result(run):
 
 
 def sample(run, model):
-    """A text by the model: what follows the first words of the validation split, or its first question."""
+    """A text by the model: what follows the first words, or question, of the validation split."""
     def pick(logits):
         return torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1)[:, 0]
 
-    # The prompt and the seed are always the same, so that texts of different runs can be
-    # compared.
+    # The prompt and the seed are always the same, so that texts of different
+    # runs can be compared.
     tokenizer, ids = run.tokenizer, []
     prompt, ends = run.data.prompt(model.config.block_size), tokenizers.ends(tokenizer)
     torch.manual_seed(0)
