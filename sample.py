@@ -3,7 +3,7 @@
 Sampling: let a trained model write in the terminal.
 
     python sample.py                                # the newest run under out/; asks for prompts
-    python sample.py out/small --prompt='def read(path):' --max_new_tokens=200
+    python sample.py out/small 'def read(path):' --max_new_tokens=200
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
     python sample.py SmolLM2-135M-Instruct --chat   # a conversation; the model: a Hugging Face folder
 
@@ -16,6 +16,7 @@ from logits to text:
 """
 import codecs
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig(RunConfig):
+    # how it is computed
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
     quantize: Literal["none", "int8"] = "none"  # int8: matrices of 8-bit integers, for CPUs
@@ -337,6 +339,18 @@ def ask(writer):
             say("\n(stopped; Ctrl-D ends)")
 
 
+def split_arguments(bare, given):
+    """(RUNs, prompt) of the bare arguments: a RUN, a text to continue, or both. given: the prompt of an option."""
+    *runs, last = bare or [""]
+    looks_like_text = not os.path.exists(last) and (runs or re.search(r"[^\w./~-]", last))
+    if not looks_like_text:
+        return bare, given
+    if given or len(bare) > 2:
+        raise UserError(f"expected a RUN and a prompt, got {len(bare) + bool(given)} texts",
+                        f"quote the prompt: python sample.py {quote(' '.join(bare))}")
+    return runs, last
+
+
 def load_model(settings, runs):
     """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
     device = machine.choose_device(settings.device)
@@ -356,11 +370,12 @@ def check_chat(run, tokenizer):
 
 def main(argv):
     # 1. Settings.
-    settings, _, runs = load(SampleConfig, argv)
+    settings, _, bare = load(SampleConfig, argv)
+    runs, prompt = split_arguments(bare, settings.prompt or settings.start)
     check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
         raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
-    prompt = read_prompt(settings.prompt or settings.start)
+    prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
     source = "a Hugging Face model"

@@ -15,13 +15,42 @@ import inspect
 import os
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 import traceback
 import types
 import typing
+from shlex import quote
 
 from runtime.console import UserError
 
+# Names that people know from other programs, and what they are called here: the first that the script has.
+ELSEWHERE = {
+    "lr": "learning_rate", "wd": "weight_decay", "momentum": "beta1", "warmup": "warmup_iters",
+    "warmup_steps": "warmup_iters", "max_grad_norm": "grad_clip", "clip": "grad_clip",
+    "epochs": "max_iters", "num_epochs": "max_iters", "num_train_epochs": "max_iters", "iters": "max_iters",
+    "steps": "max_iters", "max_steps": "max_iters", "time": "budget",
+    "batch": "batch_size", "bs": "batch_size", "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size", "grad_accum": "gradient_accumulation_steps",
+    "save_steps": "save_interval", "save_every": "save_interval", "eval_steps": "eval_interval",
+    "logging_steps": "log_interval", "early_stopping": "patience", "resume": "init_from=resume",
+    "data": "dataset data", "data_dir": "dataset", "data_path": "dataset", "train_data": "dataset",
+    "output": "out_dir out", "output_dir": "out_dir out", "save_dir": "out_dir out",
+    "seq_len": "block_size", "seq_length": "block_size", "max_seq_len": "block_size", "context": "block_size",
+    "context_length": "block_size", "ctx": "block_size", "n_ctx": "block_size", "max_length": "max_new_tokens block_size",
+    "layers": "n_layer", "num_layers": "n_layer", "num_hidden_layers": "n_layer", "heads": "n_head",
+    "num_heads": "n_head", "hidden_size": "n_embd", "d_model": "n_embd", "dim": "n_embd", "embed_dim": "n_embd",
+    "vocab": "vocab_size", "lora": "lora_rank", "lora_r": "lora_rank", "rank": "lora_rank", "r": "lora_rank",
+    "n": "max_new_tokens num_samples", "length": "max_new_tokens", "tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens", "num_tokens": "max_new_tokens", "samples": "num_samples",
+    "temp": "temperature", "t": "temperature", "p": "top_p", "k": "top_k", "greedy": "temperature=0",
+    "text": "prompt", "input": "prompt", "fp16": "dtype=float16", "half": "dtype=float16", "bf16": "dtype=bfloat16",
+    "precision": "dtype", "gpu": "device=cuda", "cuda": "device=cuda", "cpu": "device=cpu",
+    "int8": "quantize=int8 format=int8", "load_in_8bit": "quantize=int8", "bits": "quantize=int8",
+}
+A_MODEL = "model", "model_path", "model_name", "model_name_or_path", "run", "ckpt", "ckpt_path", "checkpoint_path"
+CODE_WORDS = {"None": "none", "True": "true", "False": "false", "field(default_factory=list)": ""}  # as one types them
 CONSTANTS = {"true": True, "false": False, "none": None}
 # The types of settings, besides Literal["a", "b"] and unions
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text",
@@ -48,6 +77,8 @@ def load(cls, argv, presets=None, files=False):
                 value = given.get(name, []) + value
             given[name] = value
             source[name] = f"--{name}"
+        elif re.fullmatch(r"-[A-Za-z]\w+(=.*)?", argument):
+            raise UserError(f"{argument} begins with one hyphen", f"-{argument}")
         elif files:
             assigned = read_config(argument, kinds)
             given.update(assigned)
@@ -84,11 +115,20 @@ def read_flag(argument, following, kinds):
 
 def read_config(path, kinds):
     """{name: value} of the settings that a config file assigns."""
+    # 1. `train_small` is config/train_small.py; a text is not a recipe.
+    folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
+    recipe = os.path.join(folder, path.removesuffix(".py") + ".py")
+    if not os.path.exists(path) and os.path.isfile(recipe):
+        path = recipe
     if not os.path.isfile(path):
-        folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
         recipes = sorted(f"config/{name}" for name in os.listdir(folder) if name.endswith(".py"))
         near = difflib.get_close_matches(path, recipes, 1) or recipes
         raise UserError(f"there is no config file {path}", ", ".join(near))
+    if not path.endswith(".py"):
+        name = os.path.basename(path).partition(".")[0]
+        raise UserError(f"{path} is not a config file, whose name ends in .py",
+                        f"for a text, python prepare.py {quote(path)}, then --dataset={quote(name)}")
+    # 2. Run it, and take what it assigns.
     try:
         assigned = runpy.run_path(path)
     except (Exception, SystemExit) as error:
@@ -107,8 +147,13 @@ def read_config(path, kinds):
 def known(name, kinds, where):
     """The type of a setting. Raises UserError with the most similar name."""
     if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, 1)
-        fix = f"--{near[0]}" if near else "--help lists every setting"
+        ours = [words for words in ELSEWHERE.get(name, "").split() if words.partition("=")[0] in kinds]
+        near = ours or difflib.get_close_matches(name, kinds, 1)
+        fix = "--help lists every setting"
+        if near:
+            fix = f"--{near[0]}"
+        elif name in A_MODEL:
+            fix = "--preset=NAME, or --init_from=RUN" if "preset" in kinds else "name the RUN alone, without an option"
         raise UserError(f"{where}: there is no setting {name!r}", fix)
     return kinds[name]
 
@@ -187,14 +232,36 @@ def describe(kind):
 
 
 def help_text(cls):
-    """The fields of a settings class as its source has them."""
-    parts, seen = [(inspect.getmodule(cls).__doc__ or "").strip(), ""], set()
+    """What the script does, and its settings in groups: name, default, meaning, and [what it may be]."""
+    module, kinds = inspect.getmodule(cls), typing.get_type_hints(cls)
+    limits = getattr(module, "RANGES", None) or getattr(module, "LIMITS", {})
+    ranges = {name: f"{low:,} to {high:,}" for names, (low, high) in limits.items() for name in names.split()}
+    parts, seen = [(module.__doc__ or "").strip(), "", "Settings, with their defaults:"], set()
     for owner in filter(dataclasses.is_dataclass, cls.__mro__):
         for line in map(str.strip, inspect.getsource(owner).split("\n")):
             name = line.partition(":")[0]
             if line.startswith("#"):
-                parts.append("\n" + line)
+                parts += ["", line[2:]]
             elif name in owner.__annotations__ and name not in seen:  # (a class may override a field)
-                parts.append("--" + line.replace("field(default_factory=list)", "[]"))
                 seen.add(name)
+                code, _, meaning = line.partition("  # ")
+                parts.append(help_entry(name, code.partition(" = ")[2], meaning, kinds[name], ranges.get(name)))
     return "\n".join(parts)
+
+
+def help_entry(name, default, meaning, kind, limits):
+    """One setting of the help: the meaning beside the name and its default, or below where they are long."""
+    values = CODE_WORDS.get(default, default.strip('"'))
+    allowed = limits
+    if typing.get_args(kind) and kind != list[str]:
+        allowed = describe(kind).replace(" or ", ", ")
+    if allowed:
+        meaning += f" [{allowed}]"
+    left = f"  --{name}={values}"
+    column, columns = 34, max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+    lines = textwrap.wrap(meaning, columns - column, break_long_words=False, break_on_hyphens=False)
+    if len(left) < column - 1:
+        first = left.ljust(column) + (lines.pop(0) if lines else "")
+    else:
+        first = left
+    return "\n".join([first, *(" " * column + line for line in lines)])

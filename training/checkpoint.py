@@ -10,11 +10,13 @@ A file bears its final name only when it is whole and on the disk, so the newest
 It holds tensors and plain values and is read with weights_only=True, so a stranger's file cannot run code.
 """
 import contextlib
+import difflib
 import glob
 import hashlib
 import math
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from shlex import quote
@@ -237,14 +239,37 @@ SMALL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def find_run():
     """The run below out/ that was written last, or else the model that comes with the code."""
-    paths = [path for path in glob.glob("out/**/*.pt", recursive=True)
-             if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)]
-    if paths:
-        return os.path.dirname(max(paths, key=os.path.getmtime))
+    if runs := runs_below("out"):
+        return runs[0]
     if not os.path.isdir(SMALL):
         raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
     note("there is no run below out/: taking the small model that comes with the code, which writes Python")
     return os.path.relpath(SMALL)
+
+
+def runs_below(folder):
+    """The runs in a folder or deeper, the one that was written last first."""
+    paths = [path for path in glob.glob(f"{glob.escape(folder)}/**/*.pt", recursive=True)
+             if os.path.basename(path).startswith(("best", "ckpt_")) and os.path.isfile(path)]
+    paths.sort(key=os.path.getmtime, reverse=True)
+    return list(dict.fromkeys(map(os.path.dirname, paths)))
+
+
+def no_model(run):
+    """The error where a RUN has no model: what it is instead, or the nearest name."""
+    name = os.path.basename(os.path.normpath(run))
+    if os.path.exists(os.path.join(run, "train.bin")):
+        return UserError(f"{run} is prepared data, not a run",
+                         f"python train.py config/train_small.py --dataset={quote(name)} --out_dir=out/{quote(name)}")
+    if os.path.isdir(run):
+        fix = f"python train.py config/train_small.py --out_dir={quote(run)}"
+        return UserError(f"there is no trained model in {run}", ", or ".join(runs_below(run)) or fix)
+    # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
+    if re.fullmatch(r"[\w-]+/[\w.-]+", run) and not os.path.isdir(os.path.dirname(run)):
+        return UserError(f"there is no folder {run}", f"hf download {run} --local-dir {name}, then {name}")
+    runs = runs_below("out")
+    near = difflib.get_close_matches(run, runs, 1) or runs[:5]
+    return UserError(f"there is no run {run}", ", or ".join(near) or "python train.py config/train_small.py")
 
 
 def checkpoint_path(run, which="best"):
@@ -257,8 +282,7 @@ def checkpoint_path(run, which="best"):
     for path in reversed(paths):
         if os.path.exists(path):
             return path
-    raise UserError(f"there is no trained model in {run}",
-                    f"python train.py config/train_small.py --out_dir={quote(run)}")
+    raise no_model(run)
 
 
 def read_run(run, which="best", depth=0):
