@@ -24,8 +24,8 @@ from shlex import quote
 
 import numpy as np
 
-import tokenizer as tokenizers
-from runtime.console import UserError, origin, say, show
+import tokenizer as tokenizers  # our tokenizer.py: a `tokenizer` is an object here
+from runtime.console import UserError, origin, say, show  # say: progress, on stderr; show: a result, on stdout
 from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
@@ -41,13 +41,14 @@ class Changed(UserError):
 class Dataset:
     """A folder of prepared data: meta.json, and its files, opened.
 
-    An open file stays readable when it is replaced.
+    If prepare.py replaces a file, the one opened here can still be read. If
+    it is written to, `check_unchanged` notices.
     """
 
     folder: str
     meta: dict
     files: dict  # {"train": file, "val": file}; of conversations also "train.mask", "val.mask"
-    stamps: list  # of the files, when they were opened
+    stamps: list  # (size, time of the last change) of each file when it was opened
     found: dict = field(default_factory=dict)  # what `chat_windows` has found
 
     # How an epoch is shuffled; a run with another order cannot be continued.
@@ -70,7 +71,11 @@ class Dataset:
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
     def check_unchanged(self, ranks):
-        """Raises Changed where a file was written to: in all ranks if one of them finds it."""
+        """Raises Changed where a file was written to: in all ranks if one of them finds it.
+
+        ranks: the processes of the run (runtime/processes.py); each has a
+        number, its rank.
+        """
         # A batch of a file that is being rewritten would be garbage, and the
         # run would learn it.
         changed = [stamp(file) for file in self.files.values()] != self.stamps
@@ -100,7 +105,7 @@ class Dataset:
         return tokenizers.load_from(self.folder, self.meta["tokenizer_sha256"])
 
     def check(self, block_size):
-        """Raises UserError where windows of block_size + 1 tokens teach nothing."""
+        """Raises UserError where a split is too short for block_size, or no window of it has an answer."""
         shortest = min(self.meta[split]["tokens"] for split in SPLITS)
         for split in SPLITS:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
@@ -176,10 +181,10 @@ class Dataset:
         # 1. Which samples are those of this micro-batch?
         n = self.n_windows(block_size)
         first = (step * micros + micro) * batch_size
-        # 2. The n windows leave some tokens of a text over (see `n_windows`),
-        #    so an epoch can begin at any of the first ones. It begins at a
-        #    different one each time, so that windows do not always begin at
-        #    the same tokens.
+        # 2. The n windows leave some tokens of a text over (see `n_windows`).
+        #    So the first window of an epoch can begin at any of the first
+        #    `spare` tokens: windows do not always begin at the same tokens.
+        #    Conversations begin where they begin: with 1, the offset is 0.
         spare = 1 if self.chat else self.meta["train"]["tokens"] - n * block_size
         # 3. Sample by sample, since a batch may reach into the next epoch.
         spans = []
@@ -208,6 +213,8 @@ class Dataset:
         # tokens, and the start of an epoch moves within them (see `spans`).
         if split == "train":
             return max(1, tokens // block_size - 1)
+        # Every token but the first is a target once; the last window may be
+        # short.
         return math.ceil((tokens - 1) / block_size)
 
     def epochs(self, windows, block_size):
@@ -256,8 +263,8 @@ class Dataset:
         """Batch i of one pass over the validation split: (idx, targets). Each target occurs once."""
         last = min((i + 1) * batch_size, self.n_windows(block_size, "val"))
         spans = [self.span("val", number, block_size) for number in range(i * batch_size, last)]
-        # The last batch has the shape of the others, for which code was
-        # compiled. A window of one token predicts nothing.
+        # The last batch is filled up to the shape of the others, for which
+        # code was compiled, by windows of one token: they have no target.
         spans += [(0, 1)] * (batch_size - len(spans))
         return self.read_windows("val", spans, block_size)
 
@@ -277,6 +284,8 @@ class Dataset:
         """
         val = self.meta["val"]
         if self.chat:
+            # (Of the validation split, they are the learned ones: the
+            # assistant's.)
             tokens_per_byte = val["trained"] / val["trained_bytes"]
         else:
             predicted = val["tokens"] - 1  # the first has no context
@@ -318,9 +327,9 @@ def shuffled(n, seed, epoch):
 def to_batch(windows, block_size):
     """(ids, learned) of B windows as one batch: (idx, targets), each (B, T) int64.
 
-    The target of a token is the one after it, or -1: after the end of a short
-    window, and where `learned`, a bool for every target or for all of them,
-    is False.
+    The target of a token is the one after it. It is -1 after the end of a
+    short window, and where `learned` is False. learned: a bool for each
+    target, or one for all.
     """
     import torch  # prepare.py does without
     # A short window is padded with token 0; its targets there are -1.
@@ -334,11 +343,11 @@ def to_batch(windows, block_size):
     return torch.from_numpy(idx), torch.from_numpy(targets)
 
 
-def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: None):
-    """One pass over so many batches: (sum of the loss in nats, number of targets).
+def validation_sums(loss_of, batch_at, n_batches, ranks, before_each=lambda number: None):
+    """One pass over n_batches: (sum of the loss in nats, number of targets).
 
     loss_of: (idx, targets) -> the mean loss over the targets that are not -1.
-    batch: number -> (idx, targets). ranks: the Processes of the run. Rank r
+    batch_at: number -> (idx, targets). ranks: the Processes of the run. Rank r
     of `world` takes the batches r, r + world, and so on. For the same
     batches, the sums are the same to the last bit for any number of ranks.
     before_each: called equally often in each rank, so that all can stop
@@ -346,13 +355,13 @@ def validation_sums(loss_of, batch, batches, ranks, before_each=lambda number: N
     """
     # A place for each batch: a sum of floats depends on the order of its
     # terms, and that order must not depend on the number of processes.
-    nats = [0.0] * batches
+    nats = [0.0] * n_batches
     count = 0
-    for first in range(0, batches, ranks.world):
+    for first in range(0, n_batches, ranks.world):
         before_each(first)
         number = first + ranks.rank
-        if number < batches:
-            idx, targets = batch(number)
+        if number < n_batches:
+            idx, targets = batch_at(number)
             # Batches differ in their number of targets, so that a mean of
             # means would be wrong.
             n = int((targets >= 0).sum())
@@ -424,7 +433,8 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json"
 
 
 def not_ours(folder):
-    """The first thing in a folder that prepare.py did not write; "" if there is none."""
+    """The first thing in a folder that prepare.py did not write, or where the folder is a file, words for
+    that; "" if there is none."""
     # A folder with a stranger's file in it is never replaced.
     if os.path.isdir(folder):
         return os.path.basename(foreign(folder, OURS.fullmatch))

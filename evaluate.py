@@ -52,12 +52,12 @@ class EvaluateConfig(ModelConfig):
     batch_size: Literal["auto"] | int = "auto"  # contexts at once; auto: about 4,096 tokens
     # questions
     tasks: list[str] = field(default_factory=list)  # a,b: names of evaluation/tasks, files, or none; default: all
-    limit: Literal["all"] | int = "all"  # at most so many questions of each
+    limit: Literal["all"] | int = "all"  # at most this many questions of each
     shots: int = 0  # examples before each question
     examples: str = ""  # the file of the examples; default: the questions that follow
     cot: bool = False  # chain of thought: ask for the way to a number, and show it in the examples
     chat: bool = False  # ask in the chat format, where a model has one
-    votes: int = 1  # write so many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
+    votes: int = 1  # write this many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
     max_new_tokens: Literal["auto"] | int = "auto"  # of an answer; auto: 256 for a number, 32 for words
     # samples
     samples: int = 16  # texts to write and to measure; 0: none

@@ -12,9 +12,9 @@ a position read from the positions before it, and the MLP processes what was
 read. Both add to the residual stream: one vector per position, which runs
 through the network from bottom to top.
 
-GPTConfig covers GPT-2, Llama and Qwen3. Read down to GPT; the KV cache, the
-tricks that make training fast on a CPU, and the checks that a shape is
-possible come after it.
+GPTConfig covers GPT-2, Llama and Qwen3. Read as far as the end of class GPT.
+After it come the KV cache, what makes training fast on a CPU, and the checks
+of the settings.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -52,6 +52,10 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the variance before the root
 
 
+# The modules below get a config in which `resolve`, at the end of this file,
+# has put a number in place of every "auto".
+
+
 class RMSNorm(nn.Module):
     """x divided by the root of the mean of its squares, times a weight (arXiv 1910.07467)."""
 
@@ -77,8 +81,8 @@ def make_norm(config, dim):
 def rotary_table(config):
     """Cosine and sine of every angle that rope needs: two tensors (block_size, head_dim / 2)."""
     half = config.head_dim // 2
-    # From 1 radian per position for the first pair of channels to about 1 /
-    # rope_theta for the last.
+    # From 1 radian per position for the first pair of channels, 0 and half (see
+    # `rotate`), to about 1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return angle.cos(), angle.sin()
@@ -89,7 +93,8 @@ def rotate(x, cos, sin):
 
     Positions enter the product of a rotated query and a rotated key only
     through the distance between them. x: (B, heads, T, head_dim); cos, sin:
-    (1, T, head_dim / 2).
+    (1, T, head_dim / 2), or (B, 1, 1, head_dim / 2) where rows differ in
+    position.
     """
     first, second = x.chunk(2, dim=-1)
     turned = first * cos - second * sin, first * sin + second * cos
@@ -148,8 +153,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them, for each position: (B, T, C) -> (B, T, C).
 
-    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and the
-    value side by side.
+    For swiglu (Shazeer 2020, arXiv 2002.05202), c_fc holds the gate and what
+    it multiplies side by side.
     """
 
     def __init__(self, config):
@@ -168,7 +173,7 @@ class MLP(nn.Module):
         elif self.kind == "gelu":
             x = gelu(x, self.training)  # (in training, a faster form)
         else:
-            x = F.gelu(x)
+            x = F.gelu(x)  # gelu_exact: with erf, not tanh
         x = self.c_proj(x)  # (B, T, C)
         return F.dropout(x, self.dropout, self.training)
 
@@ -235,8 +240,8 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
                 # 2 n_layer of these add to the residual stream. Divided by
-                # the root of their number, they give it the same variance at
-                # any depth.
+                # the root of their number, it ends with the same variance,
+                # whatever n_layer is.
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5)
             else:
                 p.normal_(std=0.02)
@@ -260,8 +265,8 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         assert past + T <= self.config.block_size, \
             f"{past + T} tokens do not fit into block_size={self.config.block_size}; cut the text"
-        # The positions, as an index: a slice, or where rows have different
-        # lengths (in the server) a tensor (B, 1).
+        # An index of the positions: a slice; in the server, where rows have
+        # different lengths and T is 1, a tensor (B, 1).
         at = slice(0, T) if cache is None else cache.positions(T)
         # 1. The vectors of the tokens, and where they are.
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -269,7 +274,8 @@ class GPT(nn.Module):
         if self.config.pos == "learned":
             x = x + self.transformer.wpe.weight[at]  # (T, C), or (B, 1, C)
         else:
-            # With an axis for the heads: (1, T, head_dim / 2) each.
+            # With an axis for the heads: (1, T, head_dim / 2) each, in the
+            # server (B, 1, 1, head_dim / 2).
             rotation = self.rope_cos[at].unsqueeze(-3), self.rope_sin[at].unsqueeze(-3)
         # Activations are dropped at random, so that none is relied on alone
         # (Srivastava 2014).
@@ -346,8 +352,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Operations of training, per token of a context of T (PaLM, arXiv 2204.02311, appendix B).
 
-        A weight of a matrix costs a multiplication and an addition forward,
-        and twice that backward: 6, or 4 where it is not trained. Attention
+        A weight of a matrix costs 2 operations forward, a multiplication and
+        an addition. Backward costs 2 for the gradient of its input, and 2 for
+        its own, which a frozen weight does without: 6 in all, or 4. Attention
         adds 12 n_head head_dim T per layer: by convention, the masked half
         counts too.
         """
@@ -386,7 +393,7 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens read so far: (n_layer, B, n_kv_head, capacity, head_dim) each.
 
-    While a token is written, those before it need not be computed again:
+    For the next token, those before it need not be computed again:
     their keys and values are all that attention reads of them. A cache of
     another kind, such as the server's, has these four:
 
@@ -465,14 +472,17 @@ def attend_from_one(q, k, v):
 
 # ---------- Faster training on CPUs
 
-MOST_SCORES = 1 << 25  # B n_head T^2: beyond, attention_by_formula costs more in memory than it saves
+# B n_head T^2. Beyond, attention_by_formula is slower: its scores no longer
+# fit into the caches of the processor, and take much memory.
+MOST_SCORES = 1 << 25
 
 
 def causal_attention(q, k, v, dropout, training, shared):
     """Attention without a cache: (B, n_head, T, head_dim), like q. shared: k, v have fewer heads.
 
     PyTorch's kernel holds no (T, T) scores. But for training in bfloat16 on a
-    CPU, the formula is twice as fast. (In float32, both are equally fast.)
+    CPU, the formula is twice as fast. (In float32 it is no slower, so the
+    dtype is not asked.)
     """
     B, n_head, T, _ = q.shape
     if not training:
@@ -520,7 +530,7 @@ class CrossEntropy(torch.autograd.Function):
     With a large vocabulary they take more memory than the model. But their
     gradient is known at once: softmax(logits), minus 1 at the target. So
     forward also computes the gradients, chunk by chunk, and backward only
-    scales them, once. torch.nn.functional.linear_cross_entropy does the same,
+    scales them (in place, so it can run only once). torch.nn.functional.linear_cross_entropy does the same,
     but is slower on CPUs and less exact: docs/lab-notes.md.
 
     x: (N, C); weight: (V, C), of which the first vocab_size rows are tokens;
@@ -581,11 +591,11 @@ def chunk_loss(logits, targets):
 
 # ---------- Can this shape exist?
 
-# The messages read "fact", or "fact; what to type": resume.build_model makes
-# a UserError of them.
+# A message is a statement, or "statement; what to type": "dropout=2 is not in
+# [0, 1); --dropout=0.1". resume.build_model makes a UserError of both.
 
 AUTO = "auto", 0  # older checkpoints have the 0
-LARGEST = 1 << 24  # of a number in a shape: a product of two stays far below 2^63
+LARGEST = 1 << 24  # the largest n_embd, n_layer, ...: a product of two stays far below 2^63
 
 
 def round_up(n, multiple):
@@ -611,8 +621,8 @@ def resolve(config):
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
         f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
-    # With a head_dim of its own, these two can be huge: the matrix of the
-    # queries, and the table of rope.
+    # With a head_dim of its own, n_head * head_dim (of the queries) and
+    # block_size * head_dim (of rope's table) can be huge: at most 2^30 here.
     for name in ("n_head", "block_size"):
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
@@ -629,10 +639,10 @@ def resolve(config):
 
 
 def check_field(field, value):
-    """Asserts that a value has the type of its field, and is a choice of it or in its range."""
+    """Asserts that a value has the type of its field, and is one of its choices or in its range."""
     name, kind, choices = field.name, type(field.default), get_args(field.type)
     if field.default == "auto":
-        kind, choices = int, ()
+        kind, choices = int, ()  # (get_args has found the types of a union, not choices)
         if value in AUTO:
             return
     whole_as_float = kind is float and type(value) is int

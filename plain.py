@@ -5,7 +5,7 @@ class, nothing for speed.
 
     python plain.py                                  # a small model learns from Python's standard library
     python plain.py --n_embd=128 --max_iters=1000
-    python -m bench parity --peer=plain.py           # with these weights and batches, train.py's losses
+    python -m bench parity --peer=plain.py           # given train.py's weights and batches: are the losses the same?
 
 A GPT predicts, at every position of a text, the next token, here a character. Text
 becomes numbers, numbers become predictions, a loss says how wrong they are, and every
@@ -88,8 +88,9 @@ def get_batch(ids):
 
 def softmax(x):
     """Numbers become probabilities: positive, with the sum 1."""
-    # In float32, exp overflows above 88. There one first subtracts the maximum, which
-    # cancels in the division. Here `main` chooses float64.
+    # In float32, exp overflows above 88, so one first subtracts the maximum, which
+    # cancels in the division. `main` chooses float64, where the limit is 709, so plain
+    # exp will do.
     powers = x.exp()
     return powers / powers.sum(-1, keepdim=True)
 
@@ -142,7 +143,7 @@ class GPTConfig:
 
 
 class GPT:
-    """A GPT in the shape of GPT-2 (Radford 2019), without biases, under its names.
+    """A GPT in the shape of GPT-2 (Radford 2019), without biases. The weights have GPT-2's names.
 
     wte has the vectors of tokens, wpe of positions, h the blocks. The c_ in c_attn,
     c_proj and c_fc once meant convolution; they are plain matrices.
@@ -166,9 +167,10 @@ class GPT:
             if len(shape) == 1:
                 initial = torch.ones(shape)  # the weights of a norm
             else:
-                # Scaled by 1 / sqrt(inputs), a random matrix keeps the size of what
-                # it multiplies (LeCun 1998). (wte multiplies at the end; wpe never
-                # does, and is just small.)
+                # Scaled by 1 / sqrt(inputs), a random matrix keeps the magnitude of the
+                # vectors that it multiplies (LeCun 1998). (wte is a matrix product only
+                # at the end, where it predicts the tokens: see `logits`. wpe is only
+                # looked up, so it need only be small.)
                 initial = torch.randn(shape) / math.sqrt(shape[-1])
             # Named as in model.py, so that weights can be copied.
             self.weights[f"transformer.{name}.weight"] = initial.requires_grad_()
@@ -181,12 +183,12 @@ class GPT:
         x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:idx.size(1)]  # (B, T, C)
         for i in range(self.config.n_layer):
             block = f"transformer.h.{i}."
-            # Attention: each position reads from those before it; every head looks for
-            # something different.
+            # Attention: each position reads from itself and those before it; every head
+            # looks for something different.
             qkv = norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T  # (B, T, 3 C)
             q, k, v = qkv.chunk(3, dim=-1)  # (B, T, C) each
-            split = [part.chunk(self.config.n_head, dim=-1) for part in (q, k, v)]  # n_head parts each
-            heads = [attention(*parts) for parts in zip(*split)]  # (B, T, head_dim) each
+            pieces = [whole.chunk(self.config.n_head, dim=-1) for whole in (q, k, v)]  # n_head of each
+            heads = [attention(*qkv_of_head) for qkv_of_head in zip(*pieces)]  # (B, T, head_dim) each
             # Adding, not replacing, lets the gradient pass through every block unchanged
             # (He 2015, arXiv 1512.03385).
             x = x + torch.cat(heads, dim=-1) @ w[block + "attn.c_proj.weight"].T  # (B, T, C)
@@ -211,8 +213,8 @@ class GPT:
             # The whole context is read again for each token. model.py keeps keys and
             # values instead.
             logits = self.logits(idx[:, -self.config.block_size:])[:, -1]  # (B, V), of the last position
-            values, ids = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k) each
-            chosen = torch.multinomial(softmax(values / temperature), 1)  # (B, 1)
+            best, ids = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k) each
+            chosen = torch.multinomial(softmax(best / temperature), 1)  # (B, 1)
             idx = torch.cat((idx, ids.gather(1, chosen)), dim=1)
         return idx
 
@@ -264,8 +266,8 @@ def adamw(w, mean, mean_square, step, rate):
     # 1) The running means.
     mean.copy_(beta1 * mean + (1 - beta1) * w.grad)
     mean_square.copy_(beta2 * mean_square + (1 - beta2) * w.grad ** 2)
-    # 2) They began at 0, so after s steps they are only 1 - beta^s times what they
-    #    should be.
+    # 2) They began at 0, so after s = step + 1 steps, this one included, they are only
+    #    1 - beta^s times what they should be.
     direction = mean / (1 - beta1 ** (step + 1))
     size = (mean_square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
     # 3) The step. While a gradient stays the same, direction / size is 1 or -1: the

@@ -72,7 +72,7 @@ class PrepareConfig:
 
 LIMITS = {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
           "character_coverage": (0.98, 1), "vocab_size": (1, 1_000_000)}
-MANY = 200  # from so many documents on, validation takes whole ones; with fewer, the end of each
+MANY = 200  # with this many documents or more, validation takes whole ones; with fewer, the end of each
 # A word is a run of letters and digits; in the scripts from Thai to Chinese, many of
 # which have no spaces, one of them.
 WORD = re.compile(r"[^\W_\u0e00-\u9fff]+|(?=\w)[\u0e00-\u9fff]")

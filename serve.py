@@ -43,7 +43,7 @@ class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
-    block_size: Literal["auto"] | int = "auto"  # cut the context to so many tokens; auto: the model's own
+    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
     max_body: int = 1 << 20  # bytes of a request

@@ -386,7 +386,7 @@ def sample(texts, total_bytes):
     if share < 1:
         note(f"the vocabulary is learned from a sample: {SAMPLE_BYTES / 1e6:.0f} MB of the "
              f"{total_bytes / 1e6:,.0f}")
-    # 2. `due`: so many characters should have been given by now. A part of less than
+    # 2. `due`: how many characters should have been given by now. A part of less than
     #    2,000 waits.
     for text in texts:
         due += len(text) * share

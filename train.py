@@ -15,7 +15,7 @@ is a folder, out/NAME:
     log.jsonl           one line per logged step; loss.svg is its picture
     tokenizer/          a copy
 
-Read `main`, then `train`, the whole run, and `train_step`, one step.
+Read `main`, then `train` (the whole run) and `train_step` (one step).
 
 The batch and the dropout masks of a step are computed from (seed, step). So
 on a CPU a run that was killed at any moment and resumed ends with the same
@@ -53,7 +53,7 @@ from training.log import Log, progress_line
 from training.muon import Muon
 
 SAMPLE_SECONDS = 3  # for the text at the end of a run
-MAX_SKIPPED = 20  # so many steps in a row may be skipped because float16 overflowed
+MAX_SKIPPED = 20  # at most this many steps in a row may be skipped because float16 overflowed
 
 
 @dataclass
@@ -63,8 +63,8 @@ class TrainConfig(GPTConfig):
     vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
-    batch_size: int = 12  # windows of a micro-batch; less where memory is short
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, summed over all processes
+    batch_size: int = 12  # windows of a micro-batch; choose fewer if memory is short
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, counted over all processes
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
     init_from: str = "auto"  # auto: resume if there is a checkpoint; scratch; resume; or a RUN to take weights from
@@ -106,7 +106,7 @@ class TrainConfig(GPTConfig):
 
 
 def main(argv):
-    """Read the settings, lock the folder of the run, and train."""
+    """Read the settings, and train."""
     # 1) Settings: the defaults above, then config files and --name=value from
     #    left to right. given: {name: the file, preset or --option that set
     #    it}, for those that are not a default.
@@ -118,8 +118,9 @@ def main(argv):
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
     default = os.path.join("out", os.path.basename(settings.dataset))
     settings.out_dir = os.path.normpath(settings.out_dir or default)
-    resume.check_settings(settings)  # (only raises)
-    # 3) One process writes; torchrun starts the others with another rank.
+    resume.check_settings(settings)  # (changes nothing; raises UserError if they are impossible)
+    # 3) One process writes; torchrun starts the others with another rank. (`train`
+    #    locks the folder; this unlocks it.)
     ranks = Processes()
     writes = ranks.rank == 0 and not settings.eval_only
     with ckpt.RunFolder(settings.out_dir, writes) as folder:
@@ -149,27 +150,30 @@ def train(settings, given, ranks, folder):
     data = datasets.Dataset.open(data_dir)
     tokenizer = data.load_tokenizer()
     if folder.writes:
-        folder.check_ours()
+        folder.claim()
 
-    # 3) The start. resumed: a checkpoint of this run; start: one of another
-    #    run, whose weights are taken; base: the path and checksum of that.
-    #    Each may be None; a resumed LoRA run has all three. The shape of the
-    #    model is set in `settings` here; after this, they do not change.
-    resumed, start, base = resume.find_start(settings, given, data, versions)
+    # 3) The start. resumed: a checkpoint of this run; parent: one of another
+    #    run, whose weights are taken; base: of LoRA, the path and checksum of
+    #    the parent. Each may be None; a resumed LoRA run has all three. The
+    #    shape of the model is set in `settings` here; after this, they do not
+    #    change.
+    resumed, parent, base = resume.find_start(settings, given, data, versions)
     if resumed and (ended := resume.how_it_ended(resumed, settings)):
         say(ended)
         say_next(out_dir, data)
         return 0
     if not resumed and folder.writes:
-        resume.check_log(settings)  # may it be replaced, if there is one without a checkpoint?
+        # A log without a checkpoint may only be replaced by the same run.
+        resume.check_log(settings)
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
-    model = make_model(settings, start, resumed).to(device).train()
+    model = make_model(settings, parent, resumed).to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        # Is there enough space on the disk? 3 checkpoints (the third is written
-        # before the oldest goes) of weights and 2 moments each, and best.pt.
-        folder.open(step, needed=10 * size)
+        # Checkpoints that cannot be read are set aside. Is there enough space
+        # on the disk? For 3 (the third is written before the oldest goes) of
+        # weights and 2 moments each, and best.pt.
+        folder.make_ready(step, needed=10 * size)
 
     # 4) The run. What `auto` chooses is written into every checkpoint, and
     #    used again on resume.
@@ -179,7 +183,8 @@ def train(settings, given, ranks, folder):
         dtype, why = machine.choose_dtype(settings.dtype, device)
         chosen = dict(dtype=str(dtype).removeprefix("torch."), why=why, compile=settings.compile)
         chosen = ranks.broadcast(chosen)
-    chat = data.chat or bool((resumed or start or {}).get("chat"))  # does the model know a chat format?
+    chat = data.chat or bool((resumed or parent or {}).get("chat"))  # does the model know a chat format?
+    # Of fine-tuning: the loss and a text before its first step (set below).
     before = resumed.get("before") if resumed else None
     facts = dict(format=1, order=data.ORDER, source=data.meta["source"], data_sha256=data.sha256(),
                  tokenizer_sha256=data.meta["tokenizer_sha256"], versions=versions, chosen=chosen,
@@ -192,7 +197,7 @@ def train(settings, given, ranks, folder):
         run.restore(resumed)
     # Fine-tuning shows what it has changed: the loss before the first step,
     # and a text.
-    if settings.eval_only or (start and not resumed):
+    if settings.eval_only or (parent and not resumed):
         found = run.validate()
         say(f"validation loss {found['val_loss']:.4f}, {found['val_bpb']:.4f} bits per byte")
         if settings.eval_only:
@@ -204,8 +209,8 @@ def train(settings, given, ranks, folder):
         required = settings.compile is True
         chosen["compile"] = machine.compile_model(
             model, required, lambda: run.loss(model, *run.batch(0, 0)))
-    # How long a step takes is known from before; what compiling took is in
-    # the time now.
+    # After a resume, a --budget can become steps at once: the time of a step
+    # is in the checkpoint, and that of compiling has just been spent.
     if resumed:
         choose_max_iters(run)
     if folder.writes:
@@ -259,7 +264,7 @@ class Run:
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
     stuck: bool = False  # the patience has run out
-    skipped: int = 0  # so many steps in a row have overflowed (float16)
+    skipped: int = 0  # how many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # before the last resume
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
@@ -321,8 +326,9 @@ class Run:
         """Before each micro-batch and validation batch: raise Stopped in all ranks if one got a signal."""
         if received := self.ranks.all_reduce_max(self.stop.signal):
             self.stop.signal = received
-            # (Not under torchrun, which repeats a Ctrl-C by itself.)
-            again = "; once more to stop at once" if self.stop.twice_ends else ""
+            # (Under torchrun a second signal ends nothing: it sends each
+            # Ctrl-C twice.)
+            again = "; once more to stop at once" if self.stop.second_ends else ""
             say(f"\n{signal.Signals(received).name}: saving{again}")
             raise Stopped
 
@@ -355,7 +361,7 @@ class Run:
         """Begin or continue what is in the folder besides checkpoints."""
         settings, out_dir = self.settings, self.settings.out_dir
         if resumed:
-            # It may be newer than the checkpoint.
+            # best.pt may be newer than the checkpoint.
             self.best_loss, self.best_step = ckpt.best_of(out_dir)
         # The log comes first: it marks the folder as that of a run.
         self.log = Log(os.path.join(out_dir, "log.jsonl"), self.header(), self.step)
@@ -398,7 +404,7 @@ class Run:
 
         must: a failure is an error, not a warning.
         """
-        state |= dict(self.facts, step=self.step, model=ckpt.learned(self.model),
+        state |= dict(self.facts, step=self.step, model=ckpt.trained_weights(self.model),
                       settings=self.settings_to_write())
         try:
             ckpt.save_checkpoint(os.path.join(self.settings.out_dir, name), state)
@@ -495,8 +501,8 @@ def learning_rate_factor(step, settings, max_iters):
 def choose_max_iters(run):
     """--budget: how many steps fit into the time left, once the time of a step is known.
 
-    That is in the warm-up, if there is one: there the learning rate does not
-    depend on max_iters.
+    It is known after at most ten steps, in the warm-up if there is one, while
+    the learning rate does not depend on max_iters.
     """
     settings, chosen = run.settings, run.facts["chosen"]
     if run.max_iters < math.inf or run.step < max(1, min(10, settings.warmup_iters)):
@@ -548,7 +554,7 @@ def validate_and_log(run):
         if not math.isfinite(loss):
             raise UserError(f"the validation loss after {run.step} steps is {loss}",
                             resume.again(settings), code=3)
-        # Not where no checkpoint could be saved: a run cannot be continued
+        # best.pt is saved only beside a checkpoint: a run cannot be continued
         # from best.pt alone.
         if writes and loss < run.best_loss and ckpt.checkpoints(settings.out_dir):
             if run.save("best.pt", must=run.last(), val_loss=loss, val_bpb=row["val_bpb"]):
@@ -558,7 +564,8 @@ def validate_and_log(run):
     if writes and ("val_loss" in row or run.step % settings.log_interval == 0):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
-        # The share of the peak that one token per second takes.
+        # The FLOP/s of one token per second, as a share of the machine's peak:
+        # progress_line multiplies it by the tokens per second.
         share = run.model.flops_per_token() / (run.peak * run.ranks.world)
         say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
@@ -591,12 +598,12 @@ def interrupted(run, reason):
 # ---------- Before the loop
 
 
-def make_model(settings, start, resumed):
+def make_model(settings, parent, resumed):
     """The GPT with its weights: random, of another run, with LoRA's corrections, of a checkpoint."""
     torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
-    if start:
-        ckpt.load_weights(model, start.pop("model"), settings.init_from)
+    if parent:
+        ckpt.load_weights(model, parent.pop("model"), settings.init_from)
     if settings.lora_rank:
         lora.add(model, settings.lora_rank, settings.lora_alpha)
     if resumed:
@@ -667,7 +674,8 @@ def is_worth_compiling(run):
 
 def say_plan(run):
     settings, meta, chosen, world = run.settings, run.data.meta, run.facts["chosen"], run.ranks.world
-    what, sources = "text,", ", ".join(meta["source"])
+    sources = ", ".join(meta["source"])
+    what = "text,"
     if run.data.chat:
         what = f"conversations, {meta['train']['trained']:,} tokens to learn in"
     say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")

@@ -71,7 +71,7 @@ def main(settings, _):
     # 2. Their rates
     print(f"{len(prompt)} tokens, then {new} more; {torch.get_num_threads()} threads; {settings.repeats} rounds: "
           "median (lowest to highest)")
-    table("| | tokens/s | seconds | int8 is so many times as fast |",
+    table("| | tokens/s | seconds | int8: times as fast |",
           [[name, spread([new / one for one in took], 0), f"{statistics.median(took):.2f}",
             ratio(took, seconds["int8"])] for name, took in seconds.items()])
 

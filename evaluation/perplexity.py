@@ -8,8 +8,8 @@ Perplexity: how well does a model predict a text?
 -log2 of the probability that a model gave to a token is its surprise, in bits. The sum over a text is its length after
 compression with the model. It is divided by
 
-the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose among so many tokens. It
-             depends on the tokenizer: the longer its tokens, the harder each is to guess.
+the tokens   perplexity, 2 to the power of the mean: the model is as unsure as if it chose evenly among that many
+             tokens. It depends on the tokenizer: the longer its tokens, the harder each is to guess.
 the words    the same for words between spaces, whatever the tokenizer; of no use in Chinese.
 the bytes    bits per byte, for every language and every tokenizer.
 
@@ -78,7 +78,7 @@ def split_documents(data):
 
 
 def cut(found, megabytes):
-    """Documents, each given as blocks of text, until they have so many megabytes."""
+    """Documents, each given as blocks of text, until they have this many megabytes."""
     texts, left = [], round(megabytes * 1e6) or sys.maxsize
     for blocks in found:
         raw = bytearray()

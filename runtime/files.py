@@ -47,7 +47,7 @@ def read_json(path, fix, **options):
 
 
 def parse_json(text, where, fix, most=None, **options):
-    """The value of a stranger's JSON text, of at most so many values. where: the file, for the error."""
+    """The value of a stranger's JSON text, of a limited number of values. where: the file, for the error."""
     most = most or JSON_VALUES
     if len(text) > most and sum(map(text.count, "[{,:")) > most:
         raise UserError(f"{where}: too many values to hold, more than {most:,}",

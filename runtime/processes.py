@@ -130,7 +130,7 @@ class StopSignal:
 
     def __init__(self):
         self.signal = 0
-        self.twice_ends = "TORCHELASTIC_RUN_ID" not in os.environ
+        self.second_ends = "TORCHELASTIC_RUN_ID" not in os.environ
 
     def listen(self):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -141,5 +141,5 @@ class StopSignal:
     def receive(self, number, frame):
         """It may interrupt a line being printed, so it prints nothing."""
         self.signal = number
-        if self.twice_ends:
+        if self.second_ends:
             signal.signal(number, signal.SIG_DFL)

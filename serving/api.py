@@ -252,7 +252,7 @@ class Job:
 class Generate(Job):
     """POST /generate"""
 
-    fields = FIELDS | {"logprobs": number(int, 0, 20)}  # of so many of the likeliest tokens
+    fields = FIELDS | {"logprobs": number(int, 0, 20)}  # of this many of the likeliest tokens
 
     def read(self):
         known = [*self.fields, "prompt"]

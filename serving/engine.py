@@ -66,7 +66,7 @@ class Request(Sampling):
     max_tokens: int = 128  # 0: only score the prompt
     seed: int = 0
     logit_bias: dict = field(default_factory=dict)  # {id: what to add to its logit}
-    logprobs: int | None = None  # keep the log-probability of each token, and of so many of the likeliest
+    logprobs: int | None = None  # keep the log-probability of each token, and of this many of the likeliest
     prompt_logprobs: int | None = None  # and those of the prompt, from this token on
     deadline: float = float("inf")  # of time.monotonic()
     streams: bool = False  # send events as it goes, and not only at the end
@@ -182,7 +182,7 @@ def batch_invariant_sizes(model, rows):
 
 
 class Engine:
-    """Requests on the rows of one model, which it changes. context: cut the model's own to so many tokens.
+    """Requests on the rows of one model, which it changes. context: cut the model's own to this many tokens.
 
     Raises UserError where there is too little memory.
     """

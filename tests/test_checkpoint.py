@@ -400,7 +400,7 @@ def test_a_base_that_is_not_there_is_not_looked_for_forever(here):
     lora.add(model, 2, 4)
     tokenizer = tokenizers.CharTokenizer("abc")
     tokenizer.save("out/tokenizer")
-    state = whole(model=ckpt.learned(model), base=dict(path="out/best.pt", sha256=""),
+    state = whole(model=ckpt.trained_weights(model), base=dict(path="out/best.pt", sha256=""),
                   tokenizer_sha256=tokenizers.fingerprint(tokenizer))
     state["settings"] |= dict(lora_rank=2, lora_alpha=4.0)
     ckpt.save_checkpoint("out/best.pt", state)

@@ -553,7 +553,7 @@ def test_retention(tmp_path, monkeypatch):  # row 24
             good.pop()
             step = good[-1] if good else 0
             with ckpt.RunFolder(".") as folder:
-                folder.open(step, 0)
+                folder.make_ready(step, 0)
         kept = 1 if event == "rot" else 2
         assert all(ckpt.load_checkpoint(f"ckpt_{s:08d}.pt")["step"] == s for s in good[-kept:])
         if good:

@@ -87,7 +87,7 @@ def overlap(folder, dtype, counts, end, names):
 def repeated_runs(train, val, dtype, end, k, one_in=1):
     """For each document in val: how many of its runs of k tokens are in train, and how many were looked up.
 
-    train, val: paths of files of token ids; one_in: look up a sample of the runs, one in so many.
+    train, val: paths of files of token ids; one_in: look up a sample of the runs, one in this many.
     """
     # 1) The runs of val, as hashes. A run does not cross from one document to the next.
     limit = np.uint64(((1 << 64) - 1) // one_in)  # runs with a larger hash are not in the sample

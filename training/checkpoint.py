@@ -69,7 +69,7 @@ class RunFolder(contextlib.ExitStack):
         super().__init__()
         self.path, self.writes = path, writes
 
-    def check_ours(self):
+    def claim(self):
         """Make and lock the folder. Raises UserError where it holds other files than those of a run."""
         from training.log import read_header  # sampling does without
         log = os.path.join(self.path, "log.jsonl")
@@ -86,7 +86,7 @@ class RunFolder(contextlib.ExitStack):
             raise UserError(f"out_dir={self.path} holds {min(names)}, and no run that could continue there",
                             "--out_dir=out/ANOTHER")
 
-    def open(self, step, needed):
+    def make_ready(self, step, needed):
         """Set aside the checkpoints after `step`, which could not be read. needed: bytes to be written."""
         for path in checkpoints(self.path):
             if os.path.basename(path) > f"ckpt_{step:08d}.pt":
@@ -349,7 +349,7 @@ def check_whole(checkpoint):
 # ---------- Weights, and what LoRA has of them
 
 
-def learned(model):
+def trained_weights(model):
     """The state_dict that a checkpoint holds: of a model with LoRA, the corrections alone."""
     weights = model.state_dict()
     return lora.adapters(weights) or weights
@@ -357,7 +357,7 @@ def learned(model):
 
 def fitting(model, weights, path):
     """Those of the weights that the model takes. Raises UserError that names the first that does not fit."""
-    ours, positions = learned(model), "transformer.wpe.weight"
+    ours, positions = trained_weights(model), "transformer.wpe.weight"
     found = {name: weights.get(name) for name in ours}
     if torch.is_tensor(found.get(positions)):
         found[positions] = found[positions][:model.config.block_size]  # of a longer context
