@@ -26,10 +26,10 @@ import torch
 import tokenizer as tokenizers
 from dataset import Dataset, seed_for
 from evaluation import grading, report
-from evaluation.perplexity import Pace, measure_text, read_text
+from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from runtime import machine
-from runtime.console import UserError, command_line, note, say, warn
+from runtime.console import Progress, UserError, command_line, note, say, warn
 from runtime.files import replace_file
 from runtime.processes import Processes
 from runtime.settings import check_limits, load, or_else
@@ -141,11 +141,11 @@ def requests_for(item, examples, seeds, settings, engine, chat):
 
 def work(engine, requests):
     """Let the engine answer."""
-    pace = Pace("texts", len(requests))
+    progress = Progress("writing", len(requests), unit="texts")
     engine.submit(*requests)
     while engine.waiting or engine.running:
         engine.step()
-        pace.tell(len(requests) - len(engine.waiting))
+        progress.tell(len(requests) - len(engine.waiting))
     if any(request.finish_reason == "error" for request in requests):
         raise UserError("its logits are not finite numbers", "--dtype=float32, or another checkpoint")
 

@@ -44,7 +44,7 @@ import dataset as datasets
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, PRESETS
 from runtime import machine
-from runtime.console import UserError, command_line, note, say, show, warn
+from runtime.console import Progress, UserError, command_line, duration, note, say, show, warn
 from runtime.processes import Processes, StopSignal, Stopped
 from runtime.settings import load, or_else
 from training import checkpoint as ckpt
@@ -53,6 +53,7 @@ from training.log import Log, progress_line
 from training.muon import Muon
 
 SAMPLE_SECONDS = 3  # for the text at the end of a run
+LONG_SECONDS = 2 * 86400  # a run that takes longer is begun only after a question
 MAX_SKIPPED = 20  # at most this many steps in a row may be skipped because float16 overflowed
 
 
@@ -167,7 +168,8 @@ def train(settings, given, ranks, folder):
         resume.check_log(settings)
     step = resumed["step"] if resumed else None
     ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
-    model = make_model(settings, parent, resumed).to(device).train()
+    model = make_model(settings, parent, resumed, tokenizer if data.chat else None)
+    model = model.to(device).train()
     if folder.writes:
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         # Checkpoints that cannot be read are set aside. Is there enough space
@@ -193,6 +195,8 @@ def train(settings, given, ranks, folder):
     if chosen["compile"] == "auto":
         chosen["compile"] = is_worth_compiling(run)
     say_plan(run)
+    if not resumed and not settings.eval_only:
+        ask_if_long(run)
     if resumed:
         run.restore(resumed)
     # Fine-tuning shows what it has changed: the loss before the first step,
@@ -337,11 +341,16 @@ class Run:
         def batch(i):
             return self.data.val_batch(i, self.settings.block_size, self.batch_size)
 
+        def before_each(i):
+            self.check_stop()
+            progress.tell(i)
+
+        progress = Progress("validating", self.val_batches, unit="batches")
         self.model.eval()
         with torch.no_grad():
             nats, count = datasets.validation_sums(
                 lambda idx, targets: self.loss(self.model, idx, targets), batch, self.val_batches,
-                self.ranks, lambda i: self.check_stop())
+                self.ranks, before_each)
         self.model.train()
         return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
 
@@ -598,17 +607,34 @@ def interrupted(run, reason):
 # ---------- Before the loop
 
 
-def make_model(settings, parent, resumed):
-    """The GPT with its weights: random, of another run, with LoRA's corrections, of a checkpoint."""
+def make_model(settings, parent, resumed, tokenizer):
+    """The GPT with its weights: random, of another run, with LoRA's corrections, of a checkpoint.
+
+    tokenizer: of conversations, or None.
+    """
     torch.manual_seed(settings.seed)
     model = resume.build_model(settings)
     if parent:
         ckpt.load_weights(model, parent.pop("model"), settings.init_from)
+    if parent and tokenizer and not parent.get("chat") and not settings.lora_rank:
+        init_markers(model, tokenizer)
     if settings.lora_rank:
         lora.add(model, settings.lora_rank, settings.lora_alpha)
     if resumed:
         ckpt.load_weights(model, resumed.pop("model"), settings.out_dir)
     return model
+
+
+@torch.no_grad()
+def init_markers(model, tokenizer):
+    """Let a model that has read no conversations begin with the markers of a chat as likely as end-of-text.
+
+    No text has them, so every step of the pretraining pushed their logits down. A few dozen conversations
+    cannot pull them up again: the model answers, and does not stop.
+    """
+    rows = model.lm_head.weight
+    for name in tokenizers.SPECIAL:
+        rows[tokenizer.special[name]] = rows[tokenizer.special[tokenizers.END_OF_TEXT]]
 
 
 def prepare_stdlib():
@@ -659,14 +685,29 @@ def make_optimizers(model, settings, device):
     return optimizers
 
 
+def expected_seconds(run):
+    """How long the training will take, roughly: uncompiled code reaches about 45% of the peak."""
+    if run.settings.budget:
+        return resume.seconds_of(run.settings.budget)
+    flops = run.max_iters * run.step_tokens * run.model.flops_per_token()
+    return flops / (0.45 * run.peak * run.ranks.world)
+
+
 def is_worth_compiling(run):
     """Compiling takes half a minute and saves a quarter of a step: it pays after two minutes."""
-    # Uncompiled code reaches about 45% of the peak.
-    flops = run.max_iters * run.step_tokens * run.model.flops_per_token()
-    seconds = flops / (0.45 * run.peak * run.ranks.world)
-    if run.settings.budget:
-        seconds = resume.seconds_of(run.settings.budget)
-    return run.device != "mps" and seconds > 120
+    return run.device != "mps" and expected_seconds(run) > 120
+
+
+def ask_if_long(run):
+    """A run of days may be a mistake: on a terminal, ask. Raises UserError for a no."""
+    seconds = expected_seconds(run)
+    if seconds < LONG_SECONDS:
+        return
+    warn(f"this will take about {duration(seconds)} on this machine")
+    if run.ranks.world == 1 and sys.stdin.isatty() and sys.stderr.isatty():
+        say("continue? [y/N]", end=" ")
+        if not input().strip().lower().startswith("y"):
+            raise UserError("not begun", "python train.py config/train_small.py takes minutes; --budget=1h any time")
 
 
 # ---------- What a run prints
@@ -688,7 +729,8 @@ def say_plan(run):
     shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
     length = f"as many steps as fit into {settings.budget}"
     if run.max_iters < math.inf:
-        length = f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs"
+        length = (f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs, about "
+                  f"{duration(expected_seconds(run))}")
     say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
         f"{settings.block_size}{shared}; {length}")
     memory.say_memory(run)

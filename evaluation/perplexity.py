@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from dataset import Dataset, to_batch, validation_sums
-from runtime.console import UserError, say
+from runtime.console import Progress, UserError
 from runtime.processes import Processes
 from text.sources import documents
 
@@ -93,18 +93,6 @@ def cut(found, megabytes):
     return texts
 
 
-class Pace:
-    """Says how far the work is, at most every 20 seconds."""
-
-    def __init__(self, unit, total):
-        self.unit, self.total, self.last = unit, total, time.monotonic()
-
-    def tell(self, done):
-        if time.monotonic() - self.last > 20:
-            self.last = time.monotonic()
-            say(f"{done:,} of {self.total:,} {self.unit}")
-
-
 @torch.inference_mode()
 def total_loss(model, ids, block_size, stride, batch_size, processes):
     """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
@@ -115,7 +103,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes):
     ids, device = np.asarray(ids), model.lm_head.weight.device
     windows = 1 + math.ceil(max(0, len(ids) - 1 - block_size) / stride)
     starts = range(0, windows * stride, stride)
-    pace = Pace("windows", windows)
+    progress = Progress("predicting", windows, unit="windows")
 
     def batch(number):
         """Batch `number` of the windows, (idx, targets). Targets that the window before has predicted are -1."""
@@ -139,7 +127,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes):
         return nats / len(targets)
 
     batches = math.ceil(windows / batch_size)
-    return validation_sums(loss_of, batch, batches, processes, lambda number: pace.tell(number * batch_size))[0]
+    return validation_sums(loss_of, batch, batches, processes, lambda number: progress.tell(number * batch_size))[0]
 
 
 def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, processes=None):

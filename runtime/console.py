@@ -55,20 +55,23 @@ def needs(package, what):
     return module
 
 
-def say(text=""):
+def say(text="", end="\n"):
     """Print progress on standard error; of several processes, only rank 0 does."""
     if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
-        print_error(text)
+        print_error(text, end)
 
 
 dropped = 0  # lines since the last one that was written
+moving = False  # does the last line wait to be overwritten?
+CLEAR = "\033[K"  # tells a terminal to empty the line
 
 
-def print_error(text):
+def print_error(text, end="\n"):
     """Write a line to standard error. Where nobody reads (`| less`, a full disk), it waits for a second, and
-    then drops and counts lines: a run must go on."""
-    global dropped
-    text = printable(text) + "\n"
+    then drops and counts lines: a run must go on. end: with a carriage return, the next line overwrites it."""
+    global dropped, moving
+    text = CLEAR * moving + printable(text) + end
+    moving = end == "\r"
     if dropped:
         text = f"\n(lines that could not be written here: {dropped})\n{text}"
     try:
@@ -128,23 +131,46 @@ def warn(text):
 
 
 class Progress:
-    """A line every two seconds: how many bytes, how fast, how much longer."""
+    """A line every two seconds, for work that takes longer: how much is done, how fast, how much longer.
 
-    def __init__(self, what, total=0, done=0):
-        self.what, self.total, self.done, self.before = what, total, done, done
+    total: of bytes, or of other units such as "windows"; 0 where it is not known. done: what was done before.
+    On a terminal one line moves; a file gets one after two seconds, and then every 20.
+    """
+
+    def __init__(self, what, total=0, done=0, unit="bytes"):
+        self.what, self.total, self.done, self.before, self.unit = what, total, done, done, unit
         self.start = self.last = time.monotonic()
 
     def add(self, n):
-        self.done += n
-        now = time.monotonic()
-        if now <= self.last + 2:
+        self.tell(self.done + n)
+
+    def tell(self, done):
+        self.done = done
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        seconds = 2 if terminal or self.last == self.start else 20
+        if now <= self.last + seconds or done <= self.before:
             return
         self.last = now
-        speed = (self.done - self.before) / (now - self.start)
-        line = f"{self.what}: {self.done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
+        speed = (done - self.before) / (now - self.start)
+        line = f"{self.what}: {done:,} of {self.total:,} {self.unit}"
+        if self.unit == "bytes":
+            line = f"{self.what}: {done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
+            if self.total:
+                line += f" of {self.total / 1e6:,.1f} MB"
         if self.total:
-            line += f", {(self.total - self.done) / speed:.0f} s left of {self.total / 1e6:,.1f} MB"
-        say(line)
+            line += f", {duration((self.total - done) / speed)} left"
+        say(line, end="\r" if terminal else "\n")
+
+
+def duration(seconds):
+    """Seconds in words, to the precision that an estimate has: 8 s, 2m03s, 3h20m, 12 days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24:,} days"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds} s"
 
 
 def command_line(main):

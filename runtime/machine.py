@@ -187,6 +187,7 @@ def compile_model(model, required, loss):
     required: where it fails, that is an error.
     """
     started = time.perf_counter()
+    say("compiling: about half a minute, or seconds if it was done before")
     try:
         if next(model.parameters()).device.type == "cpu":
             torch.use_deterministic_algorithms(True)

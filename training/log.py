@@ -12,7 +12,7 @@ import json
 import math
 import os
 
-from runtime.console import UserError, note, warn
+from runtime.console import UserError, duration, note, warn
 from runtime.files import open_file, replace_file
 
 
@@ -104,8 +104,7 @@ def progress_line(row, max_iters, peak_share):
     parts += [f"lr {row['lr']:.2g}", f"norm {row['grad_norm']:.2f}"]
     parts.append(f"{speed:,.0f} tok/s, {speed * peak_share:.0%} of peak")
     if end:
-        minutes, seconds = divmod((max_iters - row["step"]) * row["train_seconds"] / row["step"], 60)
-        parts.append(f"{minutes:.0f}m{seconds:02.0f}s left")
+        parts.append(f"{duration((max_iters - row['step']) * row['train_seconds'] / row['step'])} left")
     return " | ".join(parts)
 
 
