@@ -632,9 +632,10 @@ def init_markers(model, tokenizer):
     No text has them, so every step of the pretraining pushed their logits down. A few dozen conversations
     cannot pull them up again: the model answers, and does not stop.
     """
-    rows = model.lm_head.weight
-    for name in tokenizers.SPECIAL:
-        rows[tokenizer.special[name]] = rows[tokenizer.special[tokenizers.END_OF_TEXT]]
+    rows, special = model.lm_head.weight, tokenizer.special
+    if special.keys() >= set(tokenizers.SPECIAL):
+        for name in tokenizers.SPECIAL:
+            rows[special[name]] = rows[special[tokenizers.END_OF_TEXT]]
 
 
 def prepare_stdlib():

@@ -18,7 +18,6 @@ Every token but the first is predicted exactly once. block_size and stride say h
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 from shlex import quote
 
