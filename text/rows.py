@@ -7,6 +7,8 @@ Rows: how a line of JSON becomes checked fields.
 
 What is wrong is one UserError that names file, line and field. `fix` says what a right row looks like.
 """
+from shlex import quote
+
 from runtime.console import UserError
 from runtime.files import parse_json, read_json
 
@@ -72,6 +74,10 @@ def squad(path, questions=True):
         return fields
 
     content = read_json(path, SQUAD, object_hook=None if questions else drop)
+    if isinstance(content, list):
+        lines = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]"
+        raise UserError(f"{path} is a list of rows", f"--format=chat, if they are conversations; else write each on "
+                        f'a line: python -c "{lines}" {quote(path)} > rows.jsonl')
     for i, article in enumerate(field(content, "data", list, path, SQUAD)):
         for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"

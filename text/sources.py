@@ -23,6 +23,7 @@ import platform
 import re
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,10 +178,24 @@ def kind(path):
     return ending
 
 
+# What turns other kinds of files into one that can be read.
+PANDOC = "pandoc FILE -t plain -o TEXT"
+PANDAS = ("python -c \"import sys, pandas; pandas.read_KIND(sys.argv[1]).to_json(sys.argv[2], orient='records', "
+          "lines=True)\" FILE ROWS, then --text_field=COLUMN")
+TOOLS = {".pdf": "pdftotext FILE TEXT", ".zst": "zstd -d FILE", ".bz2": "bunzip2 FILE", ".xz": "unxz FILE",
+         ".zip": "unzip FILE", ".tar": "tar xf FILE", ".tgz": "tar xf FILE",
+         **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC),
+         ".csv": PANDAS.replace("KIND", "csv"), ".parquet": PANDAS.replace("KIND", "parquet")}
+
+
 def check_kind(path, kinds):
-    if kind(path) not in (*kinds, ".json"):
-        raise UserError(f"{path} is not one of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these",
-                        "give plain text the ending .txt, and leave out --format=chat")
+    if kind(path) in (*kinds, ".json"):
+        return
+    stem, ending = os.path.splitext(path)
+    fix = TOOLS.get(ending.lower(), "give plain text the ending .txt, and leave out --format=chat")
+    for word, name in (("FILE", path), ("TEXT", stem + ".txt"), ("ROWS", stem + ".jsonl")):
+        fix = fix.replace(word, quote(name))
+    raise UserError(f"{path} is not one of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
@@ -197,6 +212,11 @@ def files(source, kinds=KINDS, follow_links=False):
         if ".json" in source:
             kinds = (*kinds, ".json")
     paths = sorted(path for path in found if kind(path) in kinds)
+    if paths and os.path.isdir(source):
+        others = Counter(os.path.splitext(path)[1] or "without an ending" for path in found if kind(path) not in kinds)
+        if others:
+            counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
+            note(f"{source}: left out {counts}")
     if not paths:
         raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
                         f"give a file, a folder, a pattern, an address, or one of: {', '.join([*INSTALLED, *NAMES])}")
@@ -232,16 +252,64 @@ def walk(folder, follow_links):
     return found
 
 
+# Byte order marks; that of UTF-32 begins like that of UTF-16.
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def marked_encoding(raw):
+    """The encoding that a file's first bytes announce; without a mark, UTF-8."""
+    for mark, encoding in MARKS.items():
+        if raw.startswith(mark):
+            return encoding
+    return "utf-8-sig"
+
+
+def convert(path, raw):
+    """The command that turns a file into UTF-8, with the encoding that its bytes most likely have."""
+    name = likely_encoding(raw)
+    if not name:
+        return "leave it out; it looks like no text in any encoding"
+    packed = path.lower().endswith(".gz")
+    read = f"zcat {quote(path)} | iconv" if packed else f"iconv {quote(path)}"
+    return f"{read} -f {name} -t utf-8 > utf8.txt, if it is in {name}, as it seems"
+
+
+WESTERN = "äöüßÄÖÜáàâãåæçéèêëíìîïñóòôõøœúùûÿÁÀÉÈÇÑÓ„“”‚‘’–—…€§°«»¿¡"
+
+
+def likely_encoding(raw):
+    """The name that iconv has for the encoding of these bytes, by their statistics; "" where none fits."""
+    # 1. UTF-16 without a mark: of Latin text, every other byte is 0.
+    even, odd = raw[::2].count(0), raw[1::2].count(0)
+    if max(even, odd) > len(raw) // 8 and min(even, odd) < len(raw) // 100 + 1:
+        return "UTF-16BE" if even > odd else "UTF-16LE"
+    # 2. Western text from Windows, of which statistics see too little: a few letters and quotes.
+    letters = [letter for letter in raw[:1 << 16].decode("cp1252", errors="replace") if letter > "\x7f"]
+    if letters and sum(letter in WESTERN for letter in letters) > 0.95 * len(letters):
+        return "WINDOWS-1252"
+    # 3. The others. (requests brings the package.)
+    from charset_normalizer import from_bytes
+    best = from_bytes(raw[:1 << 16]).best()
+    return best.encoding.upper().replace("_", "-").replace("UTF-16-", "UTF-16") if best else ""
+
+
 def decoded(path):
-    """Read a UTF-8 file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    """Read a text file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are.
+
+    It is UTF-8, or with a byte order mark UTF-16 or UTF-32.
+    """
+    decoder, offset = None, 0
     try:
         with open_file(path) as raw_file, gzip.open(raw_file) if path.lower().endswith(".gz") else raw_file as file:
             while True:
                 raw = file.read(BLOCK_BYTES)
-                if offset == 0 and raw.count(0) > len(raw) // 100:
-                    raise UserError(f"{path} is not text: {raw.count(0)} of its first {len(raw)} bytes are NUL",
-                                    f"iconv -f utf-16 -t utf-8 {quote(path)} > utf8.txt, if it is UTF-16")
+                if decoder is None:
+                    encoding = marked_encoding(raw)
+                    decoder = codecs.getincrementaldecoder(encoding)()
+                    if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
+                        fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
+                        raise UserError(fact, convert(path, raw))
                 text = decoder.decode(raw, final=not raw)
                 offset += len(raw)
                 if text:
@@ -251,7 +319,7 @@ def decoded(path):
     except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
         at = offset + len(raw) - len(error.object) + error.start
         raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
-                        f"iconv -f latin1 -t utf-8 {quote(path)} > utf8.txt, with the encoding that it has") from None
+                        convert(path, raw)) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What people's files are encoded in, and which kinds of files there are: read, or the command that converts them."""
+import gzip
+import shutil
+import subprocess
+
+import pytest
+from conftest import error
+
+from text import sources
+import prepare
+
+GERMAN = "\u00dcber den W\u00e4ldern ging die Sonne auf \u2014 und \u201eGr\u00f6\u00dfe\u201c war sch\u00f6n.\n" * 30
+CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\u65e5\u6708\u76c8\u6603\uff0c\u8fb0\u5bbf\u5217\u5f20\u3002\n" * 30
+JAPANESE = ("\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002\u540d\u524d\u306f\u307e\u3060\u7121\u3044\u3002"
+            "\u3069\u3053\u3067\u751f\u308c\u305f\u304b\u3068\u3093\u3068\u898b\u5f53\u304c\u3064\u304b\u306c\u3002\n" * 30)
+TRADITIONAL = "\u5929\u5730\u7384\u9ec3\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\u65e5\u6708\u76c8\u6603\u3002\n" * 30
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("text", [GERMAN, CHINESE])
+def test_a_byte_order_mark_says_how_to_read(here, encoding, text, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 101)  # (cuts characters)
+    (here / "a.txt").write_bytes(text.encode(encoding))
+    assert "".join(sources.decoded("a.txt")) == text
+
+
+@pytest.mark.parametrize("text, encoding", [
+    (GERMAN, "cp1252"), (GERMAN, "utf-16-le"), (GERMAN, "utf-16-be"), (CHINESE, "gb18030"), (CHINESE, "utf-16-le"),
+    (TRADITIONAL, "big5"), (JAPANESE, "shift_jis")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_command_that_is_printed_converts(here, text, encoding, packed):
+    name = "a b.txt.gz" if packed else "a b.txt"
+    raw = text.encode(encoding)
+    (here / name).write_bytes(gzip.compress(raw) if packed else raw)
+    fact, fix = error(prepare.main, name)
+    assert f"{name} is not UTF-8" in fact
+    command, _, condition = fix.partition(", if it is in ")
+    assert condition and shutil.which("iconv")
+    subprocess.run(command, shell=True, check=True)
+    assert (here / "utf8.txt").read_bytes() == text.encode()
+
+
+def test_no_encoding_at_all(here):
+    (here / "a.txt").write_bytes(bytes(range(1, 256)) * 40)
+    assert "no text in any encoding" in error(prepare.main, "a.txt")[1]
+
+
+@pytest.mark.parametrize("name, tool", [
+    ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
+    ("a.zst", "zstd -d a.zst"), ("a.csv", "pandas.read_csv"), ("a.parquet", "a.parquet a.jsonl, then --text_field"),
+    ("a.xyz", "the ending .txt")])
+def test_other_kinds_of_files_name_the_tool(here, name, tool):
+    (here / name).write_text("x")
+    fact, fix = error(prepare.main, name)
+    assert fact.startswith(f"{name} is not one of the kinds") and tool in fix
+
+
+def test_a_folder_says_what_it_left_out(here, capsys):
+    (here / "in").mkdir()
+    for name in ("a.txt", "b.pdf", "c.pdf", "d.docx", "e"):
+        (here / "in" / name).write_text("the text is here\n" * 30)
+    prepare.main(["in", "--tokenizer=char"])
+    assert "in: left out 2 .pdf, 1 .docx, 1 without an ending" in capsys.readouterr().err
+
+
+def test_a_list_of_rows_is_told_how_to_become_lines(here):
+    (here / "a.json").write_text('[{"text": "the cat sees"}, {"text": "a dog"}]')
+    fact, fix = error(prepare.main, "a.json")
+    assert fact == "a.json is a list of rows" and "--format=chat" in fix
+    subprocess.run(fix.split("a line: ")[1], shell=True, check=True)
+    assert [row for _, row in sources.json_lines("rows.jsonl", sources.decoded("rows.jsonl"), "")] == [
+        {"text": "the cat sees"}, {"text": "a dog"}]
