@@ -24,7 +24,7 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Full
 from typing import Literal
 
@@ -35,6 +35,7 @@ from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
+from training import checkpoint as ckpt
 from training.log import read_rows
 
 
@@ -54,7 +55,7 @@ class ServeConfig(ModelConfig):
     drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
     api_key_file: str = ""  # its first line is the key that clients have to send; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key
-    cors_origin: str = ""  # pages of this origin may use the server: https://example.org
+    cors_origin: list[str] = field(default_factory=list)  # pages of this origin may use it; may be repeated
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
@@ -355,7 +356,8 @@ def read_page():
 def main(argv):
     settings, _, runs = load(ServeConfig, argv)
     check_limits(settings, LIMITS)
-    server, signals = Server(settings, lambda: load_model(settings, runs)), []
+    run = ckpt.choose_run(runs, settings)
+    server, signals = Server(settings, lambda: load_model(settings, [run])), []
 
     def on_signal(number, frame):
         if signals:
@@ -366,7 +368,7 @@ def main(argv):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, on_signal)
     server.start()
-    say(f"http://{settings.host}:{server.port} is open; loading the model")
+    say(f"http://{settings.host}:{server.port} is open; loading {run}")
     while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs
         pass
     if signals and not server.served:

@@ -78,7 +78,7 @@ class Web(ThreadingHTTPServer):
         self.key = key
         self.answered = answered
         self.local = settings.host in LOOPBACK
-        self.origin = settings.cors_origin.rstrip("/")
+        self.origins = {origin.rstrip("/") for origin in settings.cors_origin}
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.connections, self.deadlines = set(), {}  # {connection: the time at which it is closed}
@@ -253,8 +253,8 @@ class Connection(BaseHTTPRequestHandler):
         server, path = self.server, urllib.parse.unquote(self.path.partition("?")[0])
         self.check_host()
         if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
-            if self.headers["Origin"] != server.origin:
-                raise Refuse(403, "this origin is not allowed")
+            if self.headers["Origin"] not in server.origins:
+                raise Refuse(403, "pages of this origin are not allowed; serve.py --cors_origin=ORIGIN allows them")
             return self.respond(204, b"")
         above = [route for route in server.routes if route != "/" and route.endswith("/") and path.startswith(route)]
         found = [path] if path in server.routes else above  # a route with a final slash holds what is below it
@@ -355,8 +355,8 @@ class Connection(BaseHTTPRequestHandler):
     def send_head(self, status, headers):
         self.status = status
         headers |= {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
-        if self.server.origin and self.headers.get("Origin") == self.server.origin:
-            headers["Access-Control-Allow-Origin"] = self.server.origin
+        if (origin := self.headers.get("Origin")) in self.server.origins:
+            headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Allow-Methods"] = "GET, POST"
             headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
         self.close_connection |= not self.body_read  # its rest would be taken for the next request
