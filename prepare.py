@@ -47,7 +47,7 @@ from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
 from runtime.files import file_sha256, locked
-from runtime.console import Progress, UserError, command_line, note, say, origin, public
+from runtime.console import Progress, UserError, command_line, counted, note, say, origin, public
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind, with_version
@@ -451,10 +451,10 @@ def write(sources, settings, out):
 def report(plan, about_overlap, tokenizer, counts):
     """What to know about this text before a model is trained on it: lines."""
     # 1) The text.
-    what = "conversations" if "trained" in counts["train"] else "documents"
+    what = "conversation" if "trained" in counts["train"] else "document"
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
     median, longest = np.median(plan.sizes), plan.sizes.max()
-    lines = [f"{len(plan.sizes):,} {what}, {plan.bytes:,} bytes; dropped: {plan.dropped}",
+    lines = [f"{counted(len(plan.sizes), what)}, {plan.bytes:,} bytes; dropped: {plan.dropped}",
              f"the median one has {median:,.0f} bytes, the longest {longest:,}",
              *characters(plan.counts), *about_overlap,
              f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
@@ -465,16 +465,18 @@ def report(plan, about_overlap, tokenizer, counts):
         lines.append(f"dropped: {lost:,} control characters that this vocabulary has no token for")
     # 3) The files.
     for split, n in counts.items():
-        learned = f"; {n['trained']:,} tokens to be learned" if "trained" in n else ""
-        lines.append(f"{split}.bin: {n['tokens']:,} tokens of {n['documents']:,} {what}, "
-                     f"{n['bytes']:,} bytes of text{learned}")
+        learned = f"; {counted(n['trained'], 'token')} to be learned" if "trained" in n else ""
+        lines.append(f"{split}.bin: {counted(n['tokens'], 'token')} of {counted(n['documents'], what)}, "
+                     f"{counted(n['bytes'], 'byte')} of text{learned}")
     return lines
 
 
+LARGE_VOCABULARY = 20_000
 # Where to start: with a new model, or with the weights that the tokenizer's folder
 # holds, of a run or of others.
 RECIPES = {
     ("text", "scratch"): ["config/train_small.py"],
+    ("text", "char"): ["config/train_shakespeare_char.py"],
     ("text", "run"): ["--learning_rate=1e-3", "--warmup_iters=5"],
     ("text", "hugging_face"): ["--learning_rate=1e-4"],
     ("chat", "scratch"): ["config/train_small.py", "config/finetune_chat.py", "--init_from=scratch"],
@@ -491,11 +493,16 @@ def next_command(out, meta, settings):
         start = "run"
     elif glob.glob(os.path.join(glob.escape(model), "model.safetensors*")):
         start = "hugging_face"
+    elif settings.format == "text" and model == "char":
+        start = "char"
     elif settings.format == "chat":
         note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
     arguments = list(RECIPES[settings.format, start])
-    if start != "scratch":
+    if start in ("run", "hugging_face"):
         arguments.append(f"--init_from={model}")
+    elif meta["vocab_size"] > LARGE_VOCABULARY and meta["train"]["tokens"] < 100 * meta["vocab_size"]:
+        note(f"{meta['vocab_size']:,} tokens are a large vocabulary for so short a text; "
+             "--tokenizer=bpe learns a small one")
 
     # 2) The data, and a run of their own.
     name = os.path.relpath(out, "data")
@@ -506,15 +513,16 @@ def next_command(out, meta, settings):
 
     # 3) A context that fits: a power of two.
     longest = max(min(meta["train"]["tokens"], meta["val"]["tokens"]) - 1, 1)
-    block_size = min(256, 1 << (longest.bit_length() - 1))
-    if settings.format == "text" and (block_size < 256 or start == "hugging_face"):
+    recipe = [name for name in ["config/train_small.py", *arguments] if name.endswith(".py")][-1]
+    values = runpy.run_path(os.path.join(os.path.dirname(__file__), recipe))
+    usual = values.get("block_size", 256)
+    block_size = min(usual, 1 << (longest.bit_length() - 1))
+    if settings.format == "text" and (block_size < usual or start == "hugging_face"):
         arguments.append(f"--block_size={block_size}")
 
     # 4) Fewer steps for a short text: in more epochs than these, it is learned by heart.
     epochs = 5 if settings.format == "chat" else 10
-    recipe = [name for name in ["config/train_small.py", *arguments] if name.endswith(".py")][-1]
-    values = runpy.run_path(os.path.join(os.path.dirname(__file__), recipe))
-    tokens_per_step = values["batch_size"] * values.get("block_size", 256)
+    tokens_per_step = values["batch_size"] * usual
     steps = max(round(epochs * meta["train"]["tokens"] / tokens_per_step), 50)
     if steps < values["max_iters"]:
         arguments += [f"--max_iters={steps}", f"--eval_interval={steps // 5}"]

@@ -162,6 +162,11 @@ class Progress:
         say(line, end="\r" if terminal else "\n")
 
 
+def counted(n, noun):
+    """A number with its noun: "1 document", "2,000 documents"."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
+
+
 def duration(seconds):
     """Seconds in words, to the precision that an estimate has: 8 s, 2m03s, 3h20m, 12 days."""
     minutes, seconds = divmod(round(seconds), 60)
