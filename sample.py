@@ -266,17 +266,11 @@ def fit(messages, tokenizer, capacity):
 
 def write(model, tokenizer, ids, settings, seed):
     """Print the continuation of the prompt `ids` as it comes; returns it."""
-    # 1. The end of a prompt that is too long matters most.
-    size = model.config.block_size
-    if len(ids) > size:
-        dropped = len(ids) - size
-        note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {dropped:,} are ignored")
-        ids = ids[-size:]
-    # 2. Where the text ends.
+    # 1. Where the text ends.
     ends = set() if settings.ignore_eos else tokenizers.ends(tokenizer)
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
     stream, text = TextStream(tokenizer, stops), ""
-    # 3. Token by token.
+    # 2. Token by token.
     idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     tokens = model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed))
     started = time.perf_counter()
@@ -311,10 +305,12 @@ class Writer:
         else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
             ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
         # 2. As many texts as asked for, each with the next seed.
+        if len(ids) > size:  # the end of a prompt matters most
+            note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
         for _ in range(settings.num_samples):
             if not settings.chat:
                 show(prompt, end="")
-            text = write(self.model, tokenizer, ids, settings, settings.seed)
+            text = write(self.model, tokenizer, ids[-size:], settings, settings.seed)
             settings.seed += 1
         # 3. Said once: what no longer fits is gone.
         if len(messages) <= len(self.messages) and not self.forgets:
@@ -371,6 +367,8 @@ def check_chat(run, tokenizer):
 def main(argv):
     # 1. Settings.
     settings, _, bare = load(SampleConfig, argv)
+    if settings.prompt and settings.start:
+        raise UserError("--start and --prompt are the same", "give one of them")
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
     check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):

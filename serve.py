@@ -284,7 +284,7 @@ class Server:
     # What it tells those who watch
 
     def answered(self, connection):
-        """Count the answer, and log a line with nothing that the client chose."""
+        """Count the answer, and log a line: of what the client chose, only a path that does not exist."""
         now, route, status = time.monotonic(), connection.route, connection.status
         with self.lock:
             self.counts[f'requests_total{{route="{route}",status="{status}"}}'] += 1
@@ -294,7 +294,10 @@ class Server:
                     self.counts["first_token_seconds_count"] += 1
                     self.counts["request_seconds_sum"] += now - request.submitted
                     self.counts["request_seconds_count"] += 1
-        line = f"{route} {status} {1000 * (now - connection.started):.0f} ms"
+        path = route
+        if status == 404:
+            path = getattr(connection, "path", route).partition("?")[0][:60]
+        line = f"{path} {status} {1000 * (now - connection.started):.0f} ms"
         if connection.requests:
             read = sum(len(request.ids) for request in connection.requests)
             written = sum(request.n for request in connection.requests)

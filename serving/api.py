@@ -172,6 +172,8 @@ class Job:
         value = self.body.get(name)
         if value is None:
             return default
+        if name == "top_k" and value == "all":  # sample.py's word
+            return 0
         return check(value, name, self.fields[name])
 
     def ask(self, prompt, top):
