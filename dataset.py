@@ -475,3 +475,7 @@ def example(data, tokenizer):
         part = b"".join(parts).decode(errors="replace")
         text += f"\u27e6{part}\u27e7" if learned else part
     return text + "\n(learned: what stands between \u27e6 and \u27e7)"
+
+
+if __name__ == "__main__":
+    print("dataset.py is read by others: python prepare.py --inspect data/NAME shows what a folder holds")

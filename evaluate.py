@@ -21,6 +21,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+# (First, so that a Ctrl-C during the slow imports is no traceback.)
+from runtime.console import Progress, UserError, command_line, note, say, warn
 import torch
 
 import tokenizer as tokenizers
@@ -29,7 +31,6 @@ from evaluation import grading, report
 from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from runtime import machine
-from runtime.console import Progress, UserError, command_line, note, say, warn
 from runtime.files import replace_file
 from runtime.processes import Processes
 from runtime.settings import check_limits, load, or_else

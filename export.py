@@ -33,6 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# (First, so that a Ctrl-C during the slow imports is no traceback.)
+from runtime.console import UserError, command_line, note, origin, say
 import torch
 from torch.nn import functional as F
 
@@ -41,7 +43,6 @@ from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from formats.quantized import quantize
 from model import KVCache
-from runtime.console import UserError, command_line, note, origin, say
 from runtime.files import check_like, replace_file
 from runtime.settings import load
 from sample import RunConfig

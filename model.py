@@ -662,3 +662,7 @@ def outline(config, tensors):
         f"n_layer={config.n_layer:,}, but there are only {tensors:,} tensors")
     with torch.device("meta"):
         return GPT(config)
+
+
+if __name__ == "__main__":
+    print("model.py only says what a GPT is: python train.py config/train_small.py trains one")

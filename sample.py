@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from shlex import quote
 from typing import Literal
 
+# (First, so that a Ctrl-C during the slow imports is no traceback.)
+from runtime.console import UserError, command_line, note, say, show
 import torch
 
 import tokenizer as tokenizers
 from runtime import machine
-from runtime.console import UserError, command_line, note, say, show
 from runtime.settings import check_limits, load
 from text import pretrained
 from training import checkpoint as ckpt

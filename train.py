@@ -37,6 +37,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+# (First, so that a Ctrl-C during the slow imports is no traceback.)
+from runtime.console import Progress, UserError, command_line, duration, note, say, show, warn
 import torch
 from torch.nn import functional as F
 
@@ -44,7 +46,6 @@ import dataset as datasets
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, PRESETS
 from runtime import machine
-from runtime.console import Progress, UserError, command_line, duration, note, say, show, warn
 from runtime.processes import Processes, StopSignal, Stopped
 from runtime.settings import load, or_else
 from training import checkpoint as ckpt

@@ -23,3 +23,6 @@ weight_decay = 0.0
 eval_interval = 100
 patience = 2
 log_interval = 20
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/finetune_chat.py")

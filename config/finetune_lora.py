@@ -26,3 +26,6 @@ eval_interval = 50
 eval_iters = 20
 patience = 2
 log_interval = 10
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/finetune_lora.py")

@@ -23,3 +23,6 @@ weight_decay = 0.1
 
 eval_interval = 500
 eval_iters = 100
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/openllm_medium.py")

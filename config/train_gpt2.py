@@ -27,3 +27,6 @@ weight_decay = 0.1
 
 eval_interval = 1000
 eval_iters = 200
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/train_gpt2.py")

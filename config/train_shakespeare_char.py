@@ -32,3 +32,6 @@ weight_decay = 0.0
 
 eval_interval = 150
 log_interval = 50
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/train_shakespeare_char.py")

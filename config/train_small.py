@@ -34,3 +34,6 @@ weight_decay = 0.1
 
 eval_interval = 250
 log_interval = 20
+
+if __name__ == "__main__":
+    print("a recipe for train.py: python train.py config/train_small.py")

@@ -178,6 +178,17 @@ def duration(seconds):
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds} s"
 
 
+def quiet_interrupt(kind, error, trace):
+    """For sys.excepthook: a Ctrl-C while a script still imports PyTorch is no bug."""
+    if issubclass(kind, KeyboardInterrupt):
+        print_error("stopped")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt
+
+
 def command_line(main):
     """Run a script's main(argv) and exit with its code, or with the two lines and the code of a UserError."""
     code = run(main)
