@@ -47,9 +47,10 @@ from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
 from runtime.files import file_sha256, locked
-from runtime.console import Progress, UserError, command_line, counted, note, say, origin, public
+from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
+from text.rows import Skipped
 from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind, with_version
 
 
@@ -60,6 +61,8 @@ class PrepareConfig:
     format: Literal["text", "chat"] = "text"  # chat: conversations, with the fields that text/chats.py lists
     follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
+    fields: str = ""  # chat: the fields of a question and its answer, such as question,response
+    strict: bool = False  # stop at the first row that cannot be read, where otherwise it is left out
     mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
     vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, less for under 400 KB; 32,000 suit GBs
@@ -94,19 +97,22 @@ class Plan:
     dropped: str  # how many documents are not kept, and why
 
 
-def read(sources, settings):
+def read(sources, settings, skipped=None):
+    """The documents of the sources. skipped: collects the rows that cannot be read."""
+    skipped = skipped or Skipped(settings.strict)
     if settings.format == "chat":
-        return chats.conversations(sources)
-    return documents(sources, settings.text_field)
+        names = [name for name in settings.fields.split(",") if name]
+        return chats.conversations(sources, names, skipped)
+    return documents(sources, settings.text_field, skipped)
 
 
 def make_plan(sources, settings):
     """Read everything once: find duplicates, choose the splits, count characters."""
     # 1) Per document: a key that equal documents share, its size, and what its source
     #    says of the split.
-    seen, progress = Characters(), Progress("reading")
+    seen, progress, skipped = Characters(), Progress("reading"), Skipped(settings.strict)
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
-    for document in read(sources, settings):
+    for document in read(sources, settings, skipped):
         # A long document comes in blocks, so that memory does not grow with it.
         digest = hashlib.sha256()
         size = length = n_words = 0
@@ -133,6 +139,14 @@ def make_plan(sources, settings):
         lengths.append(length)
         splits.append(split if size and n_words >= settings.min_words else SKIP)
     seen.count()
+
+    if skipped.count and not len(keys):
+        raise skipped.shown[0]
+    for error in skipped.shown:
+        warn(f"left out: {error.fact}")
+    if skipped.count:
+        warn(f"{counted(skipped.count, 'row')} cannot be read, {counted(len(keys), 'row')} can; "
+             "--strict stops at the first")
 
     # 2) Drop what is empty or short, and what has been there before.
     keys, sizes, split_of = np.array(keys), np.array(sizes), np.array(splits)

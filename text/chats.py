@@ -7,13 +7,14 @@ Chats: where conversations come from, for a model that is to answer and then to 
 
 A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it is the system message.
 
-    messages                       [{"role": "user" or "assistant", "content": "..."}, ...]
-    conversations                  ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]
-    prompt, completion
+    messages                       [{"role": "user" or "assistant", "content": "..."}, ...]; or this list alone
+    conversations                  the same, or ShareGPT's [{"from": "human" or "gpt", "value": "..."}, ...]
+    prompt, completion             texts, or lists of messages
     instruction, input, output     Alpaca's; input may be missing or empty
+    instruction, context, response    Dolly's; the same for the context
     question, answer               GSM8K's
 
-The first wrong row is an error: nobody would notice that a conversation is missing.
+A row that is wrong is left out, counted and shown.
 """
 import ast
 import functools
@@ -23,62 +24,82 @@ from zlib import crc32
 
 from runtime.console import UserError
 from runtime.files import read_json
-from text.rows import check, field, json_lines
+from text.rows import STRICT, check, field, json_lines
 from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
 FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
        'text/chats.py has the other layouts')
 KINDS = (".jsonl",)  # of a folder
-LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant")
-PAIRS = [("prompt", "completion"), ("instruction", "output"), ("question", "answer")]
+LISTS = "messages", "conversations"
+ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
+             chatgpt="assistant", bot="assistant", model="assistant")
+PAIRS = [("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer")]
 
 
-def conversations(sources):
-    """The conversations of all sources, as for sources.documents: each a Document with `messages`."""
+def conversations(sources, fields=(), skipped=STRICT):
+    """The conversations of all sources, as for sources.documents: each a Document with `messages`.
+
+    fields: the names of a question and its answer, where a file has names of its own. skipped: collects rows
+    that cannot be read.
+    """
     for source in sources:
         for path in files(source, KINDS):
-            for where, messages, held_out in stdlib_chats() if path == "stdlib" else file_chats(path):
+            chats = stdlib_chats() if path == "stdlib" else file_chats(path, fields, skipped)
+            for where, messages, held_out in chats:
                 text = "\n".join(message["content"] for message in messages)
                 yield in_memory(where, text, held_out, messages)
 
 
-def file_chats(path):
+def file_chats(path, fields=(), skipped=STRICT):
     """(where, messages, None) for each row of a file."""
     if kind(path) == ".jsonl":
-        rows = json_lines(path, decoded(path), FIX)
+        rows = json_lines(path, decoded(path), FIX, skipped)
     else:
         content = check(read_json(path, FIX), "the file", list, path, FIX)
         rows = ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
     for where, row in rows:
-        yield where, read(row, where), None
+        try:
+            messages = read(row, where, fields)
+        except UserError as error:
+            skipped.add(error)
+            continue
+        yield where, messages, None
 
 
-def read(row, where):
+def read(row, where, fields=()):
     """The messages of a row."""
     def text(name):
         return field(row, name, str, where, FIX)
 
+    if isinstance(row, list):
+        row = dict(messages=row)
     check(row, "the row", dict, where, FIX)
+    if fields:
+        return dialogue([text(name) for name in fields])
     system = [dict(role="system", content=text("system"))] if row.get("system") else []
     for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
         if name in row:
             return system + read_list(row, name, where)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
+            if isinstance(row[asked], list):
+                return system + read_list(row, asked, where) + read_list(row, answered, where)
             question = text(asked)
-            if asked == "instruction" and row.get("input"):
-                question += "\n\n" + text("input")
+            more = "context" if answered == "response" else "input"
+            if asked == "instruction" and row.get(more):
+                question += "\n\n" + text(more)
             return system + dialogue([question, text(answered)])
     raise UserError(f"{where}: no fields of a conversation, but {', '.join(row) or 'none'}", FIX)
 
 
 def read_list(row, name, where):
     """The messages of a row with a list of them."""
-    role_field, content_field = LISTS[name]
     messages = []
     for i, message in enumerate(field(row, name, list, where, FIX)):
         here = f"{where}: {name}[{i}]"
+        role_field, content_field = "role", "content"
+        if name == "conversations" and "from" in check(message, f"{name}[{i}]", dict, where, FIX):
+            role_field, content_field = "from", "value"
         role = field(message, role_field, str, here, FIX)
         content = field(message, content_field, str, here, FIX)
         if message.get("tool_calls") or message.get("weight", 1) != 1:

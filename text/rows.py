@@ -18,6 +18,23 @@ SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{
          '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one a line')
 
 
+class Skipped:
+    """Rows that cannot be read: how many, and the first three errors. strict: the first is raised."""
+
+    def __init__(self, strict=False):
+        self.strict, self.count, self.shown = strict, 0, []
+
+    def add(self, error):
+        if self.strict:
+            raise error
+        self.count += 1
+        if self.count <= 3:
+            self.shown.append(error)
+
+
+STRICT = Skipped(strict=True)
+
+
 def field(row, name, kind, where, fix):
     """row[name], which has to be of this kind."""
     if isinstance(row, dict) and name in row:
@@ -43,12 +60,17 @@ def kind_of(value):
     return "null" if value is None else type(value).__name__
 
 
-def json_lines(path, blocks, fix):
+def json_lines(path, blocks, fix, skipped=STRICT):
     """(where, row) for every line that is not empty. blocks: the text of a .jsonl file, cut anywhere."""
     for number, line in enumerate(records(path, blocks, "\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, parse_json(line, where, fix)
+            try:
+                row = parse_json(line, where, fix)
+            except UserError as error:
+                skipped.add(error)
+                continue
+            yield where, row
 
 
 def records(path, blocks, separator):

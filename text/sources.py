@@ -33,7 +33,7 @@ from urllib.parse import unquote, urlsplit
 from runtime.console import UserError, note, origin, public
 from runtime.files import file_sha256, open_file
 from text.download import download
-from text.rows import field, json_lines, records, squad
+from text.rows import STRICT, field, json_lines, records, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 BLOCK_BYTES = 1 << 20
@@ -121,8 +121,11 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
 
 # ---------- Documents
 
-def documents(sources, text_field="text"):
-    """The documents of all sources, in a fixed order. text_field: the field of a .jsonl line that holds the text."""
+def documents(sources, text_field="text", skipped=STRICT):
+    """The documents of all sources, in a fixed order.
+
+    text_field: the field of a .jsonl line that holds the text. skipped: collects lines that cannot be read.
+    """
     for source in sources:
         for path in files(source):
             if path in INSTALLED:
@@ -130,7 +133,7 @@ def documents(sources, text_field="text"):
             elif os.path.basename(path).startswith("TinyStories"):
                 yield from story_documents(path)
             elif kind(path) == ".jsonl":
-                yield from jsonl_documents(path, text_field)
+                yield from jsonl_documents(path, text_field, skipped)
             elif kind(path) == ".json":
                 yield from squad_documents(path)
             else:
@@ -358,14 +361,19 @@ def in_memory(name, text, held_out=None, messages=None):
     return Document(name, lambda: iter([text]), held_out, messages)
 
 
-def jsonl_documents(path, text_field):
+def jsonl_documents(path, text_field, skipped):
     """One document per line of JSON; the text is in one field."""
     fix = f'every line must be like {{"{text_field}": "..."}}; mend the line or delete it'
-    for where, row in json_lines(path, decoded(path), fix):
+    for where, row in json_lines(path, decoded(path), fix, skipped):
         if isinstance(row, dict) and text_field not in row:
             texts = [f"--text_field={quote(name)}" for name, value in row.items() if isinstance(value, str)]
             fix = " or ".join([*texts[:1], "--format=chat, if these are conversations"])
-        yield in_memory(where, field(row, text_field, str, where, fix))
+        try:
+            text = field(row, text_field, str, where, fix)
+        except UserError as error:
+            skipped.add(error)
+            continue
+        yield in_memory(where, text)
 
 
 def squad_documents(path):
