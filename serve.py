@@ -31,7 +31,7 @@ from typing import Literal
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
 from runtime.settings import check_limits, load, or_else
-from sample import ModelConfig, load_model
+from sample import RANGES, ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
@@ -81,6 +81,9 @@ class Served:
         # A text of more bytes does not fit into the context. (4: Unicode's NFC may shorten it.)
         longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
+        # How a Hugging Face folder wants its tokens sampled, where a request does not say.
+        self.generation = {name: value for name, value in run.get("generation", {}).items()
+                           if name in RANGES and name in api.FIELDS and api.FIELDS[name][1](value)}
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
@@ -91,7 +94,7 @@ class Served:
             vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
             family=f"{config.pos} {config.norm} {config.mlp}",
             tokenizer=dict(kind=tokenizer.kind, sha256=run.get("tokenizer_sha256")),
-            defaults=api.Generate.defaults | {"max_tokens": api.Generate.max_tokens})
+            defaults=api.Generate.defaults | self.generation | {"max_tokens": api.Generate.max_tokens})
 
 
 def run_facts(run, folder):

@@ -188,7 +188,9 @@ class Job:
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
         # 2. How to go on
-        settings = {field: self.get(field, default) for field, default in self.defaults.items()}
+        generation = {name: value for name, value in self.served.generation.items() if name in self.defaults}
+        defaults = self.defaults | generation
+        settings = {field: self.get(field, default) for field, default in defaults.items()}
         if type(settings["stop"]) is str:
             settings["stop"] = [settings["stop"]]
         bias = {int(i): amount for i, amount in self.get("logit_bias", {}).items()}
