@@ -50,7 +50,7 @@ from runtime.files import file_sha256, locked
 from runtime.console import Progress, UserError, command_line, note, say, origin, public
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
-from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind, with_version
+from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind
 
 
 @dataclass
@@ -426,7 +426,6 @@ def write(sources, settings, out):
     # 2) What is known about them.
     end = tokenizer.special[tokenizers.END_OF_TEXT]
     about_overlap = overlap(part, dtype, counts, end, validation)
-    origins = [with_version(name) for name in origins]
     meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size,
                 special=tokenizer.special, source=origins, **counts,
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer),
