@@ -51,7 +51,7 @@ from runtime.console import Progress, UserError, command_line, counted, note, or
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.rows import Skipped
-from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind, with_version
+from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind
 
 
 @dataclass
@@ -440,7 +440,6 @@ def write(sources, settings, out):
     # 2) What is known about them.
     end = tokenizer.special[tokenizers.END_OF_TEXT]
     about_overlap = overlap(part, dtype, counts, end, validation)
-    origins = [with_version(name) for name in origins]
     meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size,
                 special=tokenizer.special, source=origins, **counts,
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer),

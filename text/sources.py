@@ -96,10 +96,13 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
     found, origins = [], []
     for source in sources:
         about = origin(source)
-        known = source in NAMES and not os.path.exists(source)
-        if kinds != KINDS and (known or source == "pytorch"):
+        named = not os.path.exists(source)  # a folder that bears a name is taken for it
+        if kinds != KINDS and named and source in ("pytorch", *NAMES):
             raise UserError(f"{source} is text, not conversations", "leave out --format=chat")
-        if known:
+        if named and source in INSTALLED:
+            about = with_version(source)
+            found.append(source)
+        elif named and source in NAMES:
             for url, size, sha256 in NAMES[source]:
                 where = urlsplit(url).path
                 if mirror:
@@ -163,12 +166,10 @@ INSTALLED = {"stdlib": stdlib_documents, "pytorch": pytorch_documents}
 
 
 def with_version(name):
-    """The name of a source for meta.json. The text of an installed one depends on its version."""
+    """An installed source for meta.json: its text depends on the version."""
     if name == "stdlib":
         return f"stdlib of Python {platform.python_version()}"
-    if name == "pytorch":
-        return f"pytorch {importlib.metadata.version('torch')}"
-    return name
+    return f"pytorch {importlib.metadata.version('torch')}"
 
 
 # ---------- Files
@@ -203,7 +204,7 @@ def check_kind(path, kinds):
 
 def files(source, kinds=KINDS, follow_links=False):
     """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
-    if source in INSTALLED:
+    if source in INSTALLED and not os.path.exists(source):
         return [source]
     if os.path.isdir(source):
         found, lacks = walk(source, follow_links), "holds no"
