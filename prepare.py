@@ -82,6 +82,7 @@ WORD = re.compile(r"[^\W_\u0e00-\u9fff]+|(?=\w)[\u0e00-\u9fff]")
 
 # ---------- 1. The plan: which documents are kept, and in which split
 
+UNREADABLE = -1  # in place of a size
 SKIP, TRAIN, VAL, CUT = range(4)  # a document is dropped, is in one split, or is cut near its end
 
 
@@ -113,40 +114,18 @@ def make_plan(sources, settings):
     seen, progress, skipped = Characters(), Progress("reading"), Skipped(settings.strict)
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
     for document in read(sources, settings, skipped):
-        # A long document comes in blocks, so that memory does not grow with it.
-        digest = hashlib.sha256()
-        size = length = n_words = 0
-        for block in document.blocks():
-            raw = block.encode()
-            digest.update(raw)
-            size += len(raw)
-            length += len(block)
-            seen.add(block)
-            if n_words < settings.min_words:
-                n_words += len(WORD.findall(block))
-            progress.add(len(raw))
-        # Eight bytes of the hash: among a billion documents, two are confused with a
-        # chance of 3%.
-        key = int.from_bytes(digest.digest()[:8], "big")
-        # The same words by other speakers are no duplicate. The upper half of the
-        # key, which decides on the split, stays: they belong into the same one.
-        if document.messages:
-            speakers = [(said["role"], len(said["content"])) for said in document.messages]
-            key ^= crc32(repr(speakers).encode())
+        try:
+            key, size, length, n_words = measure(document, seen, settings.min_words, progress)
+        except UserError as error:
+            skipped.add(error)
+            key, size, length, n_words = 0, UNREADABLE, 0, 0
         split = {None: CUT, False: TRAIN, True: VAL}[document.held_out]
         keys.append(key)
         sizes.append(size)
         lengths.append(length)
-        splits.append(split if size and n_words >= settings.min_words else SKIP)
+        splits.append(split if size > 0 and n_words >= settings.min_words else SKIP)
     seen.count()
-
-    if skipped.count and not len(keys):
-        raise skipped.shown[0]
-    for error in skipped.shown:
-        warn(f"left out: {error.fact}")
-    if skipped.count:
-        warn(f"{counted(skipped.count, 'row')} cannot be read, {counted(len(keys), 'row')} can; "
-             "--strict stops at the first")
+    say_skipped(skipped, sum(size != UNREADABLE for size in sizes))
 
     # 2) Drop what is empty or short, and what has been there before.
     keys, sizes, split_of = np.array(keys), np.array(sizes), np.array(splits)
@@ -166,6 +145,41 @@ def make_plan(sources, settings):
     split_of[kept] = choose_splits(keys[kept], split_of[kept], settings)
     sizes = sizes[kept]
     return Plan(split_of, np.array(lengths), seen.counts, sizes, int(sizes.sum()), dropped)
+
+
+def measure(document, seen, min_words, progress):
+    """(key, bytes, characters, words) of a document. Equal ones have the same key; words count up to min_words."""
+    # A long document comes in blocks, so that memory does not grow with it.
+    digest = hashlib.sha256()
+    size = length = n_words = 0
+    for block in document.blocks():
+        raw = block.encode()
+        digest.update(raw)
+        size += len(raw)
+        length += len(block)
+        seen.add(block)
+        if n_words < min_words:
+            n_words += len(WORD.findall(block))
+        progress.add(len(raw))
+    # Eight bytes of the hash: among a billion documents, two are confused with a
+    # chance of 3%.
+    key = int.from_bytes(digest.digest()[:8], "big")
+    # The same words by other speakers are no duplicate. The upper half of the key,
+    # which decides on the split, stays: they belong into the same one.
+    if document.messages:
+        speakers = [(said["role"], len(said["content"])) for said in document.messages]
+        key ^= crc32(repr(speakers).encode())
+    return key, size, length, n_words
+
+
+def say_skipped(skipped, readable):
+    """Show what could not be read; where that is all, it is an error."""
+    if skipped.count and not readable:
+        raise skipped.shown[0]
+    for error in skipped.shown:
+        warn(f"left out: {error.fact}")
+    if skipped.count:
+        warn(f"{skipped.count:,} could not be read, {readable:,} could; --strict stops at the first")
 
 
 def choose_splits(keys, split_of, settings):

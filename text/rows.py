@@ -19,7 +19,9 @@ SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{
 
 
 class Skipped:
-    """Rows that cannot be read: how many, and the first three errors. strict: the first is raised."""
+    """Rows and files that cannot be read: how many, and the first errors. strict: the first is raised."""
+
+    SHOWN = 10
 
     def __init__(self, strict=False):
         self.strict, self.count, self.shown = strict, 0, []
@@ -28,7 +30,7 @@ class Skipped:
         if self.strict:
             raise error
         self.count += 1
-        if self.count <= 3:
+        if self.count <= self.SHOWN:
             self.shown.append(error)
 
 
