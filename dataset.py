@@ -13,7 +13,9 @@ A text is one long sequence of tokens, and a window of it may begin anywhere.
 A window of conversations begins where a conversation begins, and the mask
 beside the tokens says which are learned: the assistant's.
 """
+import difflib
 import functools
+import glob
 import hashlib
 import itertools
 import math
@@ -378,8 +380,7 @@ def read_meta(folder):
     """Its meta.json. Raises UserError where that is not as prepare.py writes it."""
     path, fix = os.path.join(folder, "meta.json"), "run prepare.py again"
     if not os.path.exists(path):
-        raise UserError(f"there is no prepared data in {folder} (no meta.json)",
-                        f"python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
+        raise no_data(folder)
     meta = read_json(path, fix)
     check_like(meta, dict(train={}), path)  # (is there a "train" to look into?)
     # 1. Does it have all that is read, with the right types? 0 or 1 stands
@@ -402,6 +403,19 @@ def read_meta(folder):
     # Older files hold whole paths.
     meta["source"] = [origin(source) for source in meta["source"]]
     return meta
+
+
+def no_data(folder):
+    """The error where a folder has no data: a text must be prepared first, a name may be misspelt."""
+    name = os.path.relpath(folder, "data")
+    if os.path.isfile(name):
+        stem = os.path.basename(name).partition(".")[0]
+        return UserError(f"{name} is a text, and not prepared yet",
+                         f"python prepare.py {quote(name)}, then --dataset={quote(stem)}")
+    prepared = [os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json")]
+    near = [f"--dataset={quote(other)}, or " for other in difflib.get_close_matches(name, prepared, 1)]
+    return UserError(f"there is no prepared data in {folder} (no meta.json)",
+                     f"{''.join(near)}python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
 
 
 def stamp(file):

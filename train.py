@@ -575,8 +575,11 @@ def validate_and_log(run):
         row["wall_seconds"] = run.wall_seconds()
         run.log.write(row)
         # The FLOP/s of one token per second, as a share of the machine's peak:
-        # progress_line multiplies it by the tokens per second.
-        share = run.model.flops_per_token() / (run.peak * run.ranks.world)
+        # progress_line multiplies it by the tokens per second. (Beside other
+        # programs the peak was measured too low.)
+        flops = run.model.flops_per_token() / run.ranks.world
+        run.peak = max(run.peak, row["tokens_per_second"] * flops)
+        share = flops / run.peak
         say(progress_line(row, run.max_iters, share))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
