@@ -273,6 +273,7 @@ class Run:
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # before the last resume
     times: list = field(default_factory=list)  # of the last ten steps, in seconds
+    validation_seconds: float = 0.0  # of the last validation
     log: Log | None = None  # of rank 0
 
     def __post_init__(self):
@@ -327,6 +328,12 @@ class Run:
     def wall_seconds(self):
         return self.wall_before + time.monotonic() - PROCESS_START
 
+    def seconds_left(self):
+        """Until the end: the steps, at the pace of the last ones, and the validations."""
+        steps = self.max_iters - self.step
+        validations = steps / self.settings.eval_interval
+        return steps * statistics.median(self.times) + validations * self.validation_seconds
+
     def check_stop(self):
         """Before each micro-batch and validation batch: raise Stopped in all ranks if one got a signal."""
         if received := self.ranks.all_reduce_max(self.stop.signal):
@@ -346,6 +353,7 @@ class Run:
             self.check_stop()
             progress.tell(i)
 
+        started = time.perf_counter()
         progress = Progress("validating", self.val_batches, unit="batches")
         self.model.eval()
         with torch.no_grad():
@@ -353,6 +361,7 @@ class Run:
                 lambda idx, targets: self.loss(self.model, idx, targets), batch, self.val_batches,
                 self.ranks, before_each)
         self.model.train()
+        self.validation_seconds = time.perf_counter() - started
         return dict(val_loss=nats / count, val_bpb=self.data.bits_per_byte(nats / count))
 
     def settings_to_write(self):
@@ -580,7 +589,7 @@ def validate_and_log(run):
         flops = run.model.flops_per_token() / run.ranks.world
         run.peak = max(run.peak, row["tokens_per_second"] * flops)
         share = flops / run.peak
-        say(progress_line(row, run.max_iters, share))
+        say(progress_line(row, run.max_iters, share, run.seconds_left()))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
         say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
@@ -746,6 +755,7 @@ def say_result(run):
     say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of "
         f"training, {run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; "
         f"validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
+    say(f"its curve: {os.path.join(settings.out_dir, 'loss.svg')}")
     model, _, best = ckpt.load_run(settings.out_dir, device=run.device)
     say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; it writes:\n")
     if before:

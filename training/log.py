@@ -91,10 +91,10 @@ def read_header(path):
     return {}
 
 
-def progress_line(row, max_iters, peak_share):
+def progress_line(row, max_iters, peak_share, seconds_left):
     """The row of a step as a line. peak_share: of the machine's peak, what one token per second takes.
 
-    step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 2m03s left
+    step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 51 s, 2m03s left
     """
     speed = row["tokens_per_second"]
     end = f"/{max_iters}" if max_iters < math.inf else ""  # a --budget chooses it after some steps
@@ -103,8 +103,8 @@ def progress_line(row, max_iters, peak_share):
         parts.append(f"validation {row['val_loss']:.4f} = {row['val_bpb']:.4f} bits per byte")
     parts += [f"lr {row['lr']:.2g}", f"norm {row['grad_norm']:.2f}"]
     parts.append(f"{speed:,.0f} tok/s, {speed * peak_share:.0%} of peak")
-    if end:
-        parts.append(f"{duration((max_iters - row['step']) * row['train_seconds'] / row['step'])} left")
+    time = duration(row["wall_seconds"])
+    parts.append(f"{time}, {duration(seconds_left)} left" if end else time)
     return " | ".join(parts)
 
 
