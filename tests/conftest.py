@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
 import random
 import re
 import shutil
@@ -63,16 +64,21 @@ def pytest_sessionfinish(session):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def script(name, *args, cwd=None, env=None, timeout=240, fresh=False):
+def script(name, *args, cwd=None, env=None, timeout=240, fresh=False, **limits):
     """Run a script of the project as a user would; returns the finished process with its text output.
 
-    fresh: by a new Python, and not by one that has imported PyTorch already.
+    fresh: by a new Python, and not by one that has imported PyTorch already. limits: see programs.run.
     """
     if not fresh and not env:
         import programs
-        return programs.run(ROOT / name, *args, cwd=cwd, timeout=timeout)
+        return programs.run(ROOT / name, *args, cwd=cwd, timeout=timeout, **limits)
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout, text=True,
                           capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+
+
+def package(name):
+    """An optional package; without it, the test or the whole file is skipped."""
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
 
 
 def data_file(name):
@@ -110,6 +116,28 @@ def whole(step=1, **state):
     return dict(format=1, step=step, model=model.state_dict(), settings=dict(dataclasses.asdict(model.config), dataset=""), source=[],
                 tokenizer_sha256="", optimizer=[], scaler={}, chosen=dict(dtype="float32", why="", compile=False), versions={},
                 data_sha256=[], row=dict(numbers, step=step, memory=0)) | state
+
+
+def nanogpt(folder, vocab_size=65, data="shakespeare_char", rows=None, characters=None):
+    """A ckpt.pt as nanoGPT writes it, and its characters in data/. Returns our model with the same weights."""
+    model = random_model(vocab_size=vocab_size, mlp="gelu_exact")
+    rows = rows or vocab_size
+    weights = {"_orig_mod." + name: tensor for name, tensor in model.state_dict().items()}
+    for name in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
+        weights[name] = weights[name][:rows].clone()
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    c = model.config
+    args = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
+                vocab_size=rows, dropout=0.0)
+    os.makedirs(folder / "out")
+    torch.save(dict(model=weights, optimizer={}, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.5),
+                    config=dict(dataset=data, learning_rate=1e-3)), folder / "out/ckpt.pt")
+    if characters:
+        os.makedirs(folder / "data" / data)
+        with open(folder / "data" / data / "meta.pkl", "wb") as file:
+            pickle.dump(dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
+                             stoi={c: i for i, c in enumerate(characters)}), file)
+    return model
 
 
 FAMILIES = {
@@ -224,11 +252,11 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def browser():
     """Chromium without a window, for the tests of pages. What its console says is kept."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
+    webdriver = package("selenium.webdriver")
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (binary and driver):
-        pytest.skip("chromium and chromedriver are not installed")
+        pytest.skip("there is no browser here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):

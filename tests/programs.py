@@ -10,8 +10,10 @@ The process is forked from one that has imported it: see faults.context. The fil
 output and signals are those of a program.
 """
 import os
+import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,8 +21,17 @@ import tempfile
 from faults import context
 
 
-def child(argv, cwd, env, out, err):
+def free_port():
+    """A port that nothing listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def child(argv, cwd, env, out, err, file_size):
     os.chdir(cwd)
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.clear()
     os.environ.update(env)
     for descriptor, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (err, os.O_WRONLY))):
@@ -39,11 +50,15 @@ def child(argv, cwd, env, out, err):
         runpy.run_path(argv[0], run_name="__main__")
 
 
-def run(*argv, cwd=None, env=None, timeout=240):
-    """The finished process, as subprocess.run gives it, with its text output."""
+def run(*argv, cwd=None, env=None, timeout=240, file_size=None):
+    """The finished process, as subprocess.run gives it, with its text output.
+
+    file_size: it can write no file with more bytes, as on a disk that is full.
+    """
     argv, cwd = list(map(str, argv)), str(cwd or os.getcwd())
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        process = context().Process(target=child, args=(argv, cwd, {**os.environ, **(env or {})}, out.name, err.name))
+        env = {**os.environ, **(env or {})}
+        process = context().Process(target=child, args=(argv, cwd, env, out.name, err.name, file_size))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 
 import faults
 import numpy as np
+import programs
 import pytest
 import torch
-from conftest import FAMILIES, byte_level, chat_run, error, random_model, words
-from test_processes import free_port
-from test_checkpoint import nanogpt
+from conftest import FAMILIES, byte_level, chat_run, error, nanogpt, package, random_model, words
 
 from runtime import console
 from serving import engine
@@ -36,15 +35,6 @@ ONE = Processes()
 QUICK = ["--tasks=none", "--samples=0"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these ones are slower with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def place(tiny_run, here):
     """An empty folder to work in, with data/words and out/words of tiny_run."""
@@ -56,7 +46,7 @@ def place(tiny_run, here):
 
 def other(path, family="llama", block_size=48):
     """A Hugging Face folder with a random model, which is returned."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    package("safetensors")
     model = random_model(vocab_size=CHARACTERS.vocab_size, block_size=block_size, **FAMILIES[family])
     huggingface.write(str(path), model, CHARACTERS)
     return model
@@ -98,7 +88,7 @@ def test_the_sum_is_that_of_the_windows_one_by_one(T):
     model, ids = random_model(), torch.randint(100, (70,), generator=torch.Generator().manual_seed(1))
     table = surprises(model, ids, T)
     for n in (2, 3, T - 1, T, T + 1, T + 2, 2 * T - 1, 2 * T, 2 * T + 1, 2 * T + 2, 63, 70):
-        for stride in range(1, T + 1):
+        for stride in sorted({1, 2, T // 2, T - 1, T}):
             windows = {t: max(0, math.ceil((t - T) / stride)) for t in range(1, n)}  # the first one in which t is
             due = math.fsum(table[window * stride, t] for t, window in windows.items())
             found = perplexity.total_loss(model, ids[:n], T, stride, 1 + n % 5, ONE)
@@ -121,7 +111,7 @@ class Uniform:
 
 
 def test_every_token_but_the_first_is_predicted_exactly_once():
-    for n in range(2, 71):
+    for n in (2, 3, 23, 24, 25, 26, 47, 48, 49, 50, 70):
         for stride in range(1, 25):
             model = Uniform()
             found = perplexity.total_loss(model, torch.arange(n) % 50, 24, stride, 1 + n % 4, ONE)
@@ -132,7 +122,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once():
 def test_a_large_vocabulary_in_parts_and_batches_of_any_size():
     sizes, model, ids = [], random_model(), torch.randint(100, (500,))
     due = perplexity.total_loss(model, ids, 24, 7, 1, ONE)
-    for batch_size in (2, 3, 5, 8, 69, 70, 1000):
+    for batch_size in (2, 3, 70, 1000):
         assert perplexity.total_loss(model, ids, 24, 7, batch_size, ONE) == pytest.approx(due, rel=1e-6)
     large = SimpleNamespace(config=SimpleNamespace(vocab_size=1 << 22), lm_head=model.lm_head, trunk=model.trunk,
                             logits=lambda x: sizes.append(len(x)) or model.logits(x))
@@ -142,7 +132,7 @@ def test_a_large_vocabulary_in_parts_and_batches_of_any_size():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "modern"])
 def test_the_loss_is_that_of_transformers(here, family):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = package("transformers")
     other("a", family)
     theirs = transformers.AutoModelForCausalLM.from_pretrained("a", dtype=torch.float32).eval()
     (here / "t.txt").write_text(words(250) + "\u00e9\u4e2d", encoding="utf-8")
@@ -377,7 +367,7 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
 
 
 def test_a_chat_in_a_models_own_format(here):
-    pytest.importorskip("tokenizers"), pytest.importorskip("jinja2")
+    package("tokenizers")
     template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     start, end = 256, 257
@@ -415,10 +405,9 @@ def test_votes(place):
                          "--max_new_tokens=6", "--data=none")["models"][0]["tasks"]["x"]
     one, two, three = asked(1), asked(1), asked(2)
     assert one["items"] == two["items"] and one["items"] != three["items"]
-    for row in one["items"]:
-        answers = [" ".join(text.strip().split("\n")[0].replace(".", "").split()) for text in row["texts"]]
-        counts = Counter(" ".join(word for word in answer.split() if word not in ("a", "the")) for answer in answers)
-        assert row["confidence"] == max(counts.values()) / 5 and len(row["texts"]) == 5
+    for item, row in zip(grading.read_task("x.jsonl"), one["items"], strict=True):
+        assert len(row["texts"]) == 5
+        assert {name: row[name] for name in ("marks", "answer", "confidence")} == grading.score_text(item, row["texts"])
     assert any(len(set(row["texts"])) > 1 for row in one["items"])  # the votes are not one and the same
     assert len({tuple(row["texts"]) for row in one["items"]}) == 6
     assert sum(row["n"] for row in one["calibration"]) == 6 and 0 <= one["calibration_error"] <= 1
@@ -493,13 +482,13 @@ def child(folder, rank, world, port, argv):
 
 def together(folder, world, *argv):
     """The JSON that so many processes write, without what depends on the clock and on their number."""
-    port = free_port()
+    port = programs.free_port()
     processes = [faults.context().Process(target=child, args=(
         str(folder), rank, world, port, [*argv, f"--json={world}.json"])) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
         if process.exitcode is None:
             for one in processes:
                 one.kill()

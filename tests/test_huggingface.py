@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Hugging Face folders, both ways: settings, tensors, tokenizers, and everything that can be wrong with a folder."""
+import functools
 import json
 import os
 import random
@@ -7,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, error, nasty, random_model, script, turns, words
+from conftest import FAMILIES, ROOT, error, nasty, package, random_model, script, turns, words
 
 from text import pretrained
 from formats import huggingface, tokenizer_json
@@ -17,8 +18,8 @@ import sample
 import tokenizer as tokenizers
 import train
 
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+safetensors = package("safetensors.torch")
+transformers = package("transformers")
 
 HOLDABLE = {"gpt2": FAMILIES["gpt2"], "nanogpt": FAMILIES["nanogpt"], "modern": FAMILIES["modern"],
             "grouped": FAMILIES["grouped"], "llama": FAMILIES["llama"], "untied": dict(bias=True, tie_weights=False),
@@ -276,7 +277,8 @@ def test_chat(here, capsys, monkeypatch):
 @pytest.mark.parametrize("kind", ["char", "bpe", "unigram"])
 def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
     """transformers makes the same prompts and stops where an answer ends; read back, it is a chat model still."""
-    tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
+    lines = mixed_lines()
+    tokenizer = tokenizers.train(kind, lines, 1500)
     end, size = tokenizer.special["<|end|>"], dict(vocab_size=tokenizer.vocab_size, block_size=64)
     model = random_model(**size, tie_weights=False, bias=True)
     for name, chat in ("chat", True), ("text", False):
@@ -287,7 +289,7 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
         assert checkpoint["generation"]["eos_token_id"] == ([tokenizer.special["<|endoftext|>"], end] if chat else
                                                             tokenizer.special["<|endoftext|>"])
     theirs = transformers.AutoTokenizer.from_pretrained("chat")
-    for texts in zip(TEXTS[::40], TEXTS[7::40], TEXTS[11::40]):
+    for texts in zip(lines[::40], lines[7::40], lines[11::40]):
         for talk, answer in ((turns(*texts), True), (turns(*texts, "", system=texts[0]), False), (turns(" \n "), True)):
             due = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
             assert (tokenizer.chat(talk) if answer else tokenizer.conversation(talk)[0]) == due, talk
@@ -311,41 +313,43 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
 # Tokenizers
 
 
-def mixed_lines():
-    """10,000 lines: five languages, code, emoji, and strings that are meant to break a tokenizer."""
+@functools.cache
+def mixed_lines(n=2000):
+    """n lines or a few less: five languages, code, emoji, and strings that are meant to break a tokenizer.
+
+    None spells a special token, which is the exception.
+    """
     books = ["The old man sees a dog, doesn't he? It's 1984.", "El niño comió: ¡qué rápido! ¿Años?",
              "L'été, c'est déjà fini ; où êtes-vous ?", "Größe, Straße und Übermut — „so ist es“.",
              "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。"]
     code = (ROOT / "model.py").read_text(encoding="utf-8").split("\n")
     rng = random.Random(5)
     pieces = [*books, *code, *"🙂 👩‍👩‍👧 🇫🇷 e\u0301 \t ▁ <0x41> <unk> 100% 3.14 \r".split(" "), *nasty(2000, seed=3)]
-    for _ in range(10_000):
-        line = rng.choice(["", "    ", "\t"]) + " ".join(rng.choice(pieces) for _ in range(rng.randrange(1, 5)))
-        yield line
+    lines = [rng.choice(["", "    ", "\t"]) + " ".join(rng.choice(pieces) for _ in range(rng.randrange(1, 5)))
+             for _ in range(n)]
+    return [line for line in lines if "<|" not in line]
 
 
-TEXTS = [line for line in mixed_lines() if "<|" not in line]  # text that spells a special token is the exception
-
-
+@pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["char", "bpe", "unigram", "gpt2", "cl100k", "o200k", "hugging_face"])
-def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
-    tokenizers_library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+def test_tokenizers_give_the_same_ids(here, kind, n, request, monkeypatch):
+    tokenizers_library, lines = package("tokenizers"), mixed_lines(n)
     if kind == "gpt2":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", request.getfixturevalue("gpt2"))
         tokenizer = pretrained.from_tiktoken("gpt2")
     elif kind in ("cl100k", "o200k"):  # their expressions, with the merges that a few words need
-        pytest.importorskip("tiktoken")
+        package("tiktoken")
         tokenizer = small_encoding(kind)
     elif kind == "hugging_face":
         huggingface_files(here / "source", small_encoding("cl100k"))
         tokenizer = pretrained.from_hugging_face("source")
     else:
-        tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
+        tokenizer = tokenizers.train(kind, lines if kind == "char" else lines[:3000], 1500)
     files = tokenizer_json.tokenizer_files(tokenizer, 64)
     library = tokenizers_library.Tokenizer.from_str(files["tokenizer.json"].decode())
-    for line in TEXTS:
+    for line in lines:
         assert library.encode(line, add_special_tokens=False).ids == tokenizer.encode(line), repr(line)
-    whole = "\n".join(TEXTS)
+    whole = "\n".join(lines)
     ids = tokenizer.encode(whole)
     assert library.encode(whole, add_special_tokens=False).ids == ids and library.decode(ids) == whole
     for name, i in tokenizer.special.items():
@@ -353,7 +357,7 @@ def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
     for name, content in files.items():
         (here / name).write_bytes(content)
     auto = transformers.AutoTokenizer.from_pretrained(".")
-    assert auto(TEXTS[7], add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXTS[7])
+    assert auto(lines[7], add_special_tokens=False)["input_ids"] == tokenizer.encode(lines[7])
     assert auto.eos_token_id == tokenizer.special["<|endoftext|>"]
 
 
@@ -431,7 +435,7 @@ def test_a_real_chat_model_enters_answers_and_leaves(here):
     (A folder made from a 4-bit file is as good here: its weights are numbers like others.)
     """
     if "SMOLLM2" not in os.environ:
-        pytest.skip("the environment variable SMOLLM2 does not name the folder of a chat model")
+        pytest.skip("the variable SMOLLM2 names no folder of a chat model such as SmolLM2-135M-Instruct")
     source = os.environ["SMOLLM2"]
     model, tokenizer, run = ckpt.load_run(source)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

@@ -186,36 +186,18 @@ def test_how_often_the_text_is_read(here, monkeypatch, tokenizer, times):
 
 
 def test_what_people_get_wrong(here):
-    (here / "empty.txt").write_text("")
-    assert "there is no text; dropped: 1 empty" in error(prepare.main, "empty.txt")[0]
+    """What is wrong with a text stands in test_sources.py."""
     (here / "latin.txt").write_bytes(b"caf\xe9 " * 5)
-    fact, fix = error(prepare.main, "latin.txt")
-    assert "0xe9 at offset 3" in fact and "iconv" in fix
-    (here / "late.txt").write_bytes(b"x" * 3_000_000 + b"\xff")
-    assert "0xff at offset 3000000" in error(prepare.main, "late.txt")[0]
-    (here / "cut.txt").write_bytes("caf\u00e9".encode()[:-1])
-    assert "0xc3 at offset 3" in error(prepare.main, "cut.txt")[0]
-    (here / "image.txt").write_bytes(b"\x89PNG" + bytes(96))
-    assert "96 of its first 100 bytes are NUL" in error(prepare.main, "image.txt")[0]
-    (here / "notes.docx").write_bytes(b"PK")
-    assert ".txt" in error(prepare.main, "notes.docx")[0]
+    assert "iconv" in error(prepare.main, "latin.txt")[1]
     assert "nowhere.txt does not exist" in error(prepare.main, "nowhere.txt")[0]
     (here / "folder").mkdir()
     assert "folder holds no .txt" in error(prepare.main, "folder")[0]
-    (here / "broken.txt.gz").write_bytes(b"not gzip at all")
-    assert "cannot read broken.txt.gz" in error(prepare.main, "broken.txt.gz")[0]
-    zipped = bytearray(gzip.compress(words(9000).encode()))
-    for name, raw in (("cut", zipped[:-99]), ("bad", zipped[:99] + b"\0\xff" * 9 + zipped[117:])):
-        (here / f"{name}.txt.gz").write_bytes(raw)
-        assert f"cannot read {name}.txt.gz" in error(prepare.main, f"{name}.txt.gz")[0]
     assert "no text was named" in error(prepare.main)[0]
     (here / "good.txt").write_text(words(1000))
     assert "val_fraction=1.5" in error(prepare.main, "good.txt", "--val_fraction=1.5")[0]
     assert ". holds something other" in error(prepare.main, "good.txt", "--out=.")[0]
     assert "a file of this name" in error(prepare.main, "good.txt", "--out=good.txt")[0]
     assert "'gpt5'" in error(prepare.main, "good.txt", "--tokenizer=gpt5")[0]
-    (here / "a.txt").write_text("a")
-    assert "1 bytes of text are too few" in error(prepare.main, "a.txt", "--tokenizer=char")[0]
     (here / "b.txt").write_text(words(500))
     prepare.main(["b.txt", "--tokenizer=char", "--out=other"])
     (here / "c.txt").write_text("123" * 50)
@@ -273,18 +255,18 @@ sys.exit(status != 0)"""
 
 
 def test_memory_does_not_grow_with_the_text(here):
-    """64 MB of short documents and 64 MB in one: less than 70 MB beyond what a small text takes. (2 GB: README.)"""
+    """24 MB of short documents, and 24 MB in one: less than 60 MB beyond what a small text takes."""
     line = words(400).replace("\n", " ")
     with open("a.jsonl", "w", encoding="utf-8") as file:
-        for i in range(160_000):
+        for i in range(60_000):
             file.write(json.dumps({"text": f"{i} {line}"}) + "\n")
     with open("b.txt", "w", encoding="utf-8") as file:
-        for i in range(160_000):
+        for i in range(60_000):
             file.write(f"{i} {line}\n")
     (here / "c.txt").write_text(words(3000))
-    peaks = [peak_memory(ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=2")
+    peaks = [peak_memory(ROOT / "prepare.py", name, "--tokenizer=char", "--num_proc=1")
              for name in ("a.jsonl", "b.txt", "c.txt")]
-    assert max(peaks) < peaks[2] + 100e6, peaks
+    assert max(peaks) < peaks[2] + 60e6, peaks
 
 
 def test_names_and_quoting(here, capsys):
