@@ -467,6 +467,47 @@ def test_samples(place):
     assert "reference" not in begun and all(len(text) == 24 for text in begun["models"][0]["quality"]["texts"])
 
 
+def test_samples_have_up_to_128_tokens(place, monkeypatch):
+    asked = []
+
+    def ask(engine, requests):
+        asked.append([request.max_tokens for request in requests])
+        raise console.UserError("that is enough", "-")
+    monkeypatch.setattr(evaluate, "work", ask)
+    other("hf", block_size=140)
+    for prompt in ("the old", "the old man" * 10):
+        evaluated("hf", "--data=none", "--tasks=none", "--samples=2", f"--prompt={prompt}")
+    assert asked == [[128, 128], [30, 30]]
+
+
+def test_real_text_is_taken_from_all_of_it(monkeypatch):
+    """As many pieces as samples, as long as these, at even distances."""
+    pieces = []
+    monkeypatch.setattr(grading, "variety", lambda texts: pieces.append(texts) or {})
+    text = SimpleNamespace(name="t", documents=[" ".join(f"w{i}" for i in range(100))])
+    assert evaluate.real_text(text, dict(texts=["x"] * 4, words=13)) == dict(name="t")
+    evaluate.real_text(text, dict(texts=["x"] * 2, words=400))  # more words than there are
+    assert pieces[0] == [f"w{i} w{i + 1} w{i + 2}" for i in (0, 25, 50, 75)]
+    assert [len(piece.split()) for piece in pieces[1]] == [100, 0]
+
+
+def test_how_an_answer_is_asked_for(here):
+    """One is written greedily, several by chance; a text may not go on with a question of its own; half is for it."""
+    task("x.jsonl", dict(question="?", answer="#### 1")), task("y.jsonl", *sentences(1))
+    model = SimpleNamespace(context=100, tokenizer=CHARACTERS)
+    (number,), (words_,) = grading.read_task("x.jsonl"), grading.read_task("y.jsonl")
+    for item, seeds, asked, temperature, most in (
+            (number, [1], "auto", 0.0, 50), (number, [1, 2], "auto", 0.8, 50), (words_, [1], "auto", 0.0, 32),
+            (words_, [1], 7, 0.0, 7), (words_, [1], 90, 0.0, 50)):
+        settings = evaluate.EvaluateConfig(max_new_tokens=asked)
+        requests, cut = evaluate.requests_for(item, [], seeds, settings, model, False)
+        assert [request.seed for request in requests] == seeds and not cut
+        for request in requests:
+            assert (request.temperature, request.max_tokens, request.stop) == (temperature, most, ["\nQuestion:"])
+    (request,), _ = evaluate.requests_for(number, [], [1], evaluate.EvaluateConfig(), model, True)
+    assert request.stop == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 

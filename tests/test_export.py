@@ -301,6 +301,20 @@ def test_other_ids_and_other_tokens_are_noticed():
         assert not export.compare(model, questions, ours, dict(same, logits=logits))[2]
 
 
+@pytest.mark.parametrize("largest", [1.0, 10.0, 1000.0])
+def test_how_far_off_a_logit_may_be(largest):
+    """By 1e-4, or by 1e-5 of the largest."""
+    model = random_model()
+    questions, _ = export.ask(model, CHARACTERS, None)
+    ours = dict(logits=[torch.zeros(1, 2, 3, dtype=torch.float64)], ids=[])
+    ours["logits"][0][0, 0, 0] = -largest
+    tokens = torch.cat(list(model.generate(questions["prompt"], questions["n"])), dim=1)[0]
+    allowed = max(1e-4, 1e-5 * largest)
+    for off, due in ((0.99 * allowed, True), (1.01 * allowed, False), (-1.01 * allowed, False)):
+        theirs = dict(logits=[ours["logits"][0] + torch.tensor([0, 0, off])], tokens=tokens, ids=None)
+        assert export.compare(model, questions, ours, theirs)[2] is due
+
+
 def test_errors(tiny_run, here, monkeypatch):
     run = str(tiny_run / "out/words")
     assert error(export.main, run, "--format=gguf")[0] == "there is no format 'gguf'"
@@ -379,6 +393,7 @@ def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, quick_
     """A row for each format; what a kill left goes."""
     with contextlib.chdir(tiny_run):
         run = ["out/words", f"--out={here}/x"]
+        (here / "x/.part/hf").mkdir(parents=True)  # a kill before anything was complete
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
         card = (here / "x/README.md").read_text()
         assert "| hf |" in card and "| model.ts |" in card

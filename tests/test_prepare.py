@@ -41,6 +41,32 @@ def test_one_text_is_cut_near_its_end_at_a_line_border(here, kind):
     assert train + val == text and train.endswith("\n") and 0.09 < len(val) / len(text) < 0.16
 
 
+@pytest.mark.parametrize("at, cut", [(849, 900), (850, 851), (880, 881), (899, 900), (900, 900)])
+def test_a_line_end_is_taken_if_it_is_near(here, at, cut):
+    """1,000 characters, 100 of them for validation: the last line end of the 50 before these, else none."""
+    (here / "a.txt").write_text("ab" * (at // 2) + "c" * (at % 2) + "\n" + "d" * (999 - at))
+    prepare.main(["a.txt", "--tokenizer=char", "--val_fraction=0.1"])
+    assert len(read(here / "data/a", "train")[0]) == cut
+
+
+def test_the_vocabulary_has_not_seen_the_validation_split(here):
+    """A character that stands there alone has no token of its own."""
+    (here / "a.txt").write_text(words(20_000) + "\u0436" * 500, encoding="utf-8")
+    prepare.main(["a.txt", "--vocab_size=330"])
+    tokenizer = tokenizers.load_from("data/a")
+    assert read(here / "data/a", "val")[0].endswith("\u0436" * 500)
+    assert "\u0436" not in read(here / "data/a", "train")[0] and len(tokenizer.encode("\u0436")) == 2
+    prepare.main(["a.txt", "--tokenizer=char"])  # which needs every character
+    assert len(tokenizers.load_from("data/a").encode("\u0436")) == 1
+
+
+def test_from_200_documents_on_whole_ones_are_held_out(here):
+    for n in (199, 200):
+        (here / f"{n}.jsonl").write_text("".join(json.dumps({"text": f"{i} {words(50)}"}) + "\n" for i in range(n)))
+        plan = prepare.make_plan([f"{n}.jsonl"], prepare.PrepareConfig())
+        assert set(plan.split_of.tolist()) == ({prepare.CUT} if n < 200 else {prepare.TRAIN, prepare.VAL})
+
+
 def test_kinds_of_files_and_folders(here, capsys):
     (here / "in/deep").mkdir(parents=True)
     (here / "in/a.txt").write_bytes("\ufeff".encode() + b"one\r\n" * 40)  # a byte order mark is not text, CRLF is
