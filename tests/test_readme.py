@@ -186,6 +186,8 @@ def check_made(clone, program, arguments, said):
         assert said.stdout or said.stderr
 
 
+# The model of the first recipe with fewer weights, for all that comes after it. (test_train.py trains the recipe itself.)
+SMALLER = "--n_layer=1 --n_embd=64 --batch_size=4".split()
 started = set()  # programs that have been started as they are typed
 
 
@@ -221,9 +223,9 @@ def run_torchrun(clone, arguments):
     """The line on each machine that it names, all of which are this one."""
     arguments = [argument.replace("FIRST:29500", f"127.0.0.1:{programs.free_port()}") for argument in arguments]
     machines = 2 if "--nnodes=2" in arguments else 1
-    runs = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *arguments, *shlex.split(QUICK["train.py"])],
-                             cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for _ in range(machines)]
+    argv = ["-m", "torch.distributed.run", *arguments, *shlex.split(QUICK["train.py"]), *SMALLER]
+    runs = [subprocess.Popen([sys.executable, *argv], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True) for _ in range(machines)]
     out = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * machines, out
     assert (clone / option(arguments, "out_dir") / "best.pt").exists()
@@ -240,7 +242,7 @@ def run_python(clone, part, arguments):
     if program == "bench":
         known = bench_settings(arguments[2])
         quick = [argument for argument in quick if argument[2:].partition("=")[0] in known]
-    argv = [*arguments, *quick]
+    argv = [*arguments, *quick, *(SMALLER if "config/train_small.py" in arguments else ())]
     if program in started:
         done = programs.run(*argv, cwd=clone)
     else:
