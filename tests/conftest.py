@@ -296,3 +296,12 @@ def tiny_run(tmp_path_factory):
     with contextlib.chdir(folder):
         assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
     return folder
+
+
+@pytest.fixture
+def place(tiny_run, here):
+    """An empty folder to work in, with data/words and out/words of tiny_run."""
+    for name in ("data", "out"):
+        (here / name).mkdir()
+        (here / name / "words").symlink_to(tiny_run / name / "words")
+    return here
