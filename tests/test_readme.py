@@ -146,6 +146,11 @@ def option(arguments, name, default=""):
     return next((argument.partition("=")[2] for argument in arguments if argument.startswith(f"--{name}=")), default)
 
 
+def columns(heading):
+    """The names of the columns of a table."""
+    return {cell.strip() for cell in heading.split("|")} - {""}
+
+
 def check_made(clone, program, arguments, said):
     """Has the command made what it is for?"""
     names = [argument for argument in arguments if not argument.startswith("--")]
@@ -180,8 +185,9 @@ def check_made(clone, program, arguments, said):
     elif program == "tokenizer.py" and "--train" in arguments:
         assert (clone / option(arguments, "out") / "config.json").exists()
     elif program == "bench" and arguments[0] not in ("doctor", "parity"):
-        heading = next(line for line in said.stdout.splitlines() if line.startswith("| "))
-        assert heading in PAGES["docs/measurements.md"].splitlines(), heading
+        heading = columns(next(line for line in said.stdout.splitlines() if line.startswith("| ")))
+        shown = map(columns, re.findall(r"^(\| .*)\n\|-", PAGES["docs/measurements.md"], re.M))
+        assert max(len(heading & each) for each in shown) >= min(3, len(heading) - 1), heading
     else:
         assert said.stdout or said.stderr
 
