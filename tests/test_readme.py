@@ -194,6 +194,8 @@ def check_made(clone, program, arguments, said):
 
 # The model of the first recipe with fewer weights, for all that comes after it. (test_train.py trains the recipe itself.)
 SMALLER = "--n_layer=1 --n_embd=64 --batch_size=4".split()
+# And benches that would take a large model, or a large text, where none is named.
+NAMED = {"serve": ["out/notes"], "ablation": ["--dataset=notes"]}
 started = set()  # programs that have been started as they are typed
 
 
@@ -248,6 +250,7 @@ def run_python(clone, part, arguments):
     if program == "bench":
         known = bench_settings(arguments[2])
         quick = [argument for argument in quick if argument[2:].partition("=")[0] in known]
+        quick += NAMED.get(arguments[2], [])
     argv = [*arguments, *quick, *(SMALLER if "config/train_small.py" in arguments else ())]
     if program in started:
         done = programs.run(*argv, cwd=clone)
