@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 from faults import context
 
@@ -26,6 +27,15 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def until(true, what):
+    """Wait until true() is so, which may take a minute."""
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"not within a minute: {what}")
 
 
 def child(argv, cwd, env, out, err, file_size):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Downloads: a server that cuts, stalls, lies, redirects and gives web pages; and every name, with its real layout."""
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ import pytest
 import requests
 from conftest import error, words
 from faults import Run
+from programs import until
 
 import dataset as datasets
 from text import download
@@ -422,6 +424,10 @@ def test_killed_at_random_moments_while_fetching_and_preparing(here, server, tim
     def files():
         paths = [path for path in (here / "data").rglob("*") if path.is_file()]
         return {path.relative_to(here): path.read_bytes() for path in paths if not re.search(r"\.part|\.lock$", str(path))}
+    def begun():
+        """Is there a part of the download?"""
+        with contextlib.suppress(FileNotFoundError):
+            return any(path.is_file() and path.stat().st_size for path in (here / "data").rglob("*.part"))
     server.mode = "slow:0.01"
     for _ in range(2):  # the first process starts the one that all others are forked from
         shutil.rmtree(here / "data", ignore_errors=True)
@@ -433,7 +439,10 @@ def test_killed_at_random_moments_while_fetching_and_preparing(here, server, tim
             break
         shutil.rmtree(here / ("data" if killed % 2 == 0 else "data/book"), ignore_errors=True)  # or go on fetching
         run = Run(here, *argv, script="prepare")
-        time.sleep(rng.uniform(0, took))
+        if killed % 4 == 0:
+            until(begun, "a part of the book has been fetched")
+        else:
+            time.sleep(rng.uniform(0, took))
         killed += run.kill() == -9
         assert not (here / "data/book").exists() or files() == due
     assert killed == times, f"of {4 * times} runs, only {killed} could be killed before they ended"

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import programs
 import pytest
@@ -83,7 +82,7 @@ def serving(clone, *arguments, expect=200):
     try:
         port = re.search(r":(\d+) is open", log.get(timeout=60))[1]
         address = f"http://127.0.0.1:{port}"
-        until(lambda: get(f"{address}/health").json() != {"status": "loading"}, "the model is loaded")
+        programs.until(lambda: get(f"{address}/health").json() != {"status": "loading"}, "the model is loaded")
         assert get(f"{address}/model-info").status_code == expect
         yield address
     finally:
@@ -95,14 +94,6 @@ def get(address):
     session = requests.Session()
     session.trust_env = False  # no proxy
     return session.get(address, timeout=60)
-
-
-def until(true, what):
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"after a minute, it isn't so that {what}")
 
 
 @pytest.fixture(scope="module")
