@@ -6,13 +6,19 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+# Models as small as those of the tests are slower with several threads, and two test processes share the machine: one
+# thread, here and in what tests start. Tests of threads set the number themselves.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -28,10 +34,61 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_
         "--eval_interval=10", "--log_interval=1", "--compile=false", "--dtype=float32", "--device=cpu"]
 
 
-def script(name, *args, cwd=None, env=None, timeout=300):
-    """Run a script of the project as a user would; returns the finished process with its text output."""
+# The files that take longest, by how their names begin: they are started first, so that none is left to one process.
+LONGEST = ("test_readme", "test_reliability", "test_export", "test_processes", "test_serve", "test_train",
+           "test_huggingface", "test_download", "test_pretrained", "test_engine", "test_evaluate", "test_page")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the order within a file stays. Slow tests may take an hour each."""
+    def place(item):
+        return next((i for i, name in enumerate(LONGEST) if item.path.name.startswith(name)), len(LONGEST))
+    items.sort(key=place)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
+# CI has every package of requirements-dev.txt, so that a skip for want of one is a mistake there, and the run fails.
+# What a machine may lack (a browser, network namespaces, the data that a variable names, a GPU) is only named.
+MUST_BE_THERE = re.compile("is not installed|pip install|could not import")
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") != "true" or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    for report in reporter.stats.get("skipped", []):
+        _, _, reason = report.longrepr
+        if MUST_BE_THERE.search(reason):
+            reporter.write_line(f"\nmust not be skipped in CI: {report.nodeid}: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def script(name, *args, cwd=None, env=None, timeout=240, fresh=False, **limits):
+    """Run a script of the project as a user would; returns the finished process with its text output.
+
+    fresh: by a new Python, and not by one that has imported PyTorch already. limits: see programs.run.
+    """
+    if not fresh and not env:
+        import programs
+        return programs.run(ROOT / name, *args, cwd=cwd, timeout=timeout, **limits)
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout, text=True,
                           capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+
+
+def package(name):
+    """An optional package; without it, the test or the whole file is skipped."""
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-dev.txt")
+
+
+def data_file(name):
+    """The path of a file or folder of texts that are not part of the repository; without it, the test is skipped."""
+    folder = os.environ.get("OPENLLM_TEST_DATA") or ROOT.parent / "shared/data"
+    path = pathlib.Path(folder) / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here: OPENLLM_TEST_DATA names no folder that has it")
+    return path
 
 
 def error(main, *argv):
@@ -60,6 +117,28 @@ def whole(step=1, **state):
     return dict(format=1, step=step, model=model.state_dict(), settings=dict(dataclasses.asdict(model.config), dataset=""), source=[],
                 tokenizer_sha256="", optimizer=[], scaler={}, chosen=dict(dtype="float32", why="", compile=False), versions={},
                 data_sha256=[], row=dict(numbers, step=step, memory=0)) | state
+
+
+def nanogpt(folder, vocab_size=65, data="shakespeare_char", rows=None, characters=None):
+    """A ckpt.pt as nanoGPT writes it, and its characters in data/. Returns our model with the same weights."""
+    model = random_model(vocab_size=vocab_size, mlp="gelu_exact")
+    rows = rows or vocab_size
+    weights = {"_orig_mod." + name: tensor for name, tensor in model.state_dict().items()}
+    for name in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
+        weights[name] = weights[name][:rows].clone()
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    c = model.config
+    args = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
+                vocab_size=rows, dropout=0.0)
+    os.makedirs(folder / "out")
+    torch.save(dict(model=weights, optimizer={}, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.5),
+                    config=dict(dataset=data, learning_rate=1e-3)), folder / "out/ckpt.pt")
+    if characters:
+        os.makedirs(folder / "data" / data)
+        with open(folder / "data" / data / "meta.pkl", "wb") as file:
+            pickle.dump(dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
+                             stoi={c: i for i, c in enumerate(characters)}), file)
+    return model
 
 
 FAMILIES = {
@@ -174,11 +253,11 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def browser():
     """Chromium without a window, for the tests of pages. What its console says is kept."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
+    webdriver = package("selenium.webdriver")
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (binary and driver):
-        pytest.skip("chromium and chromedriver are not installed")
+        pytest.skip("there is no browser here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
@@ -190,18 +269,15 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def gpt2(tmp_path_factory):
-    """A folder with GPT-2's vocabulary where tiktoken looks for it: see TIKTOKEN_CACHE_DIR."""
-    script = ROOT.parent / "shared/scripts/seed_tiktoken.py"
-    if os.environ.get("TIKTOKEN_CACHE_DIR"):
-        return os.environ["TIKTOKEN_CACHE_DIR"]
-    if not script.exists():
-        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR to a folder that has it")
-    cache = tmp_path_factory.mktemp("tiktoken")
-    done = subprocess.run([sys.executable, script, cache], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("GPT-2's vocabulary cannot be fetched here")
-    return str(cache)
+def gpt2():
+    """A folder with GPT-2's vocabulary: TIKTOKEN_CACHE_DIR, or the one to which tiktoken fetches it once."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    fetch = [sys.executable, "-c", "import tiktoken; tiktoken.get_encoding('gpt2')"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(fetch, env={**os.environ, "TIKTOKEN_CACHE_DIR": folder}, capture_output=True, timeout=60)
+        if done.returncode == 0:
+            return folder
+    pytest.skip("GPT-2's vocabulary can't be fetched: TIKTOKEN_CACHE_DIR names no folder that has it")
 
 
 def chat_run(tiny_run, path):
@@ -220,3 +296,12 @@ def tiny_run(tmp_path_factory):
     with contextlib.chdir(folder):
         assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
     return folder
+
+
+@pytest.fixture
+def place(tiny_run, here):
+    """An empty folder to work in, with data/words and out/words of tiny_run."""
+    for name in ("data", "out"):
+        (here / name).mkdir()
+        (here / name / "words").symlink_to(tiny_run / name / "words")
+    return here

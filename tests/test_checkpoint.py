@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import chat_run, error, prepare_words, random_model, whole
+from conftest import chat_run, error, nanogpt, prepare_words, random_model, whole
 
 from runtime import machine
 from runtime.processes import Processes
@@ -312,28 +312,6 @@ def test_one_place_reads_checkpoints():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # nanoGPT's checkpoints
-
-
-def nanogpt(folder, vocab_size=65, data="shakespeare_char", rows=None, characters=None):
-    """A ckpt.pt as nanoGPT writes it, and its characters in data/. Returns our model with the same weights."""
-    model = random_model(vocab_size=vocab_size, mlp="gelu_exact")
-    rows = rows or vocab_size
-    weights = {"_orig_mod." + name: tensor for name, tensor in model.state_dict().items()}
-    for name in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
-        weights[name] = weights[name][:rows].clone()
-    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
-    c = model.config
-    args = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
-                vocab_size=rows, dropout=0.0)
-    os.makedirs(folder / "out")
-    torch.save(dict(model=weights, optimizer={}, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.5),
-                    config=dict(dataset=data, learning_rate=1e-3)), folder / "out/ckpt.pt")
-    if characters:
-        os.makedirs(folder / "data" / data)
-        with open(folder / "data" / data / "meta.pkl", "wb") as file:
-            pickle.dump(dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
-                             stoi={c: i for i, c in enumerate(characters)}), file)
-    return model
 
 
 def test_nanogpts_checkpoint(here, capsys):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Downloads: a server that cuts, stalls, lies, redirects and gives web pages; and every name, with its real layout."""
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ import pytest
 import requests
 from conftest import error, words
 from faults import Run
+from programs import until
 
 import dataset as datasets
 from text import download
@@ -36,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.mode, self.asked, self.version = {}, "", [], "1"
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()  # it ends as soon as it is told
 
     def handle_error(self, request, client_address):  # a client that left
         pass
@@ -413,25 +415,36 @@ def test_an_address_of_something_else(here, server):
         assert "not one of the kinds that can be read" in error(prepare.main, f"{server.url}/{name}")[0]
 
 
-def test_killed_at_random_moments_while_fetching_and_preparing(here, server):
-    """Twenty times; then the same command writes what an undisturbed one does, and nothing was fetched twice."""
+@pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_while_fetching_and_preparing(here, server, times):
+    """Then the same command writes what an undisturbed one does, and nothing was fetched twice."""
     server.files["/book.txt"] = words(500_000, seed=2).encode()
     argv = [f"{server.url}/book.txt", "--vocab_size=300"]
 
     def files():
         paths = [path for path in (here / "data").rglob("*") if path.is_file()]
         return {path.relative_to(here): path.read_bytes() for path in paths if not re.search(r"\.part|\.lock$", str(path))}
+    def begun():
+        """Is there a part of the download?"""
+        with contextlib.suppress(FileNotFoundError):
+            return any(path.is_file() and path.stat().st_size for path in (here / "data").rglob("*.part"))
     server.mode = "slow:0.01"
     for _ in range(2):  # the first process starts the one that all others are forked from
         shutil.rmtree(here / "data", ignore_errors=True)
         started = time.monotonic()
         assert Run(here, *argv, script="prepare").wait() == 0
     took, due, rng, killed = time.monotonic() - started, files(), random.Random(4), 0
-    while killed < 20:
+    for _ in range(4 * times):  # (one that has ended already cannot be killed)
+        if killed == times:
+            break
         shutil.rmtree(here / ("data" if killed % 2 == 0 else "data/book"), ignore_errors=True)  # or go on fetching
         run = Run(here, *argv, script="prepare")
-        time.sleep(rng.uniform(0, took))
+        if killed % 4 == 0:
+            until(begun, "a part of the book has been fetched")
+        else:
+            time.sleep(rng.uniform(0, took))
         killed += run.kill() == -9
         assert not (here / "data/book").exists() or files() == due
+    assert killed == times, f"of {4 * times} runs, only {killed} could be killed before they ended"
     assert Run(here, *argv, script="prepare").wait() == 0 and files() == due
     assert any(wanted for _, wanted in server.asked)

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Evaluation: losses, marks and differences by arithmetic of their own; several models, several processes, errors."""
-import copy
+"""Evaluation: marks and differences by arithmetic of their own; several models, several processes, errors."""
 import json
 import math
 import os
-import pathlib
 import random
 import shutil
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import faults
 import numpy as np
+import programs
 import pytest
 import torch
-from conftest import FAMILIES, byte_level, chat_run, error, random_model, words
-from test_processes import free_port
-from test_checkpoint import nanogpt
+from conftest import FAMILIES, byte_level, chat_run, error, nanogpt, package, random_model, words
+from evaluations import CHARACTERS, QUICK, evaluated, other, sentences, task
 
 from runtime import console
 from serving import engine
@@ -25,181 +22,12 @@ import evaluate
 from evaluation import grading
 from formats import huggingface
 from runtime.processes import Processes
-from evaluation import perplexity
 import prepare
 from evaluation import report
 from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
-CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))) + "\u00e9\u4e2d")
 ONE = Processes()
-QUICK = ["--tasks=none", "--samples=0"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these ones are slower with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def place(tiny_run, here):
-    """An empty folder to work in, with data/words and out/words of tiny_run."""
-    for name in ("data", "out"):
-        (here / name).mkdir()
-        (here / name / "words").symlink_to(tiny_run / name / "words")
-    return here
-
-
-def other(path, family="llama", block_size=48):
-    """A Hugging Face folder with a random model, which is returned."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    model = random_model(vocab_size=CHARACTERS.vocab_size, block_size=block_size, **FAMILIES[family])
-    huggingface.write(str(path), model, CHARACTERS)
-    return model
-
-
-def evaluated(*argv):
-    """What evaluate.py writes to --json, which has to be JSON: no NaN, no Infinity."""
-    assert evaluate.main([*map(str, argv), "--json=r.json"]) == 0
-    return json.loads(pathlib.Path("r.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-
-
-def task(name, *rows):
-    pathlib.Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return f"--tasks={name}"
-
-
-def sentences(n, **fields):
-    """n questions that continue a sentence of `words`."""
-    lines = words(9000).split("\n")
-    return [{"prompt": lines[i][:8 + i % 3], "answers": [lines[i][8 + i % 3:]], **fields} for i in range(n)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-@torch.no_grad()
-def surprises(model, ids, T):
-    """{(start, t): -ln p of token t after the tokens from start on}, in float64, for windows of T tokens."""
-    model, table = copy.deepcopy(model).double(), {}
-    for start in range(len(ids) - 1):
-        rows = -model(ids[None, start:start + T])[0].log_softmax(-1)
-        table |= {(start, start + 1 + j): rows[j, t].item() for j, t in enumerate(ids[start + 1:start + 1 + T])}
-    return table
-
-
-@pytest.mark.parametrize("T", [24, 7])
-def test_the_sum_is_that_of_the_windows_one_by_one(T):
-    model, ids = random_model(), torch.randint(100, (70,), generator=torch.Generator().manual_seed(1))
-    table = surprises(model, ids, T)
-    for n in (2, 3, T - 1, T, T + 1, T + 2, 2 * T - 1, 2 * T, 2 * T + 1, 2 * T + 2, 63, 70):
-        for stride in range(1, T + 1):
-            windows = {t: max(0, math.ceil((t - T) / stride)) for t in range(1, n)}  # the first one in which t is
-            due = math.fsum(table[window * stride, t] for t, window in windows.items())
-            found = perplexity.total_loss(model, ids[:n], T, stride, 1 + n % 5, ONE)
-            assert found == pytest.approx(due, rel=2e-6), (n, stride)
-
-
-class Uniform:
-    """A model to which 50 tokens are equally likely, and which notes behind which ones it was asked for scores."""
-    config, lm_head = random_model(vocab_size=50).config, torch.nn.Linear(1, 1)
-
-    def __init__(self):
-        self.seen = []
-
-    def trunk(self, idx):
-        return idx[:, :, None]
-
-    def logits(self, x):
-        self.seen += x.flatten().tolist()
-        return torch.zeros(len(x), 50)
-
-
-def test_every_token_but_the_first_is_predicted_exactly_once():
-    for n in range(2, 71):
-        for stride in range(1, 25):
-            model = Uniform()
-            found = perplexity.total_loss(model, torch.arange(n) % 50, 24, stride, 1 + n % 4, ONE)
-            assert Counter(model.seen) == Counter(t % 50 for t in range(n - 1)), (n, stride)
-            assert found == pytest.approx((n - 1) * math.log(50), rel=1e-7)
-
-
-def test_a_large_vocabulary_in_parts_and_batches_of_any_size():
-    sizes, model, ids = [], random_model(), torch.randint(100, (500,))
-    due = perplexity.total_loss(model, ids, 24, 7, 1, ONE)
-    for batch_size in (2, 3, 5, 8, 69, 70, 1000):
-        assert perplexity.total_loss(model, ids, 24, 7, batch_size, ONE) == pytest.approx(due, rel=1e-6)
-    large = SimpleNamespace(config=SimpleNamespace(vocab_size=1 << 22), lm_head=model.lm_head, trunk=model.trunk,
-                            logits=lambda x: sizes.append(len(x)) or model.logits(x))
-    assert perplexity.total_loss(large, ids, 24, 7, 4, ONE) == pytest.approx(due, rel=1e-6)
-    assert set(sizes) <= {1, 2, 3, 4} and sum(sizes) == 499  # scores of at most 2**24 tokens at a time
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "modern"])
-def test_the_loss_is_that_of_transformers(here, family):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    other("a", family)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("a", dtype=torch.float32).eval()
-    (here / "t.txt").write_text(words(250) + "\u00e9\u4e2d", encoding="utf-8")
-    ids = torch.tensor([CHARACTERS.encode(words(250) + "\u00e9\u4e2d")])
-    for T, stride in ((48, 48), (48, 9), (20, 7)):
-        nats, done, start = 0.0, 0, 0
-        while done < 251:  # the last token that is predicted is number 251
-            with torch.no_grad():
-                rows = theirs(ids[:, start:start + T]).logits[0].double().log_softmax(-1)
-            for t in range(done + 1, min(start + T, 251) + 1):
-                nats, done = nats - rows[t - 1 - start, ids[0, t]].item(), t
-            start += stride
-        found = evaluated("a", "--data=t.txt", f"--block_size={T}", f"--stride={stride}", *QUICK)
-        row = found["models"][0]["texts"]["t.txt"]
-        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / 255, rel=1e-5)  # 2 and 3 bytes at the end
-        assert row["perplexity"] == pytest.approx(math.exp(nats / 251), rel=1e-4)
-
-
-def test_the_held_out_text_has_the_loss_that_training_logged(place):
-    with open("out/words/log.jsonl", encoding="utf-8") as file:
-        best = min((row for row in map(json.loads, file) if "val_loss" in row), key=lambda row: row["val_loss"])
-    for argv in ([], ["out/words"], ["out/words/best.pt", "--data=words"], ["--data=data/words", "--batch_size=1"]):
-        found = evaluated(*argv, *QUICK)
-        row, counts = found["models"][0]["texts"]["data/words"], found["texts"]["data/words"]
-        assert math.log(row["perplexity"]) == pytest.approx(best["val_loss"], rel=1e-4)
-        assert row["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-4)
-        assert math.log(row["word_perplexity"]) * counts["words"] == pytest.approx(best["val_loss"] * 1019, rel=1e-4)
-        assert counts == dict(documents=1, bytes=1019, words=len(words(20_000)[-1019:].split()))
-
-
-def test_a_text_of_one_file_by_hand(place):
-    """Nothing stands before it, its first token is not predicted, and all of its bytes count."""
-    (place / "t.txt").write_text("the", encoding="utf-8")
-    model, tokenizer, _ = ckpt.load_run("out/words")
-    t, h, e = tokenizer.encode("the")
-    with torch.no_grad():
-        nats = -sum(model(torch.tensor([before]))[0, -1].log_softmax(-1)[then].item()
-                    for before, then in (([t], h), ([t, h], e)))
-    row = evaluated("out/words", "--data=t.txt", *QUICK)["models"][0]["texts"]["t.txt"]
-    assert [row[name] for name in ("tokens", "documents", "bytes", "words")] == [3, 1, 3, 1]
-    assert [row[name] for name in ("bits_per_byte", "perplexity", "word_perplexity")] == pytest.approx(
-        [nats / math.log(2) / 3, math.exp(nats / 2), math.exp(nats)], rel=1e-5)
-
-
-def test_documents_are_set_apart(here):
-    model = other("a")
-    (here / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a b", "\u00e9", "\u4e2d c")))
-    ids = [*CHARACTERS.encode("a b"), 0, *CHARACTERS.encode("\u00e9"), 0, *CHARACTERS.encode("\u4e2d c")]
-    assert perplexity.read_text("t.jsonl").ids(CHARACTERS).tolist() == ids
-    nats = sum(surprises(model, torch.tensor(ids), 48)[0, t] for t in range(1, len(ids)))
-    row = evaluated("a", "--data=t.jsonl", *QUICK)["models"][0]["texts"]["t.jsonl"]
-    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / 10, rel=1e-5)
-    assert [row[name] for name in ("tokens", "documents", "bytes", "words")] == [9, 3, 10, 5]
-    for size, due in ((2, "a "), (4, "a b|"), (5, "a b|\u00e9"), (7, "a b|\u00e9|"), (8, "a b|\u00e9|\u4e2d")):
-        assert perplexity.read_text("t.jsonl", size / 1e6).documents == due.split("|")  # no half of a character
-    unmarked = tokenizers.CharTokenizer(CHARACTERS.characters, special=())  # nanoGPT's have no end-of-text
-    assert perplexity.read_text("t.jsonl").ids(unmarked).tolist() == unmarked.encode("a b\u00e9\u4e2d c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +205,7 @@ def test_numbers_that_a_model_writes(place, monkeypatch):
 
 
 def test_a_chat_in_a_models_own_format(here):
-    pytest.importorskip("tokenizers"), pytest.importorskip("jinja2")
+    package("tokenizers")
     template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     start, end = 256, 257
@@ -415,10 +243,9 @@ def test_votes(place):
                          "--max_new_tokens=6", "--data=none")["models"][0]["tasks"]["x"]
     one, two, three = asked(1), asked(1), asked(2)
     assert one["items"] == two["items"] and one["items"] != three["items"]
-    for row in one["items"]:
-        answers = [" ".join(text.strip().split("\n")[0].replace(".", "").split()) for text in row["texts"]]
-        counts = Counter(" ".join(word for word in answer.split() if word not in ("a", "the")) for answer in answers)
-        assert row["confidence"] == max(counts.values()) / 5 and len(row["texts"]) == 5
+    for item, row in zip(grading.read_task("x.jsonl"), one["items"], strict=True):
+        assert len(row["texts"]) == 5
+        assert {name: row[name] for name in ("marks", "answer", "confidence")} == grading.score_text(item, row["texts"])
     assert any(len(set(row["texts"])) > 1 for row in one["items"])  # the votes are not one and the same
     assert len({tuple(row["texts"]) for row in one["items"]}) == 6
     assert sum(row["n"] for row in one["calibration"]) == 6 and 0 <= one["calibration_error"] <= 1
@@ -478,6 +305,47 @@ def test_samples(place):
     assert "reference" not in begun and all(len(text) == 24 for text in begun["models"][0]["quality"]["texts"])
 
 
+def test_samples_have_up_to_128_tokens(place, monkeypatch):
+    asked = []
+
+    def ask(engine, requests):
+        asked.append([request.max_tokens for request in requests])
+        raise console.UserError("that is enough", "-")
+    monkeypatch.setattr(evaluate, "work", ask)
+    other("hf", block_size=140)
+    for prompt in ("the old", "the old man" * 10):
+        evaluated("hf", "--data=none", "--tasks=none", "--samples=2", f"--prompt={prompt}")
+    assert asked == [[128, 128], [30, 30]]
+
+
+def test_real_text_is_taken_from_all_of_it(monkeypatch):
+    """As many pieces as samples, as long as these, at even distances."""
+    pieces = []
+    monkeypatch.setattr(grading, "variety", lambda texts: pieces.append(texts) or {})
+    text = SimpleNamespace(name="t", documents=[" ".join(f"w{i}" for i in range(100))])
+    assert evaluate.real_text(text, dict(texts=["x"] * 4, words=13)) == dict(name="t")
+    evaluate.real_text(text, dict(texts=["x"] * 2, words=400))  # more words than there are
+    assert pieces[0] == [f"w{i} w{i + 1} w{i + 2}" for i in (0, 25, 50, 75)]
+    assert [len(piece.split()) for piece in pieces[1]] == [100, 0]
+
+
+def test_how_an_answer_is_asked_for(here):
+    """One is written greedily, several by chance; a text may not go on with a question of its own; half is for it."""
+    task("x.jsonl", dict(question="?", answer="#### 1")), task("y.jsonl", *sentences(1))
+    model = SimpleNamespace(context=100, tokenizer=CHARACTERS)
+    (number,), (words_,) = grading.read_task("x.jsonl"), grading.read_task("y.jsonl")
+    for item, seeds, asked, temperature, most in (
+            (number, [1], "auto", 0.0, 50), (number, [1, 2], "auto", 0.8, 50), (words_, [1], "auto", 0.0, 32),
+            (words_, [1], 7, 0.0, 7), (words_, [1], 90, 0.0, 50)):
+        settings = evaluate.EvaluateConfig(max_new_tokens=asked)
+        requests, cut = evaluate.requests_for(item, [], seeds, settings, model, False)
+        assert [request.seed for request in requests] == seeds and not cut
+        for request in requests:
+            assert (request.temperature, request.max_tokens, request.stop) == (temperature, most, ["\nQuestion:"])
+    (request,), _ = evaluate.requests_for(number, [], [1], evaluate.EvaluateConfig(), model, True)
+    assert request.stop == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
@@ -493,13 +361,13 @@ def child(folder, rank, world, port, argv):
 
 def together(folder, world, *argv):
     """The JSON that so many processes write, without what depends on the clock and on their number."""
-    port = free_port()
+    port = programs.free_port()
     processes = [faults.context().Process(target=child, args=(
         str(folder), rank, world, port, [*argv, f"--json={world}.json"])) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
         if process.exitcode is None:
             for one in processes:
                 one.kill()

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Hugging Face folders, both ways: settings, tensors, tokenizers, and everything that can be wrong with a folder."""
+import functools
 import json
 import os
+import pathlib
 import random
 import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, error, nasty, random_model, script, turns, words
+from conftest import FAMILIES, ROOT, error, nasty, package, random_model, script, turns, words
 
 from text import pretrained
 from formats import huggingface, tokenizer_json
@@ -17,8 +19,8 @@ import sample
 import tokenizer as tokenizers
 import train
 
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+safetensors = package("safetensors.torch")
+transformers = package("transformers")
 
 HOLDABLE = {"gpt2": FAMILIES["gpt2"], "nanogpt": FAMILIES["nanogpt"], "modern": FAMILIES["modern"],
             "grouped": FAMILIES["grouped"], "llama": FAMILIES["llama"], "untied": dict(bias=True, tie_weights=False),
@@ -112,96 +114,126 @@ def tensors_of_all(folder):
     return {name: tensor for path in folder.glob("model-*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def test_everything_that_can_be_wrong_with_a_folder(here):
-    from safetensors.torch import save_file
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong with a folder
+
+
+@pytest.fixture
+def good(here):
+    """The tensors of a whole folder, good/, with a small Llama."""
     folder_of(here / "good", **FAMILIES["llama"])
-    good = tensors_of("good")
+    return tensors_of("good")
 
-    def wrong(change):
-        shutil.rmtree("bad", ignore_errors=True)
-        shutil.copytree("good", "bad")
-        change(here / "bad")
-        return " ".join(error(lambda _: ckpt.load_run("bad")))
 
-    def settings(**change):
-        return wrong(lambda folder: edit(folder / "config.json", **change))
+def wrong(change):
+    """What is said about a copy of good/ after change(the copy)."""
+    shutil.rmtree("bad", ignore_errors=True)
+    shutil.copytree("good", "bad")
+    change(pathlib.Path("bad"))
+    return " ".join(error(lambda _: ckpt.load_run("bad")))
 
-    def tensors(**change):
-        return wrong(lambda folder: save_file({name: tensor for name, tensor in {**good, **change}.items()
-                                               if tensor is not None}, folder / "model.safetensors"))
 
-    assert "model_type=bert is not one of gpt2, llama, qwen3" in settings(model_type="bert")
-    assert "attention_bias" in settings(model_type="qwen3", attention_bias=True)
-    assert "mlp_bias=False, but only True is supported" in settings(attention_bias=True)
-    assert "rope_type=yarn, but only default is supported" in settings(rope_parameters=dict(rope_type="yarn"))
-    assert "type=llama3" in settings(rope_scaling=dict(type="llama3"))
-    assert "partial_rotary_factor=0.5" in settings(rope_parameters=dict(partial_rotary_factor=0.5))
-    assert "sliding_attention" in settings(layer_types=["full_attention", "sliding_attention"])
-    assert "rope_type=linear" in settings(rope_parameters=dict(rope_type="linear"),
-                                          rope_scaling=dict(rope_type="default"))
-    assert "rope_type=linear" in settings(rope_parameters=dict(rope_type="linear", type="default"))
-    assert "is_causal=False" in settings(is_causal=False)
-    assert "hidden_act=gelu" in settings(hidden_act="gelu")
+def settings(**change):
+    return wrong(lambda folder: edit(folder / "config.json", **change))
+
+
+def tensors(good, **change):
+    kept = {name: tensor for name, tensor in {**good, **change}.items() if tensor is not None}
+    return wrong(lambda folder: safetensors.save_file(kept, folder / "model.safetensors"))
+
+
+UNSUPPORTED = [
+    (dict(model_type="bert"), "model_type=bert is not one of gpt2, llama, qwen3"),
+    (dict(model_type="qwen3", attention_bias=True), "attention_bias"),
+    (dict(attention_bias=True), "mlp_bias=False, but only True is supported"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "rope_type=yarn, but only default is supported"),
+    (dict(rope_scaling=dict(type="llama3")), "type=llama3"),
+    (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+    (dict(rope_parameters=dict(rope_type="linear"), rope_scaling=dict(rope_type="default")), "rope_type=linear"),
+    (dict(rope_parameters=dict(rope_type="linear", type="default")), "rope_type=linear"),
+    (dict(is_causal=False), "is_causal=False"), (dict(hidden_act="gelu"), "hidden_act=gelu"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config={'bits': 4}, but"),
+    (dict(hidden_size="DELETE"), "lacks or has an unknown 'hidden_size'"),
+    *((dict(rope_parameters=dict(rope_theta=theta)), "describes no model")
+      for theta in (0, -5, float("nan"), 10**400, "1")),
+    (dict(rms_norm_eps=float("nan")), "describes no model"), (dict(num_hidden_layers="two"), "describes no model"),
+    (dict(num_attention_heads=5, head_dim="DELETE"), "describes no model"),
+    (dict(max_position_embeddings=10**9), "cannot be made here; --"),
+    (dict(num_hidden_layers=10**9), "cannot be made here; --"),
+    (dict(max_position_embeddings=1 << 24, head_dim=512), "block_size=16,777,216 cannot"),
+    (dict(num_hidden_layers=10_000_000), "n_layer=10,000,000, but there are only 20 tensors"),
+    (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
+    (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight, model"),
+    (dict(hidden_size=36, head_dim=8), "model.embed_tokens.weight is a tensor (101, 32) of type float, but should be a "
+                                       "tensor (101, 36) of type float")]
+
+
+def test_settings_that_are_not_supported(good):
+    for change, said in UNSUPPORTED:
+        assert said in settings(**change), change
+
+
+def test_settings_that_are_no_settings(good):
+    """Whatever type a value has, there is an error of two lines."""
     for name, value in dict(rms_norm_eps="1e-5", num_hidden_layers=2.0, head_dim=True, tie_word_embeddings="false",
                             vocab_size=10**30, max_position_embeddings=10**40, hidden_size=[32], model_type=["llama"],
                             rope_parameters=[3], layer_types=[[]], attention_bias="no").items():
         assert settings(**{name: value}), name
-    for theta in (0, -5, float("nan"), 10**400, "1"):
-        assert "describes no model" in settings(rope_parameters=dict(rope_theta=theta))
-    assert "describes no model" in settings(rms_norm_eps=float("nan"))
-    for name in ("max_position_embeddings", "num_hidden_layers"):
-        assert "cannot be made here; --" in settings(**{name: 10**9})
-    assert "block_size=16,777,216 cannot" in settings(max_position_embeddings=1 << 24, head_dim=512)
-    assert "quantization_config={'bits': 4}, but" in settings(quantization_config=dict(bits=4))
-    assert "lacks or has an unknown 'hidden_size'" in settings(hidden_size="DELETE")
-    assert "describes no model" in settings(num_hidden_layers="two")
-    assert "describes no model" in settings(num_attention_heads=5, head_dim="DELETE")
-    assert "n_layer=10,000,000, but there are only 20 tensors" in settings(num_hidden_layers=10_000_000)
-    assert "model.layers.2.input_layernorm.weight is missing" in settings(num_hidden_layers=3)
-    assert "model.layers.1.input_layernorm.weight, model" in settings(num_hidden_layers=1)
-    fact = settings(hidden_size=36, head_dim=8)
-    assert "model.embed_tokens.weight is a tensor (101, 32) of type float, but should be a tensor (101, 36) of type float" in fact
-    assert "101 tokens, the model only 64" in wrong(lambda folder: [
-        edit(folder / "config.json", vocab_size=64),
-        save_file({**good, "model.embed_tokens.weight": good["model.embed_tokens.weight"][:64].clone()},
-                  folder / "model.safetensors")])
 
-    q = "model.layers.0.self_attn.q_proj.weight"
-    assert f"{q} is missing" in tensors(**{q: None})
-    assert f"{q} is a tensor (31, 32) of type float, but" in tensors(**{q: good[q][1:].clone()})
-    assert f"{q} is a tensor (32, 32) of type int8, but" in tensors(**{q: good[q].to(torch.int8)})
-    head = torch.ones_like(good["model.embed_tokens.weight"])
-    assert "says that lm_head.weight is the embedding, and it is not" in tensors(**{"lm_head.weight": head})
-    assert "bad: tensors that its config.json does not know of: extra" in tensors(extra=torch.ones(1))
-    assert "does not know of: model.layers.0.self_attn.q_proj.bias" in tensors(**{q.replace("weight", "bias"): torch.ones(32)})
 
-    assert "bad/model.safetensors is missing take its files" in wrong(lambda folder: (folder / "model.safetensors").unlink())
+def test_tensors_that_do_not_fit(good):
+    q, embedding = "model.layers.0.self_attn.q_proj.weight", good["model.embed_tokens.weight"]
+    for change, said in (
+            ({q: None}, f"{q} is missing"),
+            ({q: good[q][1:].clone()}, f"{q} is a tensor (31, 32) of type float, but"),
+            ({q: good[q].to(torch.int8)}, f"{q} is a tensor (32, 32) of type int8, but"),
+            ({"lm_head.weight": torch.ones_like(embedding)}, "says that lm_head.weight is the embedding, and it is not"),
+            ({"extra": torch.ones(1)}, "bad: tensors that its config.json does not know of: extra"),
+            ({q.replace("weight", "bias"): torch.ones(32)},
+             "does not know of: model.layers.0.self_attn.q_proj.bias")):
+        assert said in tensors(good, **change), said
+
+    def fewer(folder):
+        edit(folder / "config.json", vocab_size=64)
+        smaller = {**good, "model.embed_tokens.weight": embedding[:64].clone()}
+        safetensors.save_file(smaller, folder / "model.safetensors")
+    assert "101 tokens, the model only 64" in wrong(fewer)
+
+
+def test_files_that_are_missing_or_damaged(good):
+    assert "bad/model.safetensors is missing take its files" in wrong(
+        lambda folder: (folder / "model.safetensors").unlink())
     assert "save_pretrained makes safetensors" in wrong(
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
-    index = dict(weight_map={"a": "model-1.safetensors"})
 
+    def pipe(folder):
+        (folder / "config.json").unlink()
+        os.mkfifo(folder / "config.json")
+    assert "config.json: it is a folder, a pipe" in wrong(pipe)  # and no waiting
+
+    def no_tokenizer(folder):
+        (folder / "tokenizer.json").unlink()
+        shutil.rmtree(folder / "tokenizer")
+    assert "holds no tokenizer" in wrong(no_tokenizer)
+    for name in ("generation_config.json", "config.json"):
+        assert f"{name}: not JSON" in wrong(lambda folder: (folder / name).write_text("{"))
+    content, rng = pathlib.Path("good/model.safetensors").read_bytes(), random.Random(0)
+    for cut in [0, 8, *(rng.randrange(len(content)) for _ in range(20))]:
+        assert "model.safetensors is damaged" in wrong(
+            lambda folder: (folder / "model.safetensors").write_bytes(content[:cut])), cut
+
+
+@pytest.mark.parametrize("index, said", [
+    (dict(weight_map={"a": "model-1.safetensors"}), "model-1.safetensors is missing"),
+    ([], "model.safetensors.index.json: all of it is of type list"),
+    (dict(weight_map=[1]), "weight_map is of type list"),
+    (dict(weight_map=dict(a="../good/model.safetensors")), "bad/model.safetensors is missing")])  # not outside of it
+def test_a_wrong_index_of_files(good, index, said):
     def shards(folder):
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-1.safetensors is missing" in wrong(shards)
-    index = []
-    assert "model.safetensors.index.json: all of it is of type list" in wrong(shards)
-    index = dict(weight_map=[1])
-    assert "weight_map is of type list" in wrong(shards)
-    index = dict(weight_map=dict(a="../good/model.safetensors"))  # not outside of the folder
-    assert "bad/model.safetensors is missing" in wrong(shards)
-    assert "config.json: it is a folder, a pipe" in wrong(lambda folder: [
-        (folder / "config.json").unlink(), os.mkfifo(folder / "config.json")])  # and no waiting
-    assert "holds no tokenizer" in wrong(lambda folder: [(folder / "tokenizer.json").unlink(),
-                                                         shutil.rmtree(folder / "tokenizer")])
-    assert "generation_config.json: not JSON" in wrong(
-        lambda folder: (folder / "generation_config.json").write_text("{"))
-
-    content, rng = (here / "good/model.safetensors").read_bytes(), random.Random(0)
-    for cut in [0, 8, *(rng.randrange(len(content)) for _ in range(20))]:
-        assert "model.safetensors is damaged" in wrong(
-            lambda folder: (folder / "model.safetensors").write_bytes(content[:cut]))
-    assert "config.json: not JSON" in wrong(lambda folder: (folder / "config.json").write_text("{"))
+    assert said in wrong(shards)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,7 +308,8 @@ def test_chat(here, capsys, monkeypatch):
 @pytest.mark.parametrize("kind", ["char", "bpe", "unigram"])
 def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
     """transformers makes the same prompts and stops where an answer ends; read back, it is a chat model still."""
-    tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
+    lines = mixed_lines()
+    tokenizer = tokenizers.train(kind, lines, 1500)
     end, size = tokenizer.special["<|end|>"], dict(vocab_size=tokenizer.vocab_size, block_size=64)
     model = random_model(**size, tie_weights=False, bias=True)
     for name, chat in ("chat", True), ("text", False):
@@ -287,7 +320,7 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
         assert checkpoint["generation"]["eos_token_id"] == ([tokenizer.special["<|endoftext|>"], end] if chat else
                                                             tokenizer.special["<|endoftext|>"])
     theirs = transformers.AutoTokenizer.from_pretrained("chat")
-    for texts in zip(TEXTS[::40], TEXTS[7::40], TEXTS[11::40]):
+    for texts in zip(lines[::40], lines[7::40], lines[11::40]):
         for talk, answer in ((turns(*texts), True), (turns(*texts, "", system=texts[0]), False), (turns(" \n "), True)):
             due = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
             assert (tokenizer.chat(talk) if answer else tokenizer.conversation(talk)[0]) == due, talk
@@ -311,41 +344,43 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
 # Tokenizers
 
 
-def mixed_lines():
-    """10,000 lines: five languages, code, emoji, and strings that are meant to break a tokenizer."""
+@functools.cache
+def mixed_lines(n=2000):
+    """n lines or a few less: five languages, code, emoji, and strings that are meant to break a tokenizer.
+
+    None spells a special token, which is the exception.
+    """
     books = ["The old man sees a dog, doesn't he? It's 1984.", "El niño comió: ¡qué rápido! ¿Años?",
              "L'été, c'est déjà fini ; où êtes-vous ?", "Größe, Straße und Übermut — „so ist es“.",
              "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。"]
     code = (ROOT / "model.py").read_text(encoding="utf-8").split("\n")
     rng = random.Random(5)
     pieces = [*books, *code, *"🙂 👩‍👩‍👧 🇫🇷 e\u0301 \t ▁ <0x41> <unk> 100% 3.14 \r".split(" "), *nasty(2000, seed=3)]
-    for _ in range(10_000):
-        line = rng.choice(["", "    ", "\t"]) + " ".join(rng.choice(pieces) for _ in range(rng.randrange(1, 5)))
-        yield line
+    lines = [rng.choice(["", "    ", "\t"]) + " ".join(rng.choice(pieces) for _ in range(rng.randrange(1, 5)))
+             for _ in range(n)]
+    return [line for line in lines if "<|" not in line]
 
 
-TEXTS = [line for line in mixed_lines() if "<|" not in line]  # text that spells a special token is the exception
-
-
+@pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["char", "bpe", "unigram", "gpt2", "cl100k", "o200k", "hugging_face"])
-def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
-    tokenizers_library = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+def test_tokenizers_give_the_same_ids(here, kind, n, request, monkeypatch):
+    tokenizers_library, lines = package("tokenizers"), mixed_lines(n)
     if kind == "gpt2":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", request.getfixturevalue("gpt2"))
         tokenizer = pretrained.from_tiktoken("gpt2")
     elif kind in ("cl100k", "o200k"):  # their expressions, with the merges that a few words need
-        pytest.importorskip("tiktoken")
+        package("tiktoken")
         tokenizer = small_encoding(kind)
     elif kind == "hugging_face":
         huggingface_files(here / "source", small_encoding("cl100k"))
         tokenizer = pretrained.from_hugging_face("source")
     else:
-        tokenizer = tokenizers.train(kind, TEXTS[:3000] if kind != "char" else TEXTS, 1500)
+        tokenizer = tokenizers.train(kind, lines if kind == "char" else lines[:3000], 1500)
     files = tokenizer_json.tokenizer_files(tokenizer, 64)
     library = tokenizers_library.Tokenizer.from_str(files["tokenizer.json"].decode())
-    for line in TEXTS:
+    for line in lines:
         assert library.encode(line, add_special_tokens=False).ids == tokenizer.encode(line), repr(line)
-    whole = "\n".join(TEXTS)
+    whole = "\n".join(lines)
     ids = tokenizer.encode(whole)
     assert library.encode(whole, add_special_tokens=False).ids == ids and library.decode(ids) == whole
     for name, i in tokenizer.special.items():
@@ -353,7 +388,7 @@ def test_tokenizers_give_the_same_ids(here, kind, request, monkeypatch):
     for name, content in files.items():
         (here / name).write_bytes(content)
     auto = transformers.AutoTokenizer.from_pretrained(".")
-    assert auto(TEXTS[7], add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXTS[7])
+    assert auto(lines[7], add_special_tokens=False)["input_ids"] == tokenizer.encode(lines[7])
     assert auto.eos_token_id == tokenizer.special["<|endoftext|>"]
 
 
@@ -431,7 +466,7 @@ def test_a_real_chat_model_enters_answers_and_leaves(here):
     (A folder made from a 4-bit file is as good here: its weights are numbers like others.)
     """
     if "SMOLLM2" not in os.environ:
-        pytest.skip("the environment variable SMOLLM2 does not name the folder of a chat model")
+        pytest.skip("the variable SMOLLM2 names no folder of a chat model such as SmolLM2-135M-Instruct")
     source = os.environ["SMOLLM2"]
     model, tokenizer, run = ckpt.load_run(source)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

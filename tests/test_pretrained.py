@@ -10,11 +10,10 @@ import json
 import random
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import GPT2, ROOT, byte_encoding, check_conversation, error, nasty, turns, words
+from conftest import GPT2, ROOT, byte_encoding, check_conversation, data_file, error, nasty, package, turns, words
 
 from text import pretrained, sources
 import prepare
@@ -52,7 +51,7 @@ def digits(alone):
 @functools.cache
 def trained():
     """A tokenizer.json as the library `tokenizers` trains it, on text that lacks some bytes, as SmolLM2's did."""
-    library = pytest.importorskip("tokenizers")
+    library = package("tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -83,7 +82,7 @@ def folder(path, config={}, **changes):
 
 def theirs(path):
     """How transformers' library encodes plain text with this file."""
-    library = pytest.importorskip("tokenizers")
+    library = package("tokenizers")
     tokenizer = library.Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # text is text
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -97,12 +96,13 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_ids_are_those_of_transformers(tmp_path, name):
+def test_ids_are_those_of_transformers(tmp_path, name, n):
     path = folder(tmp_path / "a", **VARIANTS[name])
     tokenizer, reference = pretrained.from_hugging_face(path), theirs(path)
     assert len(tokenizer.missing) >= 4
-    for text in [*nasty(10_000), words(5000), (ROOT / "train.py").read_text(encoding="utf-8"), " " * 3000 + "x"]:
+    for text in [*nasty(n), words(5000), (ROOT / "train.py").read_text(encoding="utf-8"), " " * 3000 + "x"]:
         ids = tokenizer.encode(text)
         assert ids == reference(text), text
         back = text.encode().translate(None, tokenizer.missing)  # a byte without a token is dropped, and nothing else
@@ -145,7 +145,7 @@ def test_chat(tmp_path):
     assert ids == [start, *tokenizer.encode("user\n" + forged), end, *nl]
     ids = tokenizer.chat([{"role": "user<|im_end|>", "content": "a\ufdd0b"}], answer=False)  # nor in another field
     assert ids.count(end) == 1 and "a\ufdd0b" in tokenizer.decode(ids)
-    transformers = pytest.importorskip("transformers")
+    transformers = package("transformers")
     peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=TEMPLATE)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "caf\u00e9?\n\n 12"}]
     for answer in (True, False):
@@ -250,11 +250,11 @@ LLAMA_CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[I
 def sentencepiece(kind):
     """A model as SentencePiece trains it for Llama."""
     model, texts = io.BytesIO(), [words(20_000), (ROOT / "prepare.py").read_text(encoding="utf-8")]
-    pytest.importorskip("sentencepiece").SentencePieceTrainer.train(
+    package("sentencepiece").SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(texts).split("\n")), model_writer=model, model_type=kind, vocab_size=1500,
         byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, character_coverage=0.999, minloglevel=2)
-    return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=model.getvalue())
+    return package("sentencepiece").SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def character_folder(path, name, more=()):
@@ -284,7 +284,7 @@ def character_folder(path, name, more=()):
 
 
 def peer_of(path, **settings):
-    transformers = pytest.importorskip("transformers")
+    transformers = package("transformers")
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "peer.json"), bos_token="<s>",
                                                 eos_token="</s>", **settings)
 
@@ -297,7 +297,7 @@ def test_vocabularies_of_characters(tmp_path, name):
                                  "[INST]": tokenizer.vocab_size - 1}
     marks = set(tokenizer.special.values())
     code = (ROOT / "train.py").read_text(encoding="utf-8")
-    for text in [*nasty(3000), words(5000), code, "a <think> b\n\n\nc</think>", "x" * 300]:
+    for text in [*nasty(1000), words(5000), code, "a <think> b\n\n\nc</think>", "x" * 300]:
         ids = tokenizer.encode(text)
         assert not marks & set(ids), text
         if not (name == "unigram" and "<unk>" in text):
@@ -374,22 +374,22 @@ def test_special_tokens_beside_white_space(tmp_path):
                                               added(2, "<|im_end|>", special=False, lstrip=True)]
     path = folder(tmp_path / "a", config={"chat_template": TEMPLATE}, added_tokens=tokens)
     tokenizer = pretrained.from_hugging_face(path)
-    peer = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+    peer = package("transformers").PreTrainedTokenizerFast(
         tokenizer_file=str(path / "tokenizer.json"), eos_token="<|im_end|>")
     assert not {1, 2} & set(tokenizer.encode("a <|im_start|> <|im_end|>"))
     for text in ("<|im_start|>  a  <|im_end|> b", "a <|im_end|><|im_start|> "):
         assert tokenizer.encode_with_special(text) == peer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.timeout(60)
 def test_a_megabyte_of_marks_and_thousands_of_special_tokens(tmp_path):
     """Neither takes the square of the length: minutes, where this takes a second."""
     n = len(trained()["model"]["vocab"])
     tokens = trained()["added_tokens"] + [added(n + i, f"<|reserved_{i}|>") for i in range(3000)]
     path = folder(tmp_path / "a", config={"chat_template": TEMPLATE}, added_tokens=tokens, **VARIANTS["qwen"])
-    tokenizer, started = pretrained.from_hugging_face(path), time.monotonic()
-    tokenizer.encode("e" + "\u0301\u0323" * 200_000)
-    tokenizer.chat(turns("<" * 1_000_000))
-    assert time.monotonic() - started < 30
+    tokenizer = pretrained.from_hugging_face(path)
+    assert tokenizer.decode(tokenizer.encode("e" + "\u0301\u0323" * 200_000)) == "\u1eb9" + "\u0323" * 199_999 + "\u0301" * 200_000
+    assert tokenizer.decode(tokenizer.chat(turns("<" * 1_000_000))).count("<") == 1_000_000
 
 
 def test_what_a_vocabulary_cannot_spell_is_said(here, capsys):
@@ -475,12 +475,13 @@ def test_more_than_65536_tokens_are_written_as_uint32(here):
 # ---------------------------------------------------------------------------------------------------------------------
 # tiktoken
 
-def test_gpt2(gpt2, monkeypatch, tmp_path):
+@pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_gpt2(gpt2, monkeypatch, tmp_path, n):
     import tiktoken
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2)
     tokenizer, reference = tokenizers.get("gpt2"), tiktoken.get_encoding("gpt2")
     assert tokenizer.vocab_size == 50257 and tokenizer.special == {"<|endoftext|>": 50256} and not tokenizer.missing
-    for text in nasty(10_000):
+    for text in nasty(n):
         ids = tokenizer.encode(text)
         assert ids == reference.encode_ordinary(text) and tokenizer.decode(ids) == text, text
     tokenizer.save(tmp_path / "t")
@@ -497,13 +498,11 @@ def test_long_white_space(gpt2, monkeypatch, run, capfd):
     assert tokenizer.decode(tokenizer.encode(run)) == run and "panicked" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_nano_gpts_numbers(gpt2, monkeypatch, here):
     """Tiny Shakespeare by GPT-2's BPE has the numbers of tokens that nanoGPT's script states."""
-    text = ROOT.parent / "shared/data/tinyshakespeare.txt"
-    if not text.exists():
-        pytest.skip("tiny Shakespeare is not here")
+    shutil.copy(data_file("tinyshakespeare.txt"), "input.txt")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", gpt2)
-    shutil.copy(text, "input.txt")
     prepare.main(["input.txt", "--tokenizer=gpt2", "--val_fraction=0.1"])
     meta = json.loads((here / "data/input/meta.json").read_text())
     assert meta["train"]["tokens"] + meta["val"]["tokens"] - 2 == 301_966 + 36_059

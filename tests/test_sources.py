@@ -157,10 +157,6 @@ def test_wrong(here, name, content, message):
     assert not list(here.glob("data/*"))  # nothing is left behind
 
 
-def test_there_are_fifty():
-    assert len(WRONG) >= 50
-
-
 def test_what_is_too_long_to_hold(here, monkeypatch):
     monkeypatch.setattr(rows, "RECORD_CHARACTERS", 1000)
     monkeypatch.setattr(files, "JSON_BYTES", 1000)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Which file may import which: arrows run down only, and a script loads no more than it needs."""
 import ast
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,8 @@ MAY_IMPORT = {
 LATE = {
     "tokenizer": "text",  # its command line reads texts to learn from
 }
+
+UNFINISHED = {"test_finetune.py", "test_int8.py", "test_serve.py", "test_reliability.py", "servers.py"}
 
 
 def modules():
@@ -93,3 +96,11 @@ def test_the_top_level_is_short():
     assert len(list(ROOT.glob("*.py"))) <= 12
     assert {path.name for path in (ROOT / "config").glob("*.py")}  # recipes
     assert not any(path.stat().st_size for path in ROOT.glob("*/__init__.py"))  # a folder runs no code of its own
+
+
+def test_files_of_tests_are_short_and_stand_alone():
+    """Up to 600 lines, and what two of them need stands in a file that is no test."""
+    for path in (ROOT / "tests").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 600 or path.name in UNFINISHED, path.name
+        assert not re.search(r"^\s*(from|import) test_", text, re.M) or path.name in UNFINISHED, path.name

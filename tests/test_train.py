@@ -69,6 +69,7 @@ def test_20_steps_equal_10_and_10(data):
     assert [row["step"] for row in log("b")[1]] == list(range(1, 21))
 
 
+@pytest.mark.timeout(900)  # three runs are compiled
 def test_the_recipe_of_the_readme_resumes_bit_for_bit(here):
     """bfloat16 (where the processor has it), compiled, Muon: each run in a process of its own, as a user would."""
     small = ["config/train_small.py", "--eval_iters=2", "--eval_interval=10", "--lr_decay_iters=20", "--log_interval=1",
