@@ -96,7 +96,7 @@ def messages(**last):
 WRONG = [
     ('{"prompt": "a"', ": not JSON: Expecting ',' delimiter at column 15"),
     ("[" * 200_000, ": not to be read"),
-    ("[]", ": `the row` is not an object but list"),
+    ("[]", ": `messages` is empty"),
     ('"text"', ": `the row` is not an object but str"),
     ("null", ": `the row` is not an object but null"),
     ("{}", ": no fields of a conversation, but none"),
@@ -114,15 +114,15 @@ WRONG = [
     (messages(role="user", text="a"), ": messages[1]: no field `content`, but role, text"),
     (messages(role=1, content="a"), ": messages[1]: `role` is not a text but int"),
     (messages(role=["user"], content="a"), ": messages[1]: `role` is not a text but list"),
-    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', none of system, user, human, assistant"),
-    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', none of system, user, human, assistant"),
+    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', none of system, developer, user"),
+    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', none of system, developer, user"),
     (messages(role="assistant", content=None), ": messages[1]: `content` is not a text but null"),
     (messages(role="user", content=[{"type": "text", "text": "a"}]), ": messages[1]: `content` is not a text but list"),
     (messages(role="user", content="\ud800"), ": messages[1]: `content` has half a character, '\\ud800'"),
     ('{"conversations": []}', ": `conversations` is empty"),
-    ('{"conversations": [{"role": "user", "content": "a"}]}', ": conversations[0]: no field `from`, but role, content"),
+    ('{"conversations": [{"text": "a"}]}', ": conversations[0]: no field `role`, but text"),
     ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`, but from"),
-    ('{"prompt": ["a"], "completion": "b"}', ": `prompt` is not a text but list"),
+    ('{"prompt": ["a"], "completion": "b"}', ": prompt[0]: no field `role`, but str"),
     ('{"prompt": "a", "completion": null}', ": `completion` is not a text but null"),
     ('{"instruction": "a", "input": 1, "output": "b"}', ": `input` is not a text but int"),
     ('{"instruction": "a", "input": "\\udc00", "output": "b"}', ": `input` has half a character"),
@@ -156,7 +156,7 @@ def test_wrong_sources(here, monkeypatch):
         (here / name).write_text("text")
         fact, fix = wrong(name)
         assert fact == f"{name} is not one of the kinds that can be read: .jsonl, .json, or .gz of these"
-        assert "--format=chat" in fix
+        assert "--format=chat" in fix or name == "table.csv" and "pandas" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
         assert fact.startswith(f"{name} does not exist, nor does") and " .jsonl" in fact and ".txt" not in fact

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What people's files are encoded in, and which kinds of files there are: read, or the command that converts them."""
 import gzip
+import json
 import shutil
 import subprocess
 
 import pytest
 from conftest import error
 
-from text import sources
+from text import chats, sources
 import prepare
 
 GERMAN = "\u00dcber den W\u00e4ldern ging die Sonne auf \u2014 und \u201eGr\u00f6\u00dfe\u201c war sch\u00f6n.\n" * 30
@@ -71,3 +72,60 @@ def test_a_list_of_rows_is_told_how_to_become_lines(here):
     subprocess.run(fix.split("a line: ")[1], shell=True, check=True)
     assert [row for _, row in sources.json_lines("rows.jsonl", sources.decoded("rows.jsonl"), "")] == [
         {"text": "the cat sees"}, {"text": "a dog"}]
+
+
+# ---------- Rows and files among others that cannot be read
+
+GOOD_ROWS = [dict(messages=[dict(role="user", content=f"question {i}"), dict(role="assistant", content=f"answer {i}")])
+             for i in range(20)]
+
+
+def test_twenty_good_rows_and_two_that_are_not(here, capsys):
+    bad = [dict(conversations=[]), dict(messages=[dict(role="alien", content="a")])]
+    rows = [*GOOD_ROWS[:9], bad[0], *GOOD_ROWS[9:], bad[1]]
+    (here / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.main(["a.jsonl", "--format=chat", "--tokenizer=char"])
+    said = capsys.readouterr().err
+    assert "left out: a.jsonl, line 10: `conversations` is empty" in said
+    assert "left out: a.jsonl, line 22: messages[0]: `role` is 'alien'" in said
+    assert "2 could not be read, 20 could; --strict stops at the first" in said and "20 conversations" in said
+    fact, _ = error(prepare.main, "a.jsonl", "--format=chat", "--tokenizer=char", "--strict", "--out=data/b")
+    assert fact.startswith("a.jsonl, line 10") and not (here / "data/b").exists()
+
+
+def test_a_file_of_rows_none_of_which_can_be_read(here):
+    (here / "a.jsonl").write_text('{"text": 1}\n{broken\n')
+    assert error(prepare.main, "a.jsonl")[0].startswith("a.jsonl, line 1")
+
+
+def test_the_bad_files_of_a_folder_are_named_and_left_out(here, capsys):
+    (here / "in").mkdir()
+    for i in range(3):
+        (here / f"in/{i}.txt").write_text(f"the {i}. text is here\n" * 30)
+    (here / "in/bad.txt").write_bytes(b"caf\xe9\n" * 30)
+    (here / "in/worse.txt").write_bytes(bytes(range(128, 256)) * 5)
+    prepare.main(["in", "--tokenizer=char"])
+    said = capsys.readouterr().err
+    assert "left out: in/bad.txt is not UTF-8" in said and "left out: in/worse.txt is not UTF-8" in said
+    assert "2 could not be read, 3 could" in said and "3 documents" in said
+    assert "in/bad.txt" in error(prepare.main, "in", "--tokenizer=char", "--strict", "--overwrite")[0]
+
+
+@pytest.mark.parametrize("row, texts", [
+    ([dict(role="user", content="a"), dict(role="assistant", content="b")], "ab"),
+    (dict(conversations=[dict(role="user", content="a"), dict(role="assistant", content="b")]), "ab"),
+    (dict(conversations=[{"from": "human", "value": "a"}, {"from": "chatgpt", "value": "b"}]), "ab"),
+    (dict(messages=[dict(role="developer", content="s"), dict(role="user", content="a"),
+                    dict(role="assistant", content="b")]), "sab"),
+    (dict(instruction="a", context="c", response="b"), ["a\n\nc", "b"]),
+    (dict(instruction="a", context="", response="b"), "ab"),
+    (dict(prompt=[dict(role="user", content="a")], completion=[dict(role="assistant", content="b")]), "ab")])
+def test_layouts_of_others(row, texts):
+    assert [message["content"] for message in chats.read(row, "here")] == list(texts)
+
+
+def test_fields_of_ones_own(here, capsys):
+    (here / "a.jsonl").write_text("".join(json.dumps(dict(q=f"what {i}", response=f"that {i}")) + "\n" for i in range(9)))
+    assert "no fields of a conversation, but q, response" in error(prepare.main, "a.jsonl", "--format=chat")[0]
+    prepare.main(["a.jsonl", "--format=chat", "--fields=q,response", "--tokenizer=char"])
+    assert "9 conversations" in capsys.readouterr().err

@@ -313,7 +313,9 @@ def test_what_can_be_pasted_is_quoted(here):
     assert name in shlex.split(error(prepare.main, name)[1].split(" > ")[0])
     (here / "a.jsonl").write_text(json.dumps({"x; touch y": "text"}))
     assert shlex.split(error(prepare.main, "a.jsonl")[1])[0] == "--text_field=x; touch y"
-    assert f"--out=data/{name}" in shlex.split(error(lambda _: datasets.Dataset.open(f"data/{name}"))[1])
+    assert name in shlex.split(error(lambda _: datasets.Dataset.open(f"data/{name}"))[1].partition(", then")[0])
+    other = "no $(such); data"
+    assert f"--out=data/{other}" in shlex.split(error(lambda _: datasets.Dataset.open(f"data/{other}"))[1])
 
 
 def test_another_field(here):
@@ -446,7 +448,7 @@ def test_one_conversation_beside_those_with_sides_of_their_own(here, monkeypatch
     """Neither cut nor on both sides."""
     mine = [dict(role="user", content="and you?"), dict(role="assistant", content="I am here.")]
     rows = [prepare.chats.in_memory(f"{i}", f"{i}", side, mine) for i, side in enumerate([True, False, None])]
-    monkeypatch.setattr(prepare.chats, "conversations", lambda sources: iter(rows))
+    monkeypatch.setattr(prepare.chats, "conversations", lambda *_: iter(rows))
     plan = prepare.make_plan([], prepare.PrepareConfig(format="chat"))
     assert plan.split_of.tolist() == [prepare.VAL, prepare.TRAIN, prepare.TRAIN]
 
@@ -480,7 +482,7 @@ def test_what_people_get_wrong_with_conversations(here):
     fact, fix = error(prepare.main, "bad.jsonl", "--format=chat", "--tokenizer=base")
     assert fact.startswith("bad.jsonl, line 3: the character 'Z' (U+005A)") and "--tokenizer=bpe" in fix
     (here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 7}\n')
-    assert "rows.jsonl, line 2" in error(prepare.main, "rows.jsonl", *CHAT)[0]
+    assert "rows.jsonl, line 2" in error(prepare.main, "rows.jsonl", *CHAT, "--strict")[0]
     for argv in (["shakespeare"], ["talk.jsonl", "squad"]):
         fact, fix = error(prepare.main, *argv, *CHAT)
         assert f"{argv[-1]} is text, not conversations" in fact and "--format=chat" in fix

@@ -99,9 +99,9 @@ WRONG = [
     ("bom.txt", b"\xef\xbb\xbf", "there is no text; dropped: 1 empty ones"),
     ("latin.txt", b"caf\xe9 " * 5, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
     ("cp1252.md", b"a \x93quote\x94", "cp1252.md is not UTF-8: byte 0x93 at offset 2"),
-    ("utf16.txt", "some text".encode("utf-16"), "utf16.txt is not text: 9 of its first 20 bytes are NUL"),
-    ("utf32.txt", "some text".encode("utf-32"), "utf32.txt is not text"),
-    ("image.txt", b"\x89PNG\r\n" + bytes(94), "image.txt is not text: 94 of its first 100 bytes are NUL"),
+    ("utf16.txt", "some text".encode("utf-16-le"), "utf16.txt is not UTF-8 text: 9 of its first 18 bytes are NUL"),
+    ("utf32.txt", "some text".encode("utf-32-le"), "utf32.txt is not UTF-8 text"),
+    ("image.txt", b"\x89PNG\r\n" + bytes(94), "image.txt is not UTF-8 text: 94 of its first 100 bytes are NUL"),
     ("late.txt", b"x" * 3_000_000 + b"\xff", "late.txt is not UTF-8: byte 0xff at offset 3000000"),
     ("cut.txt", "caf\u00e9".encode()[:-1], "cut.txt is not UTF-8: byte 0xc3 at offset 3"),
     ("surrogate.py", b"s = '\xed\xa0\x80'", "surrogate.py is not UTF-8: byte 0xed at offset 5"),
@@ -136,7 +136,7 @@ WRONG = [
     ("pretty.jsonl", b'{\n  "text": "a"\n}\n', "pretty.jsonl, line 1: not JSON"),
     ("empty.json", b"", "empty.json: not JSON"),
     ("broken.json", b'{"data": [\n{"paragraphs": [}]}', "broken.json: not JSON: Expecting value at line 2, column 17"),
-    ("list.json", b"[]", "list.json: no field `data`, but list"),
+    ("list.json", b"[]", "list.json is a list of rows"),
     ("other.json", b'{"rows": []}', "other.json: no field `data`, but rows"),
     ("data.json", b'{"data": {"a": 1}}', "data.json: `data` is not a list but dict"),
     ("article.json", b'{"data": [{"title": "a"}]}', "article.json, data[0]: no field `paragraphs`, but title"),
@@ -152,7 +152,7 @@ WRONG = [
 @pytest.mark.parametrize("name, content, message", WRONG, ids=[name for name, _, _ in WRONG])
 def test_wrong(here, name, content, message):
     (here / name).write_bytes(content)
-    fact, fix = error(prepare.main, name, "--tokenizer=char")
+    fact, fix = error(prepare.main, name, "--tokenizer=char", "--strict")
     assert message in fact and fix and "\n" not in fact + fix
     assert not list(here.glob("data/*"))  # nothing is left behind
 
