@@ -41,7 +41,7 @@ SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "pr
 # What the original has, at commit 93f3cec: its scripts, their options, and the fields of its server.
 SCRIPTS = """download_and_prepare train_tokenizer model_test train_model train_model_improved generate_text
     evaluate_model export_model inference_server optimized_inference_server quantization mixed_precision data_loader
-    optimized_data_loader performance_monitor"""
+    optimized_data_loader performance_monitor convert_10k_model enterprise_integration"""
 COMMANDS = "prepare-data train-tokenizer test-model train-model inference evaluate"
 OPTIONS = """output min-words input vocab-size model-type output-dir character-coverage max-sentence-length no-test
     model-size all-sizes device save-results tokenizer-dir data-file seq-len batch-size learning-rate max-steps
