@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 
 import numpy
 import pytest
@@ -23,7 +24,8 @@ from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
 for name in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
-    package(name)
+    if not find_spec(name):  # (to import them all takes seconds)
+        package(name)
 
 CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))))  # 101 tokens
 
