@@ -9,9 +9,10 @@ import threading
 import time
 
 import pytest
+from http_client import request, together, until
 from servers import (  # noqa: F401 (some are fixtures)
-    KEY, ScriptModel, all_logs_fixture, log_fixture, request, script_fixture, script_server_fixture, serving,
-    tiny_model, together, until, well_afterwards_fixture)
+    KEY, ScriptModel, all_logs_fixture, log_fixture, script_fixture, script_server_fixture, serving, tiny_model,
+    well_afterwards_fixture)
 
 from serving import web
 

@@ -14,7 +14,8 @@ import time
 import types
 
 import pytest
-from servers import KEY, RUN, ByteTokenizer, ScriptModel, serving, until
+from http_client import until
+from servers import KEY, RUN, ByteTokenizer, ScriptModel, serving
 from torch.nn import functional as F
 
 pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")

@@ -23,10 +23,11 @@ import pytest
 import torch
 from conftest import ROOT, error, nasty, random_model, words
 from conftest import script as run_script
+from http_client import Client, chosen, together, until
 from servers import (  # noqa: F401 (some are fixtures)
-    END, KEY, LIVE, ByteTokenizer, Client, Process, ScriptModel, all_logs_fixture, broken_steps, chosen, log_fixture,
-    script_fixture, script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, together,
-    unread_log, until, well_afterwards_fixture)
+    END, KEY, LIVE, ByteTokenizer, Process, ScriptModel, all_logs_fixture, broken_steps, log_fixture, script_fixture,
+    script_server_fixture, serving, slow_load, slow_steps, tiny_fixture, tiny_model, unread_log,
+    well_afterwards_fixture)
 
 from serving import api
 from text import pretrained
