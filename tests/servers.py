@@ -36,6 +36,13 @@ RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words", f"{SECRET}/n
        "val_loss": 2.5, "tokenizer_sha256": "ab" * 32, "chat": True}
 SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=2, body_timeout=2)
 
+# Requests
+GREEDY = dict(temperature=0)
+SAID = [{"role": "user", "content": "x"}]
+GENERATE, COMPLETE, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+GOOD = {GENERATE: {"prompt": "x", "max_tokens": 2}, COMPLETE: {"prompt": "x", "max_tokens": 2},
+        CHAT: {"messages": SAID, "max_tokens": 2}}
+
 os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,6 +109,31 @@ def tiny_model():
     return random_model(n_layer=2, n_embd=32, block_size=128, vocab_size=257)
 
 
+def drawn(**changes):
+    """A request whose text depends on its seed alone."""
+    return dict(temperature=1, top_k=0, max_tokens=12, **changes)
+
+
+def texts(answer):
+    return [choice["text"] for choice in answer["choices"]]
+
+
+def fail(idx):
+    raise RuntimeError("a bug in the model")
+
+
+def in_step(n, act):
+    """A `before` of ScriptModel that acts in step n."""
+    steps = iter(range(1, 10**6))
+    return lambda idx: act(idx) if next(steps) == n else None
+
+
+def slow(client, seconds=0.01):
+    """The model says x for ever, and takes its time for each."""
+    client.model.say("x" * 4090)
+    client.model.before = lambda idx: time.sleep(seconds)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Servers in this process
 
@@ -152,6 +184,15 @@ def script_fixture(script_server):
 def tiny_fixture():
     """A client to the server of a small random model with a context of 128."""
     with serving(tiny_model()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module", name="keyed")
+def keyed_fixture(tmp_path_factory):
+    """A client with a key to a server that asks for one."""
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.write_text(KEY + "\nanother line\n", encoding="utf-8")
+    with serving(ScriptModel(), key=KEY, api_key_file=str(path)) as client:
         yield client
 
 
