@@ -5,9 +5,13 @@ What the tests of the server share: stand-in models, and servers in this process
     script.model.say("hello")                   # the model whose text is known in advance
     script.text(stop="l") == "he"               # `script` is a Client: see http_client.py
 
-As a program, `python -O tests/servers.py` serves the tiny model until its standard input ends, and prints its port.
+A letter and a number in the name of a test, such as b7, are a row of the list of what the server promises: a, what it
+tells of itself; b, generation; c, validation; d, streams; e, many at once; f, raw HTTP; g, access; h, the process. The
+docstring says what the row promises.
 """
 import contextlib
+import fcntl
+import importlib.machinery
 import os
 import pathlib
 import signal
@@ -19,22 +23,22 @@ import traceback
 
 import pytest
 import torch
-from conftest import random_model
-from http_client import SECRET, Client, until
+from conftest import ROOT, random_model
+from http_client import LIMIT, SECRET, Client, until
 from torch.nn import functional as F
 
 from runtime import console
-from serving import engine
+from serving import api, engine, web
 import model as model_file
 import serve
-from serving import web
 from tokenizer import END_OF_TEXT
 
 END = 256  # the id of END_OF_TEXT
 KEY = "sesame-0123456789"
 RUN = {"path": f"{SECRET}/best.pt", "step": 40, "source": ["words", f"{SECRET}/notes.txt?token=secret"],
        "val_loss": 2.5, "tokenizer_sha256": "ab" * 32, "chat": True}
-SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=2, body_timeout=2)
+SETTINGS = dict(port=0, rows=4, max_queue=4, max_connections=16, header_timeout=LIMIT, body_timeout=LIMIT,
+                write_timeout=LIMIT)
 
 # Requests
 GREEDY = dict(temperature=0)
@@ -42,8 +46,6 @@ SAID = [{"role": "user", "content": "x"}]
 GENERATE, COMPLETE, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 GOOD = {GENERATE: {"prompt": "x", "max_tokens": 2}, COMPLETE: {"prompt": "x", "max_tokens": 2},
         CHAT: {"messages": SAID, "max_tokens": 2}}
-
-os.environ.pop("OPENLLM_API_KEY", None)  # whoever runs the tests may have one
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -134,6 +136,20 @@ def slow(client, seconds=0.01):
     client.model.before = lambda idx: time.sleep(seconds)
 
 
+@contextlib.contextmanager
+def held(client, ready=lambda: True):
+    """The model of a client says x for ever, and stands still from the step on that begins when `ready` is true, until
+    the block ends."""
+    go_on = threading.Event()
+    client.model.say("x" * 4090)
+    client.model.before = lambda idx: go_on.wait(LIMIT) if ready() else time.sleep(0.01)
+    try:
+        yield
+    finally:
+        client.model.before = lambda idx: None
+        go_on.set()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Servers in this process
 
@@ -157,7 +173,8 @@ def serving(model, tokenizer=None, load=None, key=None, run=RUN, **changes):
     client = Client(server.port, server, model, key)
     try:
         if load is None:
-            until(lambda: server.state == "ok", 10)
+            until(lambda: server.state != "loading")
+            assert server.state == "ok", f"the server is {server.state}"
             torch.set_num_threads(threads)  # of this thread, and of those to come
             LIVE.append(client)
         yield client
@@ -167,7 +184,7 @@ def serving(model, tokenizer=None, load=None, key=None, run=RUN, **changes):
         server.stop()
 
 
-@pytest.fixture(scope="session", name="script_server")
+@pytest.fixture(scope="module", name="script_server")
 def script_server_fixture():
     with serving(ScriptModel()) as client:
         yield client
@@ -180,7 +197,7 @@ def script_fixture(script_server):
     script_server.model.forget()
 
 
-@pytest.fixture(scope="session", name="tiny")
+@pytest.fixture(scope="module", name="tiny")
 def tiny_fixture():
     """A client to the server of a small random model with a context of 128."""
     with serving(tiny_model()) as client:
@@ -194,6 +211,31 @@ def keyed_fixture(tmp_path_factory):
     path.write_text(KEY + "\nanother line\n", encoding="utf-8")
     with serving(ScriptModel(), key=KEY, api_key_file=str(path)) as client:
         yield client
+
+
+class Clock:
+    """The module time as the server sees it: `now` moves when a test says so, and by `tick` whenever it is read."""
+
+    sleep = staticmethod(time.sleep)
+    time = staticmethod(time.time)
+
+    def __init__(self):
+        self.now, self.tick = time.monotonic(), 0
+
+    def monotonic(self):
+        self.now += self.tick
+        return self.now
+
+    def go_on(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(name="clock")
+def clock_fixture(monkeypatch):
+    clock = Clock()
+    for module in api, engine, serve, web:
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 class Log:
@@ -214,8 +256,17 @@ class Log:
         return "\n".join(self.lines)
 
 
-@pytest.fixture(scope="session", name="all_logs")
-def all_logs_fixture():
+@pytest.fixture(scope="module", autouse=True, name="no_key")
+def no_key_fixture():
+    """Whoever runs the tests may have a key."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OPENLLM_API_KEY", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", name="all_logs")
+def all_logs_fixture(no_key):
+    """The Log, for a whole file: its servers write between the tests, too."""
     log = Log()
     with pytest.MonkeyPatch.context() as patch:
         for module in console, engine, serve, web:  # all that is written goes through print_error
@@ -237,9 +288,7 @@ def well_afterwards_fixture(log):
     Client.sent.clear()
     yield
     for client in LIVE:
-        health = client.get("/health")
-        assert health.status == 200 and health.json == {"status": "ok"}
-        assert until(lambda: client.rest() == (0, 0, 0), 1.5), f"something is left: {client.rest()}"
+        assert until(client.is_well), f"something is left: {client.metrics()}"
     said = log.text()
     assert log.may_fail or "Traceback" not in said
     assert KEY not in said and not [text for text in Client.sent if text in said]
@@ -263,10 +312,16 @@ def slow_load(seconds):
 
 
 def slow_steps(seconds):
-    """Every step of the model takes so long. Two threads do it: the second must not swallow a signal."""
+    """Every step of the engine takes so long. Two threads compute: the second must not swallow a signal."""
     import faults
     torch.set_num_threads(2)
-    faults.calls(model_file.GPT, "trunk", lambda real, *args, **kw: (time.sleep(seconds), real(*args, **kw))[1])
+    faults.calls(engine.Engine, "step", lambda real, *args: (time.sleep(seconds), real(*args))[1])
+
+
+def held_steps(marker):
+    """A text gets its second token when the file `marker` is there."""
+    import faults
+    faults.calls(engine.Engine, "decode", lambda real, *args: until(lambda: os.path.exists(marker)) and real(*args))
 
 
 def broken_steps(marker):
@@ -281,13 +336,15 @@ def broken_steps(marker):
 
 
 def unread_log():
-    """Standard error is a pipe that nobody reads."""
+    """Standard error is a pipe that nobody reads, and that holds 4 KB."""
     _, end = os.pipe()
+    fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 4096)
     os.dup2(end, sys.stderr.fileno())
 
 
 def child(folder, argv, said, fault, arguments):
     """The body of a Process: `python serve.py ARGV` with something changed."""
+    os.environ.pop("OPENLLM_API_KEY", None)
     os.chdir(folder)
     sys.stdout = sys.stderr = open(said, "a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
@@ -297,6 +354,29 @@ def child(folder, argv, said, fault, arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["serve.py", *argv]
     console.command_line(serve.main)
+
+
+def asserts_are_on():
+    try:
+        assert not True
+    except AssertionError:
+        return True
+    return False
+
+
+def serve_without_asserts(said):
+    """The body of a process that serves the tiny model as `python -O` would; writes its port to a file."""
+    importlib.machinery.SourceFileLoader.get_code = lambda self, name: compile(
+        self.get_data(self.path), self.path, "exec", dont_inherit=True, optimize=1)
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(str(ROOT)) and "site-packages" not in path:
+            del sys.modules[name]
+    fresh = importlib.import_module("servers")
+    with fresh.serving(fresh.tiny_model()) as client:
+        if not fresh.asserts_are_on():
+            pathlib.Path(said).write_text(str(client.port), encoding="utf-8")
+        signal.pause()  # until it is killed
 
 
 class Process:
@@ -328,21 +408,14 @@ class Process:
             return None
 
     def up(self, *states):
-        assert until(lambda: self.status() in (states or ("ok",)), 60), self.said()
+        assert until(lambda: self.status() in (states or ("ok",))), self.said()
         return self
 
     def signal(self, number=signal.SIGTERM):
         os.kill(self.process.pid, number)
-        return time.monotonic()
 
-    def wait(self, timeout=60):
+    def wait(self):
         """The exit code."""
-        self.process.join(timeout)
+        self.process.join(LIMIT)
         assert self.process.exitcode is not None, "it does not end"
         return self.process.exitcode
-
-
-if __name__ == "__main__":
-    with serving(tiny_model()) as alone:
-        print(alone.port, flush=True)
-        sys.stdin.read()

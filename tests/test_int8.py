@@ -14,7 +14,8 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, TINY, error, random_model
-from servers import serving
+from servers import (  # noqa: F401 (some are fixtures)
+    no_key_fixture, serving)
 from test_engine import Numbers, a_request
 from torch import nan
 

@@ -15,7 +15,8 @@ import types
 
 import pytest
 from http_client import until
-from servers import KEY, RUN, ByteTokenizer, ScriptModel, serving
+from servers import (  # noqa: F401 (some are fixtures)
+    KEY, RUN, ByteTokenizer, ScriptModel, no_key_fixture, serving)
 from torch.nn import functional as F
 
 pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from servers import (  # noqa: F401 (some are fixtures)
-    CHAT, COMPLETE, END, GREEDY, SAID, all_logs_fixture, drawn, log_fixture, script_fixture, script_server_fixture,
-    tiny_fixture, well_afterwards_fixture)
+    CHAT, COMPLETE, END, GREEDY, SAID, all_logs_fixture, drawn, log_fixture, no_key_fixture, script_fixture,
+    script_server_fixture, tiny_fixture, well_afterwards_fixture)
 
 
 def raw_logprobs(model, ids):
@@ -14,6 +14,8 @@ def raw_logprobs(model, ids):
 
 
 def test_b20_scores_of_a_prompt(tiny):
+    """Echo with logprobs scores a prompt: each token by the model's own log-probability, before temperature and
+    filters."""
     prompt = "the caf\u00e9"
     answer = tiny.post("/v1/completions", prompt=prompt, echo=True, logprobs=2, max_tokens=0, temperature=0.3)
     ids, scores = list(prompt.encode()), answer.json["choices"][0]["logprobs"]
@@ -31,6 +33,7 @@ def test_b20_scores_of_a_prompt(tiny):
 
 
 def test_b20_scores_of_prompt_and_text(tiny):
+    """Prompt and text are scored as one sequence."""
     scores = tiny.complete("ab", echo=True, logprobs=1, max_tokens=3, ignore_eos=True, logit_bias={str(END): -100},
                            **GREEDY)["choices"][0]["logprobs"]
     ids = [97, 98, *(i.item() for i in tiny.model.generate(torch.tensor([[97, 98]]), 3))]
@@ -41,6 +44,7 @@ def test_b20_scores_of_prompt_and_text(tiny):
 
 
 def test_b21_scores_of_a_completion(tiny):
+    """Of /v1/completions: the token itself and the likeliest ones, in OpenAI's form."""
     scores = tiny.complete("ab", logprobs=5, max_tokens=8, **GREEDY)["choices"][0]["logprobs"]
     assert 0 < len(scores["tokens"]) <= 8
     for token, score, top in zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True):
@@ -49,6 +53,7 @@ def test_b21_scores_of_a_completion(tiny):
 
 
 def test_b21_scores_of_a_chat(tiny):
+    """Of /v1/chat/completions: each token with its bytes, and the likeliest ones in falling order."""
     answer = tiny.chat("ab", logprobs=True, top_logprobs=3, max_tokens=8, **GREEDY)
     content = answer["choices"][0]["logprobs"]["content"]
     assert 0 < len(content) <= 8
@@ -66,6 +71,7 @@ def test_b21_scores_of_a_chat(tiny):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_b21_scores_of_generate(tiny, stream):
+    """Of /generate: id, text and bytes of each token; the numbers are the model's, whatever the temperature."""
     body = dict(prompt="ab", logprobs=3, max_tokens=8, seed=1, temperature=1.5, top_k=0)
     if stream:
         events = tiny.events(**body)
@@ -88,6 +94,7 @@ def test_b21_scores_of_generate(tiny, stream):
 
 
 def test_b21_scores_are_numbers(script):
+    """A token that is next to impossible still has a finite log-probability."""
     script.model.say("a")
     token = script.generate(logprobs=20, max_tokens=1)["tokens"][0]
     assert token["logprob"] == pytest.approx(0, abs=1e-4)
@@ -105,6 +112,7 @@ def joined(parts):
     (COMPLETE, dict(prompt="the caf\u00e9", echo=True)),
     (CHAT, dict(messages=SAID, logprobs=True, top_logprobs=2))])
 def test_d_scores_and_prompts_in_a_stream(tiny, path, body):
+    """The parts of a stream, joined, are text and log-probabilities of the whole answer."""
     body.update(drawn(seed=4))
     choices = [choice for event in tiny.events(path, **body) for choice in event["choices"]]
     whole = tiny.ok(path, **body)["choices"][0]
@@ -115,6 +123,7 @@ def test_d_scores_and_prompts_in_a_stream(tiny, path, body):
 
 
 def test_b20_scores_that_are_not_finite(script, log):
+    """Where the model's numbers are not finite, the request fails by a 500, and no NaN is in JSON."""
     log.may_fail = True
     logits, script.model.logits = script.model.logits, lambda x: logits(x) * float("nan")
     try:

@@ -4,13 +4,14 @@ import pytest
 from conftest import words
 from http_client import chosen
 from servers import (  # noqa: F401 (some are fixtures)
-    CHAT, COMPLETE, GREEDY, KEY, SAID, ScriptModel, all_logs_fixture, drawn, fail, in_step, keyed_fixture,
-    log_fixture, script_fixture, script_server_fixture, serving, texts, tiny_fixture, well_afterwards_fixture)
+    CHAT, COMPLETE, GREEDY, KEY, SAID, ScriptModel, all_logs_fixture, drawn, fail, in_step, keyed_fixture, log_fixture,
+    no_key_fixture, script_fixture, script_server_fixture, serving, texts, tiny_fixture, well_afterwards_fixture)
 
 import tokenizer as tokenizers
 
 
 def test_b_no_chat_format():
+    """A model that has learned no chat format says so, and does not make one up."""
     with serving(ScriptModel(), run={}) as client:
         answer = client.post("/v1/chat/completions", messages=SAID)
         assert answer.status == 400 and answer.error["code"] == "no_chat_format"
@@ -40,12 +41,14 @@ def test_b_our_chat_format(script):
 
 
 def test_b_content_in_parts(tiny):
+    """A message in parts of text is their text."""
     parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]
     assert tiny.chat(parts, **GREEDY)["choices"][0]["message"] == \
         tiny.chat("hello there", **GREEDY)["choices"][0]["message"]
 
 
 def test_d8_usage_in_a_stream(script):
+    """With stream_options the last event counts the tokens, and only then; the others say null."""
     script.model.say("hello")
     for path, prompt in (COMPLETE, {"prompt": "x"}), (CHAT, {"messages": SAID}):
         *events, last = script.events(path, max_tokens=5, stream_options={"include_usage": True}, **prompt)
@@ -56,12 +59,13 @@ def test_d8_usage_in_a_stream(script):
 
 
 def test_d9_chat_stream(tiny):
+    """A chat stream begins with the role, ends with the reason, and carries the text of the whole answer."""
     body = dict(messages=SAID, **drawn(seed=3))
     events = tiny.events(CHAT, **body)
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     choices = [choice for event in events for choice in event["choices"]]
     assert choices[0]["delta"]["role"] == "assistant" and not choices[0]["delta"].get("content")
-    assert not choices[-1]["delta"].get("content") and choices[-1]["finish_reason"] in ("stop", "length")
+    assert not choices[-1]["delta"].get("content") and choices[-1]["finish_reason"] == "length"
     assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
     whole = tiny.ok(CHAT, **body)
     assert whole["object"] == "chat.completion"
@@ -69,6 +73,7 @@ def test_d9_chat_stream(tiny):
 
 
 def test_d10_several_choices_in_a_stream(tiny):
+    """Two choices for each of two prompts come in one stream, told apart by their index."""
     body = dict(prompt=["a", "b"], n=2, **drawn(seed=3))
     events = tiny.events(COMPLETE, **body)
     whole = tiny.ok(COMPLETE, **body)
@@ -80,6 +85,8 @@ def test_d10_several_choices_in_a_stream(tiny):
 
 
 def test_d15_the_client_of_openai(tiny):
+    """The official client can do with this server what it does with OpenAI's: completions, chats, streams, models,
+    errors."""
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"http://127.0.0.1:{tiny.port}/v1", api_key="none", max_retries=0) as client:
         use_openai(openai, client)
@@ -112,6 +119,7 @@ def use_openai(openai, client):
 
 
 def test_d15_the_client_of_openai_meets_an_error(script, log):
+    """A stream that fails in the middle is an APIError to the official client."""
     openai = pytest.importorskip("openai")
     log.may_fail = True
     script.model.say("hello")
@@ -122,6 +130,7 @@ def test_d15_the_client_of_openai_meets_an_error(script, log):
 
 
 def test_d15_the_client_of_openai_and_a_key(keyed):
+    """The official client sends the key; a wrong one is an AuthenticationError."""
     openai = pytest.importorskip("openai")
     url = f"http://127.0.0.1:{keyed.port}/v1"
     with openai.OpenAI(base_url=url, api_key=KEY) as client:

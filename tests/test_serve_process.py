@@ -13,12 +13,12 @@ import time
 import pytest
 import torch
 from conftest import error
-from conftest import script as run_script
 from http_client import together, until
 from servers import (  # noqa: F401 (some are fixtures)
-    COMPLETE, GENERATE, GREEDY, Process, all_logs_fixture, broken_steps, log_fixture, script_fixture,
-    script_server_fixture, slow_load, slow_steps, unread_log, well_afterwards_fixture)
+    COMPLETE, GENERATE, GREEDY, Process, all_logs_fixture, broken_steps, held_steps, log_fixture, no_key_fixture,
+    script_fixture, script_server_fixture, slow_load, slow_steps, unread_log, well_afterwards_fixture)
 
+import sample
 import serve
 import tokenizer as tokenizers
 
@@ -35,6 +35,7 @@ def start(tiny_run, tmp_path):
 
 
 def test_a3_the_process_ends_after_a_fatal_error(start, tmp_path):
+    """A model that fails again and again ends the process with exit code 1, so that it can be started anew."""
     marker = tmp_path / "broken"
     process = start(fault=broken_steps, arguments=[str(marker)]).up()
     assert process.client.text("the ", max_tokens=3)
@@ -42,33 +43,37 @@ def test_a3_the_process_ends_after_a_fatal_error(start, tmp_path):
     with contextlib.suppress(OSError, AssertionError):  # refused, reset, or accepted in the last moment: no answer
         while process.client.post(GENERATE, prompt="the ").status == 500:
             pass
-    assert process.wait(5) not in (0, None) and "a bug in the model" in process.said()
+    assert process.wait() == 1 and "a bug in the model" in process.said()
 
 
-def test_b1_the_same_text_as_sample(tiny_run, start):
-    done = run_script("sample.py", "out/words", "--prompt=the ", "--temperature=0", "--max_new_tokens=20", cwd=tiny_run)
+def test_b1_the_same_text_as_sample(tiny_run, start, monkeypatch, capsys):
+    """`python serve.py RUN` writes what `python sample.py RUN` writes, and tells how the model was trained, but not
+    where it lies."""
+    monkeypatch.chdir(tiny_run)
+    sample.main(["out/words", "--prompt=the ", "--temperature=0", "--max_new_tokens=20"])
     process = start().up()
-    assert "the " + process.client.text("the ", max_tokens=20, **GREEDY) == done.stdout.removesuffix("\n")
+    assert "the " + process.client.text("the ", max_tokens=20, **GREEDY) + "\n" == capsys.readouterr().out
     info = process.client.get("/model-info").json
     assert info["step"] == 40 and info["context"] == 32 and str(tiny_run) not in json.dumps(info)
-    assert len(info["curve"]) >= 40 and info["curve"][-1][0] == 40 and info["curve"][-1][1] > 0
-    assert [row[2] for row in info["curve"] if row[2] is not None]
+    assert [step for step, _, _ in info["curve"]] == list(range(1, 41))
+    assert [step for step, _, val_loss in info["curve"] if val_loss is not None] == [10, 20, 30, 40]
 
 
-def test_h1_a_signal_lets_all_finish(start):
-    process = start("--rows=2", fault=slow_steps, arguments=[0.03]).up()
+def test_h1_a_signal_lets_all_finish(start, tmp_path):
+    """After SIGTERM what runs and waits is finished, new requests are told to come back, and the exit code is 0."""
+    marker = tmp_path / "go on"
+    process = start("--rows=2", "--drain=1000", fault=held_steps, arguments=[str(marker)]).up()
     client = process.client
     wires = client.fill(3, prompt="my friend", max_tokens=22, ignore_eos=True)
-    assert until(lambda: client.busy() == (2, 1))
-    sent = process.signal()
-    with contextlib.suppress(ConnectionError):
-        assert until(lambda: client.get("/health").json == {"status": "draining"}), process.said()
-        refusal = client.post(GENERATE, prompt="the ")
-        assert refusal.status == 503 and refusal.headers["retry-after"] == "1"
+    process.signal()
+    assert until(lambda: client.get("/health").json == {"status": "draining"}), process.said()
+    refusal = client.post(GENERATE, prompt="the ")
+    assert refusal.status == 503 and refusal.headers["retry-after"] == "1"
+    marker.touch()
     for wire in wires:
         event = wire.answer().body.split(b"\n\n")[-3]
         assert json.loads(event.removeprefix(b"data: "))["finish_reason"] == "length"
-    assert process.wait() == 0 and time.monotonic() - sent < 10
+    assert process.wait() == 0
     assert "Traceback" not in process.said() and "friend" not in process.said()
 
 
@@ -76,7 +81,7 @@ def test_h_nobody_reads_the_log(start):
     """Lines that a full pipe does not take are dropped, and the server goes on answering."""
     process = start(fault=unread_log).up()
     with process.client.wire() as wire:
-        for _ in range(6000):  # a line of some 15 bytes for each, and a pipe holds 64 KB or less
+        for _ in range(600):  # a line of some 15 bytes for each, and the pipe holds 4 KB
             assert wire.send(process.client.request("GET", "/nope")).answer().status == 404
     assert process.client.generate("the ", max_tokens=3)
     process.signal()
@@ -84,29 +89,32 @@ def test_h_nobody_reads_the_log(start):
 
 
 def test_h2_a_signal_does_not_wait_for_ever(start):
-    process = start("--drain=1", "--rows=1", fault=slow_steps, arguments=[0.2]).up()
+    """After --drain seconds a stream that goes on is ended, by an error and [DONE]."""
+    process = start("--drain=0.2", "--rows=1", fault=slow_steps, arguments=[1]).up()
     wires = process.client.fill(1, prompt="the ", max_tokens=28, ignore_eos=True)
-    sent = process.signal()
+    process.signal()
     *_, failure, done, end = wires[0].answer().body.split(b"\n\n")
     assert "error" in json.loads(failure.removeprefix(b"data: ")) and done == b"data: [DONE]" and end == b""
-    assert process.wait() == 0 and time.monotonic() - sent < 2.5
+    assert process.wait() == 0
 
 
-def test_h3_a_second_signal_ends_at_once(start):
-    process = start("--rows=1", fault=slow_steps, arguments=[0.2]).up()
+def test_h3_a_second_signal_ends_at_once(start, tmp_path):
+    """A second SIGTERM ends the process at once, with exit code 143."""
+    process = start("--rows=1", "--drain=1000", fault=held_steps, arguments=[str(tmp_path / "never")]).up()
     wires = process.client.fill(1, prompt="the ", max_tokens=28, ignore_eos=True)
     process.signal()
     assert until(lambda: process.status() == "draining")
-    sent = process.signal()
-    assert process.wait() == 143 and time.monotonic() - sent < 1
+    process.signal()
+    assert process.wait() == 143
     assert b"[DONE]" not in wires[0].file.read()
     assert "Traceback" not in process.said()
 
 
 def test_h4_control_c_while_it_loads(start):
-    process = start(fault=slow_load, arguments=[30]).up("loading")
-    sent = process.signal(signal.SIGINT)
-    assert process.wait() == 130 and time.monotonic() - sent < 5
+    """Ctrl-C ends a server that is still loading, without a traceback."""
+    process = start(fault=slow_load, arguments=[1000]).up("loading")
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130
     assert "Traceback" not in process.said()
 
 
@@ -136,12 +144,14 @@ class Evil:
 
 
 def test_h5_runs_that_cannot_be_served(tiny_run, tmp_path):
+    """A run that is missing, cut off, malicious or has another tokenizer: one error with what to do, exit code 2, and
+    nothing in it is run."""
     bad = Runs(tiny_run / "out/words", tmp_path / "runs").folder
     names = "missing", "truncated", "malicious", "mismatch"
     processes = [Process(tmp_path, tmp_path / f"said.{name}", bad / name) for name in names]
     for name, process in zip(names, processes):
         with process:
-            assert process.wait(30) == 2, (name, process.said())
+            assert process.wait() == 2, (name, process.said())
             said = process.said()
             assert "Traceback" not in said and re.search(r"^error: .+\nfix: .+\n\Z", said, re.MULTILINE), said
     assert not (bad / "ran").exists()
@@ -150,6 +160,7 @@ def test_h5_runs_that_cannot_be_served(tiny_run, tmp_path):
 
 
 def test_h5_the_port_is_taken(script, monkeypatch, tiny_run):
+    """A port that is taken is an error that names it."""
     monkeypatch.chdir(tiny_run)
     fact, _ = error(serve.main, "out/words", f"--port={script.port}")
     assert str(script.port) in fact
@@ -168,7 +179,7 @@ def test_h6_ten_minutes(start):
                     "temperature": rng.choice([0, 1, 9])}
             with client.wire(client.request("POST", rng.choice([GENERATE, COMPLETE]), body)) as wire:
                 if rng.random() < 0.7:
-                    assert wire.answer().status in (200, 400, 503)
+                    assert wire.answer().status in ([400] if body["temperature"] == 9 else [200, 503])
                 else:
                     time.sleep(rng.uniform(0, 0.02))
 
