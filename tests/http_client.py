@@ -13,16 +13,16 @@ import socket
 import time
 
 import pytest
+from engines import LIMIT
 
 SECRET = "/secret/place"  # where the run is said to lie: no answer may tell
-LIMIT = 60  # seconds that only what hangs takes
 
 
-def until(true):
+def until(true, every=0.005):
     """Wait for a condition. Returns what it gave last: something false only where it hangs."""
     end = time.monotonic() + LIMIT
     while not (value := true()) and time.monotonic() < end:
-        time.sleep(0.005)
+        time.sleep(every)
     return value
 
 

@@ -24,6 +24,7 @@ import traceback
 import pytest
 import torch
 from conftest import ROOT, random_model
+from engines import Clock
 from http_client import LIMIT, SECRET, Client, until
 from torch.nn import functional as F
 
@@ -213,25 +214,9 @@ def keyed_fixture(tmp_path_factory):
         yield client
 
 
-class Clock:
-    """The module time as the server sees it: `now` moves when a test says so, and by `tick` whenever it is read."""
-
-    sleep = staticmethod(time.sleep)
-    time = staticmethod(time.time)
-
-    def __init__(self):
-        self.now, self.tick = time.monotonic(), 0
-
-    def monotonic(self):
-        self.now += self.tick
-        return self.now
-
-    def go_on(self, seconds):
-        self.now += seconds
-
-
 @pytest.fixture(name="clock")
 def clock_fixture(monkeypatch):
+    """The time of all servers, until the test is over."""
     clock = Clock()
     for module in api, engine, serve, web:
         monkeypatch.setattr(module, "time", clock)

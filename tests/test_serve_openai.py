@@ -87,7 +87,7 @@ def test_d10_several_choices_in_a_stream(tiny):
 def test_d15_the_client_of_openai(tiny):
     """The official client can do with this server what it does with OpenAI's: completions, chats, streams, models,
     errors."""
-    openai = pytest.importorskip("openai")
+    openai = pytest.importorskip("openai", reason="openai is not installed: pip install -r requirements-dev.txt")
     with openai.OpenAI(base_url=f"http://127.0.0.1:{tiny.port}/v1", api_key="none", max_retries=0) as client:
         use_openai(openai, client)
 
@@ -120,7 +120,7 @@ def use_openai(openai, client):
 
 def test_d15_the_client_of_openai_meets_an_error(script, log):
     """A stream that fails in the middle is an APIError to the official client."""
-    openai = pytest.importorskip("openai")
+    openai = pytest.importorskip("openai", reason="openai is not installed: pip install -r requirements-dev.txt")
     log.may_fail = True
     script.model.say("hello")
     script.model.before = in_step(3, fail)
@@ -131,7 +131,7 @@ def test_d15_the_client_of_openai_meets_an_error(script, log):
 
 def test_d15_the_client_of_openai_and_a_key(keyed):
     """The official client sends the key; a wrong one is an AuthenticationError."""
-    openai = pytest.importorskip("openai")
+    openai = pytest.importorskip("openai", reason="openai is not installed: pip install -r requirements-dev.txt")
     url = f"http://127.0.0.1:{keyed.port}/v1"
     with openai.OpenAI(base_url=url, api_key=KEY) as client:
         assert client.models.list().data
