@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The engine: the same text whoever the neighbours are; requests that come, go, fail, wait and do not fit."""
+import math
 import queue
 import random
 import threading
@@ -193,7 +194,9 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
             ([ask(some, 12)], [32]),  # the second what is new, and the part that is not whole
             ([ask(4 * CHUNK, 0)], [CHUNK] * 2),  # the last part is always read: what comes after it?
             ([ask(4 * CHUNK, 7), ask(4 * CHUNK + 10, 9)], [7, 19]),  # two at once
-            ([ask(3 * CHUNK, 25, after=2 * CHUNK + 5)], [CHUNK, 25]),  # whose log-probabilities are asked for
+            # Whose log-probabilities are asked for: that of token i needs the logits of the token before it.
+            ([ask(3 * CHUNK, 25, after=2 * CHUNK + 1)], [CHUNK, 25]),
+            ([ask(3 * CHUNK, 25, after=2 * CHUNK)], [CHUNK] * 2 + [25]),
             ([ask(3 * CHUNK, 25, after=0)], [CHUNK] * 3 + [25]),
             ([ask(0, all_three) for _ in range(3)], [CHUNK, 9] * 3),  # they take all three rows ...
             ([ask(some, 9)], [CHUNK, CHUNK, 29])):  # ... and so it begins again
@@ -217,6 +220,58 @@ def test_requests_that_come_together_with_one_prompt_read_it_once(monkeypatch):
     monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: read.append(idx.size(1)) or trunk(idx, cache))
     rows.complete([Request(ids=ids, max_tokens=3, temperature=1.0, seed=i) for i in range(5)])
     assert sum(n for n in read if n > 1) == 5 * CHUNK + 5 * 20
+    assert rows.prompt_tokens == 5 * len(ids)  # for /metrics: what was asked, however it was had
+
+
+def test_the_end_of_the_engine_cancels_what_runs():
+    """Whoever still waits for an answer learns that there will be none."""
+    rows = make(rows=1)
+    requests = [Request(ids=[1], max_tokens=40, ignore_eos=True, streams=True) for _ in range(2)]
+    rows.submit(*requests)
+    rows.step()
+    rows.end()
+    rows.run()
+    assert [request.finish_reason for request in requests] == ["cancelled"] * 2 and rows.cancelled == 2
+    assert len(requests[0].text.split()) == requests[0].n == 1 and requests[1].n == 0
+
+
+def test_times_and_counts_of_a_request(monkeypatch):
+    """When the first token came, and how many there were, with the one that ended the text."""
+    monkeypatch.setattr(engine, "time", clock := Clock())
+    rows, start = make(), clock.now
+    trunk = rows.model.trunk
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: clock.go_on(1) or trunk(idx, cache))
+    request = Request(ids=[1], max_tokens=9)
+    monkeypatch.setattr(rows, "ends", {7})
+    monkeypatch.setattr(rows, "sample", lambda slots, logits: [7 if slot.request.n == 4 else 5 for slot in slots])
+    rows.complete([request])
+    assert (request.submitted, request.first) == (start, start + 1)
+    assert (request.text, request.n, request.finish_reason) == ("5 5 5 5 ", 5, "stop")
+    assert (rows.steps, rows.prompt_tokens, rows.completion_tokens) == (5, 1, 5)
+
+
+def test_events_of_all_streams_have_a_rate(monkeypatch):
+    """At most EVENTS a second: with more streams, each gets more tokens at once."""
+    monkeypatch.setattr(engine, "time", clock := Clock())
+    rows = make()
+    trunk = rows.model.trunk
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: clock.go_on(1.5 / engine.EVENTS) or trunk(idx, cache))
+
+    def events(n):
+        requests = [Request(ids=[1 + i, 2], max_tokens=13, ignore_eos=True, streams=True, seed=i) for i in range(n)]
+        rows.complete(requests)
+        came = requests[0].events
+        return [len(came.get().text.split()) for _ in range(came.qsize())]
+    assert events(1) == [1] * 13
+    assert events(4) == [1, 1, 3, 3, 3, 2]  # after the prompts, a step of 1.5 hundredths of a second for each token
+
+
+def test_no_more_alternatives_than_there_are_tokens():
+    """A small vocabulary has fewer likeliest tokens than may be asked for."""
+    rows = make(vocab_size=10)
+    request, = rows.complete([Request(ids=[1], max_tokens=2, logprobs=20)])
+    assert [len(token.top) for token in request.tokens] == [rows.model.config.vocab_size] * 2
+    assert sum(math.exp(p) for _, p in request.tokens[0].top) == pytest.approx(1)
 
 
 def test_rows_take_half_of_the_free_memory_at_most(monkeypatch, capsys):
@@ -363,18 +418,19 @@ def test_a_failure_ends_its_own_requests_alone(capsys):
     fine = Request(ids=[1], max_tokens=3)
     rows.submit(fine)
     assert fine.events.get(timeout=LIMIT).finish_reason == "length"
+    for _ in range(3):  # three, but not in a row
+        broken.set()
+        rows.submit(doomed := Request(ids=[1], max_tokens=3))
+        assert doomed.events.get(timeout=LIMIT).finish_reason == "error"
+        broken.clear()
+        rows.submit(fine := Request(ids=[1], max_tokens=3))
+        assert fine.events.get(timeout=LIMIT).finish_reason == "length" and len(rows.free) == 2
     broken.set()
-    rows.submit(doomed := Request(ids=[1], max_tokens=3))
-    assert doomed.events.get(timeout=LIMIT).finish_reason == "error"
-    broken.clear()
-    rows.submit(fine := Request(ids=[1], max_tokens=3))
-    assert fine.events.get(timeout=LIMIT).finish_reason == "length" and len(rows.free) == 2
-    broken.set()
-    three = [Request(ids=[1], max_tokens=3) for _ in range(6)]  # two at a time: three failing steps in a row
-    rows.submit(*three)
+    six = [Request(ids=[1], max_tokens=3) for _ in range(6)]  # one fails in each step, and with the third all others
+    rows.submit(*six)
     worker.join(LIMIT)
     assert failed and "a wire is loose" in capsys.readouterr().err
-    assert {request.events.get(timeout=LIMIT).finish_reason for request in three} == {"error"}
+    assert {request.events.get(timeout=LIMIT).finish_reason for request in six} == {"error"}
     with pytest.raises(queue.Full):
         rows.submit(Request(ids=[1], max_tokens=3))
 

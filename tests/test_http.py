@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The server as whoever writes bytes into its port sees it (F): what no client library sends, and accidents by the
-thousand."""
+"""
+The server as whoever writes bytes into its port sees it: what no client library sends, and accidents by the thousand.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import json
 import random
 import re

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """From logits to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from conftest import ROOT, chat_run, error, turns
+from conftest import ROOT, chat_run, error, random_model, turns
 from engines import LIMIT
 
 from runtime.console import UserError
@@ -144,6 +146,13 @@ def test_a_text_is_sampled_from_the_distribution_of_the_filters(settings, monkey
     assert torch.allclose(share[order].double(), due / due.sum(), rtol=0, atol=1.5 / n)
 
 
+def test_rare_tokens_are_not_lost_in_the_sum():
+    """A thousand tokens of probability 1e-8, behind one that is nearly certain: each keeps its own."""
+    found = probabilities(torch.tensor([[0.0] + [-18.0] * 1000]))[0]
+    assert torch.allclose(found[1:], found[1:2].expand(1000), rtol=1e-3, atol=0)
+    assert found[1] == pytest.approx(math.exp(-18), rel=1e-3)
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(min_p=0.1), dict(top_p=0.8, temperature=1.5)], ids=str)
 def test_a_top_k_of_all_tokens_is_none(settings):
     """A top_k of the vocabulary, or of more than that, is the same as 0."""
@@ -275,6 +284,43 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
     assert "the prompt has 200 tokens, the context 32: the first 168 are ignored" in shown.err
     assert shown.out.startswith(long)
     assert len(in_process(tiny_run, monkeypatch, capsys, "--seed=1").out) > 2  # none: starts from end-of-text
+
+
+def test_a_file_is_read_as_it_is(here):
+    """Line ends of a prompt are the model's to see."""
+    (here / "p.txt").write_bytes("a\r\nb\rc\n\u00e9".encode())
+    assert sample.read_prompt("FILE:p.txt") == "a\r\nb\rc\n\u00e9"
+
+
+def test_without_a_prompt_a_text_begins_as_a_document_does(monkeypatch):
+    """With the end-of-text token, which stands before every document; with token 0 where a vocabulary has none."""
+    asked = []
+    monkeypatch.setattr(sample, "write", lambda model, tokenizer, ids, settings, seed: asked.append(ids) or "")
+    for special in {tokenizers.END_OF_TEXT: 7}, {}:
+        tokenizer = types.SimpleNamespace(special=special, encode=lambda text: [])
+        sample.Writer(random_model(), tokenizer, sample.SampleConfig(seed=1)).answer("")
+    assert asked == [[7], [0]]
+
+
+@pytest.mark.parametrize("chat, due", [(False, ["", "  ", "x"]), (True, ["x"])])
+def test_an_empty_line_begins_a_text_and_is_no_message(chat, due, monkeypatch):
+    """In a terminal, an empty line is an empty prompt; in a conversation it is nothing."""
+    answered, typed = [], iter(["", "  ", "x"])
+
+    def type_next(prompt):
+        for text in typed:
+            return text
+        raise EOFError
+    monkeypatch.setattr("builtins.input", type_next)
+    sample.ask(types.SimpleNamespace(settings=sample.SampleConfig(chat=chat), answer=answered.append))
+    assert answered == due
+
+
+def test_nothing_is_asked_where_the_text_goes_to_a_file(tiny_run, monkeypatch, capsys):
+    """`python sample.py > text.txt` writes a text at once, although standard input is a terminal."""
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    shown = in_process(tiny_run, monkeypatch, capsys, "--seed=1", "--max_new_tokens=5")
+    assert len(shown.out) > 1 and "[5 tokens" in shown.err and "type a prompt" not in shown.err
 
 
 def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
@@ -417,6 +463,16 @@ def test_a_chat_forgets_whole_messages(chatter):
     assert shown.err.count("note: the conversation outgrows the context of 32 tokens") == 1
     assert len(asked[5]) == 32 and "the prompt has 53 tokens" in shown.err  # one message alone is too long
     assert asked[6] == tokenizer.chat(turns("d")) and shown.out == "my dog\n" * 7
+
+
+@pytest.mark.parametrize("second, kept", [("cc", True), ("ccc", False)])
+def test_half_of_the_context_is_for_the_conversation(chatter, second, kept):
+    """However long an answer may be: of 32 tokens, a conversation of 16 is kept, one of 17 is not."""
+    tokenizer, asked, talk = chatter
+    both = tokenizer.chat(turns("a", "my dog", second))
+    assert len(both) == (16 if kept else 17)
+    talk("a", second, argv=["--max_new_tokens=1000"])
+    assert asked == [tokenizer.chat(turns("a")), both if kept else tokenizer.chat(turns(second))]
 
 
 def test_a_system_message_stays(chatter):

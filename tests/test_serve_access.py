@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Who may use the server: keys, hosts, and pages of other origins."""
+"""
+Who may use the server: keys, hosts, and pages of other origins.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import pytest
 from conftest import error
 from servers import (  # noqa: F401 (some are fixtures)

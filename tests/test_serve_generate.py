@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the server writes: prompts, seeds, lengths, penalties; and what a request may not ask for."""
+"""
+What the server writes: prompts, seeds, lengths, penalties; and what a request may not ask for.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import json
 
 import pytest
@@ -73,7 +77,7 @@ def test_b6_end_of_text(script):
     """The end-of-text token ends an answer by `stop`, is not part of it, and is passed over with ignore_eos."""
     script.model.say("hi")
     answer = script.generate()
-    assert (answer["generated_text"], answer["finish_reason"]) == ("hi", "stop")
+    assert (answer["generated_text"], answer["finish_reason"], answer["completion_tokens"]) == ("hi", "stop", 3)
     answer = script.generate(ignore_eos=True, max_tokens=9)
     assert (answer["generated_text"], answer["finish_reason"], answer["completion_tokens"]) == ("hi", "length", 9)
     assert script.complete(max_tokens=9)["choices"][0]["finish_reason"] == "stop"

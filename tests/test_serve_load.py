@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Many clients at once, that wait, leave and do not read: texts stay the same, and nothing is left over."""
+"""
+Many clients at once, that wait, leave and do not read: texts stay the same, and nothing is left over.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import contextlib
 import os
 import random

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Log-probabilities in the answers of the server, against those of the model."""
+"""
+Log-probabilities in the answers of the server, against those of the model.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import pytest
 import torch
 from servers import (  # noqa: F401 (some are fixtures)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The server as OpenAI's clients use it: chats, streams with several choices, and the official client."""
+"""
+The server as OpenAI's clients use it: chats, streams with several choices, and the official client.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import pytest
 from conftest import words
 from http_client import chosen

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the server tells of itself: its health, model, page and metrics; and which paths and methods it has."""
+"""
+What the server tells of itself: its health, model, page and metrics; and which paths and methods it has.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import base64
 import hashlib
 import re

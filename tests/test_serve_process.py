@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The server as a process: what it prints, how it ends, and what it cannot serve."""
+"""
+The server as a process: what it prints, how it ends, and what it cannot serve.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import contextlib
 import json
 import os
@@ -41,8 +45,7 @@ def test_a3_the_process_ends_after_a_fatal_error(start, tmp_path):
     assert process.client.text("the ", max_tokens=3)
     marker.touch()
     with contextlib.suppress(OSError, AssertionError):  # refused, reset, or accepted in the last moment: no answer
-        while process.client.post(GENERATE, prompt="the ").status == 500:
-            pass
+        assert until(lambda: process.client.post(GENERATE, prompt="the ").status != 500), "it goes on failing"
     assert process.wait() == 1 and "a bug in the model" in process.said()
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Streams of the server: the same text as without one, in whole characters, without a stop string, to a proper end."""
+"""
+Streams of the server: the same text as without one, in whole characters, without a stop string, to a proper end.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import json
 
 import pytest

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every field of a request has a range: what is outside is refused by its name, what is inside is taken."""
+"""
+Every field of a request has a range: what is outside is refused by its name, what is inside is taken.
+
+A letter and a number in the name of a test are explained in servers.py.
+"""
 import json
 import re
 
