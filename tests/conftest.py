@@ -157,9 +157,20 @@ def check_conversation(tokenizer, messages, end):
     return answers
 
 
+@contextlib.contextmanager
+def chdir(folder):
+    """contextlib.chdir, which Python 3.10 does not have."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def prepare_words(folder):
     """data/words in a folder: 20,000 characters of `words`, with a token for each."""
-    with contextlib.chdir(folder):
+    with chdir(folder):
         (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
         prepare.main(["words.txt", "--tokenizer=char"])
 
@@ -217,6 +228,6 @@ def tiny_run(tmp_path_factory):
     """A folder with data/words and a finished run in out/words: 40 updates of a tiny model."""
     folder = tmp_path_factory.mktemp("tiny")
     prepare_words(folder)
-    with contextlib.chdir(folder):
+    with chdir(folder):
         assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
     return folder
