@@ -175,6 +175,19 @@ def prepare_words(folder):
         prepare.main(["words.txt", "--tokenizer=char"])
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """What a run in this process changes of PyTorch is changed back: threads, deterministic mode, compiling."""
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    if "torch._dynamo" in sys.modules:  # (importing it takes a second)
+        torch.compiler.set_stance("default")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to work in, as the current one."""

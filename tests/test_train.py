@@ -303,7 +303,6 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
     monkeypatch.setattr(machine, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
     assert run("--max_iters=2", "--compile=auto") == 0
     assert "RuntimeError('no C++ compiler here'); going on" in capsys.readouterr().err and stance[0] == "force_eager"
-    real("default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
