@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import console
+from runtime import console, machine
 from text import pretrained
 import model as model_file  # noqa: E402
 import prepare  # noqa: E402
@@ -173,6 +174,14 @@ def prepare_words(folder):
     with chdir(folder):
         (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
         prepare.main(["words.txt", "--tokenizer=char"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_peak():
+    """How fast this machine is, is measured once, and not again by each of some hundred tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "measure_peak", functools.cache(machine.measure_peak))
+        yield
 
 
 @pytest.fixture(autouse=True)

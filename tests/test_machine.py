@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The machine: which device and dtype are chosen, how many threads a process takes, how much memory is free."""
 import ctypes
+import inspect
 import io
 import math
 import os
@@ -121,5 +122,5 @@ def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
         ticks = [second for took in seconds for second in (0.0, took)]
         monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda ticks=ticks: ticks.pop(0)))
         due = 2 * 1024**3 / min(seconds[:products])
-        assert machine.measure_peak("cpu", torch.float32) == pytest.approx(due)
+        assert inspect.unwrap(machine.measure_peak)("cpu", torch.float32) == pytest.approx(due)  # (it is cached here)
         assert len(ticks) == 2 * (len(seconds) - products)

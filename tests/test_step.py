@@ -180,14 +180,15 @@ def test_what_is_asked_decides_and_else_what_is_worth_it(data, monkeypatch, aske
 # ---------- The budget
 
 
-def planned(budget="100s", wall=40.0, times=(0.5,) * 10, step=10, warmup=20, eval_interval=10, val_batches=12, micros=2):
+def planned(budget="100s", wall=40.0, times=(0.5,) * 10, step=10, warmup=20, eval_interval=10, val_batches=12,
+            micros=2):
     """(what is known of a run, the lines that are written anew) for choose_max_iters."""
     lines = []
+    settings = SimpleNamespace(budget=budget, warmup_iters=warmup, eval_interval=eval_interval)
     known = SimpleNamespace(
-        settings=SimpleNamespace(budget=budget, warmup_iters=warmup, eval_interval=eval_interval), facts=dict(chosen=dict(
-            compile=True)), step=step, max_iters=math.inf, times=list(times), val_batches=val_batches, micros=micros,
-        ranks=Processes(), wall_seconds=lambda: wall, epochs=lambda steps: steps / 100, header=lambda: "header",
-        log=SimpleNamespace(rewrite=lines.append))
+        settings=settings, facts=dict(chosen=dict(compile=True)), step=step, max_iters=math.inf, times=list(times),
+        val_batches=val_batches, micros=micros, ranks=Processes(), wall_seconds=lambda: wall,
+        epochs=lambda steps: steps / 100, header=lambda: "header", log=SimpleNamespace(rewrite=lines.append))
     return known, lines
 
 
