@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TINY, error, random_model
+from conftest import FAMILIES, ROOT, TINY, chdir, error, random_model
 from engines import Numbers, check_among_neighbours
 from servers import (  # noqa: F401 (some are fixtures)
     no_key_fixture, serving)
@@ -254,7 +254,7 @@ def test_a_text_does_not_depend_on_its_neighbours(family):
 def exported(tiny_run, tmp_path_factory):
     """tiny_run's model in 8 bits, as a user exports it: (the folder of the export, what was said)."""
     out, said = tmp_path_factory.mktemp("exports") / "words", io.StringIO()
-    with contextlib.chdir(tiny_run), contextlib.redirect_stderr(said):
+    with chdir(tiny_run), contextlib.redirect_stderr(said):
         assert export.main(["out/words", "--format=int8", f"--out={out}"]) == 0
     return out, said.getvalue()
 
