@@ -68,7 +68,7 @@ class EvaluateConfig(ModelConfig):
     html: str = ""  # and a page to look at
     # how
     rows: int = 16  # texts that are written at once
-    seed: int = 1337
+    seed: int = 1337  # of what is written with a temperature: votes and samples
 
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens": (1, 1e9), "samples": (0, 1e9), "megabytes": (1e-6, 1e6),

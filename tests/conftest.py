@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import console
+from runtime import console, machine
 from text import pretrained
 import model as model_file  # noqa: E402
 import prepare  # noqa: E402
@@ -236,11 +237,43 @@ def check_conversation(tokenizer, messages, end):
     return answers
 
 
+@contextlib.contextmanager
+def chdir(folder):
+    """contextlib.chdir, which Python 3.10 does not have."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def prepare_words(folder):
     """data/words in a folder: 20,000 characters of `words`, with a token for each."""
-    with contextlib.chdir(folder):
+    with chdir(folder):
         (folder / "words.txt").write_text(words(20_000), encoding="utf-8")
         prepare.main(["words.txt", "--tokenizer=char"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_peak():
+    """How fast this machine is, is measured once, and not again by each of some hundred tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "measure_peak", functools.cache(machine.measure_peak))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """What a run in this process changes of PyTorch is changed back: threads, deterministic mode, compiling."""
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    if "torch._dynamo" in sys.modules:  # (importing it takes a second)
+        torch.compiler.set_stance("default")
 
 
 @pytest.fixture
@@ -293,7 +326,7 @@ def tiny_run(tmp_path_factory):
     """A folder with data/words and a finished run in out/words: 40 updates of a tiny model."""
     folder = tmp_path_factory.mktemp("tiny")
     prepare_words(folder)
-    with contextlib.chdir(folder):
+    with chdir(folder):
         assert train.main(["--dataset=words", "--max_iters=40", "--warmup_iters=5", *TINY]) == 0
     return folder
 

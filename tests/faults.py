@@ -6,7 +6,7 @@ Runs that something happens to, and how to tell that they are the same in the en
     assert run.wait() == -9
 
 A process that has imported PyTorch once forks for every run, so that one takes a second and not three. As a program,
-for torchrun: `FAULT=die_at_step:1,17 torchrun ... tests/faults.py SETTINGS`.
+for torchrun: `FAULT=die_at_step:1,17 torchrun ... tests/faults.py SETTINGS`. Both use one thread.
 """
 import errno
 import functools
@@ -15,7 +15,9 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import signal
+import socket
 import sys
 import time
 
@@ -28,13 +30,13 @@ import torch._dynamo  # every optimizer imports it, which takes a second
 from runtime import console
 import dataset as datasets
 from training import log
-from runtime import machine
+from runtime import machine, processes
 import model
 import prepare
 from training import checkpoint as ckpt
 import train
 
-STEPS = 60
+STEPS = 30
 BENCH = f"""--dataset=words --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4
     --gradient_accumulation_steps=2 --dropout=0.1 --optimizer=muon --max_iters={STEPS} --warmup_iters=6
     --learning_rate=1e-2 --save_interval=5 --eval_interval=7 --log_interval=1 --compile=false --dtype=float32
@@ -325,8 +327,20 @@ def note_windows():
     calls(datasets.Dataset, "spans", act)
 
 
-def slow_steps(seconds):
-    calls(datasets.Dataset, "batch", lambda real, *args: (time.sleep(float(seconds)), real(*args))[1])
+def wait_at_step(step, path):
+    """The process waits at a step until there is a file of this name."""
+    at_step(int(step), lambda: wait_for(lambda: os.path.exists(path), f"somebody writes {path}"))
+
+
+def wait_for_a_signal(step):
+    """The process writes the file waits.RANK at a step, and goes on when it gets a signal."""
+    received = []
+    calls(processes.StopSignal, "receive", lambda real, *args: (real(*args), received.append(True)))
+
+    def wait():
+        open(f"waits.{me()}", "x", encoding="utf-8").close()
+        wait_for(lambda: received, "a signal")
+    at_step(int(step), wait)
 
 
 def apply(fault):
@@ -345,6 +359,9 @@ def child(folder, argv, fault, env, script):
     sys.stdout = sys.stderr = open(f"said.{env.get('RANK', '0')}", "a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
     train.PROCESS_START = time.monotonic()  # (and not when the process began from which this one was forked)
+    torch.set_num_threads(1)
+    one_thread()
+    calls(machine, "measure_peak", lambda real, *args: 1e11)  # (measuring it takes as long as ten steps)
     apply(fault)
     console.command_line(lambda _: {"train": train, "prepare": prepare}[script].main(argv))
 
@@ -369,12 +386,16 @@ class Run:
         self.process = context().Process(target=child, args=(str(folder), argv, fault, env or {}, script))
         self.process.start()
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=120):
         """The exit code; -9 for a process that was killed."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError("the run hangs")
+            raise AssertionError(f"the run has not ended within {timeout} s")
+        return self.process.exitcode
+
+    def poll(self):
+        """The exit code, or None while it runs."""
         return self.process.exitcode
 
     def kill(self):
@@ -382,12 +403,45 @@ class Run:
         return self.wait()
 
 
-def ranks(world, folder, *argv, fault="", port=29511, **kw):
-    """`world` processes that train together, as torchrun would start them; their exit codes."""
+def wait_for(condition, what, process=None, seconds=60):
+    """Wait until condition() holds, and return it. Fails where the process (a Run or Popen) ends before, or hangs."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        code = process.poll() if process else None
+        if code is not None and not condition():
+            raise AssertionError(f"{what}: the process ended with {code} before")
+        if time.monotonic() > end:
+            raise AssertionError(f"{what}: not within {seconds} s")
+        time.sleep(0.02)
+    return found
+
+
+def kill_at_random_moments(start, seconds, kills, seed):
+    """Start a process again and again, and kill it after up to `seconds`. Yields its exit code, -9 if it was killed."""
+    rng, killed = random.Random(seed), 0
+    for _ in range(10 * kills):
+        process = start()
+        time.sleep(rng.uniform(0, seconds))
+        code = process.kill()
+        killed += code == -9
+        yield code
+        if killed == kills:
+            return
+    raise AssertionError(f"of {10 * kills} processes only {killed} were killed before they had ended")
+
+
+def ranks(world, folder, *argv, **kw):
+    """`world` processes that train together, started as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    runs = [Run(folder, *argv, fault=fault, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), **kw)
-            for rank in range(world)]
-    return [run.wait() for run in runs]
+    return [Run(folder, *argv, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), **kw) for rank in range(world)]
+
+
+def together(world, folder, *argv, **kw):
+    """The exit codes of `world` processes that train together."""
+    return [run.wait() for run in ranks(world, folder, *argv, **kw)]
 
 
 def said(folder, rank=0):
@@ -427,7 +481,68 @@ def outcome(run, steps=STEPS):
     return digest(os.path.join(run, f"ckpt_{steps:08d}.pt")), rows(run), (best["step"], best["val_loss"], weights)
 
 
+def assert_same_run(a, b, step):
+    """Weights, optimizer state and log of two runs are equal, bit for bit."""
+    one, two = (ckpt.load_checkpoint(f"{run}/ckpt_{step:08d}.pt") for run in (a, b))
+    assert one["model"].keys() == two["model"].keys() and not any("_orig_mod" in name for name in one["model"])
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    for x, y in zip(one["optimizer"], two["optimizer"], strict=True):
+        assert x["param_groups"] == y["param_groups"] and x["state"].keys() == y["state"].keys() != set()
+        for i in x["state"]:
+            for key, value in x["state"][i].items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(y["state"][i][key]))
+    assert rows(a) == rows(b)
+    best = [ckpt.load_checkpoint(f"{run}/best.pt") for run in (a, b)]
+    assert best[0]["step"] == best[1]["step"] and best[0]["val_loss"] == best[1]["val_loss"]
+
+
+class Reference:
+    """A folder with data/words, the outcome of an undisturbed run there, and the digest of the state at every step."""
+
+    def __init__(self, folder, prepare_words):
+        self.folder = folder
+        prepare_words(folder)
+        assert Run(folder, "--out_dir=out/all", "--save_interval=1", fault="keep_all").wait() == 0, said(folder)
+        started = time.monotonic()
+        assert Run(folder, "--out_dir=out/a").wait() == 0, said(folder)
+        self.took = time.monotonic() - started
+        self.states = {step: digest(folder / f"out/all/ckpt_{step:08d}.pt") for step in range(1, STEPS + 1)}
+        self.due = outcome(folder / "out/a")
+        assert self.due[0] == self.states[STEPS]
+        assert [row["step"] for row in self.due[1]] == list(range(1, STEPS + 1))
+
+
+class Lab:
+    """A fresh folder with the data of a Reference. `finish` holds the run in it against the undisturbed one."""
+
+    def __init__(self, reference, path):
+        self.path, self.run = path, path / "out/words"
+        self.reference, self.due, self.took = reference.folder, reference.due, reference.took
+        self.states = reference.states
+        os.symlink(reference.folder / "data", path / "data")
+
+    def start(self, *argv, **kw):
+        return Run(self.path, *argv, **kw)
+
+    def said(self):
+        return said(self.path)
+
+    def check_files(self):
+        """Whatever has happened: every checkpoint that bears its name is whole, and is what it should be."""
+        paths = ckpt.checkpoints(str(self.run))
+        for path in paths:
+            assert digest(path) == self.states[int(path[-11:-3])], path
+        return len(paths)
+
+    def finish(self):
+        assert self.start().wait() == 0, self.said()
+        assert outcome(self.run) == self.due
+        files = {name for name in os.listdir(self.run) if not name.startswith("ckpt_")}
+        assert files == {"best.pt", "log.jsonl", "loss.svg", "tokenizer"} and self.check_files() == 2
+
+
 if __name__ == "__main__":
+    one_thread()
     apply(os.environ.get("FAULT", ""))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     console.command_line(train.main)

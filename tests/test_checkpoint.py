@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Device and dtype choices, and checkpoints that are whole, safe and found."""
+"""Checkpoints that are whole, safe and found."""
 import io
 import json
 import os
@@ -12,57 +12,12 @@ import pytest
 import torch
 from conftest import chat_run, error, nanogpt, prepare_words, random_model, whole
 
-from runtime import machine
-from runtime.processes import Processes
 from training import checkpoint as ckpt, lora
 from training import resume
 import sample
 import tokenizer as tokenizers
 import train
 from training.muon import Muon
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert machine.choose_device("auto") == machine.choose_device("cpu") == "cpu"
-    fact, fix = error(lambda _: machine.choose_device("cuda:1"))
-    assert "--device=cuda:1" in fact and torch.__version__ in fact and "--device=auto" in fix
-    assert "mps" in error(lambda _: machine.choose_device("mps"))[0]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
-    assert machine.choose_device("auto") == "cuda"
-
-
-def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    taken = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2).items():
-        monkeypatch.setenv(name, str(value))
-    assert machine.choose_device("auto", Processes()) == "cuda:1" == taken[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fact, fix = error(lambda _: machine.choose_device("cuda", Processes()))
-    assert "2 processes, but this machine has 1 GPUs" in fact and fix == "--nproc_per_node=1"
-
-
-def test_dtypes(monkeypatch):
-    for device, capability, due in (("cuda", (8, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
-                                    ("mps", None, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        assert machine.choose_dtype("auto", device)[0] == due
-    for has, due in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert machine.choose_dtype("auto", "cpu")[0] == due
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # a laptop's instructions, on request
-    assert machine.choose_dtype("auto", "cpu")[0] == torch.float32
-    assert machine.choose_dtype("float16", "cpu")[0] == torch.float16
 
 
 def test_a_checkpoint_comes_back_as_it_was(here):
@@ -161,8 +116,7 @@ def test_strange_checkpoints_are_refused(here, name):
 
 
 def two_directories(path):
-    """A large file deflated, in front of a small one: Python finds the directory of the second, torch that of the first.
-    """
+    """A large file deflated, in front of a small one: Python finds the directory of the second, torch the other."""
     def parts(content):
         at = content.rindex(b"PK\5\6")
         size, start = struct.unpack("<II", content[at + 12:at + 20])
@@ -268,7 +222,8 @@ def test_the_state_of_an_optimizer_must_fit(here):
                    put(1, 0, "momentum_buffer", torch.ones(24)), lambda states: states[0]["state"].pop(1),
                    lambda states: states.pop()):
         assert "a: the optimizers." in error(lambda _: load(change))[0]
-    assert "the scaler.scale is of type str" in error(lambda _: load(scaler_state=scaler.state_dict() | dict(scale="x")))[0]
+    text = scaler.state_dict() | dict(scale="x")
+    assert "the scaler.scale is of type str" in error(lambda _: load(scaler_state=text))[0]
     assert not load(lambda states: states[0].update(state={}))[0].state  # in float16, every update may have overflowed
 
 
@@ -286,10 +241,12 @@ def test_checkpoints_are_ordered_by_number_and_pruned(here):
 def test_weights_that_do_not_fit_are_named():
     model, other = random_model(), random_model(n_embd=64)
     fact, _ = error(lambda _: ckpt.load_weights(model, other.state_dict(), "x.pt"))
-    assert fact == ("x.pt: transformer.wte.weight is a tensor (128, 64) of type float, but should be a tensor (128, 32) of type float")
+    assert fact == ("x.pt: transformer.wte.weight is a tensor (128, 64) of type float, "
+                    "but should be a tensor (128, 32) of type float")
     weights = model.state_dict()
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    assert "h.1.mlp.c_fc.weight is missing, but should be a tensor (128, 32) of type float" in error(lambda _: ckpt.load_weights(model, weights, "x.pt"))[0]
+    fact, _ = error(lambda _: ckpt.load_weights(model, weights, "x.pt"))
+    assert "h.1.mlp.c_fc.weight is missing, but should be a tensor (128, 32) of type float" in fact
 
 
 def test_a_run_knows_whether_it_can_chat(tiny_run, here):
@@ -365,7 +322,8 @@ def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
     state = torch.load("out/ckpt.pt")
     for change, expected in ((dict(model_args={}), "looks like nanoGPT's"), (dict(model=[]), "not a checkpoint"),
                              (dict(model_args={**state["model_args"], "n_head": 5}), "looks like nanoGPT's"),
-                             (dict(model_args={**state["model_args"], "n_layer": 3}), "transformer.h.2.ln_1.weight is missing"),
+                             (dict(model_args={**state["model_args"], "n_layer": 3}),
+                              "transformer.h.2.ln_1.weight is missing"),
                              (dict(model_args={**state["model_args"], "n_layer": 10**7}), "n_layer=10,000,000, but"),
                              (dict(iter_num=[]), "looks like nanoGPT's"),
                              (dict(model={"transformer.wte.weight": torch.zeros(2, 32)}), "looks like nanoGPT's")):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The engine: the same text whoever the neighbours are; requests that come, go, fail, wait and do not fit."""
+import math
 import queue
 import random
 import threading
-import time
 
 import pytest
 import torch
 from conftest import FAMILIES, error, nasty, random_model, words
+from engines import LIMIT, Clock, Numbers, a_request, check_among_neighbours, sizes_once_fixture  # noqa: F401
 from torch.nn import functional as F
 
 from serving import engine
@@ -18,55 +19,26 @@ from model import GPT, KVCache
 from sample import Sampler
 
 
-class Numbers:
-    """A tokenizer whose tokens are their numbers."""
-
-    special = settings = {}
-
-    def token_bytes(self, i):
-        return b"%d " % i
-
-
 def make(seed=0, rows=8, dtype=torch.float32, max_queue=float("inf"), context=0, **shape):
     return Engine(random_model(seed, **{"block_size": 48, **shape}), Numbers(), rows, max_queue, dtype, context)
-
-
-def a_request(rng, vocab_size=100, **more):
-    """Any request: its length, settings and seed by chance."""
-    ids = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 30))]
-    settings = dict(temperature=rng.choice([0, 0.7, 1, 2]), top_k=rng.choice([0, 5, 50]), top_p=rng.choice([1, 0.8]),
-                    repetition_penalty=rng.choice([1, 1.3]), presence_penalty=rng.choice([0, 0.5]))
-    return Request(**{**dict(ids=ids, max_tokens=rng.randint(1, 18), seed=rng.randrange(2**40), **settings), **more})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_does_not_depend_on_its_neighbours(family, dtype):
-    """Five requests, each alone and then among others that come and go: the same text, and log-probabilities, bit for
-    bit."""
-    rng, neighbours = random.Random(family), make(dtype=dtype, **FAMILIES[family])
-    for _ in range(5):
-        settings = dict(temperature=1.0, top_k=rng.choice([0, 5]), logprobs=3, prompt_logprobs=0)
-        ids, seed = a_request(rng).ids, rng.randrange(2**40)
-        alone = Request(ids=ids, max_tokens=18, seed=seed, **settings)
-        neighbours.complete([alone])
-        among = Request(ids=ids, max_tokens=18, seed=seed, **settings)
-        others = [a_request(rng) for _ in range(14)]
-        neighbours.submit(*others[:rng.randrange(10)])
-        for _ in range(rng.randrange(6)):
-            neighbours.step()
-        neighbours.complete([*others[10:12], among, *others[12:]])
-        assert among.tokens == alone.tokens and among.prompt_tokens == alone.prompt_tokens
-        assert among.text == alone.text and len(alone.tokens) == 18
+    """A request gets the same bits alone and among others, for each family of models, in float32 and bfloat16."""
+    check_among_neighbours(make(dtype=dtype, **FAMILIES[family]), random.Random(family), 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [32, 256, 512])
 def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
     """What `batch_invariant_sizes` found with its own tokens holds for others, with a past."""
-    model = random_model(n_embd=width, vocab_size=512, bias=width != 256)
+    model = random_model(n_layer=1, n_embd=width, vocab_size=512, bias=width != 256)
     rows = Engine(model, Numbers(), 16, dtype=dtype)
-    assert rows.batch_sizes[-1] == 16 or rows.batch_sizes == [1]
+    if rows.batch_sizes == [1]:
+        pytest.skip("on this machine no two batch sizes give the same bits: the engine computes one row at a time")
+    assert rows.batch_sizes[-1] == 16
     torch.manual_seed(1)
     ids, pasts = torch.randint(512, (16, 1)), torch.randint(512, (16, 9))
 
@@ -79,7 +51,7 @@ def test_the_numbers_of_rows_that_are_used_give_the_same_bits(width, dtype):
 
     with torch.inference_mode():
         whole = scores(16)
-        assert all(torch.equal(scores(n), whole[:n]) for n in rows.batch_sizes if rows.batch_sizes != [1])
+        assert [n for n in rows.batch_sizes if not torch.equal(scores(n), whole[:n])] == []
 
 
 def test_who_asks_alike_is_served_together_and_gets_its_own():
@@ -109,6 +81,7 @@ def test_who_asks_alike_is_served_together_and_gets_its_own():
 
 
 def test_a_text_does_not_depend_on_the_number_of_rows():
+    """An engine with one row, or with twenty, writes the same texts."""
     texts = []
     for rows in (1, 2, 5, 16, 20):
         requests = [a_request(random.Random(i), logprobs=2) for i in range(6)]
@@ -151,6 +124,7 @@ def greedy(model, request):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_generate_writes(family):
+    """Twelve requests at temperature 0, with penalties, get what GPT.generate writes for each alone."""
     requests = [a_request(random.Random(i), temperature=0) for i in range(12)]
     make(**FAMILIES[family]).complete(requests)
     model = random_model(block_size=48, **FAMILIES[family])
@@ -158,6 +132,7 @@ def test_greedy_is_what_generate_writes(family):
 
 
 def test_log_probabilities_are_the_models_own():
+    """Those of prompt and text are the log_softmax of the model's own logits, whatever the temperature and filters."""
     model, rng = random_model(block_size=300), random.Random(0)
     ids = [rng.randrange(100) for _ in range(CHUNK + 40)]  # read in two parts
     request = Request(ids=ids, max_tokens=9, seed=1, temperature=2.0, top_k=3, logprobs=4, prompt_logprobs=0)
@@ -175,6 +150,7 @@ def test_log_probabilities_are_the_models_own():
 
 
 def test_a_long_prompt_does_not_hold_up_the_others():
+    """A step reads CHUNK tokens of prompts at most, and whoever writes gets a token in each."""
     rows = make(block_size=1000)
     writer = Request(ids=[1], max_tokens=50, ignore_eos=True)
     reader = Request(ids=[2] * (3 * CHUNK + 1), max_tokens=1)
@@ -197,8 +173,12 @@ def test_a_long_prompt_does_not_hold_up_the_others():
 def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkeypatch):
     """Requests that begin alike, one after the other and at once, among others that use up the rows: only what is new
     goes through the model, and each gets the bits that it gets from an engine that knows nothing."""
+    CHUNK = engine.CHUNK
+    if family != "modern":  # the other families in smaller parts
+        CHUNK = 32
+        monkeypatch.setattr(engine, "CHUNK", CHUNK)
     rng = random.Random(family)
-    rows, other = (make(rows=3, dtype=dtype, block_size=600, **FAMILIES[family]) for _ in range(2))
+    rows, other = (make(rows=3, dtype=dtype, block_size=5 * CHUNK, **FAMILIES[family]) for _ in range(2))
     read = []
     trunk = rows.model.trunk
     monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: read.append(idx.size(1)) or trunk(idx, cache))
@@ -208,15 +188,18 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
         ids = shared[:length] + [rng.randrange(100) for _ in range(own)]
         return Request(ids=ids, max_tokens=5, seed=1, temperature=1.0, logprobs=2, prompt_logprobs=after)
 
+    some, all_three = 2 * CHUNK + 20, CHUNK + 9
     for requests, parts in (
-            ([ask(300, 9)], [CHUNK, CHUNK, 309 - 2 * CHUNK]),  # the first reads everything
-            ([ask(300, 30)], [330 - 2 * CHUNK]),  # the second what is new
+            ([ask(some, 9)], [CHUNK, CHUNK, 29]),  # the first reads everything
+            ([ask(some, 12)], [32]),  # the second what is new, and the part that is not whole
             ([ask(4 * CHUNK, 0)], [CHUNK] * 2),  # the last part is always read: what comes after it?
             ([ask(4 * CHUNK, 7), ask(4 * CHUNK + 10, 9)], [7, 19]),  # two at once
-            ([ask(3 * CHUNK, 50, after=2 * CHUNK + 5)], [CHUNK, 50]),  # whose log-probabilities are asked for
-            ([ask(3 * CHUNK, 50, after=0)], [CHUNK] * 3 + [50]),
-            ([ask(0, 200) for _ in range(3)], [CHUNK, 72] * 3),  # they take all three rows ...
-            ([ask(300, 9)], [CHUNK, CHUNK, 309 - 2 * CHUNK])):  # ... and so it begins again
+            # Whose log-probabilities are asked for: that of token i needs the logits of the token before it.
+            ([ask(3 * CHUNK, 25, after=2 * CHUNK + 1)], [CHUNK, 25]),
+            ([ask(3 * CHUNK, 25, after=2 * CHUNK)], [CHUNK] * 2 + [25]),
+            ([ask(3 * CHUNK, 25, after=0)], [CHUNK] * 3 + [25]),
+            ([ask(0, all_three) for _ in range(3)], [CHUNK, 9] * 3),  # they take all three rows ...
+            ([ask(some, 9)], [CHUNK, CHUNK, 29])):  # ... and so it begins again
         read.clear()
         rows.complete(requests)
         assert sorted(n for n in read if n > 1) == sorted(parts)
@@ -231,14 +214,68 @@ def test_what_was_read_before_is_copied_with_the_same_bits(family, dtype, monkey
 
 
 def test_requests_that_come_together_with_one_prompt_read_it_once(monkeypatch):
+    """Five requests with one prompt: its whole parts are read once, and then copied."""
     rows, read = make(rows=5, block_size=900), []
     trunk, ids = rows.model.trunk, [random.Random(0).randrange(100) for _ in range(5 * CHUNK + 20)]
     monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: read.append(idx.size(1)) or trunk(idx, cache))
     rows.complete([Request(ids=ids, max_tokens=3, temperature=1.0, seed=i) for i in range(5)])
     assert sum(n for n in read if n > 1) == 5 * CHUNK + 5 * 20
+    assert rows.prompt_tokens == 5 * len(ids)  # for /metrics: what was asked, however it was had
+
+
+def test_the_end_of_the_engine_cancels_what_runs():
+    """Whoever still waits for an answer learns that there will be none."""
+    rows = make(rows=1)
+    requests = [Request(ids=[1], max_tokens=40, ignore_eos=True, streams=True) for _ in range(2)]
+    rows.submit(*requests)
+    rows.step()
+    rows.end()
+    rows.run()
+    assert [request.finish_reason for request in requests] == ["cancelled"] * 2 and rows.cancelled == 2
+    assert len(requests[0].text.split()) == requests[0].n == 1 and requests[1].n == 0
+
+
+def test_times_and_counts_of_a_request(monkeypatch):
+    """When the first token came, and how many there were, with the one that ended the text."""
+    monkeypatch.setattr(engine, "time", clock := Clock())
+    rows, start = make(), clock.now
+    trunk = rows.model.trunk
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: clock.go_on(1) or trunk(idx, cache))
+    request = Request(ids=[1], max_tokens=9)
+    monkeypatch.setattr(rows, "ends", {7})
+    monkeypatch.setattr(rows, "sample", lambda slots, logits: [7 if slot.request.n == 4 else 5 for slot in slots])
+    rows.complete([request])
+    assert (request.submitted, request.first) == (start, start + 1)
+    assert (request.text, request.n, request.finish_reason) == ("5 5 5 5 ", 5, "stop")
+    assert (rows.steps, rows.prompt_tokens, rows.completion_tokens) == (5, 1, 5)
+
+
+def test_events_of_all_streams_have_a_rate(monkeypatch):
+    """At most EVENTS a second: with more streams, each gets more tokens at once."""
+    monkeypatch.setattr(engine, "time", clock := Clock())
+    rows = make()
+    trunk = rows.model.trunk
+    monkeypatch.setattr(rows.model, "trunk", lambda idx, cache: clock.go_on(1.5 / engine.EVENTS) or trunk(idx, cache))
+
+    def events(n):
+        requests = [Request(ids=[1 + i, 2], max_tokens=13, ignore_eos=True, streams=True, seed=i) for i in range(n)]
+        rows.complete(requests)
+        came = requests[0].events
+        return [len(came.get().text.split()) for _ in range(came.qsize())]
+    assert events(1) == [1] * 13
+    assert events(4) == [1, 1, 3, 3, 3, 2]  # after the prompts, a step of 1.5 hundredths of a second for each token
+
+
+def test_no_more_alternatives_than_there_are_tokens():
+    """A small vocabulary has fewer likeliest tokens than may be asked for."""
+    rows = make(vocab_size=10)
+    request, = rows.complete([Request(ids=[1], max_tokens=2, logprobs=20)])
+    assert [len(token.top) for token in request.tokens] == [rows.model.config.vocab_size] * 2
+    assert sum(math.exp(p) for _, p in request.tokens[0].top) == pytest.approx(1)
 
 
 def test_rows_take_half_of_the_free_memory_at_most(monkeypatch, capsys):
+    """Where there is too little memory there are fewer rows, one at least, and a note."""
     size = 2 * 2 * 48 * 4 * 8 * 4  # keys and values x layers x positions x heads x width of one x bytes
     for free, due in ((7 * size, 2), (4 * size, 1), (1e9, 8)):
         monkeypatch.setattr(machine, "free_memory", lambda device: free)
@@ -263,6 +300,7 @@ def test_the_context_is_cut_to_what_fits(monkeypatch, capsys):
 
 
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():
+    """Those of the end of a prompt are those of the whole, from wherever they are asked for."""
     rng, rows = random.Random(0), make(block_size=300)
     ids = [rng.randrange(100) for _ in range(CHUNK + 40)]
     whole = rows.complete([Request(ids=ids, max_tokens=0, prompt_logprobs=0)])[0].prompt_tokens
@@ -273,6 +311,7 @@ def test_the_log_probabilities_of_a_prompt_from_a_token_on():
 
 
 def test_a_row_has_no_memory_of_who_had_it_before():
+    """A request gets the same text from a row that others have used."""
     rows, rng = make(rows=1), random.Random(3)
     first = rows.complete([a_request(rng, seed=5)])[0]
     for _ in range(5):
@@ -312,14 +351,15 @@ def test_who_fails_fails_alone(part, monkeypatch, capsys):
     rows.submit(fine, *bad)
     worker = threading.Thread(target=rows.run)
     worker.start()
-    assert fine.events.get(timeout=10).finish_reason == "length" and fine.text == wanted
-    assert [request.events.get(timeout=10).finish_reason for request in bad] == ["error"] * 5
+    assert fine.events.get(timeout=LIMIT).finish_reason == "length" and fine.text == wanted
+    assert [request.events.get(timeout=LIMIT).finish_reason for request in bad] == ["error"] * 5
     rows.end()
-    worker.join(10)
+    worker.join(LIMIT)
     assert "one bad request" in capsys.readouterr().err and len(rows.free) == 2
 
 
 def test_the_queue_takes_all_or_none():
+    """Of requests that are submitted together all find a place, or none."""
     rows = make(rows=2, max_queue=2)
     one, *more = (Request(ids=[1], max_tokens=3) for _ in range(6))
     rows.submit(*more[:3])
@@ -331,15 +371,19 @@ def test_the_queue_takes_all_or_none():
         rows.submit(one)
 
 
-def test_cancelled_and_late_requests_leave():
+def test_cancelled_and_late_requests_leave(monkeypatch):
+    """Running or waiting, they end in the next step, with what they have; the others go on."""
     rows = make(rows=2)
     running, late, queued, fine = (Request(ids=[1, 2], max_tokens=30, streams=True) for _ in range(4))
-    late.deadline = time.monotonic() + 0.2
+    monkeypatch.setattr(engine, "time", clock := Clock())
+    late.deadline = clock.now + 10
     rows.submit(running, late, queued, fine)
+    clock.go_on(10)
     for _ in range(3):
         rows.step()
+    assert not late.finish_reason  # a deadline is the last moment that is in time
     running.cancelled = queued.cancelled = True
-    time.sleep(0.2)
+    clock.go_on(1)
     rows.step()
     assert running.finish_reason == queued.finish_reason == "cancelled" and late.finish_reason == "timeout"
     assert queued.n == 0 and rows.cancelled == 2
@@ -351,6 +395,7 @@ def test_cancelled_and_late_requests_leave():
 
 
 def test_a_failure_ends_its_own_requests_alone(capsys):
+    """A step that fails ends the requests in it; three in a row end the engine, and every request."""
     rows, worker = make(rows=2), None
     trunk, broken = rows.model.trunk, threading.Event()
 
@@ -372,24 +417,26 @@ def test_a_failure_ends_its_own_requests_alone(capsys):
     worker.start()
     fine = Request(ids=[1], max_tokens=3)
     rows.submit(fine)
-    assert fine.events.get(timeout=10).finish_reason == "length"
+    assert fine.events.get(timeout=LIMIT).finish_reason == "length"
+    for _ in range(3):  # three, but not in a row
+        broken.set()
+        rows.submit(doomed := Request(ids=[1], max_tokens=3))
+        assert doomed.events.get(timeout=LIMIT).finish_reason == "error"
+        broken.clear()
+        rows.submit(fine := Request(ids=[1], max_tokens=3))
+        assert fine.events.get(timeout=LIMIT).finish_reason == "length" and len(rows.free) == 2
     broken.set()
-    rows.submit(doomed := Request(ids=[1], max_tokens=3))
-    assert doomed.events.get(timeout=10).finish_reason == "error"
-    broken.clear()
-    rows.submit(fine := Request(ids=[1], max_tokens=3))
-    assert fine.events.get(timeout=10).finish_reason == "length" and len(rows.free) == 2
-    broken.set()
-    three = [Request(ids=[1], max_tokens=3) for _ in range(6)]  # two at a time: three failing steps in a row
-    rows.submit(*three)
-    worker.join(10)
+    six = [Request(ids=[1], max_tokens=3) for _ in range(6)]  # one fails in each step, and with the third all others
+    rows.submit(*six)
+    worker.join(LIMIT)
     assert failed and "a wire is loose" in capsys.readouterr().err
-    assert {request.events.get(timeout=1).finish_reason for request in three} == {"error"}
+    assert {request.events.get(timeout=LIMIT).finish_reason for request in six} == {"error"}
     with pytest.raises(queue.Full):
         rows.submit(Request(ids=[1], max_tokens=3))
 
 
 def test_scores_that_are_not_finite_fail_one_request():
+    """Logits that are not finite end the request, and the next one is fine."""
     rows = make()
     logits = rows.model.logits
     rows.model.logits = lambda x: logits(x) * (float("nan") if x.dim() == 2 and broken else 1.0)
@@ -406,15 +453,16 @@ def test_scores_that_are_not_finite_fail_one_request():
 @pytest.fixture(scope="module")
 def kinds():
     text = "".join(nasty(1000, seed=1)) + words(20_000) + "\u4e2d\u6587 \U0001f468\u200d\U0001f469 caf\u00e9 " * 50
-    return [tokenizers.train("char", [text]), tokenizers.train("bpe", [text], 4000),
-            tokenizers.train("unigram", [text], 4000)]
+    return [tokenizers.train("char", [text]), tokenizers.train("bpe", [text], 1000),
+            tokenizers.train("unigram", [text], 1000)]
 
 
 def test_text_is_put_together_right(kinds, monkeypatch):
     """Any ids, any script, any stop string: what is streamed is the whole, without half a character or half a stop."""
     rng = random.Random(0)
     for tokenizer in kinds:
-        rows = Engine(random_model(vocab_size=tokenizer.vocab_size, block_size=200), tokenizer, 8)
+        model = random_model(n_layer=1, n_head=1, n_embd=4, vocab_size=tokenizer.vocab_size, block_size=200)
+        rows = Engine(model, tokenizer, 16)
         tails = ["", "\U0001f642 caf\u00e9", "\u4e2d\u6587"]
         texts = ["".join(nasty(3, seed=i)) + rng.choice(tails) for i in range(40)]
         known = [tokenizer.encode("".join(c for c in text if tokenizer.kind != "char" or c in tokenizer.characters))

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 
 import numpy
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, chat_run, error, package, random_model, script, turns
+from conftest import FAMILIES, ROOT, chat_run, chdir, error, package, random_model, script, turns
 
 import export
 from formats import huggingface
@@ -23,7 +24,8 @@ from training import checkpoint as ckpt
 import tokenizer as tokenizers
 
 for name in ("transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"):
-    package(name)
+    if not find_spec(name):  # (to import them all takes seconds)
+        package(name)
 
 CHARACTERS = tokenizers.CharTokenizer("\n" + "".join(map(chr, range(32, 127))))  # 101 tokens
 
@@ -268,7 +270,7 @@ def test_a_wrong_export_is_not_kept(tiny_run, here, monkeypatch, capsys, quick_p
         pt2.write(path, model)
         model.transformer.ln_f.eps = eps
     monkeypatch.setitem(export.FORMATS, "pt2", pt2._replace(write=mistaken))
-    with contextlib.chdir(tiny_run):
+    with chdir(tiny_run):
         assert export.main(["out/words", "--format=pt2,torchscript", f"--out={here}/x"]) == 1
     assert sorted(os.listdir("x")) == ["README.md", "export.json", "model.ts"]
     assert "pt2: logits within" in (said := capsys.readouterr().err) and "pt2 is not the same, so it is not kept" in said
@@ -278,7 +280,7 @@ def test_an_export_that_cannot_be_read_is_not_kept(tiny_run, here, monkeypatch):
     """By the process that has nothing of this project."""
     damaged = export.FORMATS["torchscript"]._replace(write=lambda path, *_: path.write_bytes(b"PK"))
     monkeypatch.setitem(export.FORMATS, "torchscript", damaged)
-    with contextlib.chdir(tiny_run):
+    with chdir(tiny_run):
         fact, fix = error(export.main, "out/words", "--format=torchscript", f"--out={here}/x")
     assert fact.startswith("model.ts cannot be read back: RuntimeError: PytorchStreamReader") and "make room" in fix
     assert not os.listdir("x")
@@ -375,7 +377,7 @@ def test_a_full_disk(tiny_run, exported, here, format):
     """Wherever the writing stops, there is one error, what was there before stays, and nothing else is left."""
     shutil.copytree(exported[0], here / "x")
     if format == "int8":
-        with contextlib.chdir(tiny_run):
+        with chdir(tiny_run):
             assert export.main(["out/words", "--format=int8", f"--out={here}/x"]) == 0
     before = files(here / "x")
     done = script("export.py", tiny_run / "out/words", f"--out={here}/x", f"--format={format}", cwd=here,
@@ -391,7 +393,7 @@ def files(folder):
 
 def test_formats_are_added_to_a_folder_and_replaced_in_it(tiny_run, here, quick_proof):
     """A row for each format; what a kill left goes."""
-    with contextlib.chdir(tiny_run):
+    with chdir(tiny_run):
         run = ["out/words", f"--out={here}/x"]
         (here / "x/.part/hf").mkdir(parents=True)  # a kill before anything was complete
         assert export.main([*run, "--format=hf"]) == export.main([*run, "--format=torchscript"]) == 0
@@ -414,12 +416,12 @@ def test_weights_that_are_no_numbers(tiny_run, here):
 
 def test_a_type_of_16_bits(tiny_run, here, quick_proof):
     """--dtype: the tensors of hf/ have it, and what comes back are the rounded weights."""
-    with contextlib.chdir(tiny_run):
+    with chdir(tiny_run):
         assert export.main(["out/words", "--format=hf", "--dtype=bfloat16", f"--out={here}/x"]) == 0
     tensors = huggingface.read_tensors("x/hf")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads((here / "x/hf/config.json").read_text())["dtype"] == "bfloat16"
-    with contextlib.chdir(here):  # a folder keeps its type
+    with chdir(here):  # a folder keeps its type
         assert export.main(["x/hf", "--format=hf", "--out=y"]) == 0
     again = huggingface.read_tensors("y/hf")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())

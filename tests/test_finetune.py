@@ -10,10 +10,8 @@ import signal
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TINY, error, prepare_words, random_model, talks, turns, write_talks
-from faults import Run, rows, said
-from test_processes import together
-from test_train import assert_same_run, log
+from conftest import FAMILIES, ROOT, TINY, chdir, error, prepare_words, random_model, talks, turns, write_talks
+from faults import Run, assert_same_run, rows, said, together
 
 import dataset as datasets
 import export
@@ -32,27 +30,15 @@ CHAT = ["--dataset=talk", "--init_from=base", *FAST]
 LORA = ["--lora_rank=2", "--lora_alpha=4"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For so small a model the others only get in the way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data/words, a run in base that has read it, and data/talk in its vocabulary."""
-    folder, before = tmp_path_factory.mktemp("place"), os.getcwd()
+    folder = tmp_path_factory.mktemp("place")
     prepare_words(folder)
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         assert train.main(["--dataset=words", *TINY, f"--block_size={T}", "--max_iters=20", "--out_dir=base"]) == 0
         write_talks("talk.jsonl", talks(60))
         prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=base", "--val_fraction=0.2", "--out=data/talk"])
-    finally:
-        os.chdir(before)
     return folder
 
 
@@ -169,7 +155,7 @@ def test_the_mask_survives_a_stop_and_a_kill(lab, how):
     argv = [*CHAT, *HARD, *how, "--max_iters=20"]
     stops = [("a", "", 0), ("b", f"signal_at_step:{signal.SIGTERM},9", 143), ("b", "die_at_step:0,14", 1), ("b", "", 0)]
     for out, fault, code in stops:
-        assert Run(lab, *argv, f"--out_dir={out}", fault=f"one_thread;{fault}", settings=[]).wait() == code, said(lab)
+        assert Run(lab, *argv, f"--out_dir={out}", fault=fault, settings=[]).wait() == code, said(lab)
     assert "resumed b after 8 of 20" in said(lab) and "resumed b after 12 of 20" in said(lab)
     assert_same_run("a", "b", 20)
     assert [row["step"] for row in rows("b")] == list(range(1, 21)) and rows("b")[-1]["loss"] < rows("b")[0]["loss"]
@@ -179,8 +165,7 @@ def test_the_mask_survives_a_stop_and_a_kill(lab, how):
 def test_the_mask_survives_two_processes(lab, how):
     argv = [*CHAT, *how, "--max_iters=10", "--gradient_accumulation_steps=2"]
     for world in (1, 2):
-        options = dict(fault="one_thread", settings=[])
-        assert together(world, lab, *argv, f"--out_dir={world}", **options) == [0] * world, said(lab)
+        assert together(world, lab, *argv, f"--out_dir={world}", settings=[]) == [0] * world, said(lab)
     for one, two in zip(rows("1"), rows("2"), strict=True):
         assert one.keys() == two.keys()
         for name in one:
@@ -446,7 +431,7 @@ def test_runs_of_an_older_version_go_on(lab, capsys):
     for out in "ab":
         train.main([*argv, f"--out_dir={out}", "--max_iters=20", "--patience=9"])
     assert_equal(weights("a", "last"), weights("b", "last"))
-    assert [row["loss"] for row in log("a")[1]] == [row["loss"] for row in log("b")[1]]
+    assert [row["loss"] for row in rows("a")] == [row["loss"] for row in rows("b")]
     assert "lora_rank=0" in error(train.main, *argv, "--out_dir=b", "--max_iters=21", "--lora_rank=4")[0]
     tune("--init_from=b", "--max_iters=1")
     assert ckpt.read_run("b")[0]["chat"] is False

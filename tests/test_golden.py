@@ -6,11 +6,10 @@ here with the reason in the commit message. The numbers were measured with AVX-5
 thread and with two: they agree to 1e-5. That is far less than what any mistake changes: a learning rate of 0.009
 instead of 0.01 gives 0.7220 instead of 0.6998, a warm-up that is twice as long 0.7135, no weight decay 0.6949.
 """
-import contextlib
 import os
 
 import pytest
-from conftest import prepare_words
+from conftest import chdir, prepare_words
 
 from training import log
 from runtime import machine
@@ -38,7 +37,7 @@ def test_a_fixed_run_ends_at_its_golden_loss(folder, name, monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda device: False)  # Muon's products then are float32, as everywhere
     arguments, golden = GOLDEN[name]
     out = f"out/{name}"
-    with contextlib.chdir(folder):
+    with chdir(folder):
         assert train.main([*SETTINGS, *arguments, f"--out_dir={out}"]) == 0
         rows = list(log.read_rows(os.path.join(out, "log.jsonl")))
     assert rows[-1]["step"] == 100

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """8-bit integers in place of a trained model's matrices: how far they may be off, that no row feels its neighbours, and
 the run folder that holds them, from export.py to the server."""
+import contextlib
 import copy
+import io
 import json
 import os
 import pickle
@@ -13,9 +15,10 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TINY, error, random_model
-from servers import serving
-from test_engine import Numbers, a_request
+from conftest import FAMILIES, ROOT, TINY, chdir, error, random_model
+from engines import Numbers, check_among_neighbours
+from servers import (  # noqa: F401 (some are fixtures)
+    no_key_fixture, serving)
 from torch import nan
 
 import evaluate
@@ -24,10 +27,14 @@ from formats.quantized import Int8Linear, int8_top, quantize
 from training import checkpoint as ckpt
 import sample
 import train
-from serving.engine import Engine, Request
-from sample import Sampler, Sampling, candidates
+from serving.engine import Engine
 
 FLOAT = 2.0**-24  # half of the last bit of a float32 number that is 1: what an operation may be off
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["kernel", "fallback"])
@@ -39,7 +46,7 @@ def step(request, monkeypatch):
     int8_top.cache_clear()
     top = int8_top()
     if request.param == "kernel" and top is None:
-        pytest.skip("there is no FBGEMM here")
+        pytest.skip("this processor or PyTorch has no FBGEMM")
     assert (top is None) == (request.param == "fallback")
     yield 1 / 127 if top is None else (1 + top) / 255
     int8_top.cache_clear()
@@ -67,6 +74,7 @@ def check(layer, x, step):
 
 @pytest.mark.parametrize("lead", [(1,), (5,), (2, 3)], ids=str)
 def test_the_formula_within_half_a_step_for_each_number(step, lead):
+    """A layer of integers gives what its formula gives in float64, but for half a step of each number of x."""
     torch.manual_seed(0)
     for N, K in ((1, 1), (5, 7), (37, 53), (64, 512), (3, 1041)):
         for bias in (None, torch.randn(N)):
@@ -97,6 +105,7 @@ def test_weights_use_all_of_their_bits():
 
 
 def test_rows_of_zeros_and_rows_with_an_outlier(step):
+    """A row of zeros gives the bias; a number that is far too large spoils its own row alone."""
     torch.manual_seed(0)
     layer = Int8Linear(torch.randn(37, 53), torch.randn(37))
     x = torch.randn(6, 53)
@@ -107,6 +116,7 @@ def test_rows_of_zeros_and_rows_with_an_outlier(step):
 
 
 def test_a_row_has_the_same_bits_among_any_others():
+    """With FBGEMM's kernel a row gets the same bits alone, in any batch and beside any values."""
     if int8_top() is None:
         pytest.skip("no FBGEMM here: sums of float32 numbers depend on the batch (see engine.batch_invariant_sizes)")
     for K in (1, 7, 8, 32, 53, 512):
@@ -140,6 +150,7 @@ def test_the_kernel_knows_of_other_weights():
 
 
 def test_weights_of_16_bits_are_rounded_from_float32():
+    """Weights in bfloat16 become the integers that they become from float32."""
     weight = torch.linspace(-1, 1, 512).to(torch.bfloat16)[None]
     assert torch.equal(Int8Linear(weight).weight, Int8Linear(weight.float()).weight)
 
@@ -147,6 +158,7 @@ def test_weights_of_16_bits_are_rounded_from_float32():
 @pytest.mark.parametrize("at", [0, 1, 8, 16])
 @pytest.mark.parametrize("value", [nan, torch.inf], ids=str)
 def test_a_row_that_is_no_number_spoils_no_other(at, value):
+    """A NaN or an infinity makes its own row not finite, and changes no other."""
     for K in (1, 7, 8, 32, 53, 512):
         layer, x = Int8Linear(torch.randn(19, K)), torch.randn(17, K)
         good, others = layer(x), [i for i in range(17) if i != at]
@@ -160,27 +172,28 @@ def test_a_row_that_is_no_number_spoils_no_other(at, value):
             assert torch.allclose(y[others], good[others], atol=1e-4), (K, place)
 
 
-EXTREMES = """import torch, sys
+EXTREMES = """import json, torch
 from formats import quantized
-if sys.argv[1:]: quantized.int8_top = lambda: float(sys.argv[1])
-layer = quantized.Int8Linear(torch.ones(3, 512))
-print(quantized.int8_top(), [layer(torch.full((1, 512), x)).mean().item() for x in (1.0, -1.0)])"""
+
+def extremes():
+    layer = quantized.Int8Linear(torch.ones(3, 512))
+    return [layer(torch.full((1, 512), x)).mean().item() for x in (1.0, -1.0)]
+
+top, found = quantized.int8_top(), extremes()
+quantized.int8_top = lambda: 1.0
+print(json.dumps([top, found, extremes()]))"""
 
 
 def test_sums_of_16_bits_do_not_overflow():
     """On a processor without VNNI, the largest weights at the largest x: right, which they are not with all 8 bits."""
     if int8_top() is None:
-        pytest.skip("there is no FBGEMM here")
+        pytest.skip("this processor or PyTorch has no FBGEMM")
 
-    def extremes(*top):
-        done = subprocess.run([sys.executable, "-c", EXTREMES, *top], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"})
-        assert done.returncode == 0, done.stderr
-        found, values = done.stdout.split(maxsplit=1)
-        return found, json.loads(values)
-    top, found = extremes()
-    assert top == "3.0" and found == [pytest.approx(512, rel=2 / 255), pytest.approx(-512, rel=2 / 255)]
-    _, wrong = extremes("1.0")
+    done = subprocess.run([sys.executable, "-c", EXTREMES], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"})
+    assert done.returncode == 0, done.stderr
+    top, found, wrong = json.loads(done.stdout)
+    assert top == 3.0 and found == [pytest.approx(512, rel=2 / 255), pytest.approx(-512, rel=2 / 255)]
     assert wrong[0] < 0.6 * 512
 
 
@@ -209,6 +222,7 @@ def test_a_model_in_8_bits(family):
 
 
 def test_the_row_that_is_read_is_the_row_that_predicts():
+    """With tied weights, embedding and head are the same integers."""
     model = quantize(random_model())
     rows = model.transformer.wte(torch.arange(100)[None])[0]
     assert torch.equal(rows, (model.lm_head.weight * model.lm_head.scale[:, None])[:100])
@@ -227,21 +241,9 @@ def test_the_cache_changes_nothing(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_does_not_depend_on_its_neighbours(family):
-    """As in test_engine.py: alone, and then among others that come and go, bit for bit."""
-    rng = random.Random(family)
+    """The engine gives a request the same bits alone and among others, with integers too."""
     rows = Engine(quantize(random_model(block_size=48, **FAMILIES[family])), Numbers(), rows=8)
-    for _ in range(3):
-        ids, seed = a_request(rng).ids, rng.randrange(2**40)
-        alone, among = (Request(ids=ids, max_tokens=18, seed=seed, temperature=1.0, top_k=0, logprobs=3,
-                                prompt_logprobs=0) for _ in range(2))
-        rows.complete([alone])
-        others = [a_request(rng) for _ in range(14)]
-        rows.submit(*others[:rng.randrange(10)])
-        for _ in range(rng.randrange(6)):
-            rows.step()
-        rows.complete([*others[10:12], among, *others[12:]])
-        assert among.tokens == alone.tokens and among.prompt_tokens == alone.prompt_tokens
-        assert among.text == alone.text and len(alone.tokens) == 18
+    check_among_neighbours(rows, random.Random(family), 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,14 +253,14 @@ def test_a_text_does_not_depend_on_its_neighbours(family):
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
     """tiny_run's model in 8 bits, as a user exports it: (the folder of the export, what was said)."""
-    out = tmp_path_factory.mktemp("exports") / "words"
-    done = subprocess.run([sys.executable, ROOT / "export.py", "out/words", "--format=int8", f"--out={out}"],
-                          cwd=tiny_run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done.stderr
+    out, said = tmp_path_factory.mktemp("exports") / "words", io.StringIO()
+    with chdir(tiny_run), contextlib.redirect_stderr(said):
+        assert export.main(["out/words", "--format=int8", f"--out={out}"]) == 0
+    return out, said.getvalue()
 
 
 def test_the_folder_and_what_is_said_about_it(exported):
+    """export.py writes a run of 8 bits, says what it costs in bits per byte, and how to use it."""
     out, said = exported
     assert sorted(os.listdir(out)) == ["README.md", "export.json", "int8"]
     assert sorted(os.listdir(out / "int8")) == ["best.pt", "tokenizer"]
@@ -269,6 +271,7 @@ def test_the_folder_and_what_is_said_about_it(exported):
 
 
 def test_it_is_the_quantized_model_bit_for_bit(tiny_run, exported):
+    """The export is what --quantize=int8 makes of the run, with all that is known about it."""
     model, tokenizer, run = ckpt.load_run(str(exported[0] / "int8"))
     original, theirs, was = ckpt.load_run(str(tiny_run / "out/words"))
     idx = torch.randint(tokenizer.vocab_size, (3, 32))
@@ -281,6 +284,7 @@ def test_it_is_the_quantized_model_bit_for_bit(tiny_run, exported):
 
 
 def test_the_same_text_from_the_run_and_from_the_export(tiny_run, exported, capsys):
+    """sample.py writes the same text from both, and says that it is in 8 bits."""
     texts = []
     for argv in ([str(tiny_run / "out/words"), "--quantize=int8"], [str(exported[0] / "int8")]):
         assert sample.main([*argv, "--prompt=the", "--max_new_tokens=60", "--seed=3", "--temperature=1"]) is None
@@ -293,6 +297,7 @@ def test_the_same_text_from_the_run_and_from_the_export(tiny_run, exported, caps
 
 
 def test_evaluate_measures_both_alike(tiny_run, exported, monkeypatch, tmp_path):
+    """evaluate.py finds the same bits per byte for both, those that export.py has said."""
     monkeypatch.chdir(tiny_run)
     found = []
     for argv in (["out/words", "--quantize=int8"], [str(exported[0] / "int8")]):
@@ -304,6 +309,7 @@ def test_evaluate_measures_both_alike(tiny_run, exported, monkeypatch, tmp_path)
 
 
 def test_the_server_says_what_it_serves(exported):
+    """/model-info names int8 as the dtype of an export."""
     model, tokenizer, run = ckpt.load_run(str(exported[0] / "int8"))
     with serving(model, tokenizer, run=run) as client:
         assert client.get("/model-info").json["dtype"] == "int8"
@@ -324,6 +330,8 @@ def test_large_matrices_take_a_third(tiny_run, here, capsys):
 
 
 def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
+    """Integers cannot be exported again, trained on, or be the base of a LoRA run; the error names the run they come
+    from."""
     os.symlink(tiny_run / "data", "data")
     shutil.copytree(exported[0] / "int8", "int8")
     has = "int8/best.pt has weights of 8 bits"
@@ -341,6 +349,7 @@ def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
 
 
 def test_a_damaged_one_is_refused(tiny_run, exported, here):
+    """Weights of a wrong dtype, or missing, are an error that names them."""
     shutil.copytree(exported[0] / "int8", "int8")
     state = ckpt.load_checkpoint("int8/best.pt")
     layer = "transformer.h.1.mlp.c_fc."
@@ -363,7 +372,8 @@ def test_a_damaged_one_is_refused(tiny_run, exported, here):
 
 
 def test_both_folders_can_be_replaced_at_once(tiny_run, here, monkeypatch):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    """An export of two formats can be made again in the same place."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install -r requirements-dev.txt")
     monkeypatch.setattr(export, "find_spec", lambda _: True)
     # (Whether hf/ is right, test_export.py proves.)
     monkeypatch.setattr(export, "prove", lambda path: None)
@@ -372,36 +382,3 @@ def test_both_folders_can_be_replaced_at_once(tiny_run, here, monkeypatch):
     for _ in range(2):
         assert export.main(["out/words", f"--out={here}/x", "--format=hf,int8"]) == 0
     assert sorted(os.listdir(here / "x")) == ["README.md", "export.json", "hf", "int8"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The k likeliest tokens first: what makes a step of sample.py cheap
-
-
-def draws(logits, n=4000, **settings):
-    pick = Sampler(Sampling(**settings), [], seed=1)
-    return [pick(logits).item() for _ in range(n)]
-
-
-@pytest.mark.parametrize("settings", [
-    dict(temperature=1.0, top_k=5), dict(temperature=0.6, top_k=7), dict(temperature=1.7, top_k=11, min_p=0.2),
-    dict(temperature=1.2, top_k=6, top_p=0.8), dict(temperature=2.0, top_k=9, min_p=0.15, top_p=0.7)], ids=str)
-def test_top_k_draws_from_the_distribution_of_the_filters(settings):
-    check_draws(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)), settings)
-
-
-def check_draws(logits, settings):
-    """Does each token come as often as it should, within five standard deviations, and never what is left out?"""
-    n, (cdf, ids) = 4000, candidates(logits, Sampling(**settings))
-    due = torch.zeros(logits.size(-1), dtype=torch.float64)
-    due[ids[0]] = cdf[0].diff(prepend=torch.zeros(1)) / cdf[0, -1]
-    share = torch.tensor(draws(logits, n, **settings)).bincount(minlength=len(due)) / n
-    assert 2 <= (due > 0).sum() < len(due)
-    assert ((share - due).abs() <= 5 * (due * (1 - due) / n).sqrt()).all()
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(min_p=0.1), dict(top_p=0.8, temperature=1.5)], ids=str)
-def test_a_top_k_of_all_tokens_is_none(settings):
-    logits = torch.randn(1, 12)
-    texts = [draws(logits, 200, **{"temperature": 1.0, **settings, "top_k": k}) for k in (0, 12, 13, 10**9)]
-    assert all(text == texts[0] for text in texts)

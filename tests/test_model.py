@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The model against plain arithmetic: attention, cache, causality, counts."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import model
 from model import GPT, GPTConfig, KVCache, PRESETS, argmax
+from training import lora, memory
 from training.memory import training_memory
 
 
@@ -140,6 +142,20 @@ def test_flops_per_token_is_what_the_products_cost():
         assert model.flops_per_token(T) * T == 3 * counter.get_total_flops()  # backward is twice forward
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_per_token_with_lora_are_what_its_products_cost(family):
+    """No gradient of a weight that is not trained: 4 operations each, not 6."""
+    from torch.utils.flop_counter import FlopCounterMode
+    gpt, T = random_model(**FAMILIES[family] | dict(vocab_size=128, tie_weights=False)).train(), 24
+    lora.add(gpt, 3, 8)
+    due = gpt.flops_per_token(T) * T
+    gpt.transformer.wte.requires_grad_(True)  # so that the gradient goes through every product, as it is counted
+    idx = torch.randint(100, (1, T))
+    with FlopCounterMode(display=False) as counter:
+        gpt(idx, idx).backward()
+    assert due == counter.get_total_flops()
+
+
 def test_a_fresh_model_knows_nothing():
     for family in FAMILIES.values():
         torch.manual_seed(0)
@@ -199,15 +215,89 @@ def test_the_memory_estimate_is_what_autograd_keeps(family, dtype):
             model(idx, idx)
     parts = training_memory(model, 2, dtype.itemsize, 8)
     assert 0.75 < parts["activations"] / sum(storage.nbytes() for storage in kept.values()) < 1.25
-    n = sum(p.numel() for p in model.parameters())
-    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)
+
+
+def test_every_part_of_the_memory_estimate_is_counted(monkeypatch):
+    """By hand: 2 layers, 2 heads of 4 channels, 6 tokens of 3 windows, a vocabulary of 64."""
+    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=64, tie_weights=False))
+    n = sum(p.numel() for p in gpt.parameters())
+    assert n == 2 * 64 * 8 + 6 * 8 + 2 * (12 * 8 * 8 + 2 * 8) + 8
+    tokens, products, norms, scores = 18, 8 * 8 + 2 * 32, 2 * 8, 2 * 6
+    due = dict(weights=4 * n, gradients=4 * n, optimizer=8 * n, logits=18 * 64 * (2 * 4 + 12),
+               activations=tokens * 2 * (4 * (products + scores) + 4 * norms))
+    assert training_memory(gpt, 3, 4, 8) == due
+    monkeypatch.setattr(memory, "MOST_SCORES", tokens * scores)  # as many as there are
+    assert training_memory(gpt, 3, 4, 8) == due
+    monkeypatch.setattr(memory, "MOST_SCORES", tokens * scores - 1)  # then no scores are kept
+    assert training_memory(gpt, 3, 4, 8) == due | dict(activations=tokens * 2 * (4 * products + 4 * norms))
+    monkeypatch.setattr(memory, "CHUNK_LOGITS", 1000)
+    half = training_memory(gpt, 3, 2, 4)  # bfloat16, with a copy of the weights; Muon
+    assert half == dict(weights=4 * n, gradients=4 * n, optimizer=4 * n, logits=1000 * (2 * 2 + 12),
+                        activations=tokens * 2 * (2 * products + 4 * norms) + 2 * n)
+    lora.add(gpt, 1, 2)  # of each layer: 4 matrices, n x 1 and 1 x m
+    more = 2 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8))
+    parts = training_memory(gpt, 3, 4, 8)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * (n + more), 4 * more, 8 * more)
+
+
+@pytest.mark.parametrize("optimizer, device, processes, due", [
+    ("adamw", "cpu", 1, 120), ("muon", "cpu", 1, 104), ("adamw", "cpu", 2, 240), ("adamw", "cuda", 2, 120)])
+def test_the_memory_of_all_processes_on_a_machine_is_compared_with_what_is_free(
+        optimizer, device, processes, due, monkeypatch, capsys):
+    def parts(model, batch_size, width, optimizer_bytes):
+        assert (model, batch_size, width) == ("model", 3, 2)
+        return dict(some=88e6, optimizer=4e6 * optimizer_bytes)
+    monkeypatch.setattr(memory, "training_memory", parts)
+    run = SimpleNamespace(settings=SimpleNamespace(optimizer=optimizer), model="model", batch_size=3, device=device,
+                          dtype=torch.bfloat16, ranks=SimpleNamespace(local_world=processes))
+    for free, fits in ((due, True), (due - 1, False)):
+        monkeypatch.setattr(memory.machine, "free_memory", lambda device: 1e6 * free)
+        memory.say_memory(run)
+        said = capsys.readouterr().err
+        assert f"memory: about {due} MB are needed, {free} MB are free\n" in said
+        assert ("warning: this may not fit; half the --batch_size" in said) != fits
+
+
+@pytest.mark.parametrize("family", ["gpt2", "modern", "llama"])
+def test_training_beyond_the_score_limit_is_the_same_training(family, monkeypatch):
+    """PyTorch's kernel, which holds no scores, takes over there: the same loss and the same gradients."""
+    gpt, idx, targets = random_model(**FAMILIES[family]).train(), *torch.randint(100, (2, 3, 24))
+    scores, found, kernel = 3 * 4 * 24 * 24, [], []  # B n_head T^2
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: kernel.append(kw) or real(*a, **kw))
+    for most, calls in ((scores, 0), (scores - 1, 2)):  # of two layers
+        monkeypatch.setattr(model, "MOST_SCORES", most)
+        loss = gpt(idx, targets)
+        found.append([loss, *torch.autograd.grad(loss, list(gpt.parameters()))])
+        assert len(kernel) == calls
+    for formula, fused in zip(*found):
+        assert (formula - fused).abs().max() < 1e-5 * max(1, formula.abs().max())
+    assert all(kw["is_causal"] and kw["dropout_p"] == 0 for kw in kernel)
+    gpt.eval()(idx, targets)  # in a validation it is the kernel, whatever the size
+    monkeypatch.setattr(model, "MOST_SCORES", 1 << 25)
+    gpt(idx, targets)
+    assert len(kernel) == 6
+
+
+@pytest.mark.parametrize("most", [0, 1 << 25])
+def test_dropout_of_attention_is_a_share_of_its_weights(most, monkeypatch):
+    """A text of one token has one weight, 1: either the value is gone, or it is there 1 / (1 - p) times."""
+    monkeypatch.setattr(model, "MOST_SCORES", most)
+    torch.manual_seed(0)
+    q, k, v = torch.ones(3, 100, 50, 1, 2).unbind()
+    found = model.causal_attention(q, k, v, 0.3, True, False)
+    assert found.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (found == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(model.causal_attention(q, k, v, 0.3, False, False), v)  # not in a validation
+    assert torch.equal(model.causal_attention(q, k, v, 0.0, True, False), v)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_attention_by_its_formula_is_scaled_dot_product_attention(n_kv_head):
     q = torch.randn(2, 4, 9, 6, requires_grad=True)
     k, v = (torch.randn(2, n_kv_head, 9, 6, requires_grad=True) for _ in range(2))
-    found, expected = model.attention_by_formula(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = model.attention_by_formula(q, k, v)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert (found - expected).abs().max() < 1e-6
     above = torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), above) for y in (found, expected))):

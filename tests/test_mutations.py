@@ -3,7 +3,6 @@
 
 Each case is a valid file that was changed at random. Its kind and its number are the seed, so it can be repeated.
 """
-import contextlib
 import faulthandler
 import json
 import os
@@ -15,7 +14,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import FAMILIES, GPT2, package, random_model, talks, turns, words, write_talks
+from conftest import FAMILIES, GPT2, chdir, package, random_model, talks, turns, words, write_talks
 from faults import context
 
 from text import pretrained
@@ -174,7 +173,7 @@ def valid(tiny_run, tmp_path_factory):
     (here / "tiktoken/encoding.tiktoken").write_bytes(b"".join(
         pretrained.base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     write_talks(here / "chats.jsonl", talks(12))
-    with contextlib.chdir(here):
+    with chdir(here):
         prepare.main(["chats.jsonl", "--format=chat", "--tokenizer=char", "--out=data/chats"])
     return here
 

@@ -16,7 +16,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, error, nasty
+from conftest import ROOT, chdir, error, nasty
 from servers import serving
 from torch.nn import functional as F
 
@@ -41,7 +41,7 @@ SETTINGS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "pr
 # What the original has, at commit 93f3cec: its scripts, their options, and the fields of its server.
 SCRIPTS = """download_and_prepare train_tokenizer model_test train_model train_model_improved generate_text
     evaluate_model export_model inference_server optimized_inference_server quantization mixed_precision data_loader
-    optimized_data_loader performance_monitor"""
+    optimized_data_loader performance_monitor convert_10k_model enterprise_integration"""
 COMMANDS = "prepare-data train-tokenizer test-model train-model inference evaluate"
 OPTIONS = """output min-words input vocab-size model-type output-dir character-coverage max-sentence-length no-test
     model-size all-sizes device save-results tokenizer-dir data-file seq-len batch-size learning-rate max-steps
@@ -204,7 +204,7 @@ def old(tmp_path_factory):
     rng = random.Random(0)
     lines = [passage(rng) for _ in range(400)]
     (folder / "data/clean/training_data.txt").write_text("".join(f"{line}\n" for line in lines + lines[:100]))
-    with contextlib.chdir(folder):
+    with chdir(folder):
         sentencepiece.SentencePieceTrainer.train(  # with the options of its train_tokenizer.py
             input="data/clean/training_data.txt", model_prefix="data/tokenizer/tokenizer", minloglevel=2,
             vocab_size=OLD_SHAPE["vocab_size"], model_type="bpe", character_coverage=0.9995, max_sentence_length=4192,
@@ -221,7 +221,7 @@ def brought(old):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     passages, model, *_ = blocks("python")
-    with contextlib.chdir(old):
+    with chdir(old):
         run(passages)
         run(model)
     return old

@@ -14,10 +14,13 @@ import time
 import types
 
 import pytest
-from servers import KEY, RUN, ByteTokenizer, ScriptModel, serving, until
+from engines import LIMIT
+from http_client import until
+from servers import (  # noqa: F401 (some are fixtures)
+    KEY, RUN, ByteTokenizer, ScriptModel, no_key_fixture, serving)
 from torch.nn import functional as F
 
-pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed")
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -r requirements-dev.txt")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.actions.action_builder import ActionBuilder  # noqa: E402
 from selenium.webdriver.common.actions.pointer_input import PointerInput  # noqa: E402
@@ -45,7 +48,7 @@ def serve_torn(run=RUN, wait=None, **settings):
     model = Torn()
     with serving(model, load=lambda: (wait and wait(), model, ByteTokenizer(), dict(run))[1:],
                  **settings) as client:
-        assert wait or until(lambda: client.server.state == "ok", 20)
+        assert wait or until(lambda: client.server.state == "ok")
         yield client
 
 
@@ -63,13 +66,13 @@ class Page:
         return self.js(f"return {expression}", *arguments)
 
     def until(self, expression):
-        assert until(lambda: self.get(expression), 20), (expression, self.state(), self.get("text.value"))
+        assert until(lambda: self.get(expression), every=0.05), (expression, self.state(), self.get("text.value"))
 
     def state(self):
         return self.get("$('state').textContent")
 
     def says(self, begin):
-        assert until(lambda: self.state().startswith(begin), 20), (begin, self.state())
+        assert until(lambda: self.state().startswith(begin), every=0.05), (begin, self.state())
         return self.state()
 
     def element(self, name):
@@ -132,6 +135,7 @@ def page(visit, torn_server, model):
 
 
 def test_a_text_is_continued_in_place(page, model):
+    """The text goes on where it ends, token by token in whole characters, and what is typed belongs to it."""
     model.say(MIXED)
     page.type("text", "x", CONTROL_ENTER)
     page.says("Done")
@@ -152,6 +156,8 @@ def test_a_text_is_continued_in_place(page, model):
 
 
 def test_alternatives(page, model, browser):
+    """Each token tells its probability and the likeliest others, by mouse, keyboard or finger; the text goes on from
+    another one."""
     model.say("abcdef")
     page.type("text", "x", CONTROL_ENTER)
     page.says("Done")
@@ -179,6 +185,7 @@ def test_alternatives(page, model, browser):
 
 
 def test_stop(page, model, torn_server):
+    """Escape, and the button, stop a text; what was written stays, and the server goes on no longer."""
     model.say("abcdefghij" * 100)
     model.before = lambda idx: time.sleep(0.02)
     page.type("text", "x", CONTROL_ENTER)
@@ -187,7 +194,7 @@ def test_stop(page, model, torn_server):
     page.type("text", Keys.ESCAPE)
     page.says("Stopped")
     written = page.get("text.value")
-    assert 5 < len(written) < 100 and "finish: stopped" in page.get("$('result').textContent")
+    assert 5 < len(written) < 1001 and "finish: stopped" in page.get("$('result').textContent")
     page.click("again")
     page.until("running && text.value.length > 5")
     page.click("go")  # which is the button to stop, now
@@ -197,6 +204,7 @@ def test_stop(page, model, torn_server):
 
 
 def test_the_text_ends_before_a_stop_string_and_a_seed_repeats_it(page, model):
+    """Stop strings work, and the seed that is shown gives the same text again."""
     model.say("hello world")
     page.type("stop", "low", Keys.ENTER, "o\\n", Keys.ENTER, "o w")
     page.type("text", "x", CONTROL_ENTER)
@@ -213,6 +221,7 @@ def test_the_text_ends_before_a_stop_string_and_a_seed_repeats_it(page, model):
 
 
 def test_settings_and_text_survive_but_in_the_tab_alone(page, browser):
+    """After a reload settings and text are there; the text is kept in this tab alone."""
     page.type("max_tokens", "7")
     page.js("$('colours').click()")
     page.type("text", "some\ntext")
@@ -227,6 +236,7 @@ def test_settings_and_text_survive_but_in_the_tab_alone(page, browser):
 
 
 def test_the_request_as_code(page, browser, torn_server):
+    """The request can be copied as a curl command and as Python, whatever quotes are in it."""
     clipboard = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", clipboard)
     page.js("text.value = arguments[0]; text.dispatchEvent(new Event('input'))", QUOTES)
@@ -281,6 +291,7 @@ def test_the_request_of_the_answer_that_is_shown(page, model, browser):
 
 
 def test_chat(page, model, browser):
+    """A conversation: Enter sends, the answer has its tokens, and the last question can be taken back."""
     messages = [{"role": "user", "content": "hi\nyou"}]
     model.say("Hello \U0001f642", prompt=len(ByteTokenizer().chat(messages)))
     browser.find_element(By.CSS_SELECTOR, "[value=chat]").send_keys(Keys.SPACE)
@@ -302,6 +313,7 @@ def test_chat(page, model, browser):
 
 
 def test_no_chat_without_a_format(visit, browser):
+    """A model without a chat format has no tab for chats."""
     with serve_torn(RUN | {"chat": False}) as client:
         page = visit(client.port)
         page.says("Ready")
@@ -329,6 +341,7 @@ def test_the_model(visit, tmp_path):
 
 
 def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browser):
+    """The server's reason is shown, and the text stays in its field."""
     page.refused = True
     page.type("max_tokens", "5000")
     page.type("text", "x", CONTROL_ENTER)
@@ -341,8 +354,9 @@ def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browse
 
 
 def test_while_the_model_loads(visit):
+    """The page can be used before the model is loaded, and says when it is."""
     loaded = threading.Event()
-    with serve_torn(wait=lambda: loaded.wait(10)) as client:
+    with serve_torn(wait=lambda: loaded.wait(LIMIT)) as client:
         page = visit(client.port)
         page.refused = True
         page.says("The model is loading")
@@ -353,6 +367,7 @@ def test_while_the_model_loads(visit):
 
 
 def test_a_server_that_goes_and_comes_back(visit):
+    """A server that ends in the middle of a text is noticed, and so is its return."""
     with serve_torn() as client:
         client.model.say("abcdefghij" * 100)
         client.model.before = lambda idx: time.sleep(0.02)
@@ -372,6 +387,7 @@ def test_a_server_that_goes_and_comes_back(visit):
 
 
 def test_full(visit):
+    """A full server is named as the reason."""
     with serve_torn(rows=1, max_queue=0) as client:
         client.model.say("a" * 4000)
         client.model.before = lambda idx: time.sleep(0.01)
@@ -387,6 +403,7 @@ def test_full(visit):
 
 
 def test_key(visit, monkeypatch, browser):
+    """A server with a key asks for it, keeps it in memory alone, and code that is copied does not hold it."""
     monkeypatch.setenv("OPENLLM_API_KEY", KEY)
     with serve_torn(key=KEY) as client:
         client.model.say("yes")
@@ -407,6 +424,7 @@ def test_key(visit, monkeypatch, browser):
 
 
 def test_a_phone_in_the_dark(page, model, browser):
+    """On a small screen nothing is cut off, in dark colours, and without movement for those who want none."""
     size = dict(width=360, height=740, deviceScaleFactor=1, mobile=True)
     dark = [{"name": "prefers-color-scheme", "value": "dark"}, {"name": "prefers-reduced-motion", "value": "reduce"}]
     light = page.element("go").value_of_css_property("background-color")

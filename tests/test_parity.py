@@ -68,7 +68,7 @@ def data(here):
 
 def test_training_equals_plain_float64_arithmetic(data, capfd):
     """plain.py: forward, AdamW, schedule, accumulation and clipping from their formulas alone."""
-    assert parity(capfd, f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=100") == 100
+    assert parity(capfd, f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=40") == 40
 
 
 def test_training_equals_nanogpt(data, capfd):
@@ -79,7 +79,7 @@ def test_training_equals_nanogpt(data, capfd):
 
 def test_parity_notices_a_difference(data, capfd, monkeypatch):
     monkeypatch.setattr(bench_parity, "TOLERANCE", 1e-9)  # what float32 cannot keep against float64
-    assert bench.main(["parity", f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=10"]) == 1
+    assert bench.main(["parity", f"--peer={ROOT}/plain.py", "--dataset=words", "--steps=3"]) == 1
 
 
 def test_parity_needs_a_peer(data, capfd):

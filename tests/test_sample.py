@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """From logits to text: filters by brute force, text assembly by random cuts, and the command as it is typed."""
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from conftest import ROOT, chat_run, error, script, turns
+from conftest import ROOT, chat_run, error, random_model, turns
+from engines import LIMIT
 
+from runtime.console import UserError
 from training import checkpoint as ckpt
 import sample
 import tokenizer as tokenizers
 from sample import Sampler, Sampling, TextStream, candidates, sample_tokens
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def probabilities(logits, **settings):
@@ -28,6 +37,7 @@ def kept(logits, **settings):
 
 
 def test_filters_by_brute_force():
+    """Which tokens top_k, min_p, top_p and the temperature leave, for 300 random logits, against their definitions."""
     rng = random.Random(0)
     for _ in range(300):
         logits = [rng.gauss(0, 3) for _ in range(rng.randint(1, 30))]
@@ -50,6 +60,7 @@ def test_filters_by_brute_force():
 
 
 def test_filters_work_on_rows():
+    """Rows of logits are filtered as each is alone."""
     logits = torch.randn(3, 20)
     for settings in (dict(top_k=3), dict(top_p=0.5), dict(min_p=0.2), dict(temperature=2.0)):
         rows = torch.cat([probabilities(row[None], **settings) for row in logits])
@@ -64,6 +75,7 @@ def penalize(logits, prompt, written, repetition=1.0, presence=0.0, frequency=0.
 
 
 def test_penalty():
+    """The repetition penalty divides logits above 0, multiplies those below, once for each token of prompt and text."""
     logits = torch.tensor([[2.0, -2.0, 4.0, -4.0]])
     assert penalize(logits, [0, 1, 1], [], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
     assert penalize(logits, [0], [1, 1], 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
@@ -71,6 +83,7 @@ def test_penalty():
 
 
 def test_penalties_by_brute_force():
+    """All three penalties at once, for 200 random logits, against their definitions."""
     rng = random.Random(0)
     for _ in range(200):
         V = rng.randint(2, 12)
@@ -86,17 +99,68 @@ def test_penalties_by_brute_force():
         assert torch.allclose(found, torch.tensor([wanted]), atol=1e-5)
 
 
-def test_tokens_are_sampled_by_their_probability():
-    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
-    settings, n = Sampling(temperature=1.0, top_k=0), 200_000
-    generator = torch.Generator().manual_seed(0)
-    tokens = sample_tokens(logits.expand(n, -1), settings, [generator] * n)
-    share = tokens.bincount(minlength=6) / n
-    assert torch.allclose(share, logits[0].softmax(0), atol=0.004)  # three standard deviations
-    for point, wanted in ((0.0, 4), (1 - 2**-53, 1)):  # the ends of what torch.rand gives: no token of probability 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *size, **_: torch.full(size, point, dtype=torch.float64))
-            assert sample_tokens(logits, settings, [None]).tolist() == [wanted]
+def uniform(monkeypatch, points):
+    """torch.rand gives these numbers, one after the other."""
+    points = iter(points)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, next(points), dtype=torch.float64))
+
+
+SOME = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
+
+
+def test_tokens_are_sampled_by_their_probability(monkeypatch):
+    """Each token has as much of the uniform numbers from 0 to 1 as it is probable; none of probability 0 has any."""
+    settings, n = Sampling(temperature=1.0, top_k=0), 3000
+    uniform(monkeypatch, [(i + 0.5) / n for i in range(n)])
+    share = sample_tokens(SOME.expand(n, -1), settings, [None] * n).bincount(minlength=6) / n
+    assert torch.allclose(share, SOME[0].softmax(0), rtol=0, atol=1 / n)
+    uniform(monkeypatch, [0.0, 1 - 2**-53])  # the ends of what torch.rand gives
+    assert sample_tokens(SOME.expand(2, -1), settings, [None] * 2).tolist() == [4, 1]
+
+
+def test_each_text_has_a_generator_of_its_own():
+    """20,000 tokens of one generator come as often as they are probable, within three standard deviations."""
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    tokens = sample_tokens(SOME.expand(n, -1), Sampling(temperature=1.0, top_k=0), [generator] * n)
+    assert torch.allclose(tokens.bincount(minlength=6) / n, SOME[0].softmax(0), rtol=0, atol=3 * 0.5 / n**0.5)
+    again = torch.Generator().manual_seed(0)
+    assert sample_tokens(SOME, Sampling(temperature=1.0, top_k=0), [again]).tolist() == tokens[:1].tolist()
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=1.0, top_k=5), dict(temperature=0.6, top_k=7), dict(temperature=1.7, top_k=11, min_p=0.2),
+    dict(temperature=1.2, top_k=6, top_p=0.8), dict(temperature=2.0, top_k=9, min_p=0.15, top_p=0.7)], ids=str)
+def test_a_text_is_sampled_from_the_distribution_of_the_filters(settings, monkeypatch):
+    """Does each token come as often as the filters, in their order, say, and never what is left out?"""
+    logits, n = torch.randn(1, 12), 2000
+    order = logits[0].argsort(descending=True)[:settings["top_k"]]
+    due = (logits[0, order].double() / settings["temperature"]).softmax(0)
+    due = torch.where(due >= settings.get("min_p", 0) * due.max(), due, 0)
+    due = due / due.sum()
+    before = due.cumsum(0) - due  # a token stays where those before it have not reached top_p
+    due = torch.where(before < settings.get("top_p", 1), due, 0)
+    uniform(monkeypatch, [(i + 0.5) / n for i in range(n)])
+    pick = Sampler(Sampling(**settings), [], seed=1)
+    share = torch.tensor([pick(logits).item() for _ in range(n)]).bincount(minlength=12) / n
+    assert 2 <= (due > 0).sum() < 12
+    assert torch.allclose(share[order].double(), due / due.sum(), rtol=0, atol=1.5 / n)
+
+
+def test_rare_tokens_are_not_lost_in_the_sum():
+    """A thousand tokens of probability 1e-8, behind one that is nearly certain: each keeps its own."""
+    found = probabilities(torch.tensor([[0.0] + [-18.0] * 1000]))[0]
+    assert torch.allclose(found[1:], found[1:2].expand(1000), rtol=1e-3, atol=0)
+    assert found[1] == pytest.approx(math.exp(-18), rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(min_p=0.1), dict(top_p=0.8, temperature=1.5)], ids=str)
+def test_a_top_k_of_all_tokens_is_none(settings):
+    """A top_k of the vocabulary, or of more than that, is the same as 0."""
+    logits, texts = torch.randn(1, 12), []
+    for k in (0, 12, 13, 10**9):
+        pick = Sampler(Sampling(**{"temperature": 1.0, **settings, "top_k": k}), [], seed=1)
+        texts.append([pick(logits).item() for _ in range(200)])
+    assert all(text == texts[0] for text in texts)
 
 
 @pytest.mark.parametrize("settings", [
@@ -114,6 +178,7 @@ def test_rows_are_sampled_as_if_alone(settings):
 
 
 def test_a_bias_decides():
+    """A bias that is large enough decides which token comes."""
     pick = Sampler(Sampling(), [], 0, {3: 100.0})
     assert [pick(torch.randn(1, 9)).item() for _ in range(20)] == [3] * 20
 
@@ -138,6 +203,7 @@ def streamed(raw, stops=()):
 
 
 def test_streamed_text_equals_the_whole():
+    """Bytes that come one by one give the text of all of them, without half a character before the end."""
     rng = random.Random(0)
     for text in ("plain", "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469", "e\u0301", ""):
         out, whole = streamed(text.encode())
@@ -148,6 +214,7 @@ def test_streamed_text_equals_the_whole():
 
 
 def test_stop_strings_never_leak():
+    """The text ends before the stop string that is complete first, however the text is cut into pieces."""
     rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choice("ab\u00e9\n") for _ in range(rng.randrange(14)))
@@ -167,25 +234,23 @@ def test_stop_strings_never_leak():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(tiny_run, *argv):
-    return script("sample.py", *argv, cwd=tiny_run)
-
-
-def test_the_text_alone_goes_to_standard_output(tiny_run):
-    done = run(tiny_run, "--prompt=the ", "--seed=3", "--max_new_tokens=40")
-    assert done.returncode == 0 and done.stdout.startswith("the ") and len(done.stdout) == 4 + 40 + 1
-    assert "out/words/best.pt" in done.stderr and "40 steps on" in done.stderr and "per second" in done.stderr
-    again = run(tiny_run, "out/words", "--start=the ", "--seed=3", "--max_new_tokens=40", "--out_dir=out/words")
-    assert again.stdout == done.stdout
-
-
 def in_process(tiny_run, monkeypatch, capsys, *argv):
     monkeypatch.chdir(tiny_run)
     sample.main(list(argv))
     return capsys.readouterr()
 
 
+def test_the_text_alone_goes_to_standard_output(tiny_run, monkeypatch, capsys):
+    """What is said about it goes to standard error. The newest run is taken; its name, and nanoGPT's, mean the same."""
+    found = in_process(tiny_run, monkeypatch, capsys, "--prompt=the ", "--seed=3", "--max_new_tokens=40")
+    assert found.out.startswith("the ") and len(found.out) == 4 + 40 + 1
+    assert "out/words/best.pt" in found.err and "40 steps on" in found.err and "per second" in found.err
+    same = "--start=the ", "--seed=3", "--max_new_tokens=40"
+    assert in_process(tiny_run, monkeypatch, capsys, "out/words", *same, "--out_dir=out/words").out == found.out
+
+
 def test_settings_reach_the_text(tiny_run, monkeypatch, capsys):
+    """Each setting of the command line changes the text as it should."""
     def text(*argv):
         return in_process(tiny_run, monkeypatch, capsys, "--prompt=the cat ", "--max_new_tokens=60", *argv).out
     greedy = text("--temperature=0")
@@ -202,6 +267,7 @@ def test_settings_reach_the_text(tiny_run, monkeypatch, capsys):
 
 
 def test_end_of_text_ends_the_text(tiny_run, monkeypatch, capsys):
+    """The end-of-text token ends the text, unless --ignore_eos."""
     monkeypatch.chdir(tiny_run)
     monkeypatch.setattr(sample, "Sampler", lambda *_: lambda logits: torch.tensor([0]))  # always <|endoftext|>
     assert in_process(tiny_run, monkeypatch, capsys, "--prompt=the").out == "the\n"
@@ -210,6 +276,7 @@ def test_end_of_text_ends_the_text(tiny_run, monkeypatch, capsys):
 
 
 def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
+    """A prompt may come from a file, be longer than the context, or be missing."""
     (tmp_path / "p.txt").write_text("my friend ", encoding="utf-8")
     assert in_process(tiny_run, monkeypatch, capsys, f"--prompt=FILE:{tmp_path}/p.txt").out.startswith("my friend ")
     long = "the cat sees a dog. " * 10  # 200 characters, a context of 32
@@ -219,7 +286,45 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
     assert len(in_process(tiny_run, monkeypatch, capsys, "--seed=1").out) > 2  # none: starts from end-of-text
 
 
+def test_a_file_is_read_as_it_is(here):
+    """Line ends of a prompt are the model's to see."""
+    (here / "p.txt").write_bytes("a\r\nb\rc\n\u00e9".encode())
+    assert sample.read_prompt("FILE:p.txt") == "a\r\nb\rc\n\u00e9"
+
+
+def test_without_a_prompt_a_text_begins_as_a_document_does(monkeypatch):
+    """With the end-of-text token, which stands before every document; with token 0 where a vocabulary has none."""
+    asked = []
+    monkeypatch.setattr(sample, "write", lambda model, tokenizer, ids, settings, seed: asked.append(ids) or "")
+    for special in {tokenizers.END_OF_TEXT: 7}, {}:
+        tokenizer = types.SimpleNamespace(special=special, encode=lambda text: [])
+        sample.Writer(random_model(), tokenizer, sample.SampleConfig(seed=1)).answer("")
+    assert asked == [[7], [0]]
+
+
+@pytest.mark.parametrize("chat, due", [(False, ["", "  ", "x"]), (True, ["x"])])
+def test_an_empty_line_begins_a_text_and_is_no_message(chat, due, monkeypatch):
+    """In a terminal, an empty line is an empty prompt; in a conversation it is nothing."""
+    answered, typed = [], iter(["", "  ", "x"])
+
+    def type_next(prompt):
+        for text in typed:
+            return text
+        raise EOFError
+    monkeypatch.setattr("builtins.input", type_next)
+    sample.ask(types.SimpleNamespace(settings=sample.SampleConfig(chat=chat), answer=answered.append))
+    assert answered == due
+
+
+def test_nothing_is_asked_where_the_text_goes_to_a_file(tiny_run, monkeypatch, capsys):
+    """`python sample.py > text.txt` writes a text at once, although standard input is a terminal."""
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    shown = in_process(tiny_run, monkeypatch, capsys, "--seed=1", "--max_new_tokens=5")
+    assert len(shown.out) > 1 and "[5 tokens" in shown.err and "type a prompt" not in shown.err
+
+
 def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
+    """Without a name it is the newest run below out/; --checkpoint and a file choose another state of it."""
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/deep/other")
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/old")
     for path in (tmp_path / "out/old").glob("*.pt"):
@@ -230,6 +335,7 @@ def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
 
 
 def test_a_config_json_in_a_run_makes_no_hugging_face_folder_of_it(tiny_run):
+    """A folder with checkpoints is a run, whatever else is in it."""
     path = tiny_run / "out/words/config.json"
     path.write_text('{"a": 1}')
     try:
@@ -239,6 +345,7 @@ def test_a_config_json_in_a_run_makes_no_hugging_face_folder_of_it(tiny_run):
 
 
 def test_what_people_get_wrong(tiny_run, monkeypatch, here):
+    """Each mistake is one line that names it."""
     with monkeypatch.context() as patch:
         patch.setattr(sample.ckpt, "SMALL", "nowhere")
         assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
@@ -268,20 +375,22 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
 
 
 def test_a_conversation_in_a_terminal(tiny_run):
-    pty = pytest.importorskip("pty")
+    """Prompts are asked for until Ctrl-D; one that cannot be read is an error, and the next one is fine."""
+    pty = pytest.importorskip("pty", reason="this system has no terminals of its own")
     leader, follower = pty.openpty()
     chat = subprocess.Popen([sys.executable, ROOT / "sample.py", "--max_new_tokens=5", "--seed=1"], cwd=tiny_run,
                             stdin=follower, stdout=follower, stderr=subprocess.PIPE, text=True)
     os.close(follower)
     os.write(leader, b"the \nthe cat?\n\xff\nmy \n\x04")  # a character that the model does not know; no UTF-8; Ctrl-D
-    said = chat.communicate(timeout=120)[1]
+    said = chat.communicate(timeout=2 * LIMIT)[1]
     os.close(leader)
     assert chat.returncode == 0 and "type a prompt" in said and "'?' (U+003F)" in said and "is not UTF-8" in said
     assert said.count("[5 tokens") == 2 and "--seed=1]" in said and "--seed=2]" in said
 
 
 def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(Exception, match="not finite"):
+    """A model that returns no numbers is an error, not a random text."""
+    with pytest.raises(UserError, match="not finite"):
         Sampler(Sampling(), [], 0)(torch.full((1, 5), float("nan")))
 
 
@@ -291,29 +400,43 @@ def test_logits_that_are_not_finite_are_refused():
 
 @pytest.fixture
 def chatter(tiny_run, here, monkeypatch, capsys):
-    """(tokenizer, talk): a model that answers "my dog", and whatever is typed to it: its prompts, and what was said."""
+    """(tokenizer, asked, talk): a model that answers "my dog", its prompts, and talk(what is typed to it, ...), which
+    returns what was said. In prompt number talk.stop_at (from 1), Ctrl-C is typed while it answers."""
     chat_run(tiny_run, here / "chat")
     _, tokenizer, _ = ckpt.load_run("chat")
-    asked = []
+    asked, stop_at = [], []
 
     def pick(settings, prompt, seed):
         asked.append(prompt)
         answer = iter([*tokenizer.encode("my dog"), tokenizer.special["<|end|>"], *tokenizer.encode("no more")])
-        return lambda logits: torch.tensor([next(answer)])
+
+        def next_token(logits):
+            if stop_at and len(asked) == stop_at[0]:
+                raise KeyboardInterrupt
+            return torch.tensor([next(answer)])
+        return next_token
 
     def talk(*says, argv=()):
         says, terminal = iter(says), type("Terminal", (), dict(isatty=lambda self: True))()
+
+        def typed(prompt):
+            text = next(says, EOFError)
+            if text in (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+                raise text
+            return text
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", terminal)
             patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-            patch.setattr("builtins.input", lambda _: next(says, None) or (_ for _ in ()).throw(EOFError))
+            patch.setattr("builtins.input", typed)
             sample.main(["chat", "--chat", "--max_new_tokens=8", *argv])
         return capsys.readouterr()
     monkeypatch.setattr(sample, "Sampler", pick)
+    talk.stop_at = stop_at
     return tokenizer, asked, talk
 
 
 def test_a_chat_ends_its_answers_by_itself(chatter):
+    """An answer ends at its end token, and each prompt is the conversation so far."""
     tokenizer, asked, talk = chatter
     shown = talk("a dog", "a cat?", "\udcff", "a")  # what the model does not know, and what is no character
     assert shown.out == "my dog\nmy dog\n" and shown.err.count("[7 tokens") == 2
@@ -321,8 +444,18 @@ def test_a_chat_ends_its_answers_by_itself(chatter):
     assert "'?' (U+003F)" in shown.err and "context" not in shown.err
 
 
+def test_control_c_stops_an_answer_and_not_the_conversation(chatter):
+    """A question whose answer was stopped is forgotten; at an empty line, Ctrl-C does nothing but say how to end."""
+    tokenizer, asked, talk = chatter
+    talk.stop_at.append(2)
+    shown = talk("a dog", "a", KeyboardInterrupt, "c")
+    assert shown.out == "my dog\nmy dog\n" and shown.err.count("(stopped; Ctrl-D ends)") == 2
+    assert asked == [tokenizer.chat(turns("a dog")), tokenizer.chat(turns("a dog", "my dog", "a")),
+                     tokenizer.chat(turns("a dog", "my dog", "c"))]
+
+
 def test_a_chat_forgets_whole_messages(chatter):
-    """The context has 32 tokens, and 8 of them are for the answer."""
+    """What outgrows the context goes, with its answer: of 32 tokens here, 8 are for the answer."""
     tokenizer, asked, talk = chatter
     shown = talk(*"acdef", "c" * 50, "d")
     assert asked[:4] == [tokenizer.chat(turns("a")), tokenizer.chat(turns("a", "my dog", "c")),
@@ -332,7 +465,18 @@ def test_a_chat_forgets_whole_messages(chatter):
     assert asked[6] == tokenizer.chat(turns("d")) and shown.out == "my dog\n" * 7
 
 
+@pytest.mark.parametrize("second, kept", [("cc", True), ("ccc", False)])
+def test_half_of_the_context_is_for_the_conversation(chatter, second, kept):
+    """However long an answer may be: of 32 tokens, a conversation of 16 is kept, one of 17 is not."""
+    tokenizer, asked, talk = chatter
+    both = tokenizer.chat(turns("a", "my dog", second))
+    assert len(both) == (16 if kept else 17)
+    talk("a", second, argv=["--max_new_tokens=1000"])
+    assert asked == [tokenizer.chat(turns("a")), both if kept else tokenizer.chat(turns(second))]
+
+
 def test_a_system_message_stays(chatter):
+    """When a conversation outgrows the context, the system message and the last question stay."""
     tokenizer, _, _ = chatter
     talk = turns("a", "c", "d", "e", "f", system="my")
     ids = sample.fit(messages := [*talk], tokenizer, 16)
@@ -343,6 +487,7 @@ def test_a_system_message_stays(chatter):
 
 
 def test_a_run_that_cannot_chat(tiny_run, monkeypatch):
+    """--chat with a model that has learned no chats is an error with the two commands that teach it."""
     monkeypatch.chdir(tiny_run)
     for run in ("out/words", "out/words/best.pt"):
         fact, fix = error(sample.main, run, "--chat", "--prompt=x")
