@@ -12,22 +12,22 @@ from conftest import TINY, prepare_words
 import train
 from training import log as train_log
 
-ROW = dict(step=200, loss=3.51249, lr=0.00283, grad_norm=0.414, tokens_per_second=11_300.4, train_seconds=100.0)
+ROW = dict(step=200, loss=3.51249, lr=0.00283, grad_norm=0.414, tokens_per_second=11_300.4, wall_seconds=75.0)
 
 
-@pytest.mark.parametrize("row, max_iters, share, due", [
-    ({}, 700, 0.39 / 11_300,
-     "step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 4m10s left"),
-    (dict(val_loss=3.6, val_bpb=1.4), 246, 0.0,  # 46 steps of half a second each
+@pytest.mark.parametrize("row, max_iters, share, left, due", [
+    ({}, 700, 0.39 / 11_300, 250.0,
+     "step 200/700 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 39% of peak | 1m15s, 4m10s left"),
+    (dict(val_loss=3.6, val_bpb=1.4), 246, 0.0, 23.0,
      "step 200/246 | loss 3.512 | validation 3.6000 = 1.4000 bits per byte | lr 0.0028 | norm 0.41 | "
-     "11,300 tok/s, 0% of peak | 0m23s left"),
-    (dict(train_seconds=2000.0, grad_norm=-1.0), 1000, 1e-4,
-     "step 200/1000 | loss 3.512 | lr 0.0028 | norm -1.00 | 11,300 tok/s, 113% of peak | 133m20s left"),
-    ({}, 200, 0.0, "step 200/200 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 0% of peak | 0m00s left"),
+     "11,300 tok/s, 0% of peak | 1m15s, 23 s left"),
+    (dict(wall_seconds=8000.0, grad_norm=-1.0), 1000, 1e-5, 12_000.0,
+     "step 200/1000 | loss 3.512 | lr 0.0028 | norm -1.00 | 11,300 tok/s, 11% of peak | 2h13m, 3h20m left"),
+    ({}, 200, 0.0, 0.0, "step 200/200 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 0% of peak | 1m15s, 0 s left"),
     # A budget has not chosen the end yet.
-    ({}, math.inf, 5e-5, "step 200 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 57% of peak")])
-def test_the_line_of_a_step(row, max_iters, share, due):
-    assert train_log.progress_line(ROW | row, max_iters, share) == due
+    ({}, math.inf, 5e-5, math.inf, "step 200 | loss 3.512 | lr 0.0028 | norm 0.41 | 11,300 tok/s, 57% of peak | 1m15s")])
+def test_the_line_of_a_step(row, max_iters, share, left, due):
+    assert train_log.progress_line(ROW | row, max_iters, share, left) == due
 
 
 def attributes(picture, tag, *names):
