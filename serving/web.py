@@ -254,7 +254,7 @@ class Connection(BaseHTTPRequestHandler):
         self.check_host()
         if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
             if self.headers["Origin"] not in server.origins:
-                raise Refuse(403, "pages of this origin are not allowed; serve.py --cors_origin=ORIGIN allows them")
+                raise Refuse(403, "pages of this origin are not allowed; the option --cors_origin=ORIGIN allows them")
             return self.respond(204, b"")
         above = [route for route in server.routes if route != "/" and route.endswith("/") and path.startswith(route)]
         found = [path] if path in server.routes else above  # a route with a final slash holds what is below it

@@ -233,9 +233,9 @@ class Log:
     def forget(self):
         self.lines, self.may_fail = [], False  # may_fail: a traceback is what the test is about
 
-    def write(self, text):
+    def write(self, text, end="\n"):
         self.lines.append(text)
-        print(text, file=sys.stderr)
+        print(text, end=end, file=sys.stderr)
 
     def text(self):
         return "\n".join(self.lines)

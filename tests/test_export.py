@@ -320,7 +320,7 @@ def test_how_far_off_a_logit_may_be(largest):
 def test_errors(tiny_run, here, monkeypatch):
     run = str(tiny_run / "out/words")
     assert error(export.main, run, "--format=gguf")[0] == "there is no format 'gguf'"
-    assert "there is no trained model in nowhere" in error(export.main, "nowhere")[0]
+    assert "there is no run nowhere" in error(export.main, "nowhere")[0]
     (here / "empty").mkdir()
     assert "there is no trained model in empty" in error(export.main, "empty")[0]
     (here / "mine/hf").mkdir(parents=True)

@@ -349,7 +349,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     with monkeypatch.context() as patch:
         patch.setattr(sample.ckpt, "SMALL", "nowhere")
         assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
-    assert "no trained model in out/nowhere" in error(sample.main, "out/nowhere")[0]
+    assert "there is no run out/nowhere" in error(sample.main, "out/nowhere")[0]
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]
     for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0",

@@ -98,11 +98,11 @@ def test_g6_other_origins(script):
 
 
 def test_g6_one_origin():
-    """With --cors_origin, pages of exactly that origin may; no credentials, and no other origin."""
-    good = "https://good.example"
-    with serving(ScriptModel(), cors_origin=good) as client:
-        for origin in good, "https://evil.com", "https://good.example.evil.com", "null", "http://good.example":
-            due = good if origin == good else None
+    """With --cors_origin, pages of exactly these origins may; no credentials, and no other origin."""
+    good, local = "https://good.example", "http://localhost:3000"
+    with serving(ScriptModel(), cors_origin=[f"{good}/", local]) as client:
+        for origin in good, local, "https://evil.com", "https://good.example.evil.com", "null", "http://good.example":
+            due = origin if origin in (good, local) else None
             answer = client.ask("POST", GENERATE, {"prompt": "x", "max_tokens": 1}, Origin=origin)
             preflight = client.ask("OPTIONS", GENERATE, Origin=origin, **PREFLIGHT)
             assert answer.headers.get("access-control-allow-origin") == due

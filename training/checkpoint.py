@@ -265,7 +265,8 @@ def no_model(run):
         fix = f"python train.py config/train_small.py --out_dir={quote(run)}"
         return UserError(f"there is no trained model in {run}", ", or ".join(runs_below(run)) or fix)
     # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
-    if re.fullmatch(r"[\w-]+/[\w.-]+", run) and not os.path.isdir(os.path.dirname(run)):
+    hub = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", run)
+    if hub and not os.path.isdir(os.path.dirname(run)):
         return UserError(f"there is no folder {run}", f"hf download {run} --local-dir {name}, then {name}")
     runs = runs_below("out")
     near = difflib.get_close_matches(run, runs, 1) or runs[:5]
