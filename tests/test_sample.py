@@ -360,7 +360,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
-    assert "2: a b" in error(sample.main, "a", "b")[0]
+    assert error(sample.main, "a", "b") == ("there is no run a", "out/words")
     assert "no trained model in data" in error(sample.main, "data")[0]
     if not torch.cuda.is_available():
         assert "--device=cuda" in error(sample.main, "--device=cuda")[0]
