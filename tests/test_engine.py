@@ -59,7 +59,8 @@ def test_who_asks_alike_is_served_together_and_gets_its_own():
     finite fails alone."""
     rows, texts = make(), []
     alike = dict(max_tokens=18, temperature=1.1, top_k=7, top_p=0.9, min_p=0.02, logprobs=2)
-    others = dict(presence_penalty=1.0), dict(logit_bias={5: 3.0}), dict(top_k=20)
+    others = [dict(presence_penalty=1.0), dict(logit_bias={5: 3.0}), dict(top_k=20), dict(top_p=0.4),
+              dict(min_p=0.4), dict(temperature=0.5)]
     asked = [alike | more for more in ({}, {}, *others, {})]
     for together in (False, True):
         requests = [Request(ids=[i + 1], seed=i, **settings) for i, settings in enumerate(asked)]
