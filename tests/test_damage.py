@@ -126,11 +126,11 @@ def test_a_disk_with_little_room_is_warned_of(lab):  # row 8
 
 
 def test_retention(tmp_path, monkeypatch):  # row 24
-    """200 saves, failing saves, kills and rotting files in any order: never fewer than two good ones; one after rot."""
+    """100 saves, failing saves, kills and rotting files in any order: never fewer than two good ones; one after rot."""
     monkeypatch.chdir(tmp_path)
     rng, step = random.Random(11), 0
     good, event, real, small = [], "", torch.save, whole()
-    for _ in range(200):
+    for _ in range(100):
         step += rng.randrange(1, 5)
         event = "save" if event == "rot" else rng.choice(["save", "save", "save", "full", "kill", "rot"])
         state = dict(small, step=step, row=dict(small["row"], step=step))

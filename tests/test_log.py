@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What a run shows while it trains: the line of a step, the picture of the loss, and Weights & Biases."""
+import json
 import math
 import re
 import sys
@@ -64,6 +65,17 @@ def test_the_picture_has_few_lines_whatever_the_loss(losses):
     assert picture.count('stroke="#ddd"') == 5
     numbers = re.findall(r'(?:[xy]|[xyc][xy12])="(-?[\d.]+)"', picture)
     assert all(0 <= float(number) <= 720 for number in numbers) and len(numbers) > 30
+
+
+def test_rows_that_are_none_are_passed_over(tmp_path):
+    """Half a line, no number, no step: what a kill or somebody else has left in log.jsonl."""
+    good = [dict(step=1, loss=2.5), dict(step=2, loss=2.0, val_loss=3.0), dict(step=3, loss=1.0)]
+    bad = ['{"step": 0, "loss": 1.0}', '{"step": -1, "loss": 1.0}', '{"step": 9, "loss": NaN}', '{"loss": 1.0}', "[3]",
+           '{"step": 9, "loss": 1.0, "val_loss": Infinity}', '{"step": 9, "loss": "low"}', '{"step": 9, "lo', ""]
+    lines = ['{"settings": {}}', json.dumps(good[0]), *bad, json.dumps(good[1]), *bad, json.dumps(good[2])]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert list(train_log.read_rows(tmp_path / "log.jsonl")) == good
+    assert list(train_log.read_rows(tmp_path / "none.jsonl")) == []
 
 
 # ---------- Weights & Biases

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,15 @@ def test_a_users_mistake_is_told_once(lab):
     code, out = torchrun(lab, "--n_embd=33", n=2)
     assert code == 1 and out.count("error: n_embd=33 is not a multiple of n_head=2") == 1, out
     assert 'train.py", line' not in out
+
+
+def test_data_that_change_stop_all_processes_and_are_told_once(lab, data):
+    os.unlink(lab / "data")
+    shutil.copytree(data, lab / "data")
+    command = "dd if=/dev/zero of=data/words/train.bin bs=1 count=1 conv=notrunc 2> /dev/null"
+    assert together(2, lab, fault=f"shell:12,{command}") == [2, 2]
+    assert "was changed while it was being read; the run is saved after 14 steps" in said(lab)
+    assert (lab / "out/words/ckpt_00000014.pt").exists() and "error" not in said(lab, 1)
 
 
 def test_what_torchrun_would_have_set(lab):

@@ -242,7 +242,8 @@ def run_python(clone, part, arguments):
         known = bench_settings(arguments[2])
         quick = [argument for argument in quick if argument[2:].partition("=")[0] in known]
         quick += NAMED.get(arguments[2], [])
-    argv = [*arguments, *quick, *(SMALLER if "config/train_small.py" in arguments else ())]
+    large = {"config/train_small.py", "config/openllm_small.py"} & set(arguments)
+    argv = [*arguments, *quick, *(SMALLER if large else ())]
     if program in started:
         done = programs.run(*argv, cwd=clone)
     else:

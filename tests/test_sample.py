@@ -59,6 +59,11 @@ def test_filters_by_brute_force():
         assert order[0] in kept(logits, temperature=t, top_k=k, top_p=1e-9, min_p=1.0)
 
 
+def test_min_p_keeps_what_has_exactly_this_share():
+    """Of two tokens that are equally likely, both stay."""
+    assert kept([1.0, 1.0, 0.0], min_p=1.0) == {0, 1}
+
+
 def test_filters_work_on_rows():
     """Rows of logits are filtered as each is alone."""
     logits = torch.randn(3, 20)
@@ -284,6 +289,24 @@ def test_prompts(tiny_run, tmp_path, monkeypatch, capsys):
     assert "the prompt has 200 tokens, the context 32: the first 168 are ignored" in shown.err
     assert shown.out.startswith(long)
     assert len(in_process(tiny_run, monkeypatch, capsys, "--seed=1").out) > 2  # none: starts from end-of-text
+
+
+def test_the_end_of_a_long_prompt_counts(tiny_run, monkeypatch, capsys):
+    """The text goes on as it would after the last 32 characters alone."""
+    long, settings = "the cat sees a dog. my friend likes the old man.\n", ("--temperature=0", "--max_new_tokens=20")
+    shown = [in_process(tiny_run, monkeypatch, capsys, f"--prompt={text}", *settings) for text in (long, long[-32:])]
+    assert shown[0].out.removeprefix(long) == shown[1].out.removeprefix(long[-32:]) != shown[0].out
+
+
+def test_stop_strings_as_they_are_typed(tiny_run, monkeypatch, capsys):
+    """\\n and \\t are a line end and a tab, 256 characters are fine, and after a stop string nothing is computed."""
+    seen = []
+    monkeypatch.setattr(sample, "TextStream", lambda *args: seen.append(args[1]) or TextStream(*args))
+    whole = in_process(tiny_run, monkeypatch, capsys, "--prompt=the ", "--temperature=0").out
+    shown = in_process(tiny_run, monkeypatch, capsys, "--prompt=the ", "--temperature=0", f"--stop={whole[4:7]}",
+                       "--stop=a\\tb\\n", "--stop=" + "x" * 256)
+    assert seen == [[], [whole[4:7], "a\tb\n", "x" * 256]]
+    assert shown.out == "the \n" and "[3 tokens" in shown.err
 
 
 def test_a_file_is_read_as_it_is(here):

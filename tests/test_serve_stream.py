@@ -74,6 +74,8 @@ def test_d4_the_end_in_a_character(script):
     events = script.events(**body)
     assert [event["text"] for event in events if event["text"]] == ["a", "\ufffd"]
     assert script.text(**body) == "a\ufffd"
+    answer = script.generate(stop="\ufffd", **body)  # which only the end of the text completes
+    assert (answer["generated_text"], answer["finish_reason"]) == ("a", "stop")
 
 
 @pytest.mark.parametrize("said, stop, due", [
