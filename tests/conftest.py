@@ -22,6 +22,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Asserts in these show their values, as those of the tests do.
+pytest.register_assert_rewrite("engines", "evaluations", "faults", "http_client", "pages", "programs", "servers")
 
 from runtime import console, machine
 from text import pretrained
