@@ -299,7 +299,7 @@ class Server:
                     self.counts["request_seconds_count"] += 1
         path = route
         if status == 404:
-            path = getattr(connection, "path", route).partition("?")[0][:60]
+            path = ascii(getattr(connection, "path", route).partition("?")[0][:60])[1:-1]
         line = f"{path} {status} {1000 * (now - connection.started):.0f} ms"
         if connection.requests:
             read = sum(len(request.ids) for request in connection.requests)

@@ -123,6 +123,7 @@ def test_8_windows_at_once_equal_8_one_by_one(lab, monkeypatch):
     assert max((end[0][name] - end[1][name]).abs().max().item() for name in end[0]) < 1e-5  # (AdamW divides)
     # Once more: the sum over all tokens that are trained, divided once by their number.
     data, model = datasets.Dataset.open("data/talk"), ckpt.load_run("base")[0]
+    train.init_markers(model, data.load_tokenizer())
     idx, targets = data.batch(T, 8, 1337, 0)
     counts = (targets >= 0).sum(dim=1).tolist()
     assert max(counts) > 4 * min(counts) > 0

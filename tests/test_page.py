@@ -55,9 +55,12 @@ def serve_torn(run=RUN, wait=None, **settings):
 class Page:
     """The page of the server at `port`. refused: the test has the server refuse something, which the console tells."""
 
-    def __init__(self, browser, port):
+    def __init__(self, browser, port, new=False):
         self.browser, self.refused = browser, False
         browser.get(f"http://127.0.0.1:{port}/")
+        if not new:  # as one who has been there, and has chosen Text
+            self.js("localStorage.openllm = JSON.stringify({...JSON.parse(localStorage.openllm ?? '{}'), chat: false})")
+            browser.get(f"http://127.0.0.1:{port}/")
 
     def js(self, code, *arguments):
         return self.browser.execute_script(code, *arguments)
@@ -102,11 +105,11 @@ def torn_server():
 
 @pytest.fixture
 def visit(browser):
-    """visit(port) opens the page of the server at this port, as one who has never been there."""
+    """visit(port) opens the page of the server at this port; new=True: as one who has never been there."""
     pages = []
 
-    def visit(port):
-        pages.append(Page(browser, port))
+    def visit(port, new=False):
+        pages.append(Page(browser, port, new))
         return pages[-1]
 
     yield visit
@@ -209,6 +212,7 @@ def test_the_text_ends_before_a_stop_string_and_a_seed_repeats_it(page, model):
     page.type("stop", "low", Keys.ENTER, "o\\n", Keys.ENTER, "o w")
     page.type("text", "x", CONTROL_ENTER)
     page.says("Done")
+    page.until("!running && last")
     assert page.get("text.value") == "xhell" and page.texts() == list("hell")
     page.js("for (const field of fields) field.value = ''")
     page.type("temperature", "2")
@@ -312,6 +316,86 @@ def test_chat(page, model, browser):
     assert page.get("[said.length, message.value, $('log').children.length]") == [0, "hi\nyou", 0]
 
 
+@pytest.fixture
+def window(browser):
+    """window(width, height) sets the size of the page, as the browser of a laptop or a phone has it."""
+    def size(width, height):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 500))
+
+    yield size
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("width, height", [(1366, 625), (1280, 720), (390, 844)])
+def test_a_chat_model_opens_with_its_box_in_sight(torn_server, model, visit, window, width, height):
+    """Who comes for the first time can type at once: nothing lies over the box, which has the focus."""
+    model.say("Hello", prompt=len(ByteTokenizer().chat([{"role": "user", "content": "hi"}])))
+    window(width, height)
+    page = visit(torn_server.port, new=True)
+    page.says("Ready")
+    page.js("$('temperature').value = 0")
+    on_top = """const box = message.getBoundingClientRect();
+        return [[.1, .1], [.5, .5], [.9, .9]].map(([x, y]) => document.elementFromPoint(
+            box.x + x * box.width, box.y + y * box.height).id)"""
+    assert page.js(on_top) == ["message"] * 3 and page.get("document.activeElement.id") == "message"
+    page.type("message", "hi", Keys.ENTER)
+    page.says("Done")
+    assert page.js(on_top) == ["message"] * 3 and "Hello" in page.get("$('log').innerText")
+    last = "$('log').lastElementChild.getBoundingClientRect().bottom"
+    assert page.get(last) <= page.get("bar.getBoundingClientRect().top") + 1
+    assert page.get("document.title") == f"{page.get('info.name')} \u00b7 OpenLLM"
+
+
+def test_a_reload_keeps_the_chat_and_the_draft(torn_server, model, visit, browser):
+    messages = [{"role": "user", "content": "hi"}]
+    model.say("Hello", prompt=len(ByteTokenizer().chat(messages)))
+    page = visit(torn_server.port, new=True)
+    page.says("Ready")
+    page.js("$('temperature').value = 0")
+    page.type("message", "hi", Keys.ENTER)
+    page.says("Done")
+    page.type("message", "a draft")
+    browser.refresh()
+    page.says("Ready")
+    assert page.get("said") == [*messages, {"role": "assistant", "content": "Hello"}]
+    assert page.get("message.value") == "a draft" and "Hello" in page.get("$('log').innerText")
+    page.click("fresh")
+    browser.refresh()
+    page.says("Ready")
+    assert page.get("[said.length, $('log').children.length]") == [0, 0]
+
+
+def test_examples_to_click_on(torn_server, model, visit, browser):
+    model.say("Hi!", prompt=len(ByteTokenizer().chat([{"role": "user", "content": "Hello!"}])))
+    page = visit(torn_server.port, new=True)
+    page.says("Ready")
+    page.js("$('temperature').value = 0")
+    assert page.get("$('examples').innerText").split("\n") == ["Try", "Hello!", "What can you do?"]
+    browser.find_element(By.CSS_SELECTOR, "#examples button").click()
+    page.says("Done")
+    assert page.get("said.map((one) => one.content)") == ["Hello!", "Hi!"] and not page.element("examples").is_displayed()
+
+
+def test_a_full_chat_drops_its_oldest_turns_and_says_so(torn_server, model, visit):
+    """The server refuses what does not fit; the page asks again without the oldest question and answer."""
+    page = visit(torn_server.port, new=True)
+    page.says("Ready")
+    page.js("$('temperature').value = 0")
+    long = "x" * 1500  # of a context of 4,096 bytes
+    page.js("said.push(...[0, 1, 2].flatMap(() => [{role: 'user', content: arguments[0]},"
+            " {role: 'assistant', content: 'y'}]))", long)
+    model.say("Yes", prompt=len(ByteTokenizer().chat([
+        {"role": "user", "content": long}, {"role": "assistant", "content": "y"},
+        {"role": "user", "content": long}, {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "and?"}])))
+    page.refused = True
+    page.type("message", "and?", Keys.ENTER)
+    page.says("Done")
+    assert "the model no longer sees the first 2 messages" in page.get("$('log').innerText")
+    assert page.get("said.length") == 8 and page.get("said.at(-1).content") == "Yes"
+
+
 def test_no_chat_without_a_format(visit, browser):
     """A model without a chat format has no tab for chats."""
     with serve_torn(RUN | {"chat": False}) as client:
@@ -329,11 +413,11 @@ def test_the_model(visit, tmp_path):
         page = visit(client.port)
         page.says("Ready")
         card = page.element("card").text.replace("\n", " ")
-        for part in ("parameters ", "layers 1, width 4", "context 4,096 tokens", "vocabulary 257", "updates 40",
+        for part in ("parameters ", "layers 1, n_embd 4", "context 4,096 tokens", "vocabulary 257", "steps 40",
                      "validation loss 2.500", "bits per byte 1.500", "trained on words", "runs on cpu, float32"):
             assert part in card, card
         assert page.get("document.querySelector('.train').getAttribute('d').split('L').length") == len(rows)
-        assert page.get("document.querySelector('svg').ariaLabel") == "Loss from 5.00 to 4.50 in 40 updates"
+        assert page.get("document.querySelector('svg').ariaLabel") == "Loss from 5.00 to 4.50 in 40 steps"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,7 +487,7 @@ def test_full(visit):
 
 
 def test_key(visit, monkeypatch, browser):
-    """A server with a key asks for it, keeps it in memory alone, and code that is copied does not hold it."""
+    """A server with a key asks for it, keeps it for this tab alone, and code that is copied does not hold it."""
     monkeypatch.setenv("OPENLLM_API_KEY", KEY)
     with serve_torn(key=KEY) as client:
         client.model.say("yes")
@@ -418,9 +502,12 @@ def test_key(visit, monkeypatch, browser):
         page.type("text", "x", CONTROL_ENTER)
         page.says("Done")
         assert page.get("text.value") == "xyes" and not page.element("keyform").is_displayed()
-        assert KEY not in page.get("JSON.stringify([localStorage, sessionStorage]) + asCurl(request())")
+        assert KEY not in page.get("JSON.stringify(localStorage) + asCurl(request())")
         assert '-H "Authorization: Bearer $OPENLLM_API_KEY"' in page.get("asCurl(request())")
         compile(page.get("asPython(request())"), "", "exec")
+        browser.refresh()  # the same tab need not ask again
+        page.says("Ready")
+        assert not page.element("keyform").is_displayed()
 
 
 def test_a_phone_in_the_dark(page, model, browser):
