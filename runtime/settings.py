@@ -120,9 +120,9 @@ def read_flag(argument, following, kinds):
 
 def read_config(path, kinds):
     """{name: value} of the settings that a config file assigns."""
-    # 1. `train_small` is config/train_small.py; a text is not a recipe.
+    # 1. `train_small` is config/train_small.py of this project, wherever one is; a text is not a recipe.
     folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "config")
-    recipe = os.path.join(folder, path.removesuffix(".py") + ".py")
+    recipe = os.path.join(folder, path.removeprefix("config/").removesuffix(".py") + ".py")
     if not os.path.exists(path) and os.path.isfile(recipe):
         path = recipe
     if not os.path.isfile(path):

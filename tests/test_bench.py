@@ -63,7 +63,7 @@ def test_a_bench_knows_its_own_settings_only(capsys):
     with pytest.raises(SystemExit):
         bench.main(["generate", "--help"])
     out = capsys.readouterr().out
-    assert re.findall(r"^--(\w+)", out, re.M) == ["peer", "prompt", "new_tokens", "repeats", "tiny"]
+    assert re.findall(r"^  --(\w+)=", out, re.M) == ["peer", "prompt", "new_tokens", "repeats", "tiny"]
     assert "python -m bench generate" in out and "no setting 'minutes'" in error(bench.main, "doctor", "--minutes=2")[0]
 
 

@@ -414,7 +414,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
 
 
 @pytest.mark.parametrize("argv, fact, fix", [
-    (["out/nowhere"], "there is no run out/nowhere", "train.py"),
+    (["out/nowhere"], "there is no run out/nowhere", "out/"),
     (["--tasks=nothing"], "there is no task 'nothing'", "completion,reading,reasoning,sentiment"),
     (["--tasks=x.jsonl", "--shots=3"], "shots=3, but for x.jsonl, line 1 there are only 2 examples", "--shots=2"),
     (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "for x.jsonl, line 1 there are only 0 examples", "=0"),

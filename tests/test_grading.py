@@ -243,7 +243,7 @@ def test_a_wrong_row_is_named(here, wrong):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "t.json: not JSON"), ("[]", "t.json: no field `data`, but list"), ('{"data": {}}', "`data` is not a list"),
+    ("", "t.json: not JSON"), ("[]", "t.json is a list of rows"), ('{"data": {}}', "`data` is not a list"),
     ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`, but"), ('{"data": []}', "holds 0 questions"),
     ('{"data": ["x"]}', "data[0]: no field `paragraphs`, but str"), (squad(context=1), "`context` is not a text but"),
     (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json: not to be read"),

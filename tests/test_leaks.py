@@ -125,7 +125,7 @@ def test_the_report_is_printed_and_kept(here, capsys):
     (here / "a.txt").write_text(words(3000) + "\0 caf\u00c3\u00a9\n" + words(3000), encoding="utf-8")
     prepare.main(["a.txt", "--tokenizer=char"])
     said = capsys.readouterr().err
-    for line in ("1 documents, 6,010 bytes; dropped: nothing", "the median one has 6,010 bytes",
+    for line in ("1 document, 6,010 bytes; dropped: nothing", "the median one has 6,010 bytes",
                  "not ASCII: \u00a9 1, \u00c3 1", "odd characters: U+0000 1", "overlap: 1 of 1 validation documents",
                  "bytes per token"):
         assert line in said, line

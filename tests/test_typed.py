@@ -48,7 +48,7 @@ def test_every_name_from_elsewhere_is_no_name_here_and_leads_to_one():
 
 
 def test_recipes_are_found_by_their_name(here):
-    for name in ("train_small", "train_small.py", str(ROOT / "config/train_small.py")):
+    for name in ("train_small", "train_small.py", "config/train_small.py", str(ROOT / "config/train_small.py")):
         settings = load(train.TrainConfig, [name], files=True)[0]
         assert settings.n_embd == 256 and settings.out_dir == "out/small"
 
