@@ -59,8 +59,7 @@ class Page:
         self.browser, self.refused = browser, False
         browser.get(f"http://127.0.0.1:{port}/")
         if not new:  # as one who has been there, and has chosen Text
-            self.js("localStorage.openllm = JSON.stringify({...JSON.parse(localStorage.openllm ?? '{}'), chat: false})")
-            browser.get(f"http://127.0.0.1:{port}/")
+            self.js("modes[0].checked = true; setMode()")
 
     def js(self, code, *arguments):
         return self.browser.execute_script(code, *arguments)
