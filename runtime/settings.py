@@ -152,15 +152,21 @@ def read_config(path, kinds):
 def known(name, kinds, where):
     """The type of a setting. Raises UserError with the most similar name."""
     if name not in kinds:
-        ours = [words for words in ELSEWHERE.get(name, "").split() if words.partition("=")[0] in kinds]
-        near = ours or difflib.get_close_matches(name, kinds, 1)
+        names = {other: ours(other, kinds)[0] for other in ELSEWHERE if ours(other, kinds)}
+        names |= {setting: setting for setting in kinds}
+        near = ours(name, kinds) or [names[other] for other in difflib.get_close_matches(name, names, 1)]
         fix = "--help lists every setting"
-        if near:
-            fix = f"--{near[0]}"
-        elif name in A_MODEL:
+        if name in A_MODEL:
             fix = "--preset=NAME, or --init_from=RUN" if "preset" in kinds else "name the RUN alone, without an option"
+        elif near:
+            fix = f"--{near[0]}"
         raise UserError(f"{where}: there is no setting {name!r}", fix)
     return kinds[name]
+
+
+def ours(name, kinds):
+    """What a name from elsewhere is called here: the settings of it that a script has."""
+    return [words for words in ELSEWHERE.get(name, "").split() if words.partition("=")[0] in kinds]
 
 
 def check_limits(settings, limits):

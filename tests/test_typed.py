@@ -34,7 +34,8 @@ SETTINGS = {"train": train.TrainConfig, "sample": sample.SampleConfig, "prepare"
     (sample.main, "--n=40", "--max_new_tokens"), (sample.main, "--length=40", "--max_new_tokens"),
     (sample.main, "--temp=1", "--temperature"), (sample.main, "--model-path=out/small", "name the RUN alone"),
     (sample.main, "--max-length=40", "--max_new_tokens"), (prepare.main, "--output=x", "--out"),
-    (serve.main, "--workers=4", "--rows"), (export.main, "--output_dir=x", "--out")])
+    (sample.main, "--lenght=4", "--max_new_tokens"), (train.main, "--batchsize=4", "--batch_size"),
+    (train.main, "--learning-rat=1", "--learning_rate"), (serve.main, "--workers=4", "--rows"), (export.main, "--output_dir=x", "--out")])
 def test_names_from_elsewhere(here, main, typed, fix):
     assert error(main, typed)[1].startswith(fix)
 
