@@ -100,6 +100,7 @@ class Plan:
 
 def read(sources, settings, skipped=None):
     """The documents of the sources. skipped: collects the rows that cannot be read."""
+    # Each pass skips the same rows; only the first, in `make_plan`, shows them.
     skipped = skipped or Skipped(settings.strict)
     if settings.format == "chat":
         names = [name for name in settings.fields.split(",") if name]
@@ -117,6 +118,8 @@ def make_plan(sources, settings):
         try:
             key, size, length, n_words = measure(document, seen, settings.min_words, progress)
         except UserError as error:
+            # A file that is not UTF-8: later passes do not open it, since its split is
+            # SKIP.
             skipped.add(error)
             key, size, length, n_words = 0, UNREADABLE, 0, 0
         split = {None: CUT, False: TRAIN, True: VAL}[document.held_out]
@@ -174,6 +177,7 @@ def measure(document, seen, min_words, progress):
 
 def say_skipped(skipped, readable):
     """Show what could not be read; where that is all, it is an error."""
+    # A single bad file, or rows of a layout that is unknown: the error has the fix.
     if skipped.count and not readable:
         raise skipped.shown[0]
     for error in skipped.shown:
@@ -527,6 +531,8 @@ def next_command(out, meta, settings):
     arguments = list(RECIPES[settings.format, start])
     if start in ("run", "hugging_face"):
         arguments.append(f"--init_from={model}")
+    # A token that occurs a few times is not learned: the text should have a hundred for
+    # each.
     elif meta["vocab_size"] > LARGE_VOCABULARY and meta["train"]["tokens"] < 100 * meta["vocab_size"]:
         note(f"{meta['vocab_size']:,} tokens are a large vocabulary for so short a text; "
              "--tokenizer=bpe learns a small one")
