@@ -48,7 +48,7 @@ def test_no_encoding_at_all(here):
 
 
 @pytest.mark.parametrize("name, tool", [
-    ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
+    ("ROWS of TEXT.pdf", "pdftotext 'ROWS of TEXT.pdf' 'ROWS of TEXT.txt'"), ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
     ("a.zst", "zstd -d a.zst"), ("a.csv", "pandas.read_csv"), ("a.parquet", "a.parquet a.jsonl, then --text_field"),
     ("a.xyz", "the ending .txt")])
 def test_other_kinds_of_files_name_the_tool(here, name, tool):
