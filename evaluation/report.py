@@ -9,9 +9,9 @@ import json
 import os
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
-HEADINGS = {"accuracy": "right", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
+HEADINGS = {"accuracy": "accuracy", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
 # What else there is to know of a task, and of samples: {key: (heading, format)}
-ASIDES = {"calibration_error": ("calibration error", ".2f"), "cut": ("prompts cut at their beginning, to fit", ","),
+ASIDES = {"calibration_error": ("calibration error", ".2f"), "cut": ("prompts truncated on the left", ","),
           "chat": ("in the chat format", "")}
 SAMPLES = {"words": ("sample words", ","), "distinct_1": ("distinct-1", ".2f"), "distinct_2": ("distinct-2", ".2f"),
            "repetition": ("repetition", ".2f")}
@@ -79,7 +79,7 @@ def notes(results):
         lines.append(f"{name}: {size['bytes']:,} bytes, {size['words']:,} words, {size['documents']:,} documents"
                      + "".join(contexts))
     for name, task in every_task(results).items():
-        chance = f"; by chance {100 * task['chance']:.1f}" if "chance" in task else ""
+        chance = f"; chance: {100 * task['chance']:.1f}" if "chance" in task else ""
         lines.append(f"{name}: {task['n']} questions; percent ± standard error{chance}")
     lines.append(f"shots={settings['shots']}, cot={settings['cot']}, votes={settings['votes']}; {settings['dtype']} on "
                  f"{versions['device']}, {versions['threads']} threads; {results['seconds'] / 60:.1f} minutes")
@@ -92,7 +92,7 @@ def tables(results):
     """Everything as text."""
     parts = [table(measures(results)), "\n".join(notes(results))]
     if results["differences"]:
-        heading = ["model", "task", f"difference to {results['models'][0]['model']}"]
+        heading = ["model", "task", f"difference from {results['models'][0]['model']}"]
         rows = [[row["model"], row["task"], cell(row)] for row in results["differences"]]
         parts.append(table([heading, *rows]))
     return "\n\n".join(parts)
