@@ -183,7 +183,7 @@ def say_skipped(skipped, readable):
     for error in skipped.shown:
         warn(f"left out: {error.fact}")
     if skipped.count:
-        warn(f"unreadable: {skipped.count:,}; read: {readable:,}; --strict stops at the first")
+        warn(f"{skipped.count:,} unreadable, {readable:,} read; --strict stops at the first")
 
 
 def choose_splits(keys, split_of, settings):
@@ -290,10 +290,10 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         raise UserError("the text changed while it was being read", "run the command again")
     for split, n in counts.items():
         if not n["tokens"]:
-            raise UserError(f"{plan.bytes} bytes of text are not enough for two splits", "give more text")
+            raise UserError(f"too little text for two splits: {counted(plan.bytes, 'byte')}", "give more text")
         if chat and not n["trained_bytes"]:
-            raise UserError(f"in none of the {n['documents']:,} conversations of the {split} split does the "
-                            "assistant say anything", "give more conversations with answers")
+            raise UserError(f"the assistant says nothing in any of the {n['documents']:,} conversations of the {split} "
+                            "split", "give more conversations with answers")
         n["sha256"] = sealed(os.path.join(folder, f"{split}.bin"))
         if chat:
             n["mask_sha256"] = sealed(os.path.join(folder, f"{split}.mask.bin"))

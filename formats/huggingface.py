@@ -22,7 +22,7 @@ from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
 from runtime.files import check_like, read_json
 
-SOURCE = "download its files again; convert *.bin files by transformers' save_pretrained"
+SOURCE = "download its files again; convert *.bin files with transformers' save_pretrained"
 
 # ---------- The settings
 
@@ -57,7 +57,7 @@ def our_config(theirs):
         detail = f"missing or unknown {error}"
     except (AssertionError, ValueError, TypeError, AttributeError) as error:
         detail = error
-    raise UserError(f"config.json has no model that can be built: {detail}", "use another model")
+    raise UserError(f"config.json describes a model that cannot be built: {detail}", "use another model")
 
 
 def translate(theirs):

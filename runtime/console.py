@@ -154,9 +154,8 @@ class Progress:
         speed = (done - self.before) / (now - self.start)
         line = f"{self.what}: {done:,} of {self.total:,} {self.unit}"
         if self.unit == "bytes":
-            line = f"{self.what}: {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
-            if self.total:
-                line += f" of {self.total / 1e6:,.1f} MB"
+            of_all = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            line = f"{self.what}: {done / 1e6:,.1f}{of_all} MB, {speed / 1e6:.1f} MB/s"
         if self.total:
             line += f", {duration((self.total - done) / speed)} left"
         say(line, end="\r" if terminal else "\n")

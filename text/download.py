@@ -148,5 +148,5 @@ def get(address, **headers):
             raise Failed(f"it redirects to {public(hop.url)}, without encryption")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise Failed(f"the server compresses it ({encoding})")
+        raise Failed(f"the server sends it compressed ({encoding})")
     return response

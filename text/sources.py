@@ -199,7 +199,7 @@ def check_kind(path, kinds):
     fix = TOOLS.get(ending.lower(), "rename plain text to .txt, and leave out --format=chat")
     names = {"FILE": path, "TEXT": stem + ".txt", "ROWS": stem + ".jsonl"}
     fix = re.sub("FILE|TEXT|ROWS", lambda word: quote(names[word[0]]), fix)
-    raise UserError(f"{path} is not a readable kind of file: {', '.join(kinds)}, .json, or .gz of these", fix)
+    raise UserError(f"{path} is not a supported kind of file ({', '.join(kinds)}, .json, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):

@@ -175,7 +175,7 @@ def check_model(settings, weights, path, int8=False):
     try:
         model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"{path} has no valid model: {error}", "use another model") from None
+        raise UserError(f"{path} is not a valid model: {error}", "use another model") from None
     if int8:
         model = quantize(model)
     fitting(model, weights, path)
