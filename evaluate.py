@@ -191,7 +191,7 @@ def measure_samples(engine, settings):
     ids = tokenizer.encode(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
-        raise UserError(f"--prompt fills the context: {len(ids)} of {engine.context} tokens", "shorten it")
+        raise UserError(f"--prompt fills the context of {engine.context} tokens: it has {len(ids)}", "shorten it")
     how = dict(ids=ids, max_tokens=longest, ignore_eos=True)
     requests = [Request(seed=seed_for("sample", settings.seed, i), **how) for i in range(settings.samples)]
     work(engine, requests)

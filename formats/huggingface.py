@@ -189,7 +189,7 @@ def our_weights(theirs, config, where):
     unknown = [name for name in theirs.keys() - due.keys() - {"lm_head.weight"} if not name.endswith(BUFFERS)]
     if unknown:
         names = ", ".join(sorted(unknown)[:20])
-        raise UserError(f"{where}: tensors that its config.json does not have: {names}", SOURCE)
+        raise UserError(f"{where} has tensors unknown to its config.json: {names}", SOURCE)
 
     # 2. Copy them. The padding of the vocabulary stays zero.
     weights = {name: torch.zeros(empty.shape) for name, empty in like.items()}

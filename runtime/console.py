@@ -73,7 +73,7 @@ def print_error(text, end="\n"):
     text = CLEAR * moving + printable(text) + end
     moving = end == "\r"
     if dropped:
-        text = f"\n({dropped} lines could not be written here)\n{text}"
+        text = f"\n({counted(dropped, 'line')} could not be written here)\n{text}"
     try:
         descriptor = sys.stderr.fileno()
     except OSError:  # it is in memory, as in a test

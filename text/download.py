@@ -39,7 +39,7 @@ def download(address, path, size=0, sha256=""):
     if os.path.exists(path):
         if sha256 and file_sha256(path) != sha256:
             raise UserError(f"{path} is not {url}: {wrong}", f"rm {quote(path)} and rerun to fetch it")
-        note(f"using {path}, from {url}: delete it to fetch it again")
+        note(f"using {path} for {url}; delete it to fetch it again")
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -191,7 +191,7 @@ def continue_run(resumed, settings, given, data, here):
     what = f"{out_dir} was started with"
     fix = "the same command with the same data, or --out_dir=out/ANOTHER for a new run"
     if was["dataset"] != now["dataset"] and was["data"] != now["data"]:
-        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was begun with"
+        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was started with"
         fix = f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run"
     compare(was, now, may_change(was, now, given), what, fix)
     if settings.eval_only:
