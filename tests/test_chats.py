@@ -95,15 +95,15 @@ def messages(**last):
 
 WRONG = [
     ('{"prompt": "a"', ": not JSON: Expecting ',' delimiter at column 15"),
-    ("[" * 200_000, ": not to be read"),
+    ("[" * 200_000, ": unreadable"),
     ("[]", ": `messages` is empty"),
     ('"text"', ": `the row` is not an object but str"),
     ("null", ": `the row` is not an object but null"),
-    ("{}", ": no fields of a conversation, but none"),
-    ('{"text": "a", "id": 1}', ": no fields of a conversation, but text, id"),
-    ('{"prompt": "a", "answer": "b"}', ": no fields of a conversation, but prompt, answer"),
-    ('{"completion": "b"}', ": no fields of a conversation, but completion"),
-    ('{"instruction": "a", "input": "b"}', ": no fields of a conversation, but instruction, input"),
+    ("{}", ": no conversation fields; found none"),
+    ('{"text": "a", "id": 1}', ": no conversation fields; found text, id"),
+    ('{"prompt": "a", "answer": "b"}', ": no conversation fields; found prompt, answer"),
+    ('{"completion": "b"}', ": no conversation fields; found completion"),
+    ('{"instruction": "a", "input": "b"}', ": no conversation fields; found instruction, input"),
     ('{"messages": "a"}', ": `messages` is not a list but str"),
     ('{"messages": null, "prompt": "a", "completion": "b"}', ": `messages` is not a list but null"),
     ('{"messages": {}}', ": `messages` is not a list but dict"),
@@ -114,8 +114,8 @@ WRONG = [
     (messages(role="user", text="a"), ": messages[1]: no field `content`, but role, text"),
     (messages(role=1, content="a"), ": messages[1]: `role` is not a text but int"),
     (messages(role=["user"], content="a"), ": messages[1]: `role` is not a text but list"),
-    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', none of system, developer, user"),
-    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', none of system, developer, user"),
+    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', not one of system, developer, user"),
+    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', not one of system, developer, user"),
     (messages(role="assistant", content=None), ": messages[1]: `content` is not a text but null"),
     (messages(role="user", content=[{"type": "text", "text": "a"}]), ": messages[1]: `content` is not a text but list"),
     (messages(role="user", content="\ud800"), ": messages[1]: `content` has half a character, '\\ud800'"),
@@ -148,14 +148,14 @@ def test_wrong_rows(here, row, fact):
 def test_wrong_lists(here, content, fact):
     (here / "a.json").write_text(content)
     found, fix = wrong("a.json")
-    assert found.startswith(fact) and "a row is like" in fix
+    assert found.startswith(fact) and 'expected {"messages": [{"role": "user"' in fix
 
 
 def test_wrong_sources(here, monkeypatch):
     for name in ("notes.txt", "page.md", "code.py", "table.csv", "README", "notes.txt.gz"):
         (here / name).write_text("text")
         fact, fix = wrong(name)
-        assert fact == f"{name} is not one of the kinds that can be read: .jsonl, .json, or .gz of these"
+        assert fact == f"{name} is not a supported kind of file (.jsonl, .json, or .gz of these)"
         assert "--format=chat" in fix or name == "table.csv" and "pandas" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
