@@ -108,10 +108,10 @@ WRONG = [
     ('{"messages": null, "prompt": "a", "completion": "b"}', ": `messages` is not a list but null"),
     ('{"messages": {}}', ": `messages` is not a list but dict"),
     ('{"messages": []}', ": `messages` is empty"),
-    ('{"messages": ["a"]}', ": messages[0]: no field `role`, but str"),
-    (messages(), ": messages[1]: no field `role`, but none"),
-    (messages(content="a"), ": messages[1]: no field `role`, but content"),
-    (messages(role="user", text="a"), ": messages[1]: no field `content`, but role, text"),
+    ('{"messages": ["a"]}', ": messages[0]: no field `role`; found str"),
+    (messages(), ": messages[1]: no field `role`; found none"),
+    (messages(content="a"), ": messages[1]: no field `role`; found content"),
+    (messages(role="user", text="a"), ": messages[1]: no field `content`; found role, text"),
     (messages(role=1, content="a"), ": messages[1]: `role` is not a text but int"),
     (messages(role=["user"], content="a"), ": messages[1]: `role` is not a text but list"),
     (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', not one of system, developer, user"),
@@ -120,9 +120,9 @@ WRONG = [
     (messages(role="user", content=[{"type": "text", "text": "a"}]), ": messages[1]: `content` is not a text but list"),
     (messages(role="user", content="\ud800"), ": messages[1]: `content` has half a character, '\\ud800'"),
     ('{"conversations": []}', ": `conversations` is empty"),
-    ('{"conversations": [{"text": "a"}]}', ": conversations[0]: no field `role`, but text"),
-    ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`, but from"),
-    ('{"prompt": ["a"], "completion": "b"}', ": prompt[0]: no field `role`, but str"),
+    ('{"conversations": [{"text": "a"}]}', ": conversations[0]: no field `role`; found text"),
+    ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`; found from"),
+    ('{"prompt": ["a"], "completion": "b"}', ": prompt[0]: no field `role`; found str"),
     ('{"prompt": "a", "completion": null}', ": `completion` is not a text but null"),
     ('{"instruction": "a", "input": 1, "output": "b"}', ": `input` is not a text but int"),
     ('{"instruction": "a", "input": "\\udc00", "output": "b"}', ": `input` has half a character"),
@@ -159,10 +159,10 @@ def test_wrong_sources(here, monkeypatch):
         assert "--format=chat" in fix or name == "table.csv" and "pandas" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
-        assert fact.startswith(f"{name} does not exist, nor does") and " .jsonl" in fact and ".txt" not in fact
+        assert fact == f"{name} " + ("matches no .jsonl, .json file (or .gz of these)" if "*" in name else "does not exist")
         assert "one of: stdlib" in fix
     assert wrong(".")[0] == ". holds no .jsonl file (or .gz of these)"
-    assert wrong("*.json")[0].endswith("match a .jsonl, .json file (or .gz of these)")
+    assert wrong("*.json")[0] == "*.json matches no .jsonl, .json file (or .gz of these)"
     (here / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}')
     assert wrong("latin.jsonl")[0] == "latin.jsonl is not UTF-8: byte 0xe9 at offset 15"
     monkeypatch.setattr(files, "JSON_BYTES", 10)

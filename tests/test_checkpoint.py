@@ -152,7 +152,7 @@ def test_what_is_no_file_is_no_run(here, monkeypatch):
         assert "out/a" in error(lambda _: ckpt.read_run(run))[0]
     assert ckpt.find_run() == os.path.relpath(ckpt.SMALL)
     monkeypatch.setattr(ckpt, "SMALL", "nowhere")
-    assert "no trained run below out/" in error(lambda _: ckpt.find_run())[0]
+    assert "no trained run in out/" in error(lambda _: ckpt.find_run())[0]
     for make, path in ((os.mkdir, "folder.pt"), (os.mkfifo, "pipe.pt")):
         make(path)
         assert path in error(lambda _: ckpt.load_checkpoint(path))[0]

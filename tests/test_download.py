@@ -269,7 +269,7 @@ def test_what_servers_do(here, server, mode, due):
 def test_other_errors(here, server, monkeypatch):
     fact, _ = error(lambda _: download.download("http://127.0.0.1:9/a.txt", "down/a.txt"))
     assert fact == "http://127.0.0.1:9/a.txt cannot be fetched: [Errno 111] Connection refused"
-    assert "it not a valid URL" in error(lambda _: download.download("http://[::1", "down/a.txt"))[0]
+    assert ": not a valid URL" in error(lambda _: download.download("http://[::1", "down/a.txt"))[0]
     server.files["/empty.txt"] = b""
     assert "the connection ended or stalled" in error(lambda _: fetch(server, "/empty.txt"))[0]
     with monkeypatch.context() as patch:

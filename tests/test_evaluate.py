@@ -442,7 +442,7 @@ def test_errors(place, capsys, argv, fact, fix):
 
 def test_no_run(here, monkeypatch):
     monkeypatch.setattr(evaluate.ckpt, "SMALL", "nowhere")
-    assert error(evaluate.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+    assert error(evaluate.main) == ("there is no trained run in out/", "python train.py config/train_small.py")
 
 
 @pytest.mark.parametrize("argv, what, why", [

@@ -162,7 +162,7 @@ UNSUPPORTED = [
     (dict(num_attention_heads=5, head_dim="DELETE"), "describes a model that cannot be built"),
     (dict(max_position_embeddings=10**9), "is out of range; --"),
     (dict(num_hidden_layers=10**9), "is out of range; --"),
-    (dict(max_position_embeddings=1 << 24, head_dim=512), "block_size=16,777,216 cannot"),
+    (dict(max_position_embeddings=1 << 24, head_dim=512), "block_size=16,777,216 is too large for head_dim=512"),
     (dict(num_hidden_layers=10_000_000), "n_layer=10,000,000, but there are only 20 tensors"),
     (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
     (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight, model"),

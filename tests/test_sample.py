@@ -347,7 +347,7 @@ def test_nothing_is_asked_where_the_text_goes_to_a_file(tiny_run, monkeypatch, c
 
 
 def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
-    """Without a name it is the newest run below out/; --checkpoint and a file choose another state of it."""
+    """Without a name it is the newest run under out/; --checkpoint and a file choose another state of it."""
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/deep/other")
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/old")
     for path in (tmp_path / "out/old").glob("*.pt"):
@@ -371,7 +371,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     """Each mistake is one line that names it."""
     with monkeypatch.context() as patch:
         patch.setattr(sample.ckpt, "SMALL", "nowhere")
-        assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+        assert error(sample.main) == ("there is no trained run in out/", "python train.py config/train_small.py")
     assert "there is no run out/nowhere" in error(sample.main, "out/nowhere")[0]
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]

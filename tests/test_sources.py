@@ -204,7 +204,7 @@ def test_a_pipe_is_not_waited_for(here, read, name):
 def test_capitals_and_addresses_that_are_none(here):
     (here / "A.TXT.GZ").write_bytes(gzip.compress(b"text"))
     assert read("A.TXT.GZ") == ["text"]
-    assert "not a valid URL" in error(prepare.main, "http://[x/a.txt")[0]
+    assert ": not a valid URL" in error(prepare.main, "http://[x/a.txt")[0]
 
 
 @pytest.mark.parametrize("name, text", [("a.json", "[%s]"), ("a.jsonl", '{"text": "a", "messages": [%s]}')])

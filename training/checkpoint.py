@@ -242,8 +242,8 @@ def find_run():
     if runs := runs_below("out"):
         return runs[0]
     if not os.path.isdir(SMALL):
-        raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
-    note("there is no run below out/: using the small model that comes with the code; it writes Python")
+        raise UserError("there is no trained run in out/", "python train.py config/train_small.py")
+    note("there is no run in out/: using the small model that comes with the code; it writes Python")
     return os.path.relpath(SMALL)
 
 
