@@ -67,7 +67,7 @@ class PrepareConfig:
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
     vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, fewer below 400 KB; try 32,000 for GBs
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
-    val_fraction: float = 0.05  # share of the text that is kept for validation
+    val_fraction: float = 0.05  # share of the text held out for validation
     min_words: int = 0  # leave out documents with fewer words
     num_proc: Literal["auto"] | int = "auto"  # blocks of text encoded at once; auto: one per processor
     inspect: bool = False  # only check an existing folder: every hash, id and count
@@ -413,7 +413,7 @@ def folder_to_write(sources, settings):
     # 2) Nothing is written over that prepare.py has not written.
     for folder in (out, out + ".part", out + ".old"):
         if other := datasets.not_ours(folder):
-            raise UserError(f"{folder} holds something other than prepared data: {other}",
+            raise UserError(f"{folder} is not prepared data: {other}",
                             "--out=data/ANOTHER_NAME")
     return out
 

@@ -51,7 +51,7 @@ def needs(package, what):
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
     if numbers(version) < numbers(oldest):
-        raise UserError(f"{package} {version} is too old: unsafe with files from strangers", fix)
+        raise UserError(f"{package} {version} is too old to be safe with files from strangers", fix)
     return module
 
 

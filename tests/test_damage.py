@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written(lab, out_dir):  # row 9
 
 def test_a_disk_with_little_room_is_warned_of(lab):  # row 8
     assert lab.start("--max_iters=1", fault="little_room").wait() == 0
-    assert "warning: the checkpoints will take" in said(lab.path) and "1 MB left" in said(lab.path)
+    assert "warning: the checkpoints need" in said(lab.path) and "1 MB left" in said(lab.path)
 
 
 def test_retention(tmp_path, monkeypatch):  # row 24

@@ -165,7 +165,7 @@ def test_what_was_cut_goes_on_behind_the_last_byte(here, server, mode, known):
     if mode.startswith("length"):
         assert ("the server's file has 300,000 bytes, not 200,000" if known else "416") in fact
     else:
-        assert "the connection ended or stalled, 5 times" in fact and "run the same command again: it continues" in fix
+        assert "the connection ended or stalled, 5 times" in fact and "rerun to resume" in fix
     server.mode = ""
     server.asked.clear()
     assert open(fetch(server, **due), "rb").read() == TEXT

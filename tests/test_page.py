@@ -277,7 +277,7 @@ def test_the_request_of_the_answer_that_is_shown(page, model, browser):
         return json.loads(re.search(r"-d '(.*)'", page.get("navigator.clipboard.readText()"), re.S)[1])
 
     page.click("curl")
-    page.says("There is nothing to copy")
+    page.says("Nothing to copy yet")
     model.say("hello")
     page.type("text", "x", CONTROL_ENTER)
     page.says("Done")
@@ -462,7 +462,7 @@ def test_a_server_that_goes_and_comes_back(visit):
         page.until("text.value.length > 5")
     page.says("The server does not respond")
     assert page.get("text.value").startswith("xabcde") and not page.get("running")
-    assert "finish: broken off" in page.get("$('result').textContent")
+    assert "finish: cut off" in page.get("$('result').textContent")
     with serve_torn(port=client.port):
         page.says("Ready")
         page.type("text", CONTROL_ENTER)

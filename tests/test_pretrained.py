@@ -208,7 +208,7 @@ def test_formats_that_cannot_be_learned(tmp_path):
     forgets = CHATML.replace("in messages", "in messages[-2:]")
     for template in (last, forgets, CHATML.replace("assistant\n", "assistant\n<think>")):
         fact, fix = refused(template)
-        assert "rewrites earlier text as a conversation goes on" in fact and "one question" in fix
+        assert "rewrites earlier text as a conversation grows" in fact and "one question" in fix
     tokenizer = pretrained.from_hugging_face(folder(tmp_path / "a", config={"chat_template": last}))
     assert tokenizer.decode(check_conversation(tokenizer, turns("a", "b")[1:], tokenizer.special["<|im_end|>"])[0]) \
         == "<think>b"
@@ -218,7 +218,7 @@ def test_formats_that_cannot_be_learned(tmp_path):
         assert "puts no eos_token after an answer" in refused(CHATML, eos_token=eos)[0]
     for template in ("<|endoftext|>" + CHATML, CHATML.replace("im_end", "endoftext")):
         fact, _ = refused(template, eos_token="<|im_end|>" if template[0] == "<" else "<|endoftext|>")
-        assert "contains its end-of-text token, which stands between conversations in prepared data" in fact
+        assert "contains its end-of-text token, which separates conversations in prepared data" in fact
     assert "no chat template" in refused("")[0]
     assert "a message has no role or no text" in refused(CHATML, [*turns("a"), dict(role="assistant")])[0]
     assert "SecurityError" in refused("{{ ''.__class__.__mro__[1].__subclasses__() }}")[0]
@@ -543,7 +543,7 @@ def test_packages_that_are_missing_or_unsafe(monkeypatch, tmp_path, package, uns
     fix = f"pip install '{package}>={needed}'"
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: {package: unsafe}.get(name, "9"))
-        assert error(use) == (f"{package} {unsafe} is too old: unsafe with files from strangers", fix)
+        assert error(use) == (f"{package} {unsafe} is too old to be safe with files from strangers", fix)
         patch.setattr(importlib.metadata, "version", lambda name: needed + ".10rc1")
         use([])
     pretrained.compiled.cache_clear()

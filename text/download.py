@@ -51,8 +51,8 @@ def download(address, path, size=0, sha256=""):
             os.replace(part, path)
     except Failed as why:
         raise UserError(f"{url} cannot be fetched: {why}",
-                        "run the same command again: it continues; check the network and the address, give "
-                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
+                        "check the network and the URL, and rerun to resume; or give --mirror=ANOTHER_HOST, or "
+                        f"download the file yourself to {quote(path)}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "free space, or work in another folder") from None
     return path

@@ -93,7 +93,7 @@ class RunFolder(contextlib.ExitStack):
                 os.replace(path, path + ".damaged")
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
+            warn(f"the checkpoints need {needed / 1e6:,.0f} MB, but the disk has only {free / 1e6:,.0f} MB left")
 
 
 def remove_empty(folder):  # an error before the first step leaves no folder
@@ -310,7 +310,7 @@ def read_run(run, which="best", depth=0):
     tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
     if tokens > rows:
         raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
-                        "take both from one model")
+                        "use a model with its own tokenizer")
 
     # 2) Complete it.
     if checkpoint.get("base"):
