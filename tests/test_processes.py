@@ -228,7 +228,7 @@ def test_data_that_change_stop_all_processes_and_are_told_once(lab, data):
     shutil.copytree(data, lab / "data")
     command = "dd if=/dev/zero of=data/words/train.bin bs=1 count=1 conv=notrunc 2> /dev/null"
     assert together(2, lab, fault=f"shell:12,{command}") == [2, 2]
-    assert "was changed while it was being read; the run is saved at step 14 steps" in said(lab)
+    assert "was changed while it was being read; the run is saved at step 14\n" in said(lab)
     assert (lab / "out/words/ckpt_00000014.pt").exists() and "error" not in said(lab, 1)
 
 
