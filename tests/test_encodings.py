@@ -69,7 +69,7 @@ def test_a_list_of_rows_is_told_how_to_become_lines(here):
     (here / "a.json").write_text('[{"text": "the cat sees"}, {"text": "a dog"}]')
     fact, fix = error(prepare.main, "a.json")
     assert fact == "a.json is a list of rows" and "--format=chat" in fix
-    subprocess.run(fix.split("a line: ")[1], shell=True, check=True)
+    subprocess.run(fix.split("per line: ")[1], shell=True, check=True)
     assert [row for _, row in sources.json_lines("rows.jsonl", sources.decoded("rows.jsonl"), "")] == [
         {"text": "the cat sees"}, {"text": "a dog"}]
 
