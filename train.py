@@ -744,7 +744,7 @@ def say_plan(run):
     if run.max_iters < math.inf:
         length = (f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs, about "
                   f"{duration(expected_seconds(run))}")
-    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
+    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batch{'es' * (run.micros != 1)} of {run.batch_size} x "
         f"{settings.block_size}{shared}; {length}")
     memory.say_memory(run)
 
