@@ -113,7 +113,7 @@ class Dataset:
             path, tokens = f"{self.folder}/{split}.bin", self.meta[split]["tokens"]
             if self.chat and not len(self.chat_windows(split, block_size)):
                 raise UserError(
-                    f"block_size={block_size} is so small that no window of {path} reaches an answer",
+                    f"block_size={block_size} is too small: no window of {path} reaches an answer",
                     "a larger --block_size")
             if not self.chat and tokens <= block_size:
                 raise UserError(
@@ -143,7 +143,7 @@ class Dataset:
         # An id beyond the vocabulary would be an index out of range, on a GPU
         # without a useful message.
         if ids.max(initial=0) >= vocab_size:
-            what = f"{split}.bin has the token {ids.max()}, but the vocabulary has {vocab_size}"
+            what = f"{split}.bin has token {ids.max()} in a vocabulary of {vocab_size}"
             raise self.changed_error(f"was changed: {what}", alone=True)
         return ids.astype(np.int64)
 
@@ -399,7 +399,7 @@ def read_meta(folder):
     known = meta["format"] == 1 and meta["dtype"] in ("uint16", "uint32")
     consistent = meta.get("chat", False) is chat
     if not (known and consistent) or min(meta["vocab_size"], *counts) < 1:
-        raise UserError(f"{path} is not as format 1 should be", fix)
+        raise UserError(f"{path} is not valid format 1", fix)
     # Older files hold whole paths.
     meta["source"] = [origin(source) for source in meta["source"]]
     return meta
@@ -410,7 +410,7 @@ def no_data(folder):
     name = os.path.relpath(folder, "data")
     if os.path.isfile(name):
         stem = os.path.basename(name).partition(".")[0]
-        return UserError(f"{name} is a text, and not prepared yet",
+        return UserError(f"{name} is a text that has not been prepared",
                          f"python prepare.py {quote(name)}, then --dataset={quote(stem)}")
     prepared = [os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json")]
     near = [f"--dataset={quote(other)}, or " for other in difflib.get_close_matches(name, prepared, 1)]
@@ -447,12 +447,12 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json"
 
 
 def not_ours(folder):
-    """The first thing in a folder that prepare.py did not write, or where the folder is a file, words for
-    that; "" if there is none."""
+    """Why a folder is not prepared data: what is in it that prepare.py did not write; "" if it is."""
     # A folder with a stranger's file in it is never replaced.
     if os.path.isdir(folder):
-        return os.path.basename(foreign(folder, OURS.fullmatch))
-    return "a file of this name" if os.path.lexists(folder) else ""
+        name = os.path.basename(foreign(folder, OURS.fullmatch))
+        return name and f"it holds {name}"
+    return "it is a file" if os.path.lexists(folder) else ""
 
 
 def inspect(folder):
@@ -460,7 +460,7 @@ def inspect(folder):
     data = Dataset.open(folder, hash_all=True)
     tokenizer = data.load_tokenizer()
     sources = ", ".join(data.meta["source"])
-    say(f"{folder}: {sources}; {data.meta['dtype']}, every checksum is right")
+    say(f"{folder}: {sources}; {data.meta['dtype']}, all checksums match")
     for line in data.meta["report"]:
         say(line)
     show(example(data, tokenizer))
@@ -488,8 +488,8 @@ def example(data, tokenizer):
         parts = [names.get(i) or tokenizer.token_bytes(i) for i, _ in run]
         part = b"".join(parts).decode(errors="replace")
         text += f"\u27e6{part}\u27e7" if learned else part
-    return text + "\n(learned: what stands between \u27e6 and \u27e7)"
+    return text + "\n(learned: the text between \u27e6 and \u27e7)"
 
 
 if __name__ == "__main__":
-    print("dataset.py is read by others: python prepare.py --inspect data/NAME shows what a folder holds")
+    print("dataset.py is a module; to see what a folder holds: python prepare.py --inspect data/NAME")

@@ -9,7 +9,7 @@ Evaluation: how good is a model, and which of two is better?
     torchrun --standalone --nproc_per_node=2 evaluate.py ...    # the same numbers
 
 1. How well does it predict text? Bits per byte compare all models (evaluation/perplexity.py).
-2. How does it write? Samples are kept, with how much they repeat themselves, beside the same of real text.
+2. How does it write? Samples are kept; how much they repeat themselves is compared with real text.
 3. How does it answer? Scores have a standard error (evaluation/grading.py).
 """
 import gc
@@ -47,28 +47,28 @@ class EvaluateConfig(ModelConfig):
     # text
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line
-    megabytes: Literal["all"] | float = "all"  # only so much of each text
-    block_size: Literal["auto"] | int = "auto"  # the context, in tokens; auto: that of the model
-    stride: Literal["auto"] | int = "auto"  # tokens by which the context moves on; auto: block_size
+    megabytes: Literal["all"] | float = "all"  # only this much of each text
+    block_size: Literal["auto"] | int = "auto"  # context length in tokens; auto: the model's own
+    stride: Literal["auto"] | int = "auto"  # tokens that the window advances; auto: block_size
     batch_size: Literal["auto"] | int = "auto"  # contexts at once; auto: about 4,096 tokens
     # questions
     tasks: list[str] = field(default_factory=list)  # a,b: names of evaluation/tasks, files, or none; default: all
     limit: Literal["all"] | int = "all"  # at most this many questions of each
     shots: int = 0  # examples before each question
-    examples: str = ""  # the file of the examples; default: the questions that follow
-    cot: bool = False  # chain of thought: ask for the way to a number, and show it in the examples
+    examples: str = ""  # file of the examples; default: the task's next questions
+    cot: bool = False  # chain of thought: ask for the steps to a number and show them in examples
     chat: bool = False  # ask in the chat format, where a model has one
     votes: int = 1  # write this many answers (temperature 0.8, top_k 50) and let them vote; 1: one, greedily
     max_new_tokens: Literal["auto"] | int = "auto"  # of an answer; auto: 256 for a number, 32 for words
     # samples
     samples: int = 16  # texts to write and to measure; 0: none
-    prompt: str = ""  # what they begin with, or FILE:path; default: the end-of-text token
+    prompt: str = ""  # what they start with, or FILE:path; default: the end-of-text token
     # the results
     json: str = ""  # write everything to this file
-    html: str = ""  # and a page to look at
+    html: str = ""  # and a page for browsers
     # how
-    rows: int = 16  # texts that are written at once
-    seed: int = 1337  # of what is written with a temperature: votes and samples
+    rows: int = 16  # texts written at once
+    seed: int = 1337  # for what is written with a temperature: votes and samples
 
 
 LIMITS = {"limit block_size stride batch_size max_new_tokens": (1, 1e9), "samples": (0, 1e9), "megabytes": (1e-6, 1e6),
@@ -100,7 +100,7 @@ def choose_examples(item, pool, shots):
               if other.prompt != item.prompt and (not item.group or other.group != item.group))
     examples = list(itertools.islice(others, shots))
     if len(examples) < shots:
-        raise UserError(f"shots={shots}, but for {item.where} there are only {len(examples)} examples",
+        raise UserError(f"shots={shots}, but {item.where} has only {len(examples)} examples",
                         f"--shots={len(examples)}")
     return examples
 
@@ -112,7 +112,7 @@ def read_texts(settings, folders):
         here = [folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json"))]
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
-            note("no run names a text that is here: --data=FILE for bits per byte")
+            note("the data of these runs are not here; for bits per byte: --data=FILE")
     sources = [source for source in sources if source != "none"]
     return [read_text(source, or_else(settings.megabytes, 0.0), settings.text_field) for source in sources]
 
@@ -191,7 +191,7 @@ def measure_samples(engine, settings):
     ids = tokenizer.encode(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
-        raise UserError(f"--prompt has {len(ids)} tokens, the context is {engine.context}", "a shorter one")
+        raise UserError(f"--prompt fills the context of {engine.context} tokens: it has {len(ids)}", "shorten it")
     how = dict(ids=ids, max_tokens=longest, ignore_eos=True)
     requests = [Request(seed=seed_for("sample", settings.seed, i), **how) for i in range(settings.samples)]
     work(engine, requests)
@@ -242,7 +242,7 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
     # 2. Text
     for text in texts:
         if text.name == data_of(about) and text.sha256 != about.get("data_sha256"):
-            warn(f"{text.name} has changed since {name} was trained, which may know its validation split")
+            warn(f"{text.name} has changed since training: {name} may have seen its validation split")
         with machine.autocast(device, dtype):
             sizes = [or_else(size, 0) for size in (settings.block_size, settings.stride, settings.batch_size)]
             attempt(row["texts"], text.name, measure_text, model, tokenizer, text, *sizes, processes)
@@ -274,7 +274,7 @@ def write(path, text):
         with replace_file(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "another name, or make room", code=1) from None
+        raise UserError(f"cannot write {path}: {error.strerror}", "another name, or free space", code=1) from None
 
 
 def main(argv):

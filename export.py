@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Export: the model for other people's programs, each file proven before it is announced.
+Export: the model for other programs, each file verified before it is kept.
 
     python export.py                            # the newest run under out/, in all formats but int8
     python export.py out/small --format=hf      # exports/small/hf/
     python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
 hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM
-onnx          model.onnx   a graph with a cache of keys and values, in the naming of the optimum tools
+onnx          model.onnx   a graph with a key-value cache, named as in the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
 int8          int8/        a RUN with rounded weights, smaller and faster, for sample.py and serve.py
 
-Each file is written into OUT/.part, read back by a process that has nothing of this project
-(formats/readback.py), and compared with the model on real text. Only then is it moved to its place.
-Exit code 1: a format differs by more than it may.
+Each file is written into OUT/.part, read back by a process without this project's code
+(formats/readback.py), and compared with the model on real text. Only then is it moved into place.
+Exit code 1: a format exceeds its tolerance.
 """
 import contextlib
 import copy
@@ -57,8 +57,8 @@ RELATIVE = 1e-5  # to the largest logit
 @dataclass
 class ExportConfig(RunConfig):
     format: str = "hf,onnx,torchscript,pt2"  # some of these, or int8
-    out: str = ""  # the folder to write into; exports/NAME of the run by default
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: as they came
+    out: str = ""  # output folder; by default exports/NAME of the run
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: unchanged
 
 
 # ---------- The formats, without the paths of this machine that recorders add
@@ -218,7 +218,7 @@ def prove(path):
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
         raise UserError(f"{path.name} cannot be read back: {said}",
-                        "make room if the disk is full; else report this", code=1)
+                        "if the disk is full, free space; else report it", code=1)
     return ckpt.load_file(answers)
 
 
@@ -228,7 +228,7 @@ def compare(model, questions, ours, theirs):
     difference = largest_difference(ours["logits"], theirs["logits"])
     largest = max(logits.abs().max().item() for logits in ours["logits"])
     allowed = max(TOLERANCE, RELATIVE * largest)
-    what = f"logits within {difference:.1e} ({allowed:.1e} is allowed)"
+    what = f"logits within {difference:.1e} (allowed: {allowed:.1e})"
 
     # 2. How far is each of their tokens below the likeliest after those before? Ties are allowed.
     prompt, tokens, n = questions["prompt"], theirs["tokens"], questions["n"]
@@ -272,7 +272,7 @@ def model_card(name, model, run, dtype, questions, rows):
     shape = " ".join(f"{key}={value}" for key, value in asdict(model.config).items())
     lines = [f"# {name}", "", f"- parameters: {model.n_params():,}, {dtype}", f"- architecture: {shape}"]
     for source in run["source"]:
-        licence = LICENCES.get(source.split(" ")[0], "not known here")
+        licence = LICENCES.get(source.split(" ")[0], "unknown")
         lines.append(f"- source: {source} (licence: {licence})")
     if "val_loss" in run:  # before any rounding
         loss = f"{run['val_loss']:.4f} nats per token, {run['val_bpb']:.4f} bits per byte"
@@ -289,7 +289,7 @@ def model_card(name, model, run, dtype, questions, rows):
 
 
 def table(rows):
-    return "\n".join(["| format | size | largest difference of a logit |", "|---|---|---|", *rows.values()])
+    return "\n".join(["| format | size | largest logit difference |", "|---|---|---|", *rows.values()])
 
 
 # ---------- The program
@@ -314,7 +314,7 @@ def earlier_rows(out):
         check_like(earlier, dict(rows={}), path)
         return earlier["rows"]
     if out.is_dir() and set(os.listdir(out)) - {".part"}:
-        raise UserError(f"{out} has files that no export has written", "--out=ANOTHER_FOLDER")
+        raise UserError(f"{out} has files that export.py did not write", "--out=ANOTHER_FOLDER")
     return {}
 
 
@@ -324,7 +324,7 @@ def round_weights(model, dtype):
     for name, p in model.named_parameters():
         rounded = p.to(getattr(torch, dtype))
         if not rounded.isfinite().all():
-            raise UserError(f"{name} has a weight of {p.abs().max():g}, which is no number in {dtype}",
+            raise UserError(f"{name} has a weight of {p.abs().max():g}, which {dtype} cannot hold",
                             "--dtype=bfloat16 or float32; or another checkpoint")
         p.copy_(rounded)
 
@@ -372,7 +372,7 @@ def main(argv):
             except UserError as error:
                 if len(formats) == 1:
                     raise
-                note(f"no {name}: {error.fact}")
+                note(f"skipped {name}: {error.fact}")
                 continue
             if name == "int8":
                 difference, what, passes = compare_int8(path, model, text, questions, ours)
@@ -382,11 +382,11 @@ def main(argv):
             if passes:
                 keep(path, out, rows, difference, about)
             else:
-                say(f"{name} is not the same, so it is not kept")
+                say(f"{name} differs too much and is not kept")
                 code = 1
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}",
-                        "make room, or --out=ANOTHER_FOLDER", code=1) from None
+                        "free space, or --out=ANOTHER_FOLDER", code=1) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(table(rows))

@@ -35,8 +35,8 @@ class GPTConfig:
     block_size: int = 1024  # context: the most tokens that the model can read at once
     vocab_size: int = 50257  # number of distinct tokens
     n_layer: int = 12  # number of blocks
-    n_head: int = 12  # attention heads of a block; head_dim of 64 or 128 is usual
-    n_kv_head: Literal["auto"] | int = "auto"  # heads of keys and values, each shared by some query heads; auto: n_head
+    n_head: int = 12  # attention heads per block; a head_dim of 64 or 128 is usual
+    n_kv_head: Literal["auto"] | int = "auto"  # key and value heads, each shared by several query heads; auto: n_head
     n_embd: int = 768  # channels of the residual stream
     head_dim: Literal["auto"] | int = "auto"  # channels of one head; auto: n_embd / n_head
     n_inner: Literal["auto"] | int = "auto"  # channels inside the MLP; auto: 4 n_embd, with swiglu 8/3 n_embd
@@ -46,10 +46,10 @@ class GPTConfig:
     mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"  # gelu: GPT-2's tanh form
     qk_norm: bool = False  # RMSNorm on queries and keys: stable at higher learning rates
     bias: bool = False  # in linear and norm layers; true in GPT-2, false is a bit better and faster
-    tie_weights: bool = True  # one matrix for reading tokens and for predicting them
-    dropout: float = 0.0  # share of activations set to 0 in training: 0.1 or more where data repeats
-    rope_theta: float = 10000.0  # rope: larger turns the channels more slowly, for long contexts
-    norm_eps: float = 1e-5  # added to the variance before the root
+    tie_weights: bool = True  # one matrix for token embeddings and logits
+    dropout: float = 0.0  # share of activations set to 0 in training; 0.1 or more for many epochs
+    rope_theta: float = 10000.0  # rope: larger rotates channels more slowly, for long contexts
+    norm_eps: float = 1e-5  # epsilon inside the norm's square root
 
 
 # The modules below get a config in which `resolve`, at the end of this file,
@@ -611,7 +611,7 @@ def resolve(config):
         check_field(field, getattr(c, field.name))
     for name in ("rope_theta", "norm_eps"):
         value = getattr(c, name)
-        assert 0 < value < 1e12, f"{name}={value} is out of range: above 0, below 1e12"
+        assert 0 < value < 1e12, f"{name}={value} must be above 0 and below 1e12"
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
     # 2. The heads.
     if c.head_dim in AUTO:
@@ -620,13 +620,13 @@ def resolve(config):
             f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}; --n_embd={next_embd}")
         c.head_dim = c.n_embd // c.n_head
     assert c.pos != "rope" or c.head_dim % 2 == 0, (
-        f"rope turns pairs of channels, and head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
+        f"rope rotates channel pairs, but head_dim={c.head_dim} is odd; --head_dim={c.head_dim + 1}")
     # With a head_dim of its own, n_head * head_dim (of the queries) and
     # block_size * head_dim (of rope's table) can be huge: at most 2^30 here.
     for name in ("n_head", "block_size"):
         value = getattr(c, name)
         assert value * c.head_dim <= 64 * LARGEST, (
-            f"{name}={value:,} cannot be made here with head_dim={c.head_dim:,}")
+            f"{name}={value:,} is too large for head_dim={c.head_dim:,}")
     if c.n_kv_head in AUTO:
         c.n_kv_head = c.n_head
     assert c.n_head % c.n_kv_head == 0, (
@@ -651,7 +651,7 @@ def check_field(field, value):
     if kind is int:
         # A number from a stranger's file must not make PyTorch try to allocate
         # petabytes.
-        assert 1 <= value <= LARGEST, f"{name}={value:,} cannot be made here; --{name}=1 to {LARGEST}"
+        assert 1 <= value <= LARGEST, f"{name}={value:,} is out of range; --{name}=1 to {LARGEST}"
 
 
 def outline(config, tensors):
@@ -665,4 +665,4 @@ def outline(config, tensors):
 
 
 if __name__ == "__main__":
-    print("model.py only says what a GPT is: python train.py config/train_small.py trains one")
+    print("model.py only defines a GPT; to train one: python train.py config/train_small.py")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
 The whole idea of a GPT in one file: tensors and functions, no nn.Module, no optimizer
-class, nothing for speed.
+class, no speed tricks.
 
     python plain.py                                  # a small model learns from Python's standard library
     python plain.py --n_embd=128 --max_iters=1000
@@ -9,8 +9,8 @@ class, nothing for speed.
 
 A GPT predicts, at every position of a text, the next token, here a character. Text
 becomes numbers, numbers become predictions, a loss says how wrong they are, and every
-weight takes a step that makes the loss smaller. PyTorch has the operations on
-tensors, and computes the gradient.
+weight takes a step that makes the loss smaller. PyTorch provides the tensor operations
+and computes the gradient.
 
 B, T, C, V in the comments: batch, time (positions), channels (n_embd), vocabulary.
 """
@@ -311,7 +311,7 @@ def main():
         if name in globals():
             globals()[name] = type(globals()[name])(value)
         else:
-            print(f"plain.py does without {name}")
+            print(f"plain.py ignores {name}")
     # 2) The same random numbers in every run; float64, so that rounding here does not
     #    hide a difference from train.py.
     torch.manual_seed(seed)
@@ -324,7 +324,7 @@ def main():
     #    and what does it write?
     with torch.no_grad():
         loss = sum(model.forward(*get_batch(validation_ids))[1] for _ in range(20)) / 20
-    print(f"validation loss {loss:.4f}, guessing would cost {math.log(vocab_size):.4f}")
+    print(f"validation loss {loss:.4f} (guessing: {math.log(vocab_size):.4f})")
     if characters:
         prompt = torch.tensor([[characters.index(character) for character in "    def "]])
         written = model.generate(prompt, 300, temperature=0.8)[0]

@@ -2,27 +2,27 @@
 """
 Prepare: text in, two files of token ids out.
 
-    python prepare.py stdlib                  # Python's own source code, 8 MB on every machine
+    python prepare.py stdlib                  # Python's own source code (8 MB, already installed)
     python prepare.py notes.txt               # a file, a folder or 'a pattern/*.md'; also .gz
     python prepare.py shakespeare --tokenizer=char                    # a download
     python prepare.py stdlib --format=chat --tokenizer=out/small      # conversations
-    python prepare.py --inspect data/notes    # check all of it, and show a part
+    python prepare.py --inspect data/notes    # check it all and show an excerpt
 
 text/sources.py reads the texts, text/chats.py the conversations. What is written:
 
     data/NAME/train.bin, val.bin    token ids, uint16 (uint32 beyond 65,536 tokens), with
                                     <|endoftext|> before every document
-    data/NAME/train.mask.bin, ...   of conversations, a byte per token: 1 for what is learned,
-                                    the assistant's words and the token that ends them
+    data/NAME/train.mask.bin, ...   for conversations, a byte per token: 1 where the loss counts,
+                                    on the assistant's words and the token that ends them
     data/NAME/meta.json             counts, the checksum of each file, the report
     data/NAME/tokenizer/            the tokenizer that turned the text into these ids
 
 np.memmap(path, dtype=np.uint16) reads a .bin file.
 
-The text is read a megabyte at a time, two or three times: to choose the split of each
-document, to learn a vocabulary if need be, and to encode. In between, some 75 bytes
-per document stay in memory. The result does not depend on the number of threads, and
-gets its name when it is complete.
+The text is read in two or three passes, a megabyte at a time: choose each document's
+split, learn a vocabulary if needed, encode. Between passes, about 75 bytes per document
+stay in memory. The result does not depend on the number of threads; the folder appears
+when it is complete.
 """
 import glob
 import hashlib
@@ -56,21 +56,21 @@ from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch,
 
 @dataclass
 class PrepareConfig:
-    out: str = ""  # folder to write; by default data/NAME, or data/NAME-chat, with the name of the first source
-    overwrite: bool = False  # replace what the folder holds, even if that has other sources or the other format
+    out: str = ""  # output folder; by default data/NAME or data/NAME-chat, named after the first source
+    overwrite: bool = False  # replace the folder even if it holds other sources or the other format
     format: Literal["text", "chat"] = "text"  # chat: conversations, with the fields that text/chats.py lists
-    follow_links: bool = False  # read what links below a folder lead to; a link that is named itself is always read
+    follow_links: bool = False  # follow links inside folders; a link named on the command line is always followed
     text_field: str = "text"  # .jsonl: the field of a line that holds the text
     fields: str = ""  # chat: the fields of a question and its answer, such as question,response
-    strict: bool = False  # stop at the first row that cannot be read, where otherwise it is left out
-    mirror: str = ""  # https://HOST to download from, in place of the host that a name comes from
+    strict: bool = False  # stop at the first unreadable row instead of skipping it
+    mirror: str = ""  # https://HOST to download from, instead of a source's usual host
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
-    vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, less for under 400 KB; 32,000 suit GBs
+    vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, fewer below 400 KB; try 32,000 for GBs
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
-    val_fraction: float = 0.05  # share of the text that is kept for validation
+    val_fraction: float = 0.05  # share of the text held out for validation
     min_words: int = 0  # leave out documents with fewer words
-    num_proc: Literal["auto"] | int = "auto"  # blocks of text encoded at once; auto: as many as processors
-    inspect: bool = False  # only check a folder that is there: every hash, every id, every count
+    num_proc: Literal["auto"] | int = "auto"  # blocks of text encoded at once; auto: one per processor
+    inspect: bool = False  # only check an existing folder: every hash, id and count
 
 
 LIMITS = {"min_words": (0, 1 << 30), "num_proc": (1, 1 << 20), "val_fraction": (1e-9, 0.999),
@@ -134,14 +134,14 @@ def make_plan(sources, settings):
     keys, sizes, split_of = np.array(keys), np.array(sizes), np.array(splits)
     first_of_each = np.unique(keys, return_index=True)[1]
     again = ~np.isin(np.arange(len(keys)), first_of_each)
-    reasons = {"exact duplicates": again & (split_of != SKIP), "empty ones": sizes == 0,
+    reasons = {"exact duplicates": again & (split_of != SKIP), "empty": sizes == 0,
                "with too few words": (split_of == SKIP) & (sizes > 0)}
     counts = [f"{which.sum():,} {why}" for why, which in reasons.items() if which.any()]
     dropped = ", ".join(counts) or "nothing"
     split_of[again] = SKIP
     kept = split_of != SKIP
     if not kept.any():
-        raise UserError(f"there is no text; dropped: {dropped}",
+        raise UserError(f"no text is left; dropped: {dropped}",
                         "give a file with text, or a smaller --min_words")
 
     # 3) Choose the splits.
@@ -183,7 +183,7 @@ def say_skipped(skipped, readable):
     for error in skipped.shown:
         warn(f"left out: {error.fact}")
     if skipped.count:
-        warn(f"{skipped.count:,} could not be read, {readable:,} could; --strict stops at the first")
+        warn(f"{skipped.count:,} unreadable, {readable:,} read; --strict stops at the first")
 
 
 def choose_splits(keys, split_of, settings):
@@ -290,10 +290,10 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         raise UserError("the text changed while it was being read", "run the command again")
     for split, n in counts.items():
         if not n["tokens"]:
-            raise UserError(f"{plan.bytes} bytes of text are too few for two splits", "give more text")
+            raise UserError(f"too little text for two splits: {counted(plan.bytes, 'byte')}", "give more text")
         if chat and not n["trained_bytes"]:
-            raise UserError(f"in none of the {n['documents']:,} conversations of the {split} split does the "
-                            "assistant say anything", "give more conversations with answers")
+            raise UserError(f"the assistant says nothing in any of the {n['documents']:,} conversations of the {split} "
+                            "split", "give more conversations with answers")
         n["sha256"] = sealed(os.path.join(folder, f"{split}.bin"))
         if chat:
             n["mask_sha256"] = sealed(os.path.join(folder, f"{split}.mask.bin"))
@@ -385,7 +385,7 @@ def prepare(sources, settings):
                 note(f"{out} has just been written by another process")
                 return out, datasets.read_meta(out)
             if held:
-                note(f"{out} holds {held} and is going to be replaced")
+                note(f"replacing {out}, which holds {held}")
             # 3) What is half done goes, whatever happens.
             try:
                 return out, write(sources, settings, out)
@@ -413,7 +413,7 @@ def folder_to_write(sources, settings):
     # 2) Nothing is written over that prepare.py has not written.
     for folder in (out, out + ".part", out + ".old"):
         if other := datasets.not_ours(folder):
-            raise UserError(f"{folder} holds something other than prepared data: {other}",
+            raise UserError(f"{folder} is not prepared data: {other}",
                             "--out=data/ANOTHER_NAME")
     return out
 
@@ -425,7 +425,7 @@ def held_by(out):
     try:
         meta = datasets.read_meta(out)
     except UserError:
-        return "data without a meta.json that can be read"
+        return "data with no readable meta.json"
     return contents(meta["source"], meta.get("chat", False))
 
 
@@ -486,7 +486,7 @@ def report(plan, about_overlap, tokenizer, counts):
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
     median, longest = np.median(plan.sizes), plan.sizes.max()
     lines = [f"{counted(len(plan.sizes), what)}, {plan.bytes:,} bytes; dropped: {plan.dropped}",
-             f"the median one has {median:,.0f} bytes, the longest {longest:,}",
+             f"median size {median:,.0f} bytes, longest {longest:,}",
              *characters(plan.counts), *about_overlap,
              f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
              f"{plan.bytes / tokens:.2f} bytes per token"]
@@ -496,7 +496,7 @@ def report(plan, about_overlap, tokenizer, counts):
         lines.append(f"dropped: {lost:,} control characters that this vocabulary has no token for")
     # 3) The files.
     for split, n in counts.items():
-        learned = f"; {counted(n['trained'], 'token')} to be learned" if "trained" in n else ""
+        learned = f"; loss on {counted(n['trained'], 'token')}" if "trained" in n else ""
         lines.append(f"{split}.bin: {counted(n['tokens'], 'token')} of {counted(n['documents'], what)}, "
                      f"{counted(n['bytes'], 'byte')} of text{learned}")
     return lines
@@ -527,14 +527,14 @@ def next_command(out, meta, settings):
     elif settings.format == "text" and model == "char":
         start = "char"
     elif settings.format == "chat":
-        note(f"--tokenizer={model} is no trained model; to fine-tune one, prepare with --tokenizer=RUN")
+        note(f"--tokenizer={model} is not a trained model; to fine-tune one, prepare with --tokenizer=RUN")
     arguments = list(RECIPES[settings.format, start])
     if start in ("run", "hugging_face"):
         arguments.append(f"--init_from={model}")
     # A token that occurs a few times is not learned: the text should have a hundred for
     # each.
     elif meta["vocab_size"] > LARGE_VOCABULARY and meta["train"]["tokens"] < 100 * meta["vocab_size"]:
-        note(f"{meta['vocab_size']:,} tokens are a large vocabulary for so short a text; "
+        note(f"{meta['vocab_size']:,} tokens is a large vocabulary for so short a text; "
              "--tokenizer=bpe learns a small one")
 
     # 2) The data, and a run of their own.
@@ -567,19 +567,19 @@ def main(argv):
     settings, _, sources = load(PrepareConfig, argv)
     if settings.inspect:
         if len(sources) != 1:
-            raise UserError("--inspect wants one folder", "python prepare.py --inspect data/NAME")
+            raise UserError("--inspect takes one folder", "python prepare.py --inspect data/NAME")
         datasets.inspect(sources[0])
         return
     if not sources:
         names = ", ".join([*INSTALLED, *NAMES])
-        raise UserError("no text was named",
-                        f"python prepare.py FILE, a folder, an address, or one of: {names}")
+        raise UserError("no text was given",
+                        f"python prepare.py SOURCE: a file, folder, URL or one of {names}")
     # 2) Prepare, and show what to do with it. A look at a conversation shows what is
     #    learned of it.
     out, meta = prepare(sources, settings)
     if settings.format == "chat":
         data = datasets.Dataset.open(out)
-        say("one of them:\n" + datasets.example(data, data.load_tokenizer()))
+        say("an example:\n" + datasets.example(data, data.load_tokenizer()))
     say(f"next: {next_command(out, meta, settings)}")
 
 

@@ -10,8 +10,8 @@ Sampling: let a trained model write in the terminal.
 The text goes to standard output, everything else to standard error. Two steps lead
 from logits to text:
 
-1. From logits to a token: `candidates` leaves out what is too unlikely, `sample_tokens` samples of the rest.
-2. From tokens to text: a token may be a part of a character, and end with a part of a stop string. TextStream
+1. From logits to a token: `candidates` drops what is too unlikely, `sample_tokens` samples from the rest.
+2. From tokens to text: a token may be part of a character, or end with part of a stop string. TextStream
    holds both back.
 """
 import codecs
@@ -36,8 +36,8 @@ from training import checkpoint as ckpt
 
 @dataclass
 class RunConfig:
-    # the model: a RUN, given bare or by one of nanoGPT's names
-    out_dir: str = ""  # the RUN; by default the newest below out/
+    # the model: a RUN as an argument, or by nanoGPT's options
+    out_dir: str = ""  # the RUN; by default the newest under out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
 
@@ -53,15 +53,15 @@ class ModelConfig(RunConfig):
 @dataclass(eq=False)  # two equal requests of the engine are still two
 class Sampling:
     # how tokens are chosen from their logits, and where a text ends
-    temperature: float = 0.8  # 0: always the likeliest token; 1: as the model thinks; above: wilder
+    temperature: float = 0.8  # 0: always the likeliest token; 1: as predicted; above: more random
     top_k: Literal["all"] | int = 50  # only the k likeliest tokens
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    min_p: float = 0.0  # only tokens with at least this share of the top probability
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and text get less likely
-    presence_penalty: float = 0.0  # subtracted from the logit of every token of the text; OpenAI's
-    frequency_penalty: float = 0.0  # the same, for each time that it was written
-    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated; \n is a line end
-    ignore_eos: bool = False  # go on after the end-of-text token
+    presence_penalty: float = 0.0  # subtracted from the logit of every token written so far; OpenAI's
+    frequency_penalty: float = 0.0  # the same, for each time a token was written
+    stop: list[str] = field(default_factory=list)  # stop before this text; may be repeated; \n is a newline
+    ignore_eos: bool = False  # continue past end-of-text tokens
 
 
 @dataclass
@@ -322,7 +322,7 @@ class Writer:
 
 def ask(writer):
     """Answer what is typed, until Ctrl-D."""
-    say("type a prompt; Ctrl-C stops a text, Ctrl-D ends")
+    say("type a prompt; Ctrl-C interrupts, Ctrl-D quits")
     while True:
         try:
             prompt = read_prompt(input("> "))
@@ -333,7 +333,7 @@ def ask(writer):
         except UserError as error:
             say(f"error: {error.fact}")
         except KeyboardInterrupt:
-            say("\n(stopped; Ctrl-D ends)")
+            say("\n(stopped; Ctrl-D quits)")
 
 
 def split_arguments(bare, given):
@@ -343,7 +343,7 @@ def split_arguments(bare, given):
     if not looks_like_text:
         return bare, given
     if given or len(bare) > 2:
-        raise UserError(f"expected a RUN and a prompt, got {len(bare) + bool(given)} texts",
+        raise UserError(f"expected a RUN and a prompt, got {len(bare) + bool(given)} arguments",
                         f"quote the prompt: python sample.py {quote(' '.join(bare))}")
     return runs, last
 
@@ -373,14 +373,14 @@ def main(argv):
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
     check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
-        raise UserError(f"stop may be {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
+        raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
     source = "a Hugging Face model"
     if os.path.isfile(run["path"]):
         source = f"{run['step']} steps on {', '.join(run['source'])}"
-    say(f"{run['path']}: {model.n_params():,} parameters, {source}{', in 8 bits' * run['int8']}")
+    say(f"{run['path']}: {model.n_params():,} parameters, {source}{', 8-bit' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)
     dtype, _ = machine.choose_dtype(settings.dtype, str(model.lm_head.weight.device))

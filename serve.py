@@ -4,12 +4,12 @@ The server: a trained model over HTTP, with nothing but the standard library.
 
     python serve.py                                 # the newest run under out/, on http://127.0.0.1:8000
     python serve.py out/small --port=9000 --dtype=bfloat16
-    OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for others too: only with a key
+    OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for other machines, too: needs a key
 
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
 Each connection has a thread (serving/web.py), which checks a request and writes the answer (serving/api.py).
-One thread alone uses the model (serving/engine.py): requests reach it through one queue, events come back
+Only one thread uses the model (serving/engine.py): requests reach it through one queue, events come back
 through another.
 """
 import base64
@@ -41,21 +41,21 @@ from training.log import read_rows
 
 @dataclass
 class ServeConfig(ModelConfig):
-    host: str = "127.0.0.1"  # the address to listen on; this one is for this machine alone
+    host: str = "127.0.0.1"  # address to listen on; the default is for this machine only
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
     block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
-    max_connections: int = 96  # open connections, each with a thread; more than rows + max_queue
-    max_body: int = 1 << 20  # bytes of a request
+    max_connections: int = 96  # open connections, a thread each; should exceed rows + max_queue
+    max_body: int = 1 << 20  # largest request, in bytes
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests
     body_timeout: float = 30  # seconds for its body
-    write_timeout: float = 10  # seconds for a client to take what it is sent
-    request_timeout: float = 300  # seconds for an answer
-    drain: float = 10  # seconds that running requests get after SIGTERM or Ctrl-C; a second one ends at once
-    api_key_file: str = ""  # its first line is the key that clients have to send; or $OPENLLM_API_KEY
+    write_timeout: float = 10  # seconds for a client to read what is sent
+    request_timeout: float = 300  # seconds for a whole answer
+    drain: float = 10  # seconds for running requests after SIGTERM or Ctrl-C; another signal stops at once
+    api_key_file: str = ""  # its first line is the key that clients must send; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key
-    cors_origin: list[str] = field(default_factory=list)  # pages of this origin may use it; may be repeated
+    cors_origin: list[str] = field(default_factory=list)  # allow pages from this origin; may be repeated
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
@@ -128,7 +128,7 @@ class Server:
                               request_seconds_count=0)
         key = read_key(settings)
         if not (settings.host in LOOPBACK or key or settings.no_auth):
-            raise UserError(f"host={settings.host} lets others in, and there is no key",
+            raise UserError(f"host={settings.host} admits other machines without a key",
                             "OPENLLM_API_KEY=..., --api_key_file=FILE, or --no_auth")
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
@@ -176,7 +176,7 @@ class Server:
             function(*arguments)
         except BaseException as error:  # a panic of Rust code is no Exception
             if not isinstance(error, UserError):
-                print_error(f"{traceback.format_exc()}error: a thread of the server ended by {error!r}")
+                print_error(f"{traceback.format_exc()}error: a server thread died: {error!r}")
             self.failure = error
         self.ended.set()
 
@@ -343,8 +343,8 @@ def read_key(settings):
     if key is None:
         return ""
     if not re.fullmatch("[!-~]+", key.strip()):  # what every HTTP client can send
-        raise UserError(f"{where} is empty or holds more than ASCII characters without spaces",
-                        "a key like that of `openssl rand -hex 32`")
+        raise UserError(f"{where} is empty or holds spaces or non-ASCII characters",
+                        "a key from `openssl rand -hex 32`, say")
     return key.strip()
 
 
@@ -374,13 +374,13 @@ def main(argv):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, on_signal)
     server.start()
-    say(f"http://{settings.host}:{server.port} is open; loading {run}")
+    say(f"listening on http://{settings.host}:{server.port}; loading {run}")
     while not server.ended.wait(0.1):  # a signal does not always wake this thread, in which its handler runs
         pass
     if signals and not server.served:
         os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
     if signals:
-        say(f"{settings.drain:g} s for what is running; once more to end at once")
+        say(f"stopping: running requests have {settings.drain:g} s; repeat to stop at once")
     server.stop(settings.drain if signals else 0)
     if isinstance(server.failure, UserError):
         raise server.failure

@@ -14,14 +14,15 @@ Tokenizers: text becomes ids, and ids become the same text again.
 Four kinds are learned from text:
 
 char        One id per distinct character: the smallest vocabulary, the longest sequences.
-bpe         Byte-pair encoding (Sennrich 2016, arXiv 1508.07909). Start from single characters; again and
-            again, make a new piece of the most frequent pair.
-unigram     (Kudo 2018, arXiv 1804.10959). Start from many pieces with a probability each; again and again,
-            remove those that the likelihood of the text needs least. A text becomes its likeliest pieces.
+bpe         Byte-pair encoding (Sennrich 2016, arXiv 1508.07909). Start from single
+            characters; repeatedly merge the most frequent pair into a new piece.
+unigram     (Kudo 2018, arXiv 1804.10959). Start from many pieces, each with a probability;
+            repeatedly remove those that matter least to the likelihood of the text. A text
+            is cut into its likeliest pieces.
 simple_bpe  Byte-pair encoding again, in 60 lines to read: `train_bpe` and `encode_bpe` below. Slow.
 
-SentencePiece learns bpe and unigram. text/pretrained.py reads the vocabularies of
-others: GPT-2's, Llama's.
+SentencePiece learns bpe and unigram. text/pretrained.py reads other models' vocabularies:
+GPT-2's, Llama's.
 
 A token stands for bytes, not for characters: an emoji may take four tokens. So
 `decode` joins the bytes of all tokens before it decodes the UTF-8.
@@ -129,7 +130,7 @@ class CharTokenizer(Learned):
             new = text[int(ids.argmin())]
             raise UserError(f"the character {new!r} (U+{ord(new):04X}) is not among the "
                             f"{len(self.characters)} of this vocabulary",
-                            "leave it out, or --tokenizer=bpe, which spells anything")
+                            "leave it out, or --tokenizer=bpe, which encodes any text")
         return ids
 
 
@@ -327,7 +328,7 @@ def train(kind, texts, vocab_size=4096, character_coverage=1.0, enlarge=False):
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind not in LEARNED:
-        raise UserError(f"{kind!r} is no tokenizer that can be learned", f"one of {', '.join(LEARNED)}")
+        raise UserError(f"{kind!r} is not a learnable tokenizer", f"one of {', '.join(LEARNED)}")
     if kind == "simple_bpe":
         return train_simple_bpe(texts, vocab_size, enlarge)
     # 1) the pieces
@@ -353,7 +354,7 @@ def train(kind, texts, vocab_size=4096, character_coverage=1.0, enlarge=False):
     if kind == "unigram":
         tokenizer = SentencePieceTokenizer(round_scores(tokenizer), kind)
     if tokenizer.vocab_size < vocab_size:
-        note(f"for {vocab_size:,} tokens the text is too small: the vocabulary has {tokenizer.vocab_size:,}")
+        note(f"the text is too short for {vocab_size:,} tokens: the vocabulary has {tokenizer.vocab_size:,}")
     return tokenizer
 
 
@@ -414,8 +415,8 @@ def load_from(path, sha256=None):
             tokenizer = load_ours(folder)
     # 2. Ids of another tokenizer would be read as a text that nobody wrote.
     if sha256 not in (None, fingerprint(tokenizer)):
-        raise UserError(f"{folder} is another tokenizer than the one meant ({sha256[:12]})",
-                        "take the folder tokenizer/ from a copy, or prepare the data again")
+        raise UserError(f"{folder} is not the expected tokenizer ({sha256[:12]})",
+                        "restore tokenizer/ from a copy, or prepare the data again")
     return tokenizer
 
 
@@ -431,7 +432,7 @@ def load_ours(folder):
     if kind == "tiktoken":
         return pretrained.TiktokenTokenizer({name: read(folder, name) for name in pretrained.ENCODING})
     if kind not in LEARNED:
-        raise ValueError(f"there is no kind {kind!r}")
+        raise ValueError(f"unknown kind {kind!r}")
     return SentencePieceTokenizer(read(folder, "tokenizer.model"), kind)
 
 
@@ -443,7 +444,7 @@ def get(name):
     if name in encodings:
         return pretrained.from_tiktoken(name)
     raise UserError(f"there is no tokenizer {name!r}",
-                    f"one of {', '.join([*LEARNED, *encodings])}; or the folder of a run, data or a model")
+                    f"one of {', '.join([*LEARNED, *encodings])}; or a run, data or model folder")
 
 
 def fingerprint(tokenizer):
@@ -479,7 +480,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "make room, or another folder") from None
+        raise UserError(f"cannot write {path}: {error.strerror}", "free space, or another folder") from None
 
 
 def ends(tokenizer):
@@ -493,16 +494,16 @@ def ends(tokenizer):
 
 @dataclass
 class TokenizerConfig:
-    # One of three things to do:
+    # Choose one:
     train: bool = False  # learn a tokenizer from --input, and write it to --out
     inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the chat format
-    compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned there
-    # With what:
-    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
+    compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned from it
+    # Options:
+    input: list[str] = field(default_factory=list)  # files, folders, patterns or URLs of text
     tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
-    vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 suit a few GB of text
+    vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 for a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese
-    out: str = ""  # --train: the folder to write, by default data/KIND-tokenizer
+    out: str = ""  # --train: output folder, by default data/KIND-tokenizer
     chat: bool = False  # --inspect: the text is a message in a chat
 
 
@@ -511,7 +512,7 @@ def main(argv):
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
     if bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
-        raise UserError("one thing at a time is to be done",
+        raise UserError("expected exactly one of --train, --inspect and --compare",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     # 2. One of three.
     settings.input += bare
@@ -532,7 +533,7 @@ class Corpus:
         self.sources, _ = fetch(settings.input)
         self.bytes = sum(len(text.encode()) for text in self)
         if not self.bytes:
-            raise UserError("no text to learn from or to compare on", "--input=FILE")
+            raise UserError("no text to learn from or compare", "--input=FILE")
 
     def __iter__(self):
         from text.sources import documents
@@ -558,7 +559,7 @@ def learn(settings, corpus):
 def inspect(settings):
     """--inspect: each id, and what it stands for."""
     if settings.tokenizer in LEARNED:
-        raise UserError("--inspect needs a tokenizer that exists", "--tokenizer=gpt2, or data/stdlib")
+        raise UserError("--inspect needs an existing tokenizer", "--tokenizer=gpt2, or data/stdlib")
     tokenizer, text = get(settings.tokenizer), settings.inspect
     message = dict(role="user", content=text)
     ids = tokenizer.chat([message]) if settings.chat else tokenizer.encode(text)
@@ -570,7 +571,7 @@ def inspect(settings):
             show(f"{i:7} {names.get(i) or repr(piece.decode())}")
         except UnicodeDecodeError:
             show(f"{i:7} {piece!r}")
-    say(f"{len(ids)} tokens, of {tokenizer.vocab_size:,}, for {len(text.encode())} bytes")
+    say(f"{len(ids)} tokens for {len(text.encode())} bytes; vocabulary {tokenizer.vocab_size:,}")
 
 
 def compare(names, corpus):

@@ -4,10 +4,10 @@ Training: one loop, from the settings to a trained model.
 
     python train.py config/train_small.py                        # a GPT that writes Python, in minutes on a laptop
     python train.py config/train_small.py --dataset=notes --out_dir=out/notes
-    python train.py config/train_small.py --budget=10m           # as many steps as fit into ten minutes
+    python train.py config/train_small.py --budget=10m           # as many steps as fit in ten minutes
     torchrun --standalone --nproc_per_node=2 train.py config/train_small.py     # two processes share every step
 
-The same command continues a run that was stopped (Ctrl-C saves first). A run
+Run the same command again to resume a stopped run (Ctrl-C saves first). A run
 is a folder, out/NAME:
 
     ckpt_00000700.pt    weights, optimizer and settings after 700 steps; the two newest are kept
@@ -17,11 +17,10 @@ is a folder, out/NAME:
 
 Read `main`, then `train` (the whole run) and `train_step` (one step).
 
-The batch and the dropout masks of a step are computed from (seed, step). So
-on a CPU a run that was killed at any moment and resumed ends with the same
-weights, bit for bit, as one that was never stopped (docs/reliability.md has
-the proofs). A GPU adds in varying order, so there the two are equal up to
-rounding.
+Each step's batch and dropout masks depend only on (seed, step). So a CPU run that is
+killed at any moment and resumed ends with the same weights, bit for bit, as one that
+never stopped (proofs in docs/reliability.md). A GPU adds in varying order, so there the
+two agree up to rounding.
 """
 import time
 
@@ -38,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 # (First, so that a Ctrl-C during the slow imports is no traceback.)
-from runtime.console import Progress, UserError, command_line, duration, note, say, show, warn
+from runtime.console import Progress, UserError, command_line, counted, duration, note, say, show, warn
 import torch
 from torch.nn import functional as F
 
@@ -61,12 +60,12 @@ MAX_SKIPPED = 20  # at most this many steps in a row may be skipped because floa
 @dataclass
 class TrainConfig(GPTConfig):
     # the model; GPTConfig, in model.py, has the rest of its settings
-    preset: str = ""  # a shape of PRESETS in model.py: gpt2, openllm-small, modern, ...; settings given beside it win
-    vocab_size: Literal["auto"] | int = "auto"  # auto: as many as the tokenizer of the data has
+    preset: str = ""  # a model from PRESETS in model.py: gpt2, openllm-small, modern, ...; other settings override it
+    vocab_size: Literal["auto"] | int = "auto"  # auto: the size of the data's tokenizer
     # data
     dataset: str = "stdlib"  # data/NAME, written by prepare.py
-    batch_size: int = 12  # windows of a micro-batch; choose fewer if memory is short
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, counted over all processes
+    batch_size: int = 12  # windows per micro-batch; use fewer if memory is short
+    gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes
     # the run
     out_dir: str = ""  # folder of the run; by default out/<dataset>
     init_from: str = "auto"  # auto: resume if there is a checkpoint; scratch; resume; or a RUN to take weights from
@@ -75,33 +74,33 @@ class TrainConfig(GPTConfig):
     seed: int = 1337  # initial weights, order of the data and dropout
     eval_interval: int = 250  # steps between validations
     eval_iters: Literal["all"] | int = "all"  # at most this many batches of the validation split
-    eval_only: bool = False  # print the validation loss of the last checkpoint and end
+    eval_only: bool = False  # print the last checkpoint's validation loss and exit
     save_interval: Literal["auto"] | int = "auto"  # steps between checkpoints; auto: eval_interval
     always_save_checkpoint: bool = True  # save at every validation too, whatever save_interval is
     log_interval: int = 1  # steps between log lines
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
-    learning_rate: float = 6e-4  # of AdamW, at its highest; smaller models tolerate a higher one
-    muon_lr: float = 0.02  # of Muon, at its highest
-    min_lr: float = 6e-5  # the final learning_rate, often a tenth of it or 0; muon_lr falls in proportion
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 6e-4  # AdamW's peak learning rate; smaller models tolerate more
+    muon_lr: float = 0.02  # Muon's peak learning rate
+    min_lr: float = 6e-5  # final rate, often a tenth of the peak or 0; muon_lr falls in proportion
     warmup_iters: int = 100  # steps in which the rate rises from 0
     lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
     decay_lr: bool = True  # false: stay at learning_rate after the warm-up
     weight_decay: float = 0.1  # how strongly matrices are pulled towards 0
     beta1: float = 0.9  # AdamW: averages the gradient over about 1 / (1 - beta1) steps
-    beta2: float = 0.95  # AdamW: and its square over 1 / (1 - beta2)
-    grad_clip: Literal["none"] | float = 1.0  # a longer gradient is scaled down to this norm
-    # fine-tuning, which is init_from=RUN and the same loop
-    patience: Literal["none"] | int = "none"  # end after this many validations without a lower loss
-    lora_rank: int = 0  # train corrections of this rank, such as 8, and not the weights (training/lora.py)
+    beta2: float = 0.95  # AdamW: the same for the squared gradient
+    grad_clip: Literal["none"] | float = 1.0  # scale down gradients whose norm exceeds this
+    # fine-tuning: the same loop, with init_from=RUN
+    patience: Literal["none"] | int = "none"  # stop after this many validations with no lower loss
+    lora_rank: int = 0  # train corrections of this rank (8, say) instead of the weights (training/lora.py)
     lora_alpha: float = 16.0  # the corrections are multiplied by lora_alpha / lora_rank
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto"] | bool = "auto"  # torch.compile: faster steps after some seconds of compiling
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how processes communicate: nccl between GPUs, else gloo
-    dist_timeout: int = 600  # seconds after which a process that does not answer is considered lost
-    # Weights & Biases, as in nanoGPT, beside log.jsonl
+    dist_timeout: int = 600  # seconds without an answer before a process counts as lost
+    # Weights & Biases, as in nanoGPT, besides log.jsonl
     wandb_log: bool = False  # if its package is installed
     wandb_project: str = "owt"
     wandb_run_name: str = "gpt2"
@@ -114,7 +113,7 @@ def main(argv):
     #    it}, for those that are not a default.
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
-        note("these are the settings of GPT-2; python train.py config/train_small.py trains in minutes")
+        note("the defaults are GPT-2's; for a run of minutes: python train.py config/train_small.py")
     # 2) `data/notes` and `notes` are the same data; without an out_dir, the
     #    run is named after its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
@@ -340,7 +339,7 @@ class Run:
             self.stop.signal = received
             # (Under torchrun a second signal ends nothing: it sends each
             # Ctrl-C twice.)
-            again = "; once more to stop at once" if self.stop.second_ends else ""
+            again = "; repeat to stop at once" if self.stop.second_ends else ""
             say(f"\n{signal.Signals(received).name}: saving{again}")
             raise Stopped
 
@@ -430,7 +429,7 @@ class Run:
         except UserError as error:
             if must:
                 raise
-            warn(f"{error.fact}; trying again with the next checkpoint")
+            warn(f"{error.fact}; will retry at the next checkpoint")
             return False
         return True
 
@@ -534,7 +533,7 @@ def choose_max_iters(run):
     left -= validation + SAMPLE_SECONDS
     if left <= 0:
         raise UserError(
-            f"budget={settings.budget} is too short by {-left:.0f} s for one validation and a sample",
+            f"budget={settings.budget} is {-left:.0f} s too short for one validation and a sample",
             "a longer --budget, or a smaller model")
     # 2) The steps, each with its share of the validations.
     steps = max(1, int(left / (step_seconds + validation / settings.eval_interval)))
@@ -542,7 +541,7 @@ def choose_max_iters(run):
     chosen["max_iters"] = run.max_iters
     if run.log:
         run.log.rewrite(run.header())
-    say(f"budget: enough for {run.epochs(run.max_iters):.1f} epochs; the same run without the clock: "
+    say(f"budget: enough for {run.epochs(run.max_iters):.1f} epochs; to repeat this run without a budget: "
         f"--max_iters={run.max_iters} --compile={str(chosen['compile']).lower()}")
 
 
@@ -592,7 +591,7 @@ def validate_and_log(run):
         say(progress_line(row, run.max_iters, share, run.seconds_left()))
     # 3) The end before max_iters.
     if run.stuck and not run.last():
-        say(f"patience={settings.patience}: the end, with no lower loss than {run.best_loss:.4f}")
+        say(f"stopping early (patience={settings.patience}): lowest loss {run.best_loss:.4f}")
         if writes:
             run.save_all()
 
@@ -605,7 +604,7 @@ def interrupted(run, reason):
     if isinstance(reason, Stopped):
         # torchrun kills rank 0, which is saving, as soon as another one leaves.
         run.ranks.barrier()
-        saved = f"; saved in {run.settings.out_dir}. The same command continues." if run.step else ""
+        saved = f"; saved in {run.settings.out_dir}. Rerun to resume." if run.step else ""
         say(f"stopped by {signal.Signals(run.stop.signal).name} after {run.step} steps{saved}")
         return 128 + run.stop.signal
     # Somebody has prepared the data anew.
@@ -613,8 +612,8 @@ def interrupted(run, reason):
         raise reason
     if not reason.alone:
         run.ranks.barrier()
-    raise UserError(f"{reason.fact}; the run is saved after {run.step} steps",
-                    "bring the old data back, and the same command continues", alone=reason.alone) from None
+    raise UserError(f"{reason.fact}; the run is saved at step {run.step}",
+                    "restore the old data and rerun to resume", alone=reason.alone) from None
 
 
 # ---------- Before the loop
@@ -663,7 +662,7 @@ def prepare_stdlib():
     code = subprocess.run(command).returncode
     signal.signal(signal.SIGTERM, before)
     if code:
-        raise UserError("prepare.py stdlib has failed", "see its own error above")
+        raise UserError("prepare.py stdlib failed", "see its error above")
 
 
 def make_optimizers(model, settings, device):
@@ -721,7 +720,7 @@ def ask_if_long(run):
     if run.ranks.world == 1 and sys.stdin.isatty() and sys.stderr.isatty():
         say("continue? [y/N]", end=" ")
         if not input().strip().lower().startswith("y"):
-            raise UserError("not begun", "python train.py config/train_small.py takes minutes; --budget=1h any time")
+            raise UserError("cancelled", "python train.py config/train_small.py takes minutes; or set --budget=1h")
 
 
 # ---------- What a run prints
@@ -732,20 +731,20 @@ def say_plan(run):
     sources = ", ".join(meta["source"])
     what = "text,"
     if run.data.chat:
-        what = f"conversations, {meta['train']['trained']:,} tokens to learn in"
-    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")
+        what = f"conversations, loss on {meta['train']['trained']:,} of"
+    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens from {sources}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
-    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, "
+    say(f"model: {run.model.n_params():,} parameters{part}: {counted(settings.n_layer, 'layer')}, "
         f"n_embd {settings.n_embd}, context {settings.block_size}, vocabulary {settings.vocab_size:,}")
-    say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} "
-        f"({chosen['why']}), at most {run.peak / 1e9:,.0f} GFLOP/s")
+    say(f"machine: {run.device}, {counted(torch.get_num_threads(), 'thread')}, {chosen['dtype']} "
+        f"({chosen['why']}), peak {run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
-    length = f"as many steps as fit into {settings.budget}"
+    length = f"as many steps as fit in {settings.budget}"
     if run.max_iters < math.inf:
         length = (f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs, about "
                   f"{duration(expected_seconds(run))}")
-    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
+    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batch{'es' * (run.micros != 1)} of {run.batch_size} x "
         f"{settings.block_size}{shared}; {length}")
     memory.say_memory(run)
 
@@ -753,11 +752,11 @@ def say_plan(run):
 def say_result(run):
     settings, row, before = run.settings, run.row, run.facts["before"]
     say(f"\nfinished: {run.step} steps = {run.epochs(run.step):.1f} epochs in {run.train_seconds:.0f} s of "
-        f"training, {run.wall_seconds():.0f} s in all, {row['memory'] / 1e6:,.0f} MB at most; "
+        f"training, {run.wall_seconds():.0f} s in all, peak memory {row['memory'] / 1e6:,.0f} MB; "
         f"validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
-    say(f"its curve: {os.path.join(settings.out_dir, 'loss.svg')}")
+    say(f"loss curve: {os.path.join(settings.out_dir, 'loss.svg')}")
     model, _, best = ckpt.load_run(settings.out_dir, device=run.device)
-    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; it writes:\n")
+    say(f"{best['path']}: validation loss {best['val_loss']:.4f} after {best['step']} steps; a sample:\n")
     if before:
         change = best["val_bpb"] / before["val_bpb"] - 1
         say(f"--- before: {before['val_bpb']:.4f} bits per byte ---\n{before['text']}\n"
@@ -767,9 +766,9 @@ def say_result(run):
     # Random weights, too, are a little worse than guessing.
     if row["val_loss"] > guessing + 0.5:
         if row["loss"] < guessing / 2:
-            warn(f"the text was learned by heart: use {best['path']}, fewer steps, or more text")
+            warn(f"the model memorised the text: use {best['path']}, fewer steps, or more text")
         else:
-            warn(f"the run has diverged: guessing costs {guessing:.2f}; {resume.again(settings)}")
+            warn(f"the run has diverged, worse than guessing ({guessing:.2f}); {resume.again(settings)}")
 
 
 def sample(run, model):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Measurements: every number in the README that names a `python -m bench` command.
+Measurements: the numbers for which the README names a `python -m bench` command.
 
     python -m bench                     # what there is
     python -m bench generate --help     # what a bench does, and its settings
@@ -13,10 +13,10 @@ from runtime.settings import load
 BENCHES = {  # each is a file here, with a class Settings and a function main(settings, arguments)
     "doctor": "is this machine fit to train?",
     "walkthrough": "what happens to one batch and one prompt, number by number?",
-    "parity": "does training here do what it does in nanoGPT, loss by loss?",
-    "loss": "how soon has a model learned as much as nanoGPT's?",
+    "parity": "does training here match nanoGPT's, loss by loss?",
+    "loss": "how soon does a model reach nanoGPT's loss?",
     "throughput": "how fast is a training step, and how much memory does it take?",
-    "ablation": "what does each idea of the model buy?",
+    "ablation": "what does each idea of the model gain?",
     "scaling": "how good will a long run be?",
     "generate": "how fast is a text written, here and by other programs?",
     "serve": "how fast is the server with 1, 4 and 16 clients?",

@@ -18,7 +18,7 @@ SWITCHES = {
     "layernorm instead of rmsnorm": ["--norm=layernorm"],
     "gelu instead of swiglu": ["--mlp=gelu"],
     "without qk_norm": ["--qk_norm=false"],
-    "one matrix for both ends": ["--tie_weights=true"],
+    "tied weights": ["--tie_weights=true"],
     "adamw instead of muon": ["--optimizer=adamw"],
     "adamw at a rate of its own": ["--optimizer=adamw", "--learning_rate=0.003"],
     "float32 instead of bfloat16": ["--dtype=float32"],
@@ -30,7 +30,7 @@ class Settings:
     dataset: str = "stdlib"  # data/NAME
     steps: int = 200
     repeats: int = 3  # seeds
-    tiny: bool = False  # models of no size and one switch, to see that it runs
+    tiny: bool = False  # tiny models and one switch, to see that it runs
 
 
 def main(settings, _):

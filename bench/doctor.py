@@ -4,7 +4,7 @@ Is this machine fit to train, and does the model on it do what it should? A chec
 
     python -m bench doctor
 
-[--] is no fault. Returns 1 where a check fails.
+[--] is not a failure. Returns 1 if a check fails.
 """
 import itertools
 import sys
@@ -56,7 +56,7 @@ def machine_checks(device, dtype, why):
         torch.compile(lambda x: F.gelu(x @ x).sum(), dynamic=False)(x).backward()
         yield "compile", True, "works"
     except Exception as error:  # no compiler, an old GPU, ...
-        yield "compile", None, f"not here, training does without: {str(error).strip().splitlines()[0][:120]}"
+        yield "compile", None, f"not available; training works without it: {str(error).strip().splitlines()[0][:120]}"
 
 
 def model_checks(family, shape, device, dtype):

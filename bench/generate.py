@@ -4,8 +4,8 @@ How fast does openllm-small write a text, here and in other programs?
 
     python -m bench generate --peer=../nanoGPT --prompt=8 --new_tokens=504
 
-All have the same random weights: what a text says does not change how long it takes. transformers takes part where it
-is installed, nanoGPT with --peer.
+All have the same random weights: the content of a text does not change the time. transformers is included if installed,
+nanoGPT with --peer.
 """
 import contextlib
 import copy
@@ -36,9 +36,9 @@ CHOICE = dict(temperature=0.8, top_k=40)
 class Settings:
     peer: str = ""  # folder of nanoGPT
     prompt: int = 32  # tokens to read
-    new_tokens: int = 64  # tokens to write, from the 40 most likely at temperature 0.8
+    new_tokens: int = 64  # tokens to write, with top_k 40 and temperature 0.8
     repeats: int = 3  # rounds
-    tiny: bool = False  # a model of no size, to see that it runs
+    tiny: bool = False  # a tiny model, to see that it runs
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-How long does nanoGPT take for its recipe on tiny Shakespeare, and how long do we for the same loss?
+How long does nanoGPT's recipe for tiny Shakespeare take, and how long do we take to the same loss?
 
     python -m bench loss shakespeare.txt --peer=../nanoGPT --compiled=true
 
-Times are those of whole processes. Both losses are of one pass over the whole validation split, in windows of 64.
+Times are of whole processes. Both losses are over the whole validation split, in windows of 64.
 """
 import os
 import shutil
@@ -28,9 +28,9 @@ SHAKESPEARE = """--device=cpu --compile=False --eval_iters=20 --log_interval=100
 @dataclass
 class Settings:
     peer: str = ""  # folder of nanoGPT
-    compiled: bool = False  # nanoGPT with --compile=True, too
+    compiled: bool = False  # also nanoGPT with --compile=True
     repeats: int = 3  # rounds
-    tiny: bool = False  # models of no size, to see that it runs
+    tiny: bool = False  # tiny models, to see that it runs
 
 
 def main(settings, sources):

@@ -39,7 +39,7 @@ def measure(command, folder="."):
         printed = output.read()
     if process.returncode:
         say(printed[-2000:])
-        raise UserError(f"{os.path.basename(command[0])} failed", "see what it printed, above")
+        raise UserError(f"{os.path.basename(command[0])} failed", "see its output above")
     return seconds, usage.ru_maxrss * 1024, printed
 
 
@@ -87,7 +87,7 @@ def copy_peer(peer, folder):
         return
     files = list(Path(peer).glob("*.py"))
     if Path(peer).resolve() == ROOT or "train.py" not in [file.name for file in files]:
-        raise UserError(f"--peer={peer!r} is not a folder of nanoGPT",
+        raise UserError(f"--peer={peer!r} is not a nanoGPT folder",
                         "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
     for file in files:
         shutil.copy(file, folder)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """
-Does training here do what it does in nanoGPT? The same weights and batches, every loss and every gradient norm.
+Does training here match nanoGPT's? The same weights and batches, every loss and every gradient norm.
 
     python -m bench parity --peer=../nanoGPT --dataset=shakespeare_char
     python -m bench parity --peer=plain.py          # in plain float64 arithmetic
 
-nanoGPT's own train.py runs, with our initial weights and batches, in float32. Warm-up, cosine, accumulation, clipping
-and weight decay are in it. Returns 1 where a number differs by more than TOLERANCE.
+nanoGPT's own train.py runs, with our initial weights and batches, in float32. This
+includes warm-up, cosine, accumulation, clipping and weight decay. Returns 1 if a number
+differs by more than TOLERANCE.
 """
 import contextlib
 import io
@@ -74,7 +75,7 @@ def main(settings, _):
     loss_off = np.abs(losses - [row["loss"] for row in rows]).max()
     norm_off = np.abs(our_norms - norms).max()
     print(f"parity: {steps} steps, {(our_norms > config.grad_clip).sum()} of them clipped, loss {losses[0]:.4f} -> "
-          f"{losses[-1]:.4f}: largest difference of a loss {loss_off:.1e}, of a gradient norm {norm_off:.1e}")
+          f"{losses[-1]:.4f}; largest difference: loss {loss_off:.1e}, gradient norm {norm_off:.1e}")
     return int(max(loss_off, norm_off) > TOLERANCE)
 
 

@@ -8,9 +8,9 @@ Six models of different n_embd train for two minutes each. A law is fitted to th
 
     bits per byte = E + ((A / N)^a + B / D)^b      (Kaplan 2020, arXiv 2001.08361, equation 1.5, and an E)
 
-with N parameters that have read D tokens. E, what no model can know, is set by hand, since runs so short fit any. The
-law says which n_embd is best after thirty minutes, and how good. Then that run starts. What is finished in out/scaling
-is not trained again.
+for N parameters and D tokens. E, the irreducible loss, is set by hand, since such short runs fit any. The law predicts
+which n_embd is best after thirty minutes, and how good it is. Then that run starts. Runs finished in out/scaling are
+not repeated.
 
 Windows have 32 tokens: with more, a model learns at some moment to copy from its context (induction heads, Olsson
 2022, arXiv 2209.11895), a leap that no law predicts. The learning rate stays level after its warm-up, so that every
@@ -41,7 +41,7 @@ RECIPE = [ROOT / "config/train_small.py", *"""--decay_lr=false --learning_rate=0
 class Settings:
     dataset: str = "stdlib"  # data/NAME
     minutes: float = 2.0  # of each short run
-    tiny: bool = False  # two models of no size, to see that it runs
+    tiny: bool = False  # two tiny models, to see that it runs
 
 
 def main(settings, _):
@@ -73,7 +73,7 @@ def main(settings, _):
         said = bits(law, n, last["tokens"])
         lines.append([name, f"{n:,}", f"{last['tokens']:,}", f"{last['wall_seconds']:.0f}", f"{last['val_bpb']:.4f}",
                       f"{said:.4f}", f"{said / last['val_bpb'] - 1:+.2%}"])
-    table("| channels | parameters | tokens | seconds | bits per byte | the law says | off |", lines)
+    table("| channels | parameters | tokens | seconds | bits per byte | predicted | error |", lines)
 
 
 def trained(name, n_embd, settings, argv):

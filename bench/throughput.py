@@ -5,7 +5,7 @@ How fast is a training step, and how much memory does it take? nanoGPT's train.p
     python -m bench throughput --peer=../nanoGPT --steps=11
 
 nanoGPT runs in float32, ours compiled and in the dtype that it chooses. The first steps, which compile, are left out.
-"Of the peak" is the share of what this machine does in a large matrix product of the same dtype.
+"Of the peak" is the share of this machine's speed in a large matrix product of the same dtype.
 """
 import re
 import tempfile
@@ -36,7 +36,7 @@ class Settings:
     peer: str = ""  # folder of nanoGPT
     steps: int = 200
     repeats: int = 3  # rounds
-    tiny: bool = False  # a model of no size, not compiled, to see that it runs
+    tiny: bool = False  # a tiny model, not compiled, to see that it runs
 
 
 def main(settings, _):

@@ -28,7 +28,7 @@ from runtime.console import UserError
 from text.rows import SQUAD, check, field, json_lines, squad
 from text.sources import decoded, kind
 
-FIX = ('a line is like {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
+FIX = ('expected {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
        '["..."]} or {"question": "...", "answer": "... #### 12"}')
 MARKED = re.compile(r"####\s*(-?\$?-?[\d.,]*\d)")  # how GSM8K ends an answer
 NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -64,7 +64,7 @@ def read_task(path):
     items = [item_of(row, where) for where, row in found]
     kinds = {item.kind for item in items}
     if len(kinds) != 1:
-        raise UserError(f"{path} holds {len(items)} questions of {len(kinds)} kinds", f"some of one kind; {FIX}")
+        raise UserError(f"{path} holds {len(items)} questions of {len(kinds)} kinds", f"use one kind; {FIX}")
     return items
 
 
@@ -97,7 +97,7 @@ def item_of(row, where):
         choices = [choice.strip() for choice in texts("choices")]
         answer = get("answer", int)
         if not 0 <= answer < len(choices):
-            raise UserError(f"{where}: `answer` is {answer}, not the number of a choice, counted from 0", FIX)
+            raise UserError(f"{where}: `answer` is {answer}, not the index of a choice, counted from 0", FIX)
         return Item("choice", where, prompt, prompt, [choices[answer]], choices)
 
     # 2. Words

@@ -22,7 +22,7 @@ from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
 from runtime.files import check_like, read_json
 
-SOURCE = "take its files again; of *.bin files, transformers' save_pretrained makes safetensors"
+SOURCE = "download its files again; convert *.bin files with transformers' save_pretrained"
 
 # ---------- The settings
 
@@ -54,10 +54,10 @@ def our_config(theirs):
     try:
         return translate(theirs)
     except KeyError as error:
-        detail = f"it lacks or has an unknown {error}"
+        detail = f"missing or unknown {error}"
     except (AssertionError, ValueError, TypeError, AttributeError) as error:
         detail = error
-    raise UserError(f"config.json describes no model that can be built: {detail}", "use another model")
+    raise UserError(f"config.json describes a model that cannot be built: {detail}", "use another model")
 
 
 def translate(theirs):
@@ -112,7 +112,7 @@ def their_config(config, dtype, ends):
         back["n_embd"] -= config.n_embd % config.n_head  # its class wants a multiple
     for name in ("norm", "mlp", "qk_norm", "n_kv_head", "head_dim", "bias", "n_embd"):
         if getattr(config, name) != back[name]:
-            raise UserError(f"{name}={getattr(config, name)}: in transformers' {cls}, it is {back[name]}",
+            raise UserError(f"{name}={getattr(config, name)}, but transformers' {cls} has {back[name]}",
                             "--format=onnx, pt2 or torchscript")
     return theirs
 
@@ -183,13 +183,13 @@ def our_weights(theirs, config, where):
     try:
         like = outline(config, len(theirs)).state_dict()
     except AssertionError as error:
-        raise UserError(f"{where} does not hold what its config.json says: {error}", SOURCE) from None
+        raise UserError(f"{where} does not match its config.json: {error}", SOURCE) from None
     due = their_views(like, config)
     check_like(theirs, due, where)
     unknown = [name for name in theirs.keys() - due.keys() - {"lm_head.weight"} if not name.endswith(BUFFERS)]
     if unknown:
         names = ", ".join(sorted(unknown)[:20])
-        raise UserError(f"{where}: tensors that its config.json does not know of: {names}", SOURCE)
+        raise UserError(f"{where} has tensors unknown to its config.json: {names}", SOURCE)
 
     # 2. Copy them. The padding of the vocabulary stays zero.
     weights = {name: torch.zeros(empty.shape) for name, empty in like.items()}
@@ -200,7 +200,7 @@ def our_weights(theirs, config, where):
     head = theirs.get("lm_head.weight")
     embedding = weights["transformer.wte.weight"][:config.vocab_size]
     if config.tie_weights and head is not None and not torch.equal(head.float(), embedding):
-        raise UserError(f"{where}: config.json says that lm_head.weight is the embedding, and it is not",
+        raise UserError(f"{where}: config.json says that lm_head.weight is the embedding, but it is not",
                         'set "tie_word_embeddings" to false there, if the file is right')
     return weights
 

@@ -35,7 +35,7 @@ def convert(state, path):
             weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))  # (rows, C)
         step = int(state.get("iter_num", 0))
     except (AssertionError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} looks like nanoGPT's, but describes no model: {error!r}",
+        raise UserError(f"{path} looks like nanoGPT's, but is not a valid model: {error!r}",
                         "use another checkpoint") from None
     return dict(format=1, step=step, model=weights, source=[data or path], settings=asdict(config),
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
@@ -49,7 +49,7 @@ def find_tokenizer(folder, data, vocab_size):
             return read_characters(path, vocab_size)
     if vocab_size in (50257, 50304):
         return tokenizers.get("gpt2")
-    raise UserError(f"the checkpoint in {folder} has {vocab_size} tokens, and does not say what they mean",
+    raise UserError(f"the checkpoint in {folder} does not say what its {vocab_size} tokens mean",
                     f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {here}")
 
 

@@ -95,7 +95,7 @@ def unigram_model(tokenizer):
     pieces, scores = pieces_and_scores(tokenizer)
     if any(score * tokenizers.SCORE_STEPS % 1 for score in scores):
         raise UserError("the scores of this old unigram tokenizer cannot be added exactly",
-                        f"learn it anew; or {GRAPHS}")
+                        f"learn it again; or {GRAPHS}")
     model = dict(type="Unigram", unk_id=0, byte_fallback=True, vocab=list(zip(pieces, scores)))
     # The name of a byte in a text, "<0x41>", is cut, so that it is not found in the vocabulary.
     names = split("<(?=0x[0-9A-F]{2}>)", "MergedWithPrevious")

@@ -51,7 +51,7 @@ def needs(package, what):
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
     if numbers(version) < numbers(oldest):
-        raise UserError(f"{package} {version} is too old: it does not protect from a stranger's files", fix)
+        raise UserError(f"{package} {version} is too old to be safe with files from strangers", fix)
     return module
 
 
@@ -73,7 +73,7 @@ def print_error(text, end="\n"):
     text = CLEAR * moving + printable(text) + end
     moving = end == "\r"
     if dropped:
-        text = f"\n(lines that could not be written here: {dropped})\n{text}"
+        text = f"\n({counted(dropped, 'line')} could not be written here)\n{text}"
     try:
         descriptor = sys.stderr.fileno()
     except OSError:  # it is in memory, as in a test
@@ -119,7 +119,7 @@ def show(text, end="\n"):
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write to standard output: {error.strerror}", "make room", code=1) from None
+        raise UserError(f"cannot write to standard output: {error.strerror}", "free disk space", code=1) from None
 
 
 def note(text):
@@ -154,9 +154,8 @@ class Progress:
         speed = (done - self.before) / (now - self.start)
         line = f"{self.what}: {done:,} of {self.total:,} {self.unit}"
         if self.unit == "bytes":
-            line = f"{self.what}: {done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
-            if self.total:
-                line += f" of {self.total / 1e6:,.1f} MB"
+            of_all = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            line = f"{self.what}: {done / 1e6:,.1f}{of_all} MB, {speed / 1e6:.1f} MB/s"
         if self.total:
             line += f", {duration((self.total - done) / speed)} left"
         say(line, end="\r" if terminal else "\n")

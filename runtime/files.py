@@ -50,7 +50,7 @@ def parse_json(text, where, fix, most=None, **options):
     """The value of a stranger's JSON text, of a limited number of values. where: the file, for the error."""
     most = most or JSON_VALUES
     if len(text) > most and sum(map(text.count, "[{,:")) > most:
-        raise UserError(f"{where}: too many values to hold, more than {most:,}",
+        raise UserError(f"{where}: too many values: more than {most:,}",
                         "split it, or write it as a .jsonl file, one object per line")
     try:
         return json.loads(text, **options)
@@ -58,7 +58,7 @@ def parse_json(text, where, fix, most=None, **options):
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", fix) from None
     except (RecursionError, ValueError) as error:  # brackets or digits without end
-        raise UserError(f"{where}: not to be read: {error}", fix) from None
+        raise UserError(f"{where}: unreadable: {error}", fix) from None
 
 
 @contextlib.contextmanager
@@ -119,10 +119,10 @@ def locked(path, wait=False):
         except BlockingIOError:
             if not wait:
                 raise UserError(f"another process is writing {path}", "wait for it, or stop it") from None
-            say(f"another process is writing {path}; waiting for it to end")
+            say(f"another process is writing {path}; waiting for it to finish")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # not every network file system has locks
-            note(f"{folder or '.'} cannot be locked ({error.strerror}): do not write there twice at a time")
+            note(f"{folder or '.'} cannot be locked ({error.strerror}): let only one process write there")
         with contextlib.suppress(OSError):  # the other may have removed the file that is locked now
             held = os.path.samefile(file.name, file.fileno())
     try:
@@ -146,7 +146,7 @@ def check_like(found, like, where, name=""):
             check_like(item, like[0], where, f"an item of {name}")
     elif kind_of(found) != kind_of(like):
         raise UserError(f"{where}: {name or 'all of it'} is {kind_of(found)}, but should be {kind_of(like)}",
-                        "take the file from its source again")
+                        "download or rebuild the file")
 
 
 def kind_of(value):

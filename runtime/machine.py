@@ -63,7 +63,7 @@ def choose_dtype(asked, device):
     if asked != "auto":
         return getattr(torch, asked), "as asked"
     if has_bf16(device):
-        return torch.bfloat16, "this processor multiplies in bfloat16"
+        return torch.bfloat16, "this processor supports bfloat16"
     if device.startswith("cuda"):
         return torch.float16, "this GPU has no bfloat16"
     return torch.float32, f"this {device} has no bfloat16"
@@ -187,7 +187,7 @@ def compile_model(model, required, loss):
     required: where it fails, that is an error.
     """
     started = time.perf_counter()
-    say("compiling: about half a minute, or seconds if it was done before")
+    say("compiling: about half a minute, or seconds if cached")
     try:
         if next(model.parameters()).device.type == "cpu":
             torch.use_deterministic_algorithms(True)
@@ -203,7 +203,7 @@ def compile_model(model, required, loss):
         fact = f"torch.compile fails here: {repr(error)[:200]}"
         if required:
             raise UserError(fact, "--compile=false") from None
-        note(f"{fact}; going on without it")
+        note(f"{fact}; continuing without it")
         torch.compiler.set_stance("force_eager")
         return False
     finally:

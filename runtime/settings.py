@@ -114,7 +114,7 @@ def read_flag(argument, following, kinds):
         elif flag:
             text = "true"
         else:
-            raise UserError(f"--{name} has no value", f"--{name}=VALUE, {describe(kind)}")
+            raise UserError(f"--{name} needs a value", f"--{name}=VALUE, {describe(kind)}")
     return name, parse(text, kind, f"--{name}")
 
 
@@ -131,8 +131,8 @@ def read_config(path, kinds):
         raise UserError(f"there is no config file {path}", ", ".join(near))
     if not path.endswith(".py"):
         name = os.path.basename(path).partition(".")[0]
-        raise UserError(f"{path} is not a config file, whose name ends in .py",
-                        f"for a text, python prepare.py {quote(path)}, then --dataset={quote(name)}")
+        raise UserError(f"{path} is not a config file: those end in .py",
+                        f"for a text: python prepare.py {quote(path)}, then --dataset={quote(name)}")
     # 2. Run it, and take what it assigns.
     try:
         assigned = runpy.run_path(path)
@@ -157,7 +157,7 @@ def known(name, kinds, where):
         near = ours(name, kinds) or [names[other] for other in difflib.get_close_matches(name, names, 1)]
         fix = "--help lists every setting"
         if name in A_MODEL:
-            fix = "--preset=NAME, or --init_from=RUN" if "preset" in kinds else "name the RUN alone, without an option"
+            fix = "--preset=NAME, or --init_from=RUN" if "preset" in kinds else "give the RUN without an option"
         elif near:
             fix = f"--{near[0]}"
         raise UserError(f"{where}: there is no setting {name!r}", fix)

@@ -98,10 +98,10 @@ def are_messages(value):
 
 
 FLAG = "true or false", lambda value: type(value) is bool
-TEXT = "a text of valid Unicode", is_text
+TEXT = "a string of valid Unicode", is_text
 IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
-MESSAGES = f"messages with a role ({', '.join(ROLES)}) and a text, the last not the assistant's", are_messages
+MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content, the last not the assistant's", are_messages
 FIELDS = {
     **{name: number(type(default), *RANGES[name])
        for name, default in vars(Sampling()).items() if name in RANGES},
@@ -219,7 +219,7 @@ class Job:
             return min(self.max_tokens or left, left)
         asked = self.get(limit)
         need(asked or self.echo, limit, "must be at least 1")
-        what = f"does not fit into the context beside {name}: {n}+{asked}>{size} tokens"
+        what = f"does not fit in the context with {name}: {n}+{asked}>{size} tokens"
         need(asked <= left, limit, what, "context_length_exceeded")
         return asked
 
@@ -301,7 +301,7 @@ class Completions(Job):
         prompts = self.body.get("prompt")
         if type(prompts) is not list or not any(type(prompt) in (list, str) for prompt in prompts):
             prompts = [prompts]
-        need(len(prompts) <= MAX_PROMPTS, "prompt", f"may be a list of {MAX_PROMPTS}")
+        need(len(prompts) <= MAX_PROMPTS, "prompt", f"may hold at most {MAX_PROMPTS} prompts")
         self.echo = self.get("echo", False)
         for prompt in prompts:
             self.ask(prompt, self.get("logprobs"))
@@ -316,7 +316,7 @@ class Completions(Job):
             need(not changes, name, "is not supported here", "unsupported")
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
-        need(fits, "stream_options", "must be an object, and goes with stream=true alone")
+        need(fits, "stream_options", "must be an object, and needs stream=true")
         self.usage_wanted = check((options or {}).get("include_usage") or False, "include_usage", FLAG)
         self.n = self.get("n", 1)
         self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())

@@ -215,8 +215,8 @@ class Engine:
         least = min(wanted, CHUNK)
         why = f"half of the free memory holds {budget:,} tokens"
         if self.context < least:
-            fact = f"there is no memory for a context of {least} tokens: {why}"
-            raise UserError(fact, "take a smaller model")
+            fact = f"too little memory for a context of {least} tokens: {why}"
+            raise UserError(fact, "use a smaller model")
         if self.rows < rows or self.context < wanted:
             note(f"{self.rows} rows of {self.context:,} tokens instead of {rows} of {wanted:,}: {why}")
 

@@ -232,7 +232,7 @@ class Connection(BaseHTTPRequestHandler):
         except BaseException as error:  # a panic of Rust code is no Exception
             if not isinstance(error, Refuse):  # a bug
                 print_error(traceback.format_exc())
-                error = Refuse(500, "the server made a mistake")
+                error = Refuse(500, "internal server error")
             self.refuse(error)
         finally:
             self.server.answered(self)
@@ -268,7 +268,7 @@ class Connection(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         if method not in methods:
             allow = ", ".join(methods).replace("GET", "GET, HEAD")
-            raise Refuse(405, f"{path} takes {allow}", headers={"Allow": allow})
+            raise Refuse(405, f"{path} allows {allow}", headers={"Allow": allow})
         if server.key and path not in server.public:
             self.check_key()
         return methods[method](self)
@@ -279,7 +279,7 @@ class Connection(BaseHTTPRequestHandler):
             raise Refuse(400, "the Host header is missing")
         # DNS rebinding: a site can point its name at 127.0.0.1, and reach us from its visitor's browser.
         if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
-            raise Refuse(403, "this server answers to localhost alone")
+            raise Refuse(403, "this server serves only localhost")
 
     def check_key(self):
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")

@@ -27,8 +27,8 @@ from runtime.files import read_json
 from text.rows import STRICT, check, field, json_lines
 from text.sources import decoded, files, in_memory, kind, stdlib_documents
 
-FIX = ('a row is like {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
-       'text/chats.py has the other layouts')
+FIX = ('expected {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
+       'text/chats.py lists other layouts')
 KINDS = (".jsonl",)  # of a folder
 LISTS = "messages", "conversations"
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
@@ -89,7 +89,7 @@ def read(row, where, fields=()):
             if asked == "instruction" and row.get(more):
                 question += "\n\n" + text(more)
             return system + dialogue([question, text(answered)])
-    raise UserError(f"{where}: no fields of a conversation, but {', '.join(row) or 'none'}", FIX)
+    raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
 
 
 def read_list(row, name, where):
@@ -105,7 +105,7 @@ def read_list(row, name, where):
         if message.get("tool_calls") or message.get("weight", 1) != 1:
             raise UserError(f"{here} has tool_calls or a weight, which is not supported", FIX)
         if role not in ROLES:
-            raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, none of {', '.join(ROLES)}", FIX)
+            raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, not one of {', '.join(ROLES)}", FIX)
         messages.append(dict(role=ROLES[role], content=content))
     if not messages:
         raise UserError(f"{where}: `{name}` is empty", FIX)

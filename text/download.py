@@ -21,7 +21,7 @@ STALL_SECONDS = 30  # a connection that is silent for so long is given up
 TRIES = 5
 RETRY_SECONDS = 2  # waits 2, 4, 6, ... seconds before the next attempt
 STOPPED = "the connection ended or stalled"
-PAGE = "it is a web page and not a text"
+PAGE = "it is a web page, not a text"
 
 
 class Failed(Exception):
@@ -38,8 +38,8 @@ def download(address, path, size=0, sha256=""):
     wrong = f"its sha256 is not {sha256[:12]}..."
     if os.path.exists(path):
         if sha256 and file_sha256(path) != sha256:
-            raise UserError(f"{path} is not {url}: {wrong}", f"rm {quote(path)}, and it is fetched again")
-        note(f"{path} is there, from {url}: delete it to fetch it again")
+            raise UserError(f"{path} is not {url}: {wrong}", f"rm {quote(path)} and rerun to fetch it")
+        note(f"using {path} for {url}; delete it to fetch it again")
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -51,10 +51,10 @@ def download(address, path, size=0, sha256=""):
             os.replace(part, path)
     except Failed as why:
         raise UserError(f"{url} cannot be fetched: {why}",
-                        "run the same command again: it continues; check the network and the address, give "
-                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
+                        "check the network and the URL, and rerun to resume; or give --mirror=ANOTHER_HOST, or "
+                        f"download the file yourself to {quote(path)}") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "make room, or work in another folder") from None
+        raise UserError(f"cannot write {path}: {error.strerror}", "free space, or work in another folder") from None
     return path
 
 
@@ -78,7 +78,7 @@ def receive(address, path, size, sha256):
         raise Failed(PAGE)
     total = response.raw.length_remaining or size  # 0: unknown
     if size and total != size:
-        raise Failed(f"the server has a file of {total:,} bytes, but {size:,} are due")
+        raise Failed(f"the server's file has {total:,} bytes, not {size:,}")
     version = sha256 or response.headers.get("ETag", "")
     part = f"{path}.{hashlib.sha256(f'{version} {total}'.encode()).hexdigest()[:8]}.part"
     have = os.path.getsize(part) if version and total and os.path.exists(part) else 0
@@ -95,10 +95,10 @@ def receive(address, path, size, sha256):
             response = get(address)
             have = 0
     shown = f"{total / 1e6:,.1f} MB" if total else "of unknown size"
-    say(f"{public(address)}: {shown}, {have:,} bytes of it are here")
+    say(f"{public(address)}: {shown}, {have:,} bytes already here")
     free = shutil.disk_usage(os.path.dirname(path)).free
     if total - have > free:
-        raise Failed(f"{(total - have) / 1e6:,.1f} MB are to come, but there is room for {free / 1e6:,.1f} MB")
+        raise Failed(f"{(total - have) / 1e6:,.1f} MB to go, but only {free / 1e6:,.1f} MB of disk space left")
     with open(part, "ab" if have else "wb") as file:
         write(response, file, have, total)
     return part
@@ -133,7 +133,7 @@ def get(address, **headers):
     except requests.ReadTimeout:
         raise Interrupted(STOPPED) from None
     except ValueError:  # its text repeats the address, secrets and all
-        raise Failed("it is no address") from None
+        raise Failed("not a valid URL") from None
     except requests.RequestException as error:
         # The innermost of many errors, "[Errno 111] Connection refused": those around it repeat the address.
         raise Failed(str(error).split("(Caused by ")[-1].split(": ")[-1].strip("()'\"")) from None
@@ -145,8 +145,8 @@ def get(address, **headers):
         raise Failed(status)
     for hop in [*response.history, response]:
         if address.startswith("https:") and not hop.url.startswith("https:"):
-            raise Failed(f"it is sent on to {public(hop.url)}, without encryption")
+            raise Failed(f"it redirects to {public(hop.url)}, without encryption")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise Failed(f"the server sends it packed ({encoding})")
+        raise Failed(f"the server sends it compressed ({encoding})")
     return response

@@ -71,16 +71,16 @@ def overlap(folder, dtype, counts, end, names):
     train, val = os.path.join(folder, "train.bin"), os.path.join(folder, "val.bin")
     repeated, total = repeated_runs(train, val, dtype, end, k, one_in)
     if not total.any():
-        return [f"overlap: not looked for, no validation document has {k} tokens"]
+        return [f"overlap: not checked, no validation document has {k} tokens"]
     share = repeated / np.maximum(total, 1)  # of each document
-    sampled = f", of which 1 in {one_in:,} was looked up" if one_in > 1 else ""
+    sampled = f", of which 1 in {one_in:,} was checked" if one_in > 1 else ""
     lines = [f"overlap: {np.count_nonzero(share):,} of {np.count_nonzero(total):,} validation documents repeat at "
              f"least one run of {k} tokens from the training split "
              f"({repeated.sum() / total.sum():.2%} of all such runs{sampled})"]
     most = np.argsort(-share, kind="stable")[:3]
     worst = [f"{origin(names[i])} ({share[i]:.1%})" for i in most if share[i]]
     if worst:
-        lines.append("most of all: " + ", ".join(worst))
+        lines.append("highest: " + ", ".join(worst))
     return lines
 
 

@@ -34,7 +34,7 @@ PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # wh
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
 BEFORE = "\ufdd4"  # stands for any text before
 
-SOURCE_FIX = "take the tokenizer's files from their source again, or prepare the data again"
+SOURCE_FIX = "download the tokenizer's files again, or prepare the data again"
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
 TEMPLATE_FIX = "check the roles and their order: most want user and assistant to alternate"
@@ -102,7 +102,7 @@ def careful(fact, fix=SOURCE_FIX):
 def check_ids(ids):
     """Raises ValueError where an id is out of range, or given twice."""
     if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < MOST_IDS for i in ids):
-        raise ValueError(f"an id is given twice, or is no number from 0 to {MOST_IDS - 1:,}")
+        raise ValueError(f"an id is repeated, or not a number from 0 to {MOST_IDS - 1:,}")
 
 
 # ---------- tiktoken's encodings
@@ -165,7 +165,7 @@ def short_runs(text):
 
 def from_hugging_face(folder):
     """The tokenizer of a Hugging Face folder. Raises UserError where its files cannot be read."""
-    with careful(f"{os.path.join(folder, PARTS[0])} is damaged, or of an unknown layout"):
+    with careful(f"{os.path.join(folder, PARTS[0])} is damaged, or has an unknown layout"):
         found = [name for name in PARTS if os.path.isfile(os.path.join(folder, name))]
         files = {name: read(folder, name) for name in found}
         return HuggingFaceTokenizer(os.path.basename(os.path.abspath(folder)), files)
@@ -199,7 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
         check_ids(vocabulary.values())
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         if "" in added or not added.items() <= vocabulary.items():
-            raise ValueError("an added token has no text, or not the id of the vocabulary")
+            raise ValueError("an added token has no text or the wrong id")
 
         # 2) the bytes of each token
         parts = [spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
@@ -274,18 +274,18 @@ class HuggingFaceTokenizer(Tokenizer):
         text, ids, mask = "", [], []
         for longer, learned in self.stages(messages):
             if not longer.startswith(text):
-                raise UserError(f"{template} rewrites earlier text as a conversation goes on",
-                                "conversations of one question and one answer, or another template")
+                raise UserError(f"{template} rewrites earlier text as a conversation grows",
+                                "use conversations of one question and one answer, or another template")
             new = self.encode_with_special(longer[len(text):], before=ids)
             if learned and end not in new:
-                raise UserError(f"{template} puts no eos_token behind an answer",
-                                "name the token that it puts there as eos_token in tokenizer_config.json")
+                raise UserError(f"{template} puts no eos_token after an answer",
+                                "in tokenizer_config.json, set eos_token to the token that it puts there")
             n = new.index(end) + 1 if learned else 0
             ids += new
             mask += [1] * n + [0] * (len(new) - n)
             text = longer
         if self.special["<|endoftext|>"] in ids:
-            raise UserError(f"{template} contains its end-of-text token, which stands between conversations "
+            raise UserError(f"{template} contains its end-of-text token, which separates conversations "
                             "in prepared data", "a model whose turns end with another token")
         return ids, mask
 
@@ -348,7 +348,7 @@ def special_tokens(spec, settings, name):
     for end in ("<|endoftext|>", "<|end_of_text|>", settings.get("eos_token")):
         if end in special:
             return {"<|endoftext|>": special[end]} | special  # the name that the other scripts know
-    raise UserError(f"{name} names no special token for the end of a text, <|endoftext|> or an eos_token",
+    raise UserError(f"{name} has no end-of-text token, neither <|endoftext|> nor an eos_token",
                     "add the folder's tokenizer_config.json, which names it")
 
 
@@ -379,9 +379,9 @@ def check_messages(messages, roles=()):
     """Raises UserError for a message without text, or with a role that is none of these. (): any role."""
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
-            raise UserError("a message without role or without text", MESSAGES_FIX)
+            raise UserError("a message has no role or no text", MESSAGES_FIX)
         if roles and message["role"] not in roles:
-            fact = f"a message of {message['role']!r}: the roles are {', '.join(roles)}"
+            fact = f"unknown role {message['role']!r}: the roles are {', '.join(roles)}"
             raise UserError(fact, MESSAGES_FIX)
 
 

@@ -14,8 +14,8 @@ from runtime.files import parse_json, read_json
 
 RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
 KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
-SQUAD = ('a .json is like {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
-         '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one a line')
+SQUAD = ('expected {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
+         '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one per line')
 
 
 class Skipped:
@@ -42,7 +42,7 @@ def field(row, name, kind, where, fix):
     if isinstance(row, dict) and name in row:
         return check(row[name], name, kind, where, fix)
     found = ", ".join(row) or "none" if isinstance(row, dict) else kind_of(row)
-    raise UserError(f"{where}: no field `{name}`, but {found}", fix)
+    raise UserError(f"{where}: no field `{name}`; found {found}", fix)
 
 
 def check(value, name, kind, where, fix):
@@ -100,8 +100,8 @@ def squad(path, questions=True):
     content = read_json(path, SQUAD, object_hook=None if questions else drop)
     if isinstance(content, list):
         lines = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]"
-        raise UserError(f"{path} is a list of rows", f"--format=chat, if they are conversations; else write each on "
-                        f'a line: python -c "{lines}" {quote(path)} > rows.jsonl')
+        raise UserError(f"{path} is a list of rows", f"--format=chat for conversations; otherwise write one row "
+                        f'per line: python -c "{lines}" {quote(path)} > rows.jsonl')
     for i, article in enumerate(field(content, "data", list, path, SQUAD)):
         for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"

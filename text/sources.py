@@ -196,10 +196,10 @@ def check_kind(path, kinds):
     if kind(path) in (*kinds, ".json"):
         return
     stem, ending = os.path.splitext(path)
-    fix = TOOLS.get(ending.lower(), "give plain text the ending .txt, and leave out --format=chat")
+    fix = TOOLS.get(ending.lower(), "rename plain text to .txt, and leave out --format=chat")
     names = {"FILE": path, "TEXT": stem + ".txt", "ROWS": stem + ".jsonl"}
     fix = re.sub("FILE|TEXT|ROWS", lambda word: quote(names[word[0]]), fix)
-    raise UserError(f"{path} is not one of the kinds that can be read: {', '.join(kinds)}, .json, or .gz of these", fix)
+    raise UserError(f"{path} is not a supported kind of file ({', '.join(kinds)}, .json, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
@@ -212,18 +212,20 @@ def files(source, kinds=KINDS, follow_links=False):
         check_kind(source, kinds)
         return [source]
     else:
-        found, lacks = matches(source, follow_links), "does not exist, nor does a name or pattern of it match a"
+        found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
         if ".json" in source:
             kinds = (*kinds, ".json")
     paths = sorted(path for path in found if kind(path) in kinds)
     if paths and os.path.isdir(source):
-        others = Counter(os.path.splitext(path)[1] or "without an ending" for path in found if kind(path) not in kinds)
+        unread = [path for path in found if kind(path) not in kinds]
+        others = Counter(os.path.splitext(path)[1] or "without an extension" for path in unread)
         if others:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
             note(f"{source}: left out {counts}")
     if not paths:
-        raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
-                        f"give a file, a folder, a pattern, an address, or one of: {', '.join([*INSTALLED, *NAMES])}")
+        fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
+        raise UserError(f"{source} {fact}",
+                        f"give a file, a folder, a pattern, a URL, or one of: {', '.join([*INSTALLED, *NAMES])}")
     return paths
 
 
@@ -252,7 +254,7 @@ def walk(folder, follow_links):
             elif os.path.isfile(path):
                 found.append(path)
     if links:
-        note(f"{links:,} links in {folder} are left out (prepare.py has --follow_links)")
+        note(f"skipped {links:,} links in {folder} (see prepare.py --follow_links)")
     return found
 
 
@@ -273,10 +275,10 @@ def convert(path, raw):
     """The command that turns a file into UTF-8, with the encoding that its bytes most likely have."""
     name = likely_encoding(raw)
     if not name:
-        return "leave it out; it looks like no text in any encoding"
+        return "leave it out; it does not look like text"
     packed = path.lower().endswith(".gz")
     read = f"zcat {quote(path)} | iconv" if packed else f"iconv {quote(path)}"
-    return f"{read} -f {name} -t utf-8 > utf8.txt, if it is in {name}, as it seems"
+    return f"{read} -f {name} -t utf-8 > utf8.txt (it looks like {name})"
 
 
 WESTERN = "äöüßÄÖÜáàâãåæçéèêëíìîïñóòôõøœúùûÿÁÀÉÈÇÑÓ„“”‚‘’–—…€§°«»¿¡"
@@ -364,7 +366,7 @@ def in_memory(name, text, held_out=None, messages=None):
 
 def jsonl_documents(path, text_field, skipped):
     """One document per line of JSON; the text is in one field."""
-    fix = f'every line must be like {{"{text_field}": "..."}}; mend the line or delete it'
+    fix = f'every line must be like {{"{text_field}": "..."}}; fix the line or delete it'
     for where, row in json_lines(path, decoded(path), fix, skipped):
         if isinstance(row, dict) and text_field not in row:
             texts = [f"--text_field={quote(name)}" for name, value in row.items() if isinstance(value, str)]

@@ -46,7 +46,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # where the disk is full, torch's writer hides why
         if isinstance(error.__context__, OSError):
             error = error.__context__
-        fix = "make room; the same command continues"
+        fix = "free disk space and rerun to resume"
         raise UserError(f"cannot write {path}: {error}", fix, code=1) from None
 
 
@@ -83,7 +83,7 @@ class RunFolder(contextlib.ExitStack):
         names = {name for name in os.listdir(self.path) if not name.startswith(".")} - {"log.jsonl.part"}
         begun = read_header(log) and "best.pt" not in names  # it was stopped before its first checkpoint
         if names and not begun and not checkpoints(self.path):
-            raise UserError(f"out_dir={self.path} holds {min(names)}, and no run that could continue there",
+            raise UserError(f"out_dir={self.path} holds {min(names)}, but no run to continue",
                             "--out_dir=out/ANOTHER")
 
     def make_ready(self, step, needed):
@@ -93,7 +93,7 @@ class RunFolder(contextlib.ExitStack):
                 os.replace(path, path + ".damaged")
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
+            warn(f"the checkpoints need {needed / 1e6:,.0f} MB, but the disk has only {free / 1e6:,.0f} MB left")
 
 
 def remove_empty(folder):  # an error before the first step leaves no folder
@@ -142,9 +142,9 @@ def check_archive(path):
         if archive.comment or moved or first != members[0].header_offset:
             raise zipfile.BadZipFile("its directory is not where it should be")
         if sum(member.file_size for member in members) > size:
-            raise zipfile.BadZipFile("it would unpack to more than it is")
+            raise zipfile.BadZipFile("it would unpack to more than its size")
         if bad := archive.testzip():
-            raise zipfile.BadZipFile(f"{bad} has another checksum")
+            raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
     return size
 
 
@@ -175,7 +175,7 @@ def check_model(settings, weights, path, int8=False):
     try:
         model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"{path} describes no model: {error}", "use another model") from None
+        raise UserError(f"{path} is not a valid model: {error}", "use another model") from None
     if int8:
         model = quantize(model)
     fitting(model, weights, path)
@@ -198,7 +198,7 @@ def find_checkpoint(init_from, out_dir):
                         f"--out_dir=out/ANOTHER, or rm -r {quote(out_dir)}")
     if not paths:
         if init_from == "resume":
-            raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "leave --init_from out")
+            raise UserError(f"init_from=resume, but {out_dir} holds no checkpoint", "omit --init_from")
         return None
     for path in reversed(paths):
         try:
@@ -209,7 +209,7 @@ def find_checkpoint(init_from, out_dir):
         except UserError as error:
             warn(error.fact)
     best = quote(os.path.join(out_dir, "best.pt"))
-    raise UserError(f"no checkpoint in {out_dir} is whole", f"--init_from={best} --out_dir=out/ANOTHER")
+    raise UserError(f"{out_dir} has no readable checkpoint", f"--init_from={best} --out_dir=out/ANOTHER")
 
 
 def best_of(out_dir):
@@ -220,7 +220,7 @@ def best_of(out_dir):
         return best["val_loss"], best["step"]
     except (UserError, KeyError):
         if os.path.exists(path):
-            warn(f"{path} cannot be used; the next validation writes another")
+            warn(f"{path} cannot be used; the next validation replaces it")
         return math.inf, 0
 
 
@@ -242,8 +242,8 @@ def find_run():
     if runs := runs_below("out"):
         return runs[0]
     if not os.path.isdir(SMALL):
-        raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
-    note("there is no run below out/: taking the small model that comes with the code, which writes Python")
+        raise UserError("there is no trained run in out/", "python train.py config/train_small.py")
+    note("there is no run in out/: using the small model that comes with the code; it writes Python")
     return os.path.relpath(SMALL)
 
 
@@ -310,7 +310,7 @@ def read_run(run, which="best", depth=0):
     tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
     if tokens > rows:
         raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
-                        "take both from one model")
+                        "use a model with its own tokenizer")
 
     # 2) Complete it.
     if checkpoint.get("base"):
@@ -343,8 +343,8 @@ def load_run(run, which="best", device="cpu", int8=False):
 def check_whole(checkpoint):
     """Raises UserError where the weights have been rounded to 8 bits."""
     if checkpoint.get("int8"):
-        raise UserError(f"{checkpoint['path']} has weights of 8 bits, for reading and writing text",
-                        "take the run that it was made from")
+        raise UserError(f"{checkpoint['path']} has 8-bit weights, for inference only",
+                        "use the run that it was made from")
 
 
 # ---------- Weights, and what LoRA has of them
@@ -387,16 +387,16 @@ def read_base(checkpoint, run, depth=0):
     """The checkpoint that a LoRA run corrects. Raises UserError where it is not as it was."""
     path, problem = checkpoint["base"]["path"], ""
     if depth == MOST_BASES:  # maybe it corrects itself
-        problem = f"which correct others, and so on: more than {MOST_BASES}"
+        problem = f"itself a LoRA, and so on: more than {MOST_BASES} deep"
     elif not os.path.exists(path):
-        problem = "which is not there"
+        problem = "which is missing"
     else:
         start, _ = read_run(path, depth=depth + 1)
         if name_base(path, start) != checkpoint["base"]:
-            problem = "which have changed"
+            problem = "which has changed"
     if problem:
-        raise UserError(f"{run} holds corrections (LoRA) to the weights of {path}, {problem}",
-                        f"bring the old {path} back; export.py --format=hf makes a model that needs no other")
+        raise UserError(f"{run} is a LoRA of {path}, {problem}",
+                        f"restore the old {path}; export.py --format=hf makes a standalone model")
     check_model(checkpoint["settings"], start["model"], run)
     return start
 
@@ -408,6 +408,6 @@ def merge_base(checkpoint, run, depth):
     try:
         merged = lora.merge(base, corrections, settings["lora_rank"], settings["lora_alpha"])
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{run} holds corrections (LoRA) that do not fit: {type(error).__name__}: {error}",
+        raise UserError(f"{run} holds LoRA corrections that do not fit: {type(error).__name__}: {error}",
                         "use another checkpoint") from None
     checkpoint.update(model=merged, corrections=corrections)

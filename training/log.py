@@ -39,7 +39,7 @@ class Log:
             self.file = open(self.path, "ab", buffering=1 << 20)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}",
-                            "make room; the same command continues", code=1) from None
+                            "free disk space and rerun to resume", code=1) from None
 
     def add(self, row):
         self.curve.append((row["step"], row["loss"], row.get("val_loss")))
@@ -68,7 +68,7 @@ class Log:
                 with replace_file(self.picture, "w", encoding="utf-8") as file:
                     file.write(loss_svg(self.curve))
         except OSError as error:
-            warn(f"cannot write {self.path}: {error.strerror}; going on")
+            warn(f"cannot write {self.path}: {error.strerror}; continuing")
 
 
 def read_rows(path):

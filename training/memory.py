@@ -42,6 +42,6 @@ def say_memory(run):
     free = machine.free_memory(run.device)
     if run.device == "cpu":
         needed *= run.ranks.local_world  # all processes take it from the same memory
-    say(f"memory: about {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+    say(f"memory: about {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")
     if needed > free:
-        warn("this may not fit; half the --batch_size with twice the --gradient_accumulation_steps takes less")
+        warn("this may not fit; halve --batch_size and double --gradient_accumulation_steps")

@@ -44,14 +44,14 @@ def check_settings(settings):
         raise UserError(f"init_from={start}: OpenAI's weights are not downloaded here", "--init_from=RUN")
     if settings.lora_rank and start in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
         raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={start} has none",
-                        "--init_from=RUN, or leave --lora_rank out")
+                        "--init_from=RUN, or omit --lora_rank")
 
 
 def seconds_of(budget):
     """'90s', '5m', '1.5h' in seconds."""
     found = re.fullmatch(r"(\d+\.?\d*)([smh])", budget)
     if not found:
-        raise UserError(f"budget={budget!r} is not a time", "--budget=90s, --budget=5m or --budget=1h")
+        raise UserError(f"budget={budget!r} is not a duration", "--budget=90s, --budget=5m or --budget=1h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
@@ -61,8 +61,8 @@ def pieces(settings, world):
     cut = world // math.gcd(world, micros)
     if windows % cut == 0:
         return cut
-    raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} "
-                    "processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
+    raise UserError(f"{micros} micro-batch{'es' * (micros != 1)} of batch_size={windows} windows cannot be shared by "
+                    f"{world} processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
 
 
 def check_data(settings, data):
@@ -71,20 +71,19 @@ def check_data(settings, data):
     data.check(block_size)
     settings.vocab_size = or_else(settings.vocab_size, tokens)
     if settings.vocab_size < tokens:
-        raise UserError(f"vocab_size={settings.vocab_size}, but {data.folder} has a tokenizer of {tokens}",
-                        "leave --vocab_size out")
+        raise UserError(f"vocab_size={settings.vocab_size}, but the tokenizer of {data.folder} has {tokens}",
+                        "omit --vocab_size")
     if data.chat:
         learned = data.chat_windows("train", block_size)[:, 2].sum()
         lost = 1 - learned / data.meta["train"]["trained"]
         if lost:
-            warn(f"conversations longer than block_size={block_size} are cut: {lost:.1%} of the answers "
-                 "is not learned")
+            warn(f"conversations longer than block_size={block_size} are cut, losing {lost:.1%} of the answers")
     steps = settings.max_iters
     windows = steps * settings.gradient_accumulation_steps * settings.batch_size
     epochs = data.epochs(windows, block_size)
     # prepare.py suggests 50 steps for the shortest texts. A budget has not chosen the steps yet.
     if epochs > 20 and steps > 50 and not settings.budget:
-        warn(f"{steps:,} steps read this text {epochs:,.0f} times, and may learn it by heart; "
+        warn(f"{steps:,} steps read this text {epochs:,.0f} times and may memorise it; "
              f"--max_iters={max(1, round(10 * steps / epochs))} reads it 10 times")
 
 
@@ -189,27 +188,27 @@ def continue_run(resumed, settings, given, data, here):
     # 2) The settings and the data.
     was |= fingerprints(resumed["tokenizer_sha256"], resumed["data_sha256"])
     now = asdict(settings) | fingerprints(data.meta["tokenizer_sha256"], data.sha256())
-    what = f"{out_dir} was begun with"
+    what = f"{out_dir} was started with"
     fix = "the same command with the same data, or --out_dir=out/ANOTHER for a new run"
     if was["dataset"] != now["dataset"] and was["data"] != now["data"]:
-        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was begun with"
+        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was started with"
         fix = f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run"
     compare(was, now, may_change(was, now, given), what, fix)
     if settings.eval_only:
         return
     if resumed.get("order") != data.ORDER and end > step:
-        raise UserError(f"{out_dir} was begun by an older version, which read the data in another order",
+        raise UserError(f"{out_dir} is from an older version, which read the data in a different order",
                         f"--init_from={quote(out_dir)} --out_dir=out/ANOTHER: a new run from its weights")
 
     # 3) The length and the learning rate.
     if end < step:
-        raise UserError(f"max_iters={end}, but {out_dir} has {step} steps already",
+        raise UserError(f"max_iters={end}, but {out_dir} already has {step} steps",
                         f"--max_iters={step} or more")
     for name in RATES.split():
         if now[name] != was[name]:
-            note(f"from step {step} on {name}={now[name]}; before, it was {was[name]}")
+            note(f"{name}={now[name]} from step {step} on; it was {was[name]}")
     if end not in (was_end, math.inf) and settings.decay_lr and settings.lr_decay_iters == "auto":
-        note(f"the learning rate now reaches its end at step {end}, not at {was_end}")
+        note(f"the learning rate now decays until step {end}, not {was_end}")
 
     # 4) What changes the last bits.
     before = resumed["versions"] | dict(batch_size=was["batch_size"])
@@ -217,7 +216,7 @@ def continue_run(resumed, settings, given, data, here):
     changed = [f"{name} {value} -> {after.get(name)}" for name, value in before.items()
                if name != "commit" and after.get(name) != value]
     if changed:
-        warn(f"resumed with changes ({', '.join(changed)}): the run goes on, but not bit for bit")
+        warn(f"resumed with changes ({', '.join(changed)}): the result will not match bit for bit")
 
 
 def take_over(settings, was, names):
@@ -236,7 +235,7 @@ def load_start(settings, given, data):
     if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
         same = tokenizer.name if tokenizer.kind == "tiktoken" else run
         text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
-        raise UserError(f"{run} was trained with another tokenizer than {data.folder} was written with",
+        raise UserError(f"{run} and {data.folder} use different tokenizers",
                         f"python prepare.py {text} --out={quote(data.folder)} --tokenizer={quote(same)}")
     was, names = with_words(GPTConfig, start["settings"]), GPTConfig.__dataclass_fields__.keys()
     take_over(settings, was, names - given.keys())
@@ -257,7 +256,7 @@ def check_log(settings):
         was = with_words(type(settings), was)
         compare(was, now, may_change(was, now, {}) | {"init_from"}, f"{path} is the log of a run with",
                 "--out_dir=out/ANOTHER")
-        note(f"{path} is the log of a run without a checkpoint: the run begins again at step 0")
+        note(f"the run of {path} has no checkpoint: it restarts at step 0")
 
 
 def how_it_ended(resumed, settings):
@@ -334,5 +333,5 @@ def explain(error, settings, ranks):
     if ranks.lost(error):
         reason = str(error).splitlines()[0]
         return UserError(f"process {ranks.rank} of {ranks.world} lost the others: {reason}",
-                         f"the same command; if one is slow, --dist_timeout={2 * settings.dist_timeout}")
+                         f"rerun; if a process is slow, --dist_timeout={2 * settings.dist_timeout}")
     return None
