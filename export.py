@@ -11,6 +11,7 @@ onnx          model.onnx   a graph with a key-value cache, named as in the optim
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
 int8          int8/        a RUN with rounded weights, smaller and faster, for sample.py and serve.py
+gguf          model.gguf   for llama.cpp, Ollama and LM Studio; --quantize=q8_0 for 8 bits
 
 Each file is written into OUT/.part, read back by a process without this project's code
 (formats/readback.py), and compared with the model on real text. Only then is it moved into place.
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from evaluation.perplexity import measure_text, read_text
-from formats import huggingface
+from formats import gguf, huggingface
 from formats.quantized import quantize
 from model import KVCache
 from runtime.files import check_like, replace_file
@@ -56,9 +57,10 @@ RELATIVE = 1e-5  # to the largest logit
 
 @dataclass
 class ExportConfig(RunConfig):
-    format: str = "hf,onnx,torchscript,pt2"  # some of these, or int8
+    format: str = "hf,onnx,torchscript,pt2"  # some of these, int8 or gguf
     out: str = ""  # output folder; by default exports/NAME of the run
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: unchanged
+    quantize: Literal["none", "q8_0", "q4_1"] = "none"  # for gguf: 8 or 4 bits per weight
 
 
 # ---------- The formats, without the paths of this machine that recorders add
@@ -66,6 +68,10 @@ class ExportConfig(RunConfig):
 
 def write_hf(path, model, tokenizer, run, dtype):
     huggingface.write(path, model, tokenizer, getattr(torch, dtype), run.get("generation"), run["chat"])
+
+
+def write_gguf(path, model, tokenizer, run, dtype):
+    gguf.write(str(path), model, tokenizer, dtype, run["chat"])
 
 
 class GrowingCache(KVCache):
@@ -148,7 +154,7 @@ def write_int8(path, model, tokenizer, run, dtype):
 
 class Format(NamedTuple):
     file: str  # or folder
-    write: Callable  # (path, model, tokenizer, run, dtype)
+    write: Callable  # (path, model, tokenizer, run, dtype); gguf's may be quantized
     packages: tuple  # that it needs
     use: str  # for the model card
 
@@ -168,6 +174,9 @@ In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
 -> `logits` and `present.N.key` and `.value`, the next past"""),
     "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: the logits'),
     "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: the logits'),
+    "gguf": Format("model.gguf", write_gguf, ("gguf", "transformers", "accelerate"), """
+for llama.cpp (`llama-cli -m model.gguf`), LM Studio, and Ollama: `echo "FROM ./model.gguf" > Modelfile`, then
+`ollama create mine -f Modelfile` and `ollama run mine`"""),
     "int8": Format("int8", write_int8, (), "a RUN for OpenLLM: `python sample.py FOLDER/int8`"),
 }
 
@@ -295,11 +304,13 @@ def table(rows):
 # ---------- The program
 
 
-def check_formats(formats):
-    """Raises UserError where a format is unknown or lacks a package."""
+def check_formats(formats, quantize):
+    """Raises UserError where a format is unknown, lacks a package, or cannot be quantized."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise UserError(f"there is no format {unknown[0]!r}", f"--format={','.join(FORMATS)}")
+    if quantize != "none" and formats != ["gguf"]:
+        raise UserError(f"--quantize={quantize} is only for GGUF files", f"--format=gguf --quantize={quantize}")
     missing = [package for name in formats for package in FORMATS[name].packages if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
@@ -342,7 +353,7 @@ def main(argv):
 
     # 1. Everything that can be refused before something is written.
     named = ckpt.choose_run(runs, settings)
-    check_formats(formats)
+    check_formats(formats, settings.quantize)
     model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
     ckpt.check_whole(run)
     folder = Path(named).absolute()
@@ -351,6 +362,9 @@ def main(argv):
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype
     round_weights(model, dtype)
+    if settings.quantize != "none":
+        dtype = settings.quantize
+        gguf.round_weights(model, dtype)
 
     # 2. Each format is written into `part`, proven, and moved to `out`.
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
