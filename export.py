@@ -75,30 +75,44 @@ def write_gguf(path, model, tokenizer, run, dtype):
 
 
 class GrowingCache(KVCache):
-    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place."""
+    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place.
 
-    def __init__(self, past):
+    attention_mask: (B, past + T), 0 on padding. position_ids: (B, T).
+    """
+
+    def __init__(self, past, attention_mask, position_ids):
         self.past = past
         self.present = []
         self.length = past[0].size(2)
+        self.position_ids = position_ids
+        # Padding is seen by nobody but itself, since a softmax over nothing
+        # would be NaN.
+        T = position_ids.size(1)
+        column = torch.arange(self.length + T)
+        row = self.length + torch.arange(T)[:, None]  # the column of each new token
+        real = attention_mask[:, None, None, :] != 0  # (B, 1, 1, past + T)
+        self.mask = (column < row) & real | (column == row)  # (B, 1, T, past + T)
+
+    def positions(self, T):
+        return self.position_ids
 
     def attend(self, layer, q, k, v):
         k = torch.cat((self.past[2 * layer], k), dim=2)  # (B, n_kv_head, past + T, head_dim)
         v = torch.cat((self.past[2 * layer + 1], v), dim=2)
         self.present += [k, v]
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(self.length)  # (T, past + T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.size(1) != q.size(1))
+        shared = k.size(1) != q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=shared)
 
 
 class LogitsAndCache(torch.nn.Module):
-    """Ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
+    """Ids, mask and positions, keys and values of each layer -> logits, keys and values with T positions more."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, *past):
-        cache = GrowingCache(past)
+    def forward(self, input_ids, attention_mask, position_ids, *past):
+        cache = GrowingCache(past, attention_mask, position_ids)
         logits = self.model(input_ids, cache=cache)
         return logits, *cache.present
 
@@ -110,13 +124,17 @@ def write_onnx(path, model, *_):
     names = [f"{layer}.{what}" for layer in range(config.n_layer) for what in ("key", "value")]
     B, T, past = 2, 3, 4  # an example; 0 and 1 would be taken for constants
     ids = torch.zeros(B, T, dtype=torch.long)
+    positions = ids.clone()  # (the same tensor twice would be the same input)
+    mask = torch.ones(B, past + T, dtype=torch.long)
     cache = [torch.zeros(B, config.n_kv_head, past, config.head_dim) for _ in names]
-    batch, length, before = map(torch.export.Dim, ("batch", "length", "past"))
+    batch = torch.export.Dim("batch")
+    length, before = [torch.export.Dim(name, max=config.block_size) for name in ("length", "past")]
     program = torch.onnx.export(
-        LogitsAndCache(model), (ids, *cache), dynamo=True, verbose=False, external_data=False,
-        input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
+        LogitsAndCache(model), (ids, mask, positions, *cache), dynamo=True, verbose=False, external_data=False,
+        input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)))
+        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: torch.export.Dim.AUTO}, {0: batch, 1: length},
+                        tuple({0: batch, 2: before} for _ in names)))
     for node in program.model.graph:
         node.metadata_props.clear()
     program.save(path, external_data=False)

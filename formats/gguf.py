@@ -8,6 +8,7 @@ A GGUF file is a list of settings and a list of tensors. The package gguf writes
 which names llama.cpp looks for our settings, tensors and tokens.
 """
 import json
+import re
 
 import torch
 
@@ -141,7 +142,9 @@ def write_tokenizer(writer, tokenizer, context, chat):
     if stop is not None:
         writer.add_eot_token_id(stop)
     if chat:
-        writer.add_chat_template(getattr(tokenizer, "template", "") or tokenizers.CHAT_TEMPLATE)
+        template = getattr(tokenizer, "template", "") or tokenizers.CHAT_TEMPLATE
+        # Only transformers knows the tags of what is learned.
+        writer.add_chat_template(re.sub("{%-? *(end)?generation *-?%}", "", template))
 
 
 def word_rule(spec):

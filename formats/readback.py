@@ -54,13 +54,17 @@ def open_onnx(path):
     """A graph with a cache: keys and values go in, and come out longer."""
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]  # input_ids, past_key_values.0.key, ...
-    _, heads, _, head_dim = session.get_inputs()[1].shape
+    names = [entry.name for entry in session.get_inputs()]  # three, then past_key_values.0.key, ...
+    _, heads, _, head_dim = session.get_inputs()[-1].shape
 
     def step(idx, past):
+        B, T = idx.shape
         if past is None:  # a past of length 0
-            past = [torch.zeros(idx.size(0), heads, 0, head_dim).numpy()] * (len(names) - 1)
-        logits, *present = session.run(None, dict(zip(names, [idx.numpy(), *past])))
+            past = [torch.zeros(B, heads, 0, head_dim).numpy()] * (len(names) - 3)
+        before = past[0].shape[2]
+        mask = torch.ones(B, before + T, dtype=torch.long)  # no padding
+        positions = torch.arange(before, before + T).expand(B, T)
+        logits, *present = session.run(None, dict(zip(names, [idx.numpy(), mask.numpy(), positions.numpy(), *past])))
         return torch.from_numpy(logits), present
     return step
 
