@@ -188,7 +188,8 @@ print(pipeline("text-generation", "hf")({prompt!r}, max_length={length})[0]["gen
 
 In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
     "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """
-`input_ids` and `past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first
+`input_ids` and `position_ids` (batch, length), `attention_mask` (batch, past + length), 0 on padding,
+`past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first
 -> `logits` and `present.N.key` and `.value`, the next past"""),
     "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: the logits'),
     "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: the logits'),

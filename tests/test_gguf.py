@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import FAMILIES, error, nasty, random_model, words
+from conftest import FAMILIES, error, nasty, random_model, script, turns, words
 
 pytest.importorskip("gguf", reason="pip install gguf")
 pytest.importorskip("transformers", reason="pip install transformers")
@@ -14,6 +14,7 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 import export
 from formats import gguf, readback
 import tokenizer as tokenizers
+from text import pretrained
 
 NAMES = ["gpt2", "modern", "grouped", "llama"]
 
@@ -66,9 +67,58 @@ def test_the_vocabulary_and_the_chat_format(here, vocabulary):
     assert fields["tokenizer.ggml.tokens"] == pieces
     assert fields["tokenizer.ggml.add_space_prefix"] is False and fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.ggml.eos_token_id"] == vocabulary.special[tokenizers.END]
-    assert fields["tokenizer.chat_template"] == tokenizers.CHAT_TEMPLATE
+    template, talk = fields["tokenizer.chat_template"], turns("a", "b", "c")
+    assert "generation %}" not in template  # tags that only transformers knows
+    assert pretrained.render(template, messages=talk) == pretrained.render(tokenizers.CHAT_TEMPLATE, messages=talk)
     kinds = fields["tokenizer.ggml.token_type"]
     assert all((kinds[i] == gguf.CONTROL) == (pieces[i] in tokenizers.SPECIAL) for i in range(len(pieces)))
+
+
+# How well-known models cut a text into words, and llama.cpp's name for it
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+REGEX_BYTES = dict(BYTES, use_regex=True)
+
+
+def words_by(*steps):
+    return dict(type="Sequence", pretokenizers=list(steps))
+
+
+def split(regex):
+    return dict(type="Split", pattern=dict(Regex=regex), behavior="Isolated", invert=False)
+
+
+RULES = {
+    "gpt-2": REGEX_BYTES,
+    "llama-bpe": words_by(split(LLAMA3), BYTES),
+    "qwen2": words_by(split(LLAMA3.replace("{1,3}", "")), BYTES),
+    "smollm": words_by(dict(type="Digits", individual_digits=True), REGEX_BYTES),
+}
+
+
+def learned(rule):
+    """A vocabulary that the package tokenizers learns with these words, as a Hugging Face tokenizer."""
+    import tokenizers as library
+    bytes_first = list(pretrained.byte_alphabet())
+    trainer = library.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"],
+                                          initial_alphabet=bytes_first, show_progress=False)
+    spec = dict(version="1.0", added_tokens=[], pre_tokenizer=rule, decoder=BYTES,
+                model=dict(type="BPE", vocab={}, merges=[]))
+    tokenizer = library.Tokenizer.from_str(json.dumps(spec))
+    tokenizer.train_from_iterator([words(10_000) + " 1234567 it's\n\n  x"], trainer)
+    return pretrained.HuggingFaceTokenizer("t", {"tokenizer.json": tokenizer.to_str().encode()})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_llama_cpps_name_of_the_words(here, name):
+    tokenizer = learned(RULES[name])
+    gguf.write("a.gguf", model_of("modern", tokenizer), tokenizer)
+    from gguf import GGUFReader
+    fields = {name: field.contents() for name, field in GGUFReader("a.gguf").fields.items()}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", name)
+    vocabulary = tokenizer.library.get_vocab()
+    assert fields["tokenizer.ggml.tokens"] == sorted(vocabulary, key=vocabulary.get)
 
 
 def test_a_byte_level_vocabulary_has_the_same_ids(here, gpt2, monkeypatch):
@@ -96,44 +146,78 @@ def test_vocabularies_that_llama_cpp_does_not_have(here, kind):
     assert "llama.cpp" in fact and "bpe" in fix
 
 
-def test_export(tiny_run, here, vocabulary, capsys):
-    """A run, by the command line: proven, and with its row and its use in the model card."""
+@pytest.fixture
+def run(tiny_run, here, vocabulary):
+    """A run whose tokenizer llama.cpp has."""
     from training import checkpoint as ckpt
     model = model_of("modern", vocabulary)
     checkpoint = ckpt.load_checkpoint(f"{tiny_run}/out/words/best.pt")
-    shape = vars(model.config)
     os.makedirs("run")
     vocabulary.save("run/tokenizer")
     ckpt.save_checkpoint("run/best.pt", checkpoint | dict(
-        model=model.state_dict(), settings=checkpoint["settings"] | shape,
+        model=model.state_dict(), settings=checkpoint["settings"] | vars(model.config),
         tokenizer_sha256=tokenizers.fingerprint(vocabulary)))
-    assert export.main(["run", "--format=gguf", "--quantize=q8_0", "--out=out"]) == 0
-    assert "gguf: logits within" in capsys.readouterr().err
+    return "run"
+
+
+def test_export(run, here, capsys):
+    """By the command line: proven, and with its row and its use in the model card."""
+    assert export.main([run, "--format=gguf", "--quantize=q8_0", "--out=out"]) == 0
+    said = capsys.readouterr()
+    assert "gguf: logits within" in said.err
+    assert "| model.gguf | 0.1 MB | 0.0e+00 |" in said.out  # rounded first, like the model that it is compared with
     card = (here / "out/README.md").read_text()
-    assert "model.gguf" in card and "ollama create" in card
+    assert "q8_0" in card and "model.gguf" in card and "ollama create" in card
+
+
+def test_only_gguf_files_are_quantized_like_this(run, here):
+    fact, fix = error(export.main, run, "--format=hf,gguf", "--quantize=q4_1")
+    assert fact == "--quantize=q4_1 is only for GGUF files" and fix == "--format=gguf --quantize=q4_1"
+
+
+def test_a_full_disk(run, here):
+    done = script("export.py", run, "--out=x", "--format=gguf", cwd=here, file_size=40_000)
+    assert done.returncode == 1 and done.stderr.count("error: cannot write") == 1, done.stderr
+    assert "Traceback" not in done.stderr and not list(here.glob("x/*"))
+
+
+def ask_llama_cpp(here, **questions):
+    """Its ids of the texts, and greedy tokens after the prompts. Needs NODE_LLAMA_CPP, a folder of its package."""
+    folder = os.environ.get("NODE_LLAMA_CPP")
+    if not folder:
+        pytest.skip("the environment variable NODE_LLAMA_CPP does not name a folder of node-llama-cpp")
+    (here / "questions.json").write_text(json.dumps(questions))
+    (here / "ask.mjs").write_text(ASK.replace("FOLDER", os.path.abspath(folder)))
+    done = subprocess.run(["node", "ask.mjs"], capture_output=True, text=True, timeout=300, check=True)
+    return json.loads(done.stdout.partition("ANSWER")[2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", NAMES)
 def test_llama_cpp_writes_the_same_text(here, vocabulary, family):
-    """Needs NODE_LLAMA_CPP, a folder in which `npm install node-llama-cpp` was run."""
-    folder = os.environ.get("NODE_LLAMA_CPP")
-    if not folder:
-        pytest.skip("the environment variable NODE_LLAMA_CPP does not name a folder of node-llama-cpp")
     model = model_of(family, vocabulary, block_size=256)
     gguf.write("a.gguf", model, vocabulary)
     texts = [words(80, seed=i) for i in range(20)]
     texts += [text for text in nasty(150) if text and not set(text) & {"\0", tokenizers.SPACE_MARK}]
     prompts = [vocabulary.encode(text)[:20] for text in texts[:4]]
-    (here / "questions.json").write_text(json.dumps(dict(texts=texts, prompts=prompts, n=24)))
-    (here / "ask.mjs").write_text(ASK.replace("FOLDER", os.path.abspath(folder)))
-    done = subprocess.run(["node", "ask.mjs"], capture_output=True, text=True, timeout=300, check=True)
-    answer = json.loads(done.stdout.partition("ANSWER")[2])
+    answer = ask_llama_cpp(here, texts=texts, prompts=prompts, n=24)
     assert answer["ids"] == [vocabulary.encode(text) for text in texts]
     for prompt, theirs in zip(prompts, answer["tokens"]):
         logits = model(torch.tensor([prompt + theirs[:-1]]))[0, -len(theirs):]
         chosen = logits[range(len(theirs)), theirs]
         assert (logits.amax(dim=1) - chosen).max() < 1e-2  # greedy, but for ties: its cache holds float16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_llama_cpp_cuts_the_same_words(here, name):
+    tokenizer = learned(RULES[name])
+    gguf.write("a.gguf", model_of("modern", tokenizer), tokenizer)
+    texts = [words(80, seed=i) + " 12345 it's I'LL" for i in range(5)]
+    texts += [text for text in nasty(150) if text and "\0" not in text]
+    answer = ask_llama_cpp(here, texts=texts, prompts=[], n=0)
+    different = [text for text, ids in zip(texts, answer["ids"]) if ids != tokenizer.encode(text)]
+    assert different == []
 
 
 ASK = """
