@@ -400,6 +400,8 @@ def main(argv):
         about = out.absolute().name, model, run, dtype, questions
         for name in formats:
             path = part / FORMATS[name].file
+            # On a terminal, the result overwrites this line.
+            say(f"{name}: writing and comparing", end="\r" if sys.stderr.isatty() else "\n")
             try:
                 FORMATS[name].write(path, model, tokenizer, run, dtype)
             except UserError as error:
