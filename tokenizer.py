@@ -60,11 +60,16 @@ from runtime.settings import load as load_settings
 END_OF_TEXT = "<|endoftext|>"  # before every document
 END = "<|end|>"  # behind every message of a chat
 SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END)
-CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
+# Our chat format for other programs, in Jinja. What is learned stands between the
+# generation tags, for trl's assistant_only_loss.
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% elif message['role'] in ['system', 'user'] %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% else %}{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 LEARNED = ("bpe", "unigram", "char", "simple_bpe")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text

@@ -96,6 +96,7 @@ def their_config(config, dtype, ends):
     theirs = dict(architectures=[cls], model_type=model_type, dtype=dtype, **ends)
     theirs.update({name: getattr(config, ours) for ours, name in names.items()})
     if model_type == "gpt2":
+        theirs["n_ctx"] = config.block_size  # an old name, which llama.cpp's converter reads
         theirs["activation_function"] = "gelu" if config.mlp == "gelu_exact" else "gelu_new"
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:

@@ -212,7 +212,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if byte_level:
             alphabet = byte_alphabet()
             self.missing = bytes(alphabet[visible] for visible in alphabet if visible not in vocabulary)
-        self.prefix = self.decode(self.encode("a")).startswith(" ")
+        letter = min((text for text in vocabulary if len(text) == 1 and text.isalnum()), default="a")
+        self.prefix = self.decode(self.encode(letter)).startswith(" ")
         self.cut_names()
 
     def cut_names(self):
@@ -220,7 +221,10 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Regex, pre_tokenizers  # (here, because the package is optional)
         places = []
         for name, i in self.special.items():
-            if i in self.encode(name) + self.encode(name, follows=True):
+            made = []
+            with contextlib.suppress(UserError):  # a vocabulary of characters may not have these
+                made = self.encode(name) + self.encode(name, follows=True)
+            if i in made:
                 places.append(f"{re.escape(name[0])}(?={re.escape(name[1:])})")
         if places:
             split = pre_tokenizers.Split(Regex("|".join(places)), "merged_with_previous")
