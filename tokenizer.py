@@ -86,7 +86,7 @@ class Learned(pretrained.Tokenizer):
         return [*ids, self.special["<|assistant|>"]]
 
     def conversation(self, messages):
-        """(ids, mask), two lists: the mask is 1 on each answer that is not empty, and on its end token.
+        """(ids, mask), two lists: the mask is 1 on each answer to learn, and on its end token.
 
         Each message is encoded alone: the ids before an answer are those of its prompt.
         """
@@ -99,11 +99,10 @@ class Learned(pretrained.Tokenizer):
         # 2. Message by message: its marker, its text, its end.
         ids, mask = [], []
         for message in messages:
-            role, content = message["role"], message["content"]
-            said = [*self.encode(content), self.special[END]]
-            learned = role == "assistant" and content != ""
+            said = [*self.encode(message["content"]), self.special[END]]
+            learned = pretrained.is_learned(message)
             # The marker is never learned: the prompt ends with it.
-            ids += [self.special[f"<|{role}|>"], *said]
+            ids += [self.special[f"<|{message['role']}|>"], *said]
             mask += [0] + [int(learned)] * len(said)
         return ids, mask
 
