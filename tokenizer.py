@@ -511,7 +511,7 @@ def main(argv):
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
     if bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
-        raise UserError("choose exactly one thing to do",
+        raise UserError("expected exactly one of --train, --inspect and --compare",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     # 2. One of three.
     settings.input += bare

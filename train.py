@@ -732,7 +732,7 @@ def say_plan(run):
     what = "text,"
     if run.data.chat:
         what = f"conversations, loss on {meta['train']['trained']:,} of"
-    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")
+    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens from {sources}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
     say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, "

@@ -276,8 +276,8 @@ class HuggingFaceTokenizer(Tokenizer):
         text, ids, mask = "", [], []
         for longer, learned in self.stages(messages):
             if not longer.startswith(text):
-                raise UserError(f"{template} rewrites earlier text as a conversation goes on",
-                                "conversations of one question and one answer, or another template")
+                raise UserError(f"{template} rewrites earlier text as a conversation grows",
+                                "use conversations of one question and one answer, or another template")
             new = self.encode_with_special(longer[len(text):], before=ids)
             if learned and end not in new:
                 raise UserError(f"{template} puts no eos_token after an answer",
@@ -287,7 +287,7 @@ class HuggingFaceTokenizer(Tokenizer):
             mask += [1] * n + [0] * (len(new) - n)
             text = longer
         if self.special["<|endoftext|>"] in ids:
-            raise UserError(f"{template} contains its end-of-text token, which stands between conversations "
+            raise UserError(f"{template} contains its end-of-text token, which separates conversations "
                             "in prepared data", "a model whose turns end with another token")
         return ids, mask
 

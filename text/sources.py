@@ -202,7 +202,7 @@ def check_kind(path, kinds):
     fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
     names = {"FILE": path, "TEXT": stem + ".txt", "TABLE": stem + ".csv"}
     fix = re.sub("FILE|TEXT|TABLE", lambda word: quote(names[word[0]]), fix)
-    raise UserError(f"{path} is not a readable kind of file: {', '.join((*kinds, *TABLES))}, or .gz of these", fix)
+    raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
@@ -215,7 +215,7 @@ def files(source, kinds=KINDS, follow_links=False):
         check_kind(source, kinds)
         return [source]
     else:
-        found, lacks = matches(source, follow_links), "does not exist, and as a pattern matches no"
+        found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
         kinds = (*kinds, *(ending for ending in TABLES if ending in source))
     paths = sorted(path for path in found if kind(path) in kinds)
     if paths and os.path.isdir(source):
@@ -225,10 +225,12 @@ def files(source, kinds=KINDS, follow_links=False):
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
             note(f"{source}: left out {counts}")
     if not paths:
-        patterns = [quote(f"{source}/**/*{ending}") for ending in TABLES if ending in map(kind, found)]
+        tables = {kind(path) for path in found} & {*TABLES} if os.path.isdir(source) else ()
         names = ", ".join([*INSTALLED, *NAMES])
-        raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
-                        " or ".join(patterns) or f"give a file, a folder, a pattern, a URL, or one of: {names}")
+        fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
+        raise UserError(f"{source} {fact}",
+                        " or ".join(quote(f"{source}/**/*{ending}") for ending in sorted(tables))
+                        or f"give a file, a folder, a pattern, a URL, or one of: {names}")
     return paths
 
 
