@@ -95,9 +95,9 @@ def read_tasks(settings):
 
 
 def choose_examples(item, pool, shots):
-    """The first of the pool that are neither the question itself nor on the same passage."""
-    others = (other for other in pool
-              if other.prompt != item.prompt and (not item.group or other.group != item.group))
+    """The first of the pool on the same subject that are neither the question itself nor on the same passage."""
+    others = (other for other in pool if other.intro == item.intro
+              and other.prompt != item.prompt and (not item.group or other.group != item.group))
     examples = list(itertools.islice(others, shots))
     if len(examples) < shots:
         raise UserError(f"shots={shots}, but {item.where} has only {len(examples)} examples",
