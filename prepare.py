@@ -476,6 +476,8 @@ def write(sources, settings, out):
     existing = None
     if settings.tokenizer not in tokenizers.LEARNED:
         existing = tokenizers.get(settings.tokenizer)
+        if tokenizers.END_OF_TEXT not in existing.special:
+            raise UserError(f"the characters in {settings.tokenizer} have no end-of-text token", "--tokenizer=char")
     kinds = chats.KINDS if chat else KINDS
     sources, origins = fetch(sources, settings.mirror, kinds, settings.follow_links)
 

@@ -54,6 +54,7 @@ import numpy as np
 from text import pretrained
 from text.pretrained import careful, read
 from runtime.console import UserError, command_line, needs, note, say, show, public
+from runtime.files import PlainUnpickler, open_file
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
@@ -399,7 +400,7 @@ def sample(texts, total_bytes):
 # ---------- Folders
 
 def load_from(path, sha256=None):
-    """The tokenizer of a tokenizer folder, of prepared data, of a run or of a Hugging Face folder.
+    """The tokenizer of a tokenizer folder, of prepared data (nanoGPT's too), of a run or of a Hugging Face folder.
 
     sha256: the fingerprint that it must have.
     """
@@ -409,6 +410,8 @@ def load_from(path, sha256=None):
         folder = path
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
+    elif is_nanogpt(path):
+        tokenizer = nanogpt_tokenizer(path)
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
             tokenizer = load_ours(folder)
@@ -417,6 +420,41 @@ def load_from(path, sha256=None):
         raise UserError(f"{folder} is not the expected tokenizer ({sha256[:12]})",
                         "restore tokenizer/ from a copy, or prepare the data again")
     return tokenizer
+
+
+def is_nanogpt(folder):
+    """Has nanoGPT's prepare.py written this folder? It knows no meta.json."""
+    names = [name for name in ("train.bin", "val.bin", "meta.json") if os.path.exists(os.path.join(folder, name))]
+    return names == ["train.bin", "val.bin"]
+
+
+def nanogpt_tokenizer(folder):
+    """What the ids mean that nanoGPT's prepare.py has written: without a meta.pkl, they are GPT-2's."""
+    path = os.path.join(folder, "meta.pkl")
+    if os.path.exists(path):
+        return nanogpt_characters(path)
+    try:
+        return get("gpt2")
+    except UserError as error:
+        raise UserError(f"{folder} has no meta.pkl, so its ids are GPT-2's; {error.fact}", GPT2_FIX) from None
+
+
+GPT2_FIX = ("where there is a network: TIKTOKEN_CACHE_DIR=gpt2 python tokenizer.py --inspect=a --tokenizer=gpt2; "
+            "then bring the folder gpt2 here, and set TIKTOKEN_CACHE_DIR=gpt2")
+
+
+def nanogpt_characters(path, vocab_size=0):
+    """The tokenizer in nanoGPT's meta.pkl: a pickle of dict(itos={0: "a", ...}). vocab_size: what it must have."""
+    try:
+        with open_file(path, most=1 << 24) as file:
+            itos = PlainUnpickler(file).load()["itos"]
+        vocab_size = vocab_size or len(itos)
+        characters = "".join(itos[i] for i in range(vocab_size))
+        if len(characters) != vocab_size:
+            raise ValueError("not one character per id")
+        return CharTokenizer(characters, special=())
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} cannot be used: {error!r}", "run nanoGPT's own prepare.py again") from None
 
 
 def load_ours(folder):

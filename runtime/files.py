@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import sys
 import zlib
 from shlex import quote
@@ -85,6 +86,13 @@ def check_size(text, where, most=None):
     if len(text) > most and sum(map(text.count, "[{,:")) > most:
         raise UserError(f"{where}: too many values: more than {most:,}",
                         "split it, or write it as a .jsonl file, one object per line")
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads plain values only: nothing runs. In Python: nine bytes make the one in C reserve 64 GB."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 @contextlib.contextmanager

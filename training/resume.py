@@ -229,10 +229,11 @@ def load_start(settings, given, data):
     run = settings.init_from
     start, tokenizer = ckpt.read_run(run)
     ckpt.check_whole(start)
-    if not tokenizer.special:
+    differ = start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]
+    if differ and not tokenizer.special:
         raise UserError(f"{run} is a character model of nanoGPT, which has no end-of-text token",
-                        "train a new one")
-    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+                        "data with the same meta.pkl, or train a new one")
+    if differ:
         same = tokenizer.name if tokenizer.kind == "tiktoken" else run
         text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
         raise UserError(f"{run} and {data.folder} use different tokenizers",
