@@ -9,7 +9,7 @@ Grading: from a file of questions to prompts, and from answers to scores.
 The fields of a row tell which of three kinds of question it is:
 
 choice   {"prompt", "choices", "answer": 2}   The answer is the most probable choice. Nothing is written.
-         The sets of PUBLISHED                 MMLU, HellaSwag, ARC, ..., asked as lm-evaluation-harness does it.
+         The layouts of PUBLISHED              MMLU, HellaSwag, ARC, asked as lm-evaluation-harness asks them.
 words    {"context", "question", "answers"}   The first line that the model writes is compared with each right answer,
          {"prompt", "answers"}                exactly and by shared words (F1). SQuAD's kind.
 number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
@@ -66,7 +66,7 @@ def read_task(path):
     found = squad_rows(path) if layout(path) == "object" else file_rows(path, FIX)
     items = [item_of(row, where) for where, row in found]
     if twins := sum(item.twins for item in items):
-        note(f"{path}: two choices are equal in {counted(twins, 'question')}; the right one is the one that is named")
+        note(f"{path}: two choices are equal in {counted(twins, 'question')}")
     kinds = {item.kind for item in items}
     if len(kinds) != 1:
         raise UserError(f"{path} holds {len(items)} questions of {len(kinds)} kinds", f"use one kind; {FIX}")
@@ -136,23 +136,9 @@ def labelled(row, where):
                 labels=texts_of(choices, "label", where))
 
 
-def either(row, where):
-    """PIQA: which of two ways leads to a goal?"""
-    choices = [text_of(row, name, where) for name in ("sol1", "sol2")]
-    return dict(prompt=f"Question: {text_of(row, 'goal', where).strip()}\nAnswer:", choices=choices, answer="label")
-
-
-def yes_or_no(row, where):
-    """BoolQ: a question on a passage."""
-    passage, question = [text_of(row, name, where).strip() for name in ("passage", "question")]
-    return dict(prompt=f"{passage}\nQuestion: {question.rstrip('?')}?\nAnswer:", choices=["no", "yes"], group=passage,
-                answer="label" if "label" in row else "answer", labels=["False", "True"])
-
-
 # The fields that tell a set, and how its rows are asked.
 PUBLISHED = {"question choices answer": lettered, "question options answer": lettered, "ctx endings label": endings,
-             "question answerKey": labelled, "question_stem answerKey": labelled, "goal sol1 sol2 label": either,
-             "passage question answer": yes_or_no, "passage question label": yes_or_no}
+             "question answerKey": labelled, "question_stem answerKey": labelled}
 
 
 def has_twins(choices):

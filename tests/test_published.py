@@ -34,8 +34,6 @@ AI2 = dict(id="x", answerKey="C", question=dict(stem="Which is a gas?", choices=
     dict(text=text, label=label) for text, label in zip(["iron", "wood", "air", "ice"], "ABCD")]))
 ARC_TEXT = "Question: Which is a gas?\nAnswer:"
 GAS = ["iron", "wood", "air", "ice"]
-BOOLQ = dict(question="is air a gas", title="Air", answer=True, passage="Air is a gas.")
-BOOLQ_TEXT = "Air is a gas.\nQuestion: is air a gas?\nAnswer:"
 
 
 @pytest.mark.parametrize("row, prompt, choices, right", [
@@ -55,10 +53,7 @@ BOOLQ_TEXT = "Air is a gas.\nQuestion: is air a gas?\nAnswer:"
     (dict(ARC, answerKey="4", choices=dict(text=GAS, label=list("1234"))), ARC_TEXT, GAS, "ice"),
     (dict(id="7-980", question_stem="The sun is a", answerKey="B", choices=dict(text=["planet", "star"], label=["A", "B"])),
      "The sun is a", ["planet", "star"], "star"),  # OpenBookQA
-    (dict(goal="Open a jar", sol1="twist it", sol2="hit it ", label=0), "Question: Open a jar\nAnswer:",
-     ["twist it", "hit it"], "twist it"),  # PIQA
-    (BOOLQ, BOOLQ_TEXT, ["no", "yes"], "yes"), (dict(BOOLQ, answer=False), BOOLQ_TEXT, ["no", "yes"], "no"),
-    (dict(question="is air a gas?", passage="Air is a gas.", idx=7, label=1), BOOLQ_TEXT, ["no", "yes"], "yes")])
+])
 def test_a_row(here, row, prompt, choices, right):
     (here / "t.jsonl").write_text(json.dumps(row) + "\n")
     (here / "t.json").write_text(json.dumps([row]))
@@ -96,7 +91,7 @@ def test_equal_choices_are_counted(here, capsys):
     assert [grading.score_choice(items[1], [math.log(p) for p in probs])["marks"]["accuracy"]
             for probs in ([0.1, 0.5, 0.3, 0.1], [0.1, 0.3, 0.5, 0.1])] == [0, 1]
     (here / "own.jsonl").write_text(json.dumps(dict(prompt="p", choices=["a", "a ", "b"], answer=0)) + "\n")
-    assert grading.read_task("own.jsonl")[0].twins and "1 question;" in capsys.readouterr().err
+    assert grading.read_task("own.jsonl")[0].twins and "equal in 1 question" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row, fact", [
@@ -107,8 +102,8 @@ def test_equal_choices_are_counted(here, capsys):
     (dict(MMLU, choices=["a", 1]), "`choices[1]` is not a"), (dict(MMLU, question=" "), "`question` is empty"),
     (dict(ARC, answerKey="E"), "`answerKey` is 'E'"), (dict(ARC, choices=dict(text=GAS)), "no field `label`; found text"),
     (dict(ARC, choices="x"), "no field `text`; found str"), (dict(AI2, question=dict(stem="a")), "no field `text`"),
-    (dict(ARC, choices=[dict(text="a")]), "no field `label`"), (dict(BOOLQ, passage=7), "`passage` is not a"),
-    (dict(BOOLQ, answer="maybe"), "`answer` is 'maybe'"), (dict(HELLASWAG, ctx_b=None), "`ctx_b` is not a"),
+    (dict(ARC, choices=[dict(text="a")]), "no field `label`"),
+    (dict(HELLASWAG, ctx_b=None), "`ctx_b` is not a"),
     (dict(MMLU, choices=[]), "`answer` is '2', which names no choice")])
 def test_a_wrong_row_is_named(here, row, fact):
     (here / "t.jsonl").write_text(json.dumps(MMLU) + "\n" + json.dumps(row) + "\n")

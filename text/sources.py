@@ -188,10 +188,8 @@ def kind(path):
 
 # What turns other kinds of files into one that can be read.
 PANDOC = "pandoc FILE -t plain -o TEXT"
-EXCEL = ("python -c \"import sys, pandas; pandas.read_excel(sys.argv[1]).to_csv(sys.argv[2], index=False)\" "
-         "FILE TABLE, then --text_field=COLUMN")
 TOOLS = {".pdf": "pdftotext FILE TEXT", ".xz": "unxz FILE", ".zip": "unzip FILE",
-         **dict.fromkeys([".tar", ".tgz"], "tar xf FILE"), **dict.fromkeys([".xls", ".xlsx"], EXCEL),
+         ".tar": "tar xf FILE", ".tgz": "tar xf FILE", ".xlsx": "in the program that wrote it, save it as .csv",
          **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC)}
 
 
@@ -200,8 +198,8 @@ def check_kind(path, kinds):
         return
     stem = os.path.splitext(path)[0]
     fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
-    names = {"FILE": path, "TEXT": stem + ".txt", "TABLE": stem + ".csv"}
-    fix = re.sub("FILE|TEXT|TABLE", lambda word: quote(names[word[0]]), fix)
+    names = {"FILE": path, "TEXT": stem + ".txt"}
+    fix = re.sub("FILE|TEXT", lambda word: quote(names[word[0]]), fix)
     raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
