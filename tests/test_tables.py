@@ -51,6 +51,8 @@ def test_csv_rows_that_are_wrong(here, capsys, monkeypatch):
     assert fact == "a.csv, line 2: no field `body`; found text, id" and fix.startswith("--text_field=text")
     (here / "b.csv").write_text('text\n"never closed\n')
     assert read("b.csv") == ["never closed\n\n"]
+    (here / "c.csv").write_bytes(b"text,id\ra,1\rb,2\r")  # line ends of long ago
+    assert "c.csv, line 1: not CSV: new-line character" in error(prepare.main, "c.csv")[0]
     monkeypatch.setattr(rows, "RECORD_CHARACTERS", 12)
     with pytest.raises(UserError, match="line 2: not CSV: field larger than field limit"):
         read("b.csv")

@@ -9,6 +9,7 @@ json_list, csv_rows and parquet_rows read the rows of other files, none of which
 is one UserError that names file, line and field. `fix` says what a right row looks like.
 """
 import csv
+import itertools
 import json
 import re
 
@@ -125,18 +126,18 @@ def csv_rows(path, blocks, fix, skipped=STRICT):
     lines = (line + "\n" for line in records(path, blocks, "\n"))
     names = next(lines)
     delimiter = max(",;\t|", key=names.count)  # a German Excel writes semicolons
-    reader = csv.reader(lines, delimiter=delimiter)
-    columns = next(csv.reader([names], delimiter=delimiter))
+    reader = csv.reader(itertools.chain([names], lines), delimiter=delimiter)
     try:
+        columns = next(reader)
         for row in filter(None, reader):
-            where = f"{path}, line {1 + reader.line_num}"
+            where = f"{path}, line {reader.line_num}"
             if len(row) == len(columns):
                 yield where, dict(zip(columns, row))
             else:
                 fact = f"{len(row)} columns, but the first line has {len(columns)}"
                 skipped.add(UserError(f"{where}: {fact}", f'quote a text that contains "{delimiter}"'))
     except csv.Error as error:
-        raise UserError(f"{path}, line {1 + reader.line_num}: not CSV: {error}", "quote it, or leave it out") from None
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}", "save it as CSV again") from None
 
 
 def parquet_rows(path, blocks, fix, skipped=STRICT):
@@ -150,7 +151,7 @@ def parquet_rows(path, blocks, fix, skipped=STRICT):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}", "check the file, or leave it out") from None
 
 
