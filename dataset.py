@@ -27,7 +27,7 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers  # our tokenizer.py: a `tokenizer` is an object here
-from runtime.console import UserError, origin, say, show  # say: progress, on stderr; show: a result, on stdout
+from runtime.console import UserError, origin, say, show, warn  # say: progress, on stderr; show: a result, on stdout
 from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
@@ -87,14 +87,19 @@ class Dataset:
             meta[split] = dict(tokens=tokens, sha256=identity(file.name))
         data = cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
         # Bits per byte need the length of the validation text.
-        lengths, val = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]), meta["val"]
-        starts = range(0, val["tokens"], CHUNK)
+        val, counts = meta["val"], np.zeros(tokenizer.vocab_size, np.int64)
         try:
-            chunks = (data.read_ids("val", start, min(CHUNK, val["tokens"] - start)) for start in starts)
-            val["bytes"] = max(1, sum(int(lengths[ids].sum()) for ids in chunks))
+            for start in range(0, val["tokens"], CHUNK):
+                ids = data.read_ids("val", start, min(CHUNK, val["tokens"] - start))
+                counts += np.bincount(ids, minlength=len(counts))
+            lengths = [len(tokenizer.token_bytes(i)) for i in range(len(counts))]
+            val["bytes"] = int(counts @ lengths) or 1
         except Changed as error:
             raise UserError(f"{error.fact.replace('was changed', 'has other ids')}, {tokenizer.kind}",
                             f"copy the meta.pkl that belongs to {folder}, or run prepare.py on its text") from None
+        except UserError as error:
+            warn(f"{error.fact}; the ids in {folder} can be trained on, but bits per byte and texts need it")
+            val["bytes"] = math.nan
         return data
 
     def check_unchanged(self, ranks):

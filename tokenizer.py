@@ -431,16 +431,7 @@ def is_nanogpt(folder):
 def nanogpt_tokenizer(folder):
     """What the ids mean that nanoGPT's prepare.py has written: without a meta.pkl, they are GPT-2's."""
     path = os.path.join(folder, "meta.pkl")
-    if os.path.exists(path):
-        return nanogpt_characters(path)
-    try:
-        return get("gpt2")
-    except UserError as error:
-        raise UserError(f"{folder} has no meta.pkl, so its ids are GPT-2's; {error.fact}", GPT2_FIX) from None
-
-
-GPT2_FIX = ("where there is a network: TIKTOKEN_CACHE_DIR=gpt2 python tokenizer.py --inspect=a --tokenizer=gpt2; "
-            "then bring the folder gpt2 here, and set TIKTOKEN_CACHE_DIR=gpt2")
+    return nanogpt_characters(path) if os.path.exists(path) else pretrained.GPT2()
 
 
 def nanogpt_characters(path, vocab_size=0):
@@ -466,6 +457,8 @@ def load_ours(folder):
     if kind == "simple_bpe":
         merges = [(int(left), int(right)) for left, right in json.loads(read(folder, "merges.json"))]
         return SimpleBPETokenizer({pair: 256 + i for i, pair in enumerate(merges)})
+    if kind == "gpt2":
+        return pretrained.GPT2(folder)
     if kind == "tiktoken":
         return pretrained.TiktokenTokenizer({name: read(folder, name) for name in pretrained.ENCODING})
     if kind not in LEARNED:

@@ -18,6 +18,8 @@ import sample
 import tokenizer as tokenizers
 import train
 from evaluation import perplexity
+from formats import tokenizer_json
+from runtime.console import UserError
 from text import pretrained
 from training import checkpoint as ckpt
 
@@ -108,16 +110,20 @@ def gpt2_ids(texts):
     return [i for text in texts for i in [*text.encode(), 50256]]
 
 
+def gpt2_of_bytes(name):
+    """A vocabulary of GPT-2's size and name, whose tokens are bytes."""
+    assert name == "gpt2"
+    files = byte_encoding({"<|endoftext|>": 50256}).files
+    about = json.loads(files["encoding.json"]) | dict(name="gpt2")
+    return pretrained.TiktokenTokenizer(files | {"encoding.json": json.dumps(about).encode()})
+
+
 @pytest.fixture
 def vocabulary(monkeypatch):
-    """A vocabulary of GPT-2's size and name, whose tokens are bytes."""
-    def of(name):
-        assert name == "gpt2"
-        return byte_encoding({"<|endoftext|>": 50256})
-    monkeypatch.setattr(pretrained, "from_tiktoken", of)
+    monkeypatch.setattr(pretrained, "from_tiktoken", gpt2_of_bytes)
 
 
-def test_without_a_meta_the_ids_are_gpt2s(here, vocabulary, capsys):
+def test_without_a_meta_the_ids_are_gpt2s(here, vocabulary, monkeypatch, capsys):
     texts = [words(90 + i, seed=i) for i in range(30)]
     before = write("data/openwebtext", gpt2_ids(texts[:25]), gpt2_ids(texts[25:]))
     data = datasets.Dataset.open("data/openwebtext")
@@ -125,28 +131,44 @@ def test_without_a_meta_the_ids_are_gpt2s(here, vocabulary, capsys):
     assert perplexity.read_text("openwebtext").documents == texts[25:]
     assert train.main(["--dataset=openwebtext", "--max_iters=3", "--warmup_iters=1", *TINY]) == 0
     assert before.keys() == set(os.listdir("data/openwebtext"))
-    _, tokenizer, _ = ckpt.load_run("out/openwebtext")
-    assert tokenizer.decode(gpt2_ids(["the cat"])[:-1]) == "the cat"
     prepare.main(["--inspect", "data/openwebtext"])
     assert "<|endoftext|>" in capsys.readouterr().out
+    _, tokenizer, _ = ckpt.load_run("out/openwebtext")
+    assert tokenizer.decode(gpt2_ids(["the cat"])[:-1]) == "the cat"
+    # The run has a copy of the vocabulary, and needs no network for it.
+    monkeypatch.setattr(pretrained, "from_tiktoken", None)
+    sample.main(["out/openwebtext", "--prompt=the cat", "--max_new_tokens=3", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("the cat")
 
 
-def test_without_a_network_it_says_what_is_missing(here, monkeypatch):
+def test_without_a_network_ids_train_and_texts_say_what_is_missing(here, monkeypatch, capsys):
+    """With one again, the run goes on where it was, and speaks."""
     def no_network(name):
-        raise error_of_the_network
-    error_of_the_network = pretrained.UserError("tiktoken cannot fetch the vocabulary gpt2: no network", "connect")
-    monkeypatch.setattr(pretrained, "from_tiktoken", no_network)
-    write("data/openwebtext", [1] * 999, [1] * 99)
-    fact, fix = error(train.main, "--dataset=openwebtext", *TINY)
-    assert fact == ("data/openwebtext has no meta.pkl, so its ids are GPT-2's; "
-                    "tiktoken cannot fetch the vocabulary gpt2: no network")
-    assert "TIKTOKEN_CACHE_DIR=gpt2 python tokenizer.py" in fix and not os.path.exists("out/openwebtext")
+        raise UserError("tiktoken cannot fetch the vocabulary gpt2: no network", "TIKTOKEN_CACHE_DIR=...")
+    texts = [words(90 + i, seed=i) for i in range(30)]
+    write("data/openwebtext", gpt2_ids(texts[:25]), gpt2_ids(texts[25:]))
+    options = ["--dataset=openwebtext", "--warmup_iters=1", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "from_tiktoken", no_network)
+        assert train.main([*options, "--max_iters=3"]) == 0
+        out, said = capsys.readouterr()
+        assert "warning: tiktoken cannot fetch the vocabulary gpt2: no network; the ids in data/openwebtext can be" in said
+        assert "(no text: tiktoken cannot fetch" in out
+        fact, fix = error(sample.main, "out/openwebtext", "--prompt=the cat", "--device=cpu")
+        assert fact == "tiktoken cannot fetch the vocabulary gpt2: no network" and fix == "TIKTOKEN_CACHE_DIR=..."
+    row = json.loads((here / "out/openwebtext/log.jsonl").read_text().splitlines()[-1])
+    assert row["val_bpb"] is None and row["val_loss"] < 11
+    monkeypatch.setattr(pretrained, "from_tiktoken", gpt2_of_bytes)
+    assert train.main([*options, "--max_iters=5"]) == 0
+    assert "resumed out/openwebtext after 3 of 5 steps" in capsys.readouterr().err
+    sample.main(["out/openwebtext", "--prompt=the cat", "--max_new_tokens=3", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("the cat")
 
 
 def test_what_can_be_wrong(here, vocabulary):
     write("data/other", [60000] * 99, [60000] * 99)
     fact, fix = error(train.main, "--dataset=other", *TINY)
-    assert fact == "data/other has other ids: val.bin has token 60000 in a vocabulary of 50257, tiktoken"
+    assert fact == "data/other has other ids: val.bin has token 60000 in a vocabulary of 50257, gpt2"
     assert "meta.pkl" in fix
     write("data/short", [1] * 9, [1] * 9)
     assert "data/short/train.bin has 9 tokens, but block_size=32 needs" in error(train.main, "--dataset=short", *TINY)[0]
@@ -195,3 +217,19 @@ def test_a_model_does_not_care_who_wrote_its_batches(here):
         at = [i for i in range(len(ids) - 32) if (ids[i:i + 32] == row).all() and (ids[i + 1:i + 33] == target).all()]
         assert at
     assert torch.isfinite(random_model(vocab_size=data.meta["vocab_size"], block_size=32)(idx, targets))
+
+
+def test_a_run_on_gpt2s_ids_goes_on_from_ours_and_leaves_for_others(here, vocabulary, capsys):
+    """Data that prepare.py encoded by gpt2 have the same ids: fine-tuning takes one for the other."""
+    (here / "mine.txt").write_text(words(3000))
+    write("data/openwebtext", gpt2_ids([words(900)]), gpt2_ids([words(300, seed=1)]))
+    assert train.main(["--dataset=openwebtext", "--max_iters=2", "--warmup_iters=1", *TINY]) == 0
+    prepare.main(["mine.txt", "--tokenizer=gpt2"])
+    assert datasets.read_meta("data/mine")["vocab_size"] == 50257
+    options = [one for one in TINY if not one.startswith(("--n_", "--block"))]
+    assert train.main(["--dataset=mine", "--init_from=out/openwebtext", "--out_dir=out/more", "--max_iters=2",
+                       "--warmup_iters=1", *options]) == 0
+    assert "before:" in capsys.readouterr().err
+    _, tokenizer, _ = ckpt.load_run("out/openwebtext")
+    files = tokenizer_json.tokenizer_files(tokenizer, 32)
+    assert json.loads(files["tokenizer.json"])["added_tokens"][0]["id"] == 50256

@@ -153,6 +153,36 @@ class TiktokenTokenizer(Tokenizer):
         return np.concatenate(ids)
 
 
+class GPT2(Tokenizer):
+    """GPT-2's encoding by its name: ids can be trained on, and only a text needs the vocabulary, here or fetched.
+
+    folder: where `save` has written a copy.
+    """
+
+    kind = name = "gpt2"
+    vocab_size, special, files = 50257, {"<|endoftext|>": 50256}, {}
+
+    def __init__(self, folder=""):
+        self.folder = folder
+
+    @functools.cached_property
+    def whole(self):
+        if not os.path.exists(os.path.join(self.folder, ENCODING[1])):
+            return from_tiktoken("gpt2")
+        with careful(f"{self.folder} is damaged"):
+            return TiktokenTokenizer({name: read(self.folder, name) for name in ENCODING})
+
+    def __getattr__(self, name):  # the bytes of the tokens, the words, how a text is encoded
+        return getattr(self.whole, name)
+
+    def save(self, folder):
+        super().save(folder)
+        with contextlib.suppress(UserError):
+            for name, content in self.whole.files.items():
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(content)
+
+
 def short_runs(text):
     """A text in parts without a very long run of white space. Nearly always it is one part."""
     start = 0
