@@ -529,7 +529,7 @@ class TokenizerConfig:
     inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the chat format
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned from it
     # Options:
-    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
+    input: list[str] = field(default_factory=list)  # files, folders, patterns or URLs of text
     tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 for a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese

@@ -274,7 +274,7 @@ def test_other_errors(here, server, monkeypatch):
     assert "the connection ended or stalled" in error(lambda _: fetch(server, "/empty.txt"))[0]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
-        assert "0.2 MB are to come, but there is room for 0.0 MB" in error(lambda _: fetch(server))[0]
+        assert "0.2 MB to go, but only 0.0 MB of disk space left" in error(lambda _: fetch(server))[0]
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "requests", None)
         assert "pip install requests" in error(lambda _: fetch(server))[1]

@@ -221,7 +221,7 @@ def test_what_people_get_wrong(here):
     assert "no text was given" in error(prepare.main)[0]
     (here / "good.txt").write_text(words(1000))
     assert "val_fraction=1.5" in error(prepare.main, "good.txt", "--val_fraction=1.5")[0]
-    assert ". holds something other" in error(prepare.main, "good.txt", "--out=.")[0]
+    assert ". is not prepared data: it holds " in error(prepare.main, "good.txt", "--out=.")[0]
     assert "good.txt is not prepared data: it is a file" in error(prepare.main, "good.txt", "--out=good.txt")[0]
     assert "'gpt5'" in error(prepare.main, "good.txt", "--tokenizer=gpt5")[0]
     (here / "b.txt").write_text(words(500))
@@ -345,7 +345,7 @@ def test_folders_that_only_look_like_ours(here):
         (here / precious).parent.mkdir(parents=True)
         (here / precious).write_text("precious")
         out = precious.split("/")[0]
-        assert "other than prepared data" in error(prepare.main, "a.txt", f"--out={out}", "--tokenizer=char")[0]
+        assert "is not prepared data: it holds " in error(prepare.main, "a.txt", f"--out={out}", "--tokenizer=char")[0]
         assert (here / precious).read_text() == "precious"
 
 

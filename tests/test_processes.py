@@ -111,7 +111,7 @@ def test_few_micro_batches_are_cut(lab):
     assert furthest(lab / "out/1", lab / "out/2") < 1e-4
     assert "step: 128 tokens = 2 micro-batches of 2 x 32, 1 for each of 2 processes" in said(lab)
     assert together(2, lab, *argv, "--batch_size=3", "--out_dir=out/3") == [2, 2]
-    assert "1 micro-batches of batch_size=3 windows cannot be shared by 2 processes" in said(lab)
+    assert "1 micro-batch of batch_size=3 windows cannot be shared by 2 processes" in said(lab)
     assert "fix: --nproc_per_node=1" in said(lab)
 
 

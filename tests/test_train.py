@@ -205,7 +205,7 @@ def test_what_a_run_leaves(data, capsys):
 def test_a_missing_built_in_data_set_is_prepared(here, capsys):
     assert train.main([*TINY, "--max_iters=1", "--eval_iters=1"]) == 0
     shown = capsys.readouterr().err
-    assert "data/stdlib is missing; preparing it" in shown and "tokens of stdlib of Python 3" in shown
+    assert "data/stdlib is missing; preparing it" in shown and "tokens from stdlib of Python 3" in shown
 
 
 def test_nanogpt_settings_mean_what_they_meant(data):

@@ -61,8 +61,8 @@ def pieces(settings, world):
     cut = world // math.gcd(world, micros)
     if windows % cut == 0:
         return cut
-    raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} "
-                    "processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
+    raise UserError(f"{micros} micro-batch{'es' * (micros != 1)} of batch_size={windows} windows cannot be shared by "
+                    f"{world} processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
 
 
 def check_data(settings, data):
