@@ -44,7 +44,7 @@ def test_csv_rows_that_are_wrong(here, capsys, monkeypatch):
     write_csv("a.csv", ["text", "id"], [["good", 1], ["bad"], ["good too", 2], ["bad", 3, 4], [], ["good three", 5]])
     prepare.main(["a.csv", "--tokenizer=char"])
     said = capsys.readouterr().err
-    assert "left out: a.csv, line 3: 1 columns, but the first line has 2" in said
+    assert "left out: a.csv, line 3: 1 column, but the first line has 2" in said
     assert "left out: a.csv, line 5: 3 columns" in said and "3 documents" in said
     assert "a.csv, line 3" in error(prepare.main, "a.csv", "--tokenizer=char", "--strict", "--overwrite")[0]
     fact, fix = error(prepare.main, "a.csv", "--text_field=body")

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 
-from runtime.console import UserError, needs
+from runtime.console import UserError, counted, needs
 from runtime.files import check_size, open_file, parse_json, read_json
 
 RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
@@ -134,7 +134,7 @@ def csv_rows(path, blocks, fix, skipped=STRICT):
             if len(row) == len(columns):
                 yield where, dict(zip(columns, row))
             else:
-                fact = f"{len(row)} columns, but the first line has {len(columns)}"
+                fact = f"{counted(len(row), 'column')}, but the first line has {len(columns)}"
                 skipped.add(UserError(f"{where}: {fact}", f'quote a text that contains "{delimiter}"'))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}", "save it as CSV again") from None
