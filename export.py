@@ -154,7 +154,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "hf": Format("hf", write_hf, ("transformers", "safetensors"), """
+    "hf": Format("hf", write_hf, ("transformers",), """
 `pip install torch transformers`, and in Python:
 
 ```python
