@@ -48,7 +48,6 @@ class EvaluateConfig(ModelConfig):
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line
     megabytes: Literal["all"] | float = "all"  # only this much of each text
-    block_size: Literal["auto"] | int = "auto"  # context length in tokens; auto: the model's own
     stride: Literal["auto"] | int = "auto"  # tokens that the window advances; auto: block_size
     batch_size: Literal["auto"] | int = "auto"  # contexts at once; auto: about 4,096 tokens
     # questions
@@ -224,7 +223,8 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
     """Append one model to the results."""
     # 1. The model
     name = os.path.normpath(run)
-    model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8",
+                                           settings.block_size)
     dtype = torch.float32 if about["int8"] else getattr(torch, settings.dtype)
     row = dict(model=name, parameters=model.n_params(), texts={}, tasks={}, quality=None, tokens_per_second=None,
                missing={})

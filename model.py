@@ -658,17 +658,14 @@ def read_rope_scaling(config):
     kind, *given = text.split(",")
     assert kind in ROPE_SCALING, f"rope_scaling={text} is not one of {', '.join(ROPE_SCALING)}"
     due = ROPE_SCALING[kind]
-    found = [re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", pair) for pair in given]
-    assert all(found), f"rope_scaling={text} is not of the form linear,factor=2; --rope_scaling=linear,factor=2"
-    numbers = due | {pair[1]: float(pair[2]) for pair in found}
-    odd = [name for name in numbers if name not in due or numbers[name] is None]
-    assert not odd, f"rope_scaling={text} lacks or does not know {odd[0]}; {kind} has {', '.join(due)}"
+    numbers = dict(due)
+    for pair in given:
+        name, _, value = pair.partition("=")
+        numbers[name] = float(value) if re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", value) else None
     for name, value in numbers.items():
         smallest = 0 if name == "attention_factor" else 1e-6
-        assert smallest <= value < 1e12, f"rope_scaling={text}: {name} is out of range"
-    if kind == "llama3":
-        assert numbers["low_freq_factor"] < numbers["high_freq_factor"], (
-            f"rope_scaling={text}: low_freq_factor must be below high_freq_factor")
+        assert name in due and value is not None and smallest <= value < 1e12, (
+            f"rope_scaling={text}: {name} is missing, unknown or out of range; {kind} has {', '.join(due)}")
     assert kind != "yarn" or config.rope_theta > 1, f"rope_scaling={text} needs a rope_theta above 1"
     return kind, numbers
 

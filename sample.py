@@ -40,6 +40,7 @@ class RunConfig:
     out_dir: str = ""  # the RUN; by default the newest below out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
+    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
 
 
 @dataclass
@@ -352,7 +353,7 @@ def load_model(settings, runs):
     """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
     device = machine.choose_device(settings.device)
     run = ckpt.choose_run(runs, settings)
-    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8", settings.block_size)
 
 
 def check_chat(run, tokenizer):
@@ -371,7 +372,7 @@ def main(argv):
     if settings.prompt and settings.start:
         raise UserError("--start and --prompt are the same", "give one of them")
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
-    check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
+    check_limits(settings, RANGES | {"num_samples block_size": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
         raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     prompt = read_prompt(prompt)

@@ -27,6 +27,7 @@ import tokenizer as tokenizers
 from model import GPT, GPTConfig, outline
 from runtime.console import UserError, note, origin, warn
 from runtime.files import check_like, locked, replace_file
+from runtime.settings import or_else
 from training import lora
 
 # ---------- Writing
@@ -321,13 +322,18 @@ def read_run(run, which="best", depth=0):
     return checkpoint | dict(path=path, chat=chat, source=source), tokenizer
 
 
-def load_run(run, which="best", device="cpu", int8=False):
-    """(model in eval mode, its tokenizer, the rest of the checkpoint) of a RUN. int8: quantize it."""
+def load_run(run, which="best", device="cpu", int8=False, block_size="auto"):
+    """(model in eval mode, its tokenizer, the rest of the checkpoint) of a RUN.
+
+    int8: quantize it. block_size: cut the context to this many tokens.
+    """
     from formats.quantized import quantize
     checkpoint, tokenizer = read_run(run, which)
     path, stored = checkpoint["path"], bool(checkpoint.get("int8"))  # an export may be in 8 bits
     try:
-        model = GPT(config_of(checkpoint["settings"]))
+        config = config_of(checkpoint["settings"])
+        config.block_size = min(config.block_size, or_else(block_size, config.block_size))
+        model = GPT(config)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0]}",
                         "a machine with more memory") from None
