@@ -284,7 +284,8 @@ def main(argv):
     started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.choose_run(runs, settings)]
-    ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs if not huggingface.is_folder(run)]
+    ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs
+            if not (huggingface.is_folder(run) or ckpt.is_gguf(run))]
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
     tasks = read_tasks(settings)

@@ -349,6 +349,8 @@ def main(argv):
     ckpt.check_whole(run)
     folder = Path(named).absolute()
     name = folder.parent.name if folder.is_file() else folder.name
+    if ckpt.is_gguf(named):
+        name = folder.stem
     out = Path(settings.out or f"exports/{name}")
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype

@@ -522,7 +522,7 @@ def next_command(out, meta, settings):
     model, start = settings.tokenizer, "scratch"
     if os.path.exists(os.path.join(model, "best.pt")):
         start = "run"
-    elif glob.glob(os.path.join(glob.escape(model), "model.safetensors*")):
+    elif model.lower().endswith(".gguf") or glob.glob(os.path.join(glob.escape(model), "model.safetensors*")):
         start = "hugging_face"
     elif settings.format == "text" and model == "char":
         start = "char"

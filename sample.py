@@ -305,7 +305,7 @@ class Writer:
         if settings.chat:
             ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2))
         else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
-            ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+            ids = tokenizer.prompt(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
         # 2. As many texts as asked for, each with the next seed.
         if len(ids) > size:  # the end of a prompt matters most
             note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
@@ -378,9 +378,7 @@ def main(argv):
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
-    source = "a Hugging Face model"
-    if os.path.isfile(run["path"]):
-        source = f"{run['step']} steps on {', '.join(run['source'])}"
+    source = run.get("kind", f"{run['step']} steps on {', '.join(run['source'])}")
     say(f"{run['path']}: {model.n_params():,} parameters, {source}{', 8-bit' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)

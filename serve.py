@@ -85,6 +85,8 @@ class Served:
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
+        if ckpt.is_gguf(path):
+            self.name = os.path.basename(path)
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
             parameters=parameters, device=device,

@@ -400,7 +400,7 @@ def sample(texts, total_bytes):
 # ---------- Folders
 
 def load_from(path, sha256=None):
-    """The tokenizer of a tokenizer folder, of prepared data, of a run or of a Hugging Face folder.
+    """The tokenizer of a tokenizer folder, of prepared data, of a run, a Hugging Face folder or a .gguf file.
 
     sha256: the fingerprint that it must have.
     """
@@ -408,7 +408,10 @@ def load_from(path, sha256=None):
     folder = os.path.join(path, "tokenizer")
     if not os.path.isdir(folder):
         folder = path
-    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+    if path.lower().endswith(".gguf"):
+        from text.gguf_file import from_gguf  # rarely needed
+        tokenizer = from_gguf(path)
+    elif os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
@@ -437,8 +440,8 @@ def load_ours(folder):
 
 
 def get(name):
-    """The tokenizer of a folder, or one of tiktoken's encodings."""
-    if os.path.isdir(name):
+    """The tokenizer of a folder or a .gguf file, or one of tiktoken's encodings."""
+    if os.path.isdir(name) or os.path.isfile(name) and name.lower().endswith(".gguf"):
         return load_from(name)
     encodings = pretrained.tiktoken().list_encoding_names()
     if name in encodings:
@@ -487,7 +490,7 @@ def ends(tokenizer):
     """The ids after which a text, or an answer in a chat, is over."""
     # A Hugging Face tokenizer names its own end in its settings.
     names = END_OF_TEXT, END, tokenizer.settings.get("eos_token")
-    return {tokenizer.special[name] for name in names if name in tokenizer.special}
+    return {tokenizer.special[name] for name in names if name in tokenizer.special} | set(tokenizer.stops)
 
 
 # ---------- The command line

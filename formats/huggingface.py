@@ -272,10 +272,13 @@ def read(folder):
     tensors = read_tensors(folder)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     weights = our_weights(tensors, config, folder)
-    tokenizer = tokenizers.load_from(folder)
     generation = os.path.join(folder, "generation_config.json")
+    generation = read_dict(generation) if os.path.exists(generation) else {}
+    tokenizer = tokenizers.load_from(folder)
+    stops = generation.get("eos_token_id", theirs.get("eos_token_id"))  # one, or a list
+    tokenizer.stops = [i for i in (stops if isinstance(stops, list) else [stops]) if type(i) is int]
     return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder],
-                generation=read_dict(generation) if os.path.exists(generation) else {},
+                generation=generation, kind="a Hugging Face model",
                 dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 

@@ -274,6 +274,10 @@ def no_model(run):
     return UserError(f"there is no run {run}", ", or ".join(near) or "python train.py config/train_small.py")
 
 
+def is_gguf(run):
+    return run.lower().endswith(".gguf") and os.path.isfile(run)
+
+
 def checkpoint_path(run, which="best"):
     """The file of a RUN: itself, or of a folder the best checkpoint, or with which="last" the newest."""
     if os.path.isfile(run):
@@ -288,17 +292,20 @@ def checkpoint_path(run, which="best"):
 
 
 def read_run(run, which="best", depth=0):
-    """(checkpoint, its tokenizer) of a RUN: a run or Hugging Face folder, or a .pt file, nanoGPT's too.
+    """(checkpoint, its tokenizer) of a RUN: a run or Hugging Face folder, a .gguf or .pt file, nanoGPT's too.
 
     The checkpoint also says its `path`, and in `chat` whether the model knows a chat format. LoRA's
     corrections are added to the weights. depth: how many LoRA runs correct this one.
     """
-    from formats import huggingface, nanogpt  # rarely needed
+    from formats import gguf_reader, huggingface, nanogpt  # rarely needed
 
     # 1) Read it, whatever it is.
     if huggingface.is_folder(run):
         path = run
         checkpoint, tokenizer = huggingface.read(run)
+    elif is_gguf(run):
+        path = run
+        checkpoint, tokenizer = gguf_reader.read(run)
     else:
         path = checkpoint_path(run, which)
         checkpoint = load_file(path)
