@@ -31,7 +31,7 @@ from evaluation import grading, report
 from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from runtime import machine
-from runtime.files import replace_file
+from runtime.files import is_gguf, replace_file
 from runtime.processes import Processes
 from runtime.settings import check_limits, load, or_else
 from sample import ModelConfig, read_prompt
@@ -285,7 +285,7 @@ def main(argv):
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.choose_run(runs, settings)]
     ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs
-            if not (huggingface.is_folder(run) or ckpt.is_gguf(run))]
+            if not (huggingface.is_folder(run) or is_gguf(run))]
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
     tasks = read_tasks(settings)

@@ -43,7 +43,7 @@ from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from formats.quantized import quantize
 from model import KVCache
-from runtime.files import check_like, replace_file
+from runtime.files import check_like, is_gguf, replace_file
 from runtime.settings import check_limits, load
 from sample import RunConfig
 from text.sources import LICENCES
@@ -349,7 +349,7 @@ def main(argv):
     ckpt.check_whole(run)
     folder = Path(named).absolute()
     name = folder.parent.name if folder.is_file() else folder.name
-    if ckpt.is_gguf(named):
+    if is_gguf(named):
         name = folder.stem
     out = Path(settings.out or f"exports/{name}")
     rows = earlier_rows(out)

@@ -29,6 +29,7 @@ from queue import Empty, Full
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
+from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
 from sample import RANGES, ModelConfig, load_model
 from serving import api
@@ -85,7 +86,7 @@ class Served:
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
-        if ckpt.is_gguf(path):
+        if is_gguf(path):
             self.name = os.path.basename(path)
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,

@@ -54,6 +54,7 @@ import numpy as np
 from text import pretrained
 from text.pretrained import careful, read
 from runtime.console import UserError, command_line, needs, note, say, show, public
+from runtime.files import is_gguf
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
@@ -408,7 +409,7 @@ def load_from(path, sha256=None):
     folder = os.path.join(path, "tokenizer")
     if not os.path.isdir(folder):
         folder = path
-    if path.lower().endswith(".gguf"):
+    if is_gguf(path):
         from text.gguf_file import from_gguf  # rarely needed
         tokenizer = from_gguf(path)
     elif os.path.exists(os.path.join(folder, "tokenizer.json")):
@@ -441,7 +442,7 @@ def load_ours(folder):
 
 def get(name):
     """The tokenizer of a folder or a .gguf file, or one of tiktoken's encodings."""
-    if os.path.isdir(name) or os.path.isfile(name) and name.lower().endswith(".gguf"):
+    if os.path.isdir(name) or is_gguf(name):
         return load_from(name)
     encodings = pretrained.tiktoken().list_encoding_names()
     if name in encodings:

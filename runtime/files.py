@@ -32,6 +32,10 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
     return open(path, mode, **options)
 
 
+def is_gguf(path):
+    return str(path).lower().endswith(".gguf") and os.path.isfile(path)
+
+
 def read_json(path, fix, **options):
     """The value in a stranger's .json or .json.gz file. fix: where it is not JSON."""
     try:

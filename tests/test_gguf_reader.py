@@ -17,7 +17,7 @@ import sample
 import serve
 import tokenizer as tokenizers
 import train
-from formats import gguf_reader, huggingface
+from formats import huggingface
 from model import scale_rope
 from runtime.console import UserError
 from text import gguf_file

@@ -26,7 +26,7 @@ import torch
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, outline
 from runtime.console import UserError, note, origin, warn
-from runtime.files import check_like, locked, replace_file
+from runtime.files import check_like, is_gguf, locked, replace_file
 from runtime.settings import or_else
 from training import lora
 
@@ -272,10 +272,6 @@ def no_model(run):
     runs = runs_below("out")
     near = difflib.get_close_matches(run, runs, 1) or runs[:5]
     return UserError(f"there is no run {run}", ", or ".join(near) or "python train.py config/train_small.py")
-
-
-def is_gguf(run):
-    return run.lower().endswith(".gguf") and os.path.isfile(run)
 
 
 def checkpoint_path(run, which="best"):
