@@ -9,6 +9,7 @@ characters stand in the meta.pkl beside the data.
 """
 import os
 import pickle
+import re
 from dataclasses import asdict
 
 from torch.nn import functional as F
@@ -19,6 +20,39 @@ from runtime.console import UserError
 from runtime.files import open_file
 
 
+# How others' checkpoints are known: by the name of a tensor, or of something beside the tensors.
+OTHERS = {  # name: (whose it is, what to do)
+    "tok_embeddings.weight": ("llama2.c (or Meta's Llama)",
+                              "in llama2.c, python export.py FOLDER --version -1 --checkpoint FILE; then that FOLDER"),
+    "transformer.h.0.attn.c_q.weight": ("nanochat", "a model of nanoGPT, or a Hugging Face folder"),
+    "transformer.h.0.attn.attn.weight": ("LitGPT", "litgpt convert_from_litgpt, for a Hugging Face folder"),
+    "transformer.h.0.attn.qkv.weight": ("LitGPT", "litgpt convert_from_litgpt, for a Hugging Face folder"),
+    "language_model": ("Megatron-LM", "its tools/checkpoint/convert.py, for a Hugging Face folder"),
+    "embedding.word_embeddings.weight": ("Megatron-LM", "its tools/checkpoint/convert.py, for a Hugging Face folder"),
+    "model.embed_tokens.weight": ("transformers, which alone has no shape",
+                                  "the folder with config.json; save_pretrained(FOLDER) writes one"),
+    "h.0.attn.c_attn.weight": ("transformers, which alone has no shape",
+                               "the folder with config.json; save_pretrained(FOLDER) writes one"),
+    "pytorch-lightning_version": ("PyTorch Lightning", "a Hugging Face folder of the model"),
+    "code": ("modded-nanogpt", "a model of nanoGPT, or a Hugging Face folder"),
+}
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which older versions of PyTorch save
+
+
+def plain_name(name):
+    """The name of a tensor without what compiling and several processes put before it."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+
+
+def refuse_others(state, path):
+    """Raises UserError where a .pt file is known to be another project's."""
+    parts = [state] + [state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)]
+    names = {plain_name(name) for part in parts for name in part}
+    for name, (whose, fix) in OTHERS.items():
+        if name in names and "format" not in state:
+            raise UserError(f"{path} is a checkpoint of {whose}, which is not read", fix)
+
+
 def convert(state, path):
     """(checkpoint of ours, tokenizer). The caller checks the weights."""
     try:
@@ -27,8 +61,10 @@ def convert(state, path):
         tokenizer = find_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
         # nanoGPT rounds GPT-2's 50,257 up to 50,304; the tokens that do not exist are cut off.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
+        args.setdefault("bias", True)  # the oldest checkpoints do not say it
         config = resolve(GPTConfig(**args, mlp="gelu_exact"))
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in state["model"].items()}
+        weights = {plain_name(name): tensor for name, tensor in state["model"].items()}
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(BUFFERS)}
         rows = round_up(config.vocab_size, 64)  # of our matrices
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]  # (vocab_size, C)

@@ -107,17 +107,21 @@ def remove_empty(folder):  # an error before the first step leaves no folder
 
 def load_file(path):
     """The dict in a stranger's .pt file: plain values, and weights that take no more memory than the file."""
+    from formats.nanogpt import refuse_others  # rarely needed
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one")
     try:
         size = check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_others(state, path)
         weights = list(state.get("model", {}).values())
         if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in weights):
             raise ValueError("a tensor is not of the plain kind")
         if sum(tensor.nbytes for tensor in weights) > 2 * size:  # tied weights have two names
             raise ValueError("its weights take more memory than the file")
         return state
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: opening it could run code",
                         "use another checkpoint") from None
@@ -372,6 +376,9 @@ def fitting(model, weights, path):
     if torch.is_tensor(found.get(positions)):
         found[positions] = found[positions][:model.config.block_size]  # of a longer context
     check_like(found, ours, path)
+    if unknown := sorted(map(str, weights.keys() - model.state_dict().keys())):
+        raise UserError(f"{path} has tensors for which its model has no place: {', '.join(unknown[:20])}",
+                        "its settings must be those of its training: is bias=True missing, for example?")
     return found
 
 
