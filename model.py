@@ -93,41 +93,34 @@ def rotary_table(config):
 
 
 def scale_rope(speed, config):
-    """(speed, size) of rotations for a context that is longer than the one of training, `old`.
+    """(speed, size) of rotations for a context longer than in training (`old`).
 
-    Slowed down by a factor, long distances get angles that the model has seen.
-    linear does so with all pairs of channels (Chen 2023, arXiv 2306.15595).
-    But the fast ones tell neighbours apart, and have seen every angle: yarn
-    (Peng 2023, arXiv 2309.00071) and llama3 (arXiv 2407.21783) keep their
-    speed, slow down those that hardly complete a turn, and mix in between.
+    Slowed down by a factor, long distances get angles that the model has seen:
+    linear (Chen 2023, arXiv 2306.15595). But fast pairs of channels tell
+    neighbours apart, and have seen every angle. So yarn (Peng 2023, arXiv
+    2309.00071) and llama3 (arXiv 2407.21783) keep their speed, slow down the
+    pairs that hardly complete a turn, and mix in between.
     """
     kind, by = read_rope_scaling(config)
+    half, size, old = len(speed), 1.0, by.get("original_max_position_embeddings")
+    # The share of its speed that each pair keeps: from 1 to 0, linear in ...
     if kind == "none":
-        return speed, 1.0
+        return speed, size
     if kind == "linear":
-        return speed / by["factor"], 1.0
-    # 1. The share of its speed that each pair keeps: from 1 to 0.
-    old, size = by["original_max_position_embeddings"], 1.0
-    half = len(speed)
-    if kind == "llama3":
-        # Linear in the turns within the old context.
+        keep = torch.zeros(half)
+    elif kind == "llama3":  # ... its turns within the old context
         low, high = by["low_freq_factor"], by["high_freq_factor"]
-        turns = old * speed / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    else:
-        # Linear in the number of the pair, between those that turn beta_fast
-        # and beta_slow times.
+        keep = (old * speed / (2 * math.pi) - low) / (high - low)
+    else:  # ... its number, between the pairs that turn beta_fast and beta_slow times
         fast, slow = [half * math.log(old / (2 * math.pi * by[name])) / math.log(config.rope_theta)
                       for name in ("beta_fast", "beta_slow")]
-        low, high = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
-        if low == high:
-            high += 0.001
-        keep = 1 - ((torch.arange(half) - low) / (high - low)).clamp(0, 1)
+        fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
+        keep = (slow - torch.arange(half)) / (slow - fast or 0.001)
         # Among more positions, attention is less sharp: larger q and k make
         # up for it.
         size = by["attention_factor"] or 0.1 * math.log(max(1, by["factor"])) + 1
-    # 2. The rest is divided by the factor.
-    return speed * (keep + (1 - keep) / by["factor"]), size
+    keep = keep.clamp(0, 1)
+    return speed * keep + speed / by["factor"] * (1 - keep), size
 
 
 def rotate(x, cos, sin):
@@ -657,15 +650,14 @@ def read_rope_scaling(config):
     text = config.rope_scaling
     kind, *given = text.split(",")
     assert kind in ROPE_SCALING, f"rope_scaling={text} is not one of {', '.join(ROPE_SCALING)}"
-    due = ROPE_SCALING[kind]
-    numbers = dict(due)
-    for pair in given:
-        name, _, value = pair.partition("=")
-        numbers[name] = float(value) if re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", value) else None
+    numbers = ROPE_SCALING[kind] | dict(pair.partition("=")[::2] for pair in given)
     for name, value in numbers.items():
+        known = name in ROPE_SCALING[kind] and re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", str(value))
+        numbers[name] = float(value) if known else -1
         smallest = 0 if name == "attention_factor" else 1e-6
-        assert name in due and value is not None and smallest <= value < 1e12, (
-            f"rope_scaling={text}: {name} is missing, unknown or out of range; {kind} has {', '.join(due)}")
+        assert smallest <= numbers[name] < 1e12, (
+            f"rope_scaling={text}: {name} is missing, unknown or out of range; "
+            f"{kind} has {', '.join(ROPE_SCALING[kind])}")
     assert kind != "yarn" or config.rope_theta > 1, f"rope_scaling={text} needs a rope_theta above 1"
     return kind, numbers
 

@@ -20,22 +20,12 @@ from runtime.console import UserError
 from runtime.files import open_file
 
 
-# How others' checkpoints are known: by the name of a tensor, or of something beside the tensors.
-OTHERS = {  # name: (whose it is, what to do)
-    "tok_embeddings.weight": ("llama2.c (or Meta's Llama)",
-                              "in llama2.c, python export.py FOLDER --version -1 --checkpoint FILE; then that FOLDER"),
-    "transformer.h.0.attn.c_q.weight": ("nanochat", "a model of nanoGPT, or a Hugging Face folder"),
-    "transformer.h.0.attn.attn.weight": ("LitGPT", "litgpt convert_from_litgpt, for a Hugging Face folder"),
-    "transformer.h.0.attn.qkv.weight": ("LitGPT", "litgpt convert_from_litgpt, for a Hugging Face folder"),
-    "language_model": ("Megatron-LM", "its tools/checkpoint/convert.py, for a Hugging Face folder"),
-    "embedding.word_embeddings.weight": ("Megatron-LM", "its tools/checkpoint/convert.py, for a Hugging Face folder"),
-    "model.embed_tokens.weight": ("transformers, which alone has no shape",
-                                  "the folder with config.json; save_pretrained(FOLDER) writes one"),
-    "h.0.attn.c_attn.weight": ("transformers, which alone has no shape",
-                               "the folder with config.json; save_pretrained(FOLDER) writes one"),
-    "pytorch-lightning_version": ("PyTorch Lightning", "a Hugging Face folder of the model"),
-    "code": ("modded-nanogpt", "a model of nanoGPT, or a Hugging Face folder"),
-}
+OTHERS = {  # whose a checkpoint is, by the name of a tensor or of something beside the tensors
+    "tok_embeddings.weight": "llama2.c or Meta's Llama", "transformer.h.0.attn.c_q.weight": "nanochat",
+    "transformer.h.0.attn.attn.weight": "LitGPT", "transformer.h.0.attn.qkv.weight": "LitGPT",
+    "language_model": "Megatron-LM", "embedding.word_embeddings.weight": "Megatron-LM",
+    "model.embed_tokens.weight": "transformers", "h.0.attn.c_attn.weight": "transformers",
+    "pytorch-lightning_version": "PyTorch Lightning", "code": "modded-nanogpt"}
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which older versions of PyTorch save
 
 
@@ -46,11 +36,10 @@ def plain_name(name):
 
 def refuse_others(state, path):
     """Raises UserError where a .pt file is known to be another project's."""
-    parts = [state] + [state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)]
-    names = {plain_name(name) for part in parts for name in part}
-    for name, (whose, fix) in OTHERS.items():
-        if name in names and "format" not in state:
-            raise UserError(f"{path} is a checkpoint of {whose}, which is not read", fix)
+    names = {plain_name(name) for part in (state, state.get("model", {})) for name in part}
+    for name in OTHERS.keys() & names:
+        raise UserError(f"{path} is a checkpoint of {OTHERS[name]}, which is not read here",
+                        "its Hugging Face folder; llama2.c's export.py --version -1 and LitGPT's convert write one")
 
 
 def convert(state, path):

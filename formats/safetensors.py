@@ -5,10 +5,10 @@ Safetensors: the weights of Hugging Face folders, in a file that is only data.
     tensors = read("model.safetensors")     # {name: tensor}, in memory that is mapped to the file
     write("model.safetensors", tensors)
 
-A file is the length of its header (8 bytes, little-endian), the header, and the numbers of all tensors
-without a gap. The header is JSON, padded with spaces to a multiple of 8 bytes:
+A file is the length of its header (8 bytes, little-endian), the header in JSON, and the numbers of all
+tensors, without a gap:
 
-    {"__metadata__": {"format": "pt"}, "lm_head.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    {"lm_head.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
 """
 import json
 import math
@@ -21,7 +21,7 @@ from runtime.files import open_file, parse_json
 
 FIX = "download the file again"
 MOST_HEADER = 100_000_000  # bytes, as in the package safetensors
-DTYPES = {  # those with the largest numbers come first, so that each tensor begins at a multiple of its number's size
+DTYPES = {  # in the order in which tensors are written: the largest first, so that none begins at an odd place
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -53,10 +53,9 @@ def once(pairs):
 
 def check_header(header, size):
     """{name: (dtype, shape, start, end)} of the tensors, which fill `size` bytes. Raises ValueError and others."""
-    metadata = header.pop("__metadata__", {})
-    if not all(isinstance(value, str) for value in metadata.values()):
+    if not all(isinstance(value, str) for value in header.pop("__metadata__", {}).values()):
         raise ValueError("its metadata are not text")
-    places = {}
+    places, last = {}, 0
     for name, about in header.items():
         dtype, shape, (start, end) = DTYPES.get(about["dtype"]), about["shape"], about["data_offsets"]
         if dtype is None:
@@ -67,10 +66,8 @@ def check_header(header, size):
         if end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} takes {end - start:,} bytes, which is not its shape {shape}")
         places[name] = dtype, shape, start, end
-    # One after the other, without an overlap or a hole.
-    last = 0
-    for _, _, start, end in sorted(places.values(), key=lambda place: place[2:]):
-        if start != last:
+    for *_, start, end in sorted(places.values(), key=lambda place: place[2:]):
+        if start != last:  # an overlap or a hole
             raise ValueError(f"a tensor begins at byte {start:,}, but the one before ends at {last:,}")
         last = end
     if last != size:

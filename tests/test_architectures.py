@@ -15,7 +15,7 @@ import train
 import tokenizer as tokenizers
 from formats import huggingface, readback
 from formats.quantized import quantize
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, scale_rope
 from serving.engine import Engine, Request
 from training import checkpoint as ckpt
 
@@ -78,6 +78,24 @@ def test_the_logits_are_those_of_transformers(here, case):
     with torch.no_grad():
         assert (again(idx).logits - due).abs().max() < 1e-4
     assert ckpt.load_run("b")[0].config == model.config
+
+
+@pytest.mark.parametrize("head_dim, theta, rope", [
+    (128, 5e5, dict(LLAMA3, original_max_position_embeddings=8192)),  # Llama 3.1 8B
+    (64, 5e5, dict(LLAMA3, factor=32.0, original_max_position_embeddings=8192)),  # Llama 3.2 1B
+    (128, 1e6, dict(YARN, original_max_position_embeddings=32768)),  # Qwen2.5 and Qwen3
+    (128, 1e4, dict(rope_type="linear", factor=2.5))])
+def test_the_speeds_of_real_models(head_dim, theta, rope):
+    """At position 100,000, a rounding of the speed would be a degree."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    shape = dict(head_dim=head_dim, hidden_size=4 * head_dim, num_attention_heads=4)
+    due, size = ROPE_INIT_FUNCTIONS[rope["rope_type"]](
+        transformers.LlamaConfig(**shape, max_position_embeddings=131_072, rope_parameters=dict(rope, rope_theta=theta)))
+    config = huggingface.our_config(SMALL | shape | dict(model_type="llama", rope_parameters=dict(rope, rope_theta=theta)))
+    speed = 1 / theta ** (torch.arange(head_dim // 2) / (head_dim // 2))
+    scaled, factor = scale_rope(speed, config)
+    assert torch.allclose(scaled, due, rtol=1.2e-7, atol=0) and factor == size
+    assert (scaled != due).sum() <= (5 if rope["rope_type"] == "yarn" else 0) and (scaled < speed).sum() > 15
 
 
 def test_the_scaling_changes_the_model():

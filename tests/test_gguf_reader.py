@@ -145,7 +145,7 @@ def test_a_vocabulary_with_merges(here, pre, text, due):
 
 def test_what_is_refused(here):
     write("a.gguf", "gpt2", pre="tekken")
-    assert "cuts texts into words as tekken does" in error(lambda _: ckpt.load_run("a.gguf"))[0]
+    assert "a vocabulary of the kind gpt2, tekken" in error(lambda _: ckpt.load_run("a.gguf"))[0]
     write("a.gguf", "llama")
     raw = (here / "a.gguf").read_bytes()
     for was, now, said in ((b"llama", b"gemma", "a model of the kind gemma, not llama, qwen2, qwen3, gpt2"),
@@ -153,7 +153,7 @@ def test_what_is_refused(here):
         (here / "a.gguf").write_bytes(raw.replace(was, now, 1))
         assert said in error(lambda _: ckpt.load_run("a.gguf"))[0]
     write("a.gguf", "llama", change=lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", torch.ones(2, 64).numpy()))
-    assert "tensors that its model does not have: blk.0.ffn_gate_inp.weight" in error(lambda _: ckpt.load_run("a.gguf"))[0]
+    assert "tensors that its config.json does not have: blk.0.ffn_gate_inp.weight" in error(lambda _: ckpt.load_run("a.gguf"))[0]
     write("a.gguf", "llama", change=lambda writer: writer.add_uint32("llama.expert_count", 8))
     ckpt.load_run("a.gguf")  # it is the tensors that count
     (here / "b.gguf").write_bytes(b"")
