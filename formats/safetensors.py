@@ -58,13 +58,9 @@ def check_header(header, size):
     places, last = {}, 0
     for name, about in header.items():
         dtype, shape, (start, end) = DTYPES.get(about["dtype"]), about["shape"], about["data_offsets"]
-        if dtype is None:
-            raise ValueError(f"{name} is of type {about['dtype']}, but only {', '.join(DTYPES)} are read")
-        numbers = [*shape, start, end]
-        if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
-            raise ValueError(f"{name} has the shape {str(shape)[:99]} at {start} to {end}")
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} takes {end - start:,} bytes, which is not its shape {shape}")
+        whole = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end)) and len(shape) <= 64
+        if dtype is None or not whole or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} cannot be {str(about)[:200]}; its dtype must be one of {', '.join(DTYPES)}")
         places[name] = dtype, shape, start, end
     for *_, start, end in sorted(places.values(), key=lambda place: place[2:]):
         if start != last:  # an overlap or a hole

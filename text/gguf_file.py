@@ -59,19 +59,15 @@ def read_gguf(path):
     fields, tensors = {}, {}
     for _ in range(n_fields):
         name = cursor.text()
-        add(fields, name, cursor.value(cursor.number()))
+        fields[name] = cursor.value(cursor.number())
     for _ in range(n_tensors):
         name = cursor.text()
         shape = cursor.take("<u8", cursor.number())[::-1].tolist()
-        add(tensors, name, (shape, cursor.number(), cursor.number("<u8")))
+        tensors[name] = shape, cursor.number(), cursor.number("<u8")
+    if len(tensors) < n_tensors or len(fields) < n_fields:
+        raise ValueError("a name comes twice")
     step = max(8, fields.get("general.alignment", 32))
     return fields, tensors, cursor.data[cursor.at + -cursor.at % step:]
-
-
-def add(found, name, value):
-    if name in found:
-        raise ValueError(f"{name} is there twice")
-    found[name] = value
 
 
 # ---------- The vocabulary, as the files of a Hugging Face folder
