@@ -6,7 +6,7 @@ Export: the model for other programs, each file verified before it is kept.
     python export.py out/small --format=hf      # exports/small/hf/
     python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
-hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM
+hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM
 onnx          model.onnx   a graph with a key-value cache, named as in the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
