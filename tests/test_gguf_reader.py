@@ -153,7 +153,7 @@ def test_what_is_refused(here):
         (here / "a.gguf").write_bytes(raw.replace(was, now, 1))
         assert said in error(lambda _: ckpt.load_run("a.gguf"))[0]
     write("a.gguf", "llama", change=lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", torch.ones(2, 64).numpy()))
-    assert "tensors that its config.json does not have: blk.0.ffn_gate_inp.weight" in error(lambda _: ckpt.load_run("a.gguf"))[0]
+    assert "blk.0.ffn_gate_inp.weight" in error(lambda _: ckpt.load_run("a.gguf"))[0]
     write("a.gguf", "llama", change=lambda writer: writer.add_uint32("llama.expert_count", 8))
     ckpt.load_run("a.gguf")  # it is the tensors that count
     (here / "b.gguf").write_bytes(b"")

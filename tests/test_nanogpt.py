@@ -65,7 +65,7 @@ def test_a_tensor_without_a_place(state, name):
     """bias=False beside biases, a layer more, a fork's own: what is not used would be another model."""
     save(state, **{name: torch.ones(4)})
     fact, fix = error(lambda _: ckpt.load_run("out"))
-    assert fact == f"out/ckpt.pt has tensors for which its model has no place: {name}" and "settings" in fix
+    assert fact == f"out/ckpt.pt has tensors unknown to its settings: {name}" and "settings" in fix
 
 
 def test_masks_are_no_tensors_of_the_model(state):
@@ -78,7 +78,7 @@ def test_ours_have_no_more_tensors_either(tiny_run, here):
     state = ckpt.load_checkpoint(str(tiny_run / "out/words/best.pt"))
     state["model"]["transformer.h.0.attn.c_attn.bias"] = torch.ones(96)
     ckpt.save_checkpoint("best.pt", state)
-    assert "no place: transformer.h.0.attn.c_attn.bias" in error(lambda _: ckpt.load_checkpoint("best.pt"))[0]
+    assert "unknown to its settings: transformer.h.0.attn.c_attn.bias" in error(lambda _: ckpt.load_checkpoint("best.pt"))[0]
 
 
 LLAMA2C = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, max_seq_len=24, dropout=0.0)

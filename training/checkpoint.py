@@ -377,8 +377,8 @@ def fitting(model, weights, path):
         found[positions] = found[positions][:model.config.block_size]  # of a longer context
     check_like(found, ours, path)
     if unknown := sorted(map(str, weights.keys() - model.state_dict().keys())):
-        raise UserError(f"{path} has tensors for which its model has no place: {', '.join(unknown[:20])}",
-                        "its settings must be those of its training: is bias=True missing, for example?")
+        raise UserError(f"{path} has tensors unknown to its settings: {', '.join(unknown[:20])}",
+                        "the settings of its training: is bias=True missing, for example?")
     return found
 
 
