@@ -187,7 +187,7 @@ def measure_samples(engine, settings):
     tokenizer = engine.tokenizer
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
     nothing = tokenizer.encode("\n") if end is None else [end]
-    ids = tokenizer.encode(settings.prompt) or nothing
+    ids = tokenizer.prompt(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
         raise UserError(f"--prompt has {len(ids)} tokens, the context {engine.context}", "shorten it")

@@ -97,8 +97,8 @@ def numbers_of(gguf, shape, kind, place, data):
     """A tensor in float32. Raises ValueError where it is not within the file."""
     kind = gguf.GGMLQuantizationType(kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]  # numbers of a block, and its bytes
-    length = math.prod(shape) // block * size
-    if shape[-1] % block or place + length > len(data):
+    length = math.prod(shape[:4]) // block * size
+    if len(shape) > 4 or shape[-1] % block or place + length > len(data):
         raise ValueError(f"a tensor {shape} of type {kind.name} is not within the file")
     rows = data[place:place + length].reshape(*shape[:-1], shape[-1] // block * size)
     return torch.from_numpy(np.array(gguf.quants.dequantize(rows, kind)))

@@ -171,6 +171,21 @@ def test_without_the_package(here, monkeypatch):
     assert fact == "GGUF files need the package gguf" and fix == "pip install gguf"
 
 
+def test_what_lies_outside_of_the_file(here):
+    """A place behind the end, rows of half a block, dimensions without end; and names that come twice."""
+    write("a.gguf", "llama", "Q8_0")
+    raw = (here / "a.gguf").read_bytes()
+    at = raw.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight")  # dimensions, a shape of two, a type, a place
+    for start, change in ((0, struct.pack("<I", 10**6)), (4, struct.pack("<Q", 63)), (4, struct.pack("<QQ", 2**63, 2**63)),
+                          (20, struct.pack("<I", 99)), (24, struct.pack("<Q", 2**40)), (24, struct.pack("<Q", 2**64 - 32))):
+        (here / "a.gguf").write_bytes(raw[:at + start] + change + raw[at + start + len(change):])
+        assert "a.gguf is damaged, or not supported: " in error(lambda _: ckpt.load_run("a.gguf"))[0]
+    for was, now in ((b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"),
+                     (b"llama.attention.key_length", b"llama.attention.head_count")):
+        (here / "a.gguf").write_bytes(raw.replace(was, now, 1))
+        assert "a name comes twice" in error(lambda _: ckpt.load_run("a.gguf"))[0]
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_mutated_files_end_in_one_line(here, part):
     """Or in a model: a number of a weight may be any."""
