@@ -102,20 +102,25 @@ def scale_rope(speed, config):
     pairs that hardly complete a turn, and mix in between.
     """
     kind, by = read_rope_scaling(config)
-    half, size, old = len(speed), 1.0, by.get("original_max_position_embeddings")
-    # The share of its speed that each pair keeps: from 1 to 0, linear in ...
     if kind == "none":
-        return speed, size
+        return speed, 1.0
+    half = len(speed)
+    size = 1.0
+    old = by.get("original_max_position_embeddings")
+    # The share of its speed that each pair keeps: from 1 to 0, linear in ...
     if kind == "linear":
         keep = torch.zeros(half)
     elif kind == "llama3":  # ... its turns within the old context
         low, high = by["low_freq_factor"], by["high_freq_factor"]
         keep = (old * speed / (2 * math.pi) - low) / (high - low)
     else:  # ... its number, between the pairs that turn beta_fast and beta_slow times
-        fast, slow = [half * math.log(old / (2 * math.pi * by[name])) / math.log(config.rope_theta)
-                      for name in ("beta_fast", "beta_slow")]
-        fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
-        keep = (slow - torch.arange(half)) / (slow - fast or 0.001)
+        def number(turns):
+            return half * math.log(old / (2 * math.pi * turns)) / math.log(config.rope_theta)
+
+        first = max(math.floor(number(by["beta_fast"])), 0)
+        last = min(math.ceil(number(by["beta_slow"])), 2 * half - 1)
+        last += 0.001 * (last == first)
+        keep = (last - torch.arange(half)) / (last - first)
         # Among more positions, attention is less sharp: larger q and k make
         # up for it.
         size = by["attention_factor"] or 0.1 * math.log(max(1, by["factor"])) + 1

@@ -38,6 +38,9 @@ CASES = {  # model_type, and what its config.json has besides SMALL
     "llama, yarn": ("llama", dict(rope_parameters=dict(YARN, rope_theta=1e4))),
     "llama, yarn of its own": ("llama", dict(rope_parameters=dict(
         YARN, rope_theta=100.0, beta_fast=4.0, beta_slow=0.5, attention_factor=1.3))),
+    "llama, yarn, both at 0": ("llama", dict(rope_parameters=dict(YARN, rope_theta=1e4, original_max_position_embeddings=4))),
+    "qwen3, yarn, below 0": ("qwen3", dict(head_dim=16, rope_parameters=dict(
+        YARN, rope_theta=1e4, original_max_position_embeddings=1))),
     "qwen3, yarn": ("qwen3", dict(head_dim=16, rope_parameters=dict(YARN, rope_theta=1e6))),
     "llama, old names": ("llama", dict(rope_scaling=dict(type="linear", factor=4.0), rope_theta=500.0)),
 }

@@ -164,6 +164,18 @@ def test_what_is_refused(here):
     assert "there is no run e.gguf" in error(lambda _: ckpt.load_run("e.gguf"))[0]
 
 
+@pytest.mark.timeout(60)
+def test_a_vocabulary_of_special_tokens_alone(here, monkeypatch):
+    """Thousands of them cost no more than others."""
+    tokens, kinds, merges = ggufs.byte_vocabulary()
+    more = [f"<|reserved_{i}|>" for i in range(20_000)]
+    monkeypatch.setattr(ggufs, "byte_vocabulary", lambda: (tokens + more, kinds + [ggufs.CONTROL] * len(more), merges))
+    ggufs.write("a.gguf", random_model(vocab_size=len(tokens) + len(more)), vocabulary="bytes")
+    tokenizer = tokenizers.get("a.gguf")
+    assert tokenizer.special["<|reserved_19999|>"] == tokenizer.vocab_size - 1
+    assert "<|reserved_7|>" in tokenizer.decode(tokenizer.encode("a <|reserved_7|>"))
+
+
 def test_without_the_package(here, monkeypatch):
     write("a.gguf", "llama")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)

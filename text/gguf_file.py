@@ -92,17 +92,18 @@ def tokenizer_of(fields, name):
     """The tokenizer that the fields of a file describe."""
     library = needs("tokenizers", "GGUF files")
     about = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
-    tokens, kinds, model, words = about["tokens"], about["token_type"], about["model"], about.get("pre", "gpt-2")
+    tokens, kinds = about["tokens"], about["token_type"]
+    model, words = about["model"], about.get("pre", "gpt-2")
     if model not in ("gpt2", "llama") or model == "gpt2" and words not in WORDS:
         raise UserError(f"{name} has a vocabulary of the kind {model}, {words}, which is not known here",
                         "the Hugging Face folder of the same model")
     made = by_scores(library, about) if model == "llama" else by_merges(library, about, words)
     # 1. The special tokens, and those that a text may contain.
     ids = {role: about[key] for role, key in ROLES.items() if 0 <= about.get(key, -1) < len(tokens)}
-    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        special = kind == CONTROL or i in ids.values()
-        if special or kind == USER_DEFINED:
-            made.add_tokens([library.AddedToken(token, normalized=False, special=special)])
+    special = {i for i, kind in enumerate(kinds) if kind == CONTROL} | set(ids.values())
+    made.add_tokens([library.AddedToken(token, normalized=False, special=i in special)
+                     for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+                     if i in special or kind == USER_DEFINED])
     if [made.token_to_id(token) for token in tokens] != list(range(len(tokens))):
         raise ValueError("two tokens are equal")
     # 2. The token before every text.
@@ -134,7 +135,8 @@ def by_merges(library, about, words):
 
 def by_scores(library, about):
     """SentencePiece's kind: of all pairs that make a token, that of the highest score is merged first."""
-    ids, pairs = {token: i for i, token in enumerate(about["tokens"])}, []
+    ids = {token: i for i, token in enumerate(about["tokens"])}
+    pairs = []
     for token, i in ids.items():
         if about["token_type"][i] in (NORMAL, USER_DEFINED):
             cuts = [(token[:n], token[n:]) for n in range(1, min(len(token), 1000))]
@@ -144,9 +146,8 @@ def by_scores(library, about):
         ids, [pair[3:] for pair in sorted(pairs)], fuse_unk=True, byte_fallback=True,
         unk_token=about["tokens"][about.get("unknown_token_id", 0)]))
     prefix = about.get("add_space_prefix", True)  # a space before the text, which decoding takes away
-    normalizers, decoders = library.normalizers, library.decoders
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581")] * prefix + [normalizers.Replace(" ", "\u2581")])
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-                                     + [decoders.Strip(" ", 1, 0)] * prefix)
+    steps, back = library.normalizers, library.decoders
+    made.normalizer = steps.Sequence([steps.Prepend("\u2581")] * prefix + [steps.Replace(" ", "\u2581")])
+    made.decoder = back.Sequence([back.Replace("\u2581", " "), back.ByteFallback(), back.Fuse()]
+                                 + [back.Strip(" ", 1, 0)] * prefix)
     return made
