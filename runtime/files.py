@@ -32,10 +32,6 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
     return open(path, mode, **options)
 
 
-def is_gguf(path):
-    return str(path).lower().endswith(".gguf") and os.path.isfile(path)
-
-
 def read_json(path, fix, **options):
     """The value in a stranger's .json or .json.gz file. fix: where it is not JSON."""
     try:
@@ -92,6 +88,10 @@ def foreign(folder, ours):
             if not ours(inside) and (os.path.islink(path) or not os.path.isdir(path)):
                 return inside
     return ""
+
+
+def is_gguf(path):
+    return str(path).lower().endswith(".gguf") and os.path.isfile(path)
 
 
 def file_sha256(path):
