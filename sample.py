@@ -40,6 +40,7 @@ class RunConfig:
     out_dir: str = ""  # the RUN; by default the newest under out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
+    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
 
 
 @dataclass
@@ -304,7 +305,7 @@ class Writer:
         if settings.chat:
             ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2))
         else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
-            ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+            ids = tokenizer.prompt(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
         # 2. As many texts as asked for, each with the next seed.
         if len(ids) > size:  # the end of a prompt matters most
             note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
@@ -352,7 +353,7 @@ def load_model(settings, runs):
     """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
     device = machine.choose_device(settings.device)
     run = ckpt.choose_run(runs, settings)
-    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8", settings.block_size)
 
 
 def check_chat(run, tokenizer):
@@ -371,15 +372,13 @@ def main(argv):
     if settings.prompt and settings.start:
         raise UserError("--start and --prompt are the same", "give one of them")
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
-    check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
+    check_limits(settings, RANGES | {"num_samples block_size": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
         raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
-    source = "a Hugging Face model"
-    if os.path.isfile(run["path"]):
-        source = f"{run['step']} steps on {', '.join(run['source'])}"
+    source = run.get("kind", f"{run['step']} steps on {', '.join(run['source'])}")
     say(f"{run['path']}: {model.n_params():,} parameters, {source}{', 8-bit' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)
