@@ -93,6 +93,7 @@ def test_runs_that_are_none(here, tiny_run, monkeypatch):
     cases = {
         "out/wrods": ("there is no run out/wrods", "out/words"),
         "out": ("there is no trained model in out", "out/words"),
+        "data": ("there is no trained model in data", "out/words"),
         "data/words": ("data/words is prepared data, not a run",
                        "python train.py config/train_small.py --dataset=words --out_dir=out/words"),
         "HuggingFaceTB/SmolLM2-135M": ("there is no folder HuggingFaceTB/SmolLM2-135M",

@@ -266,9 +266,13 @@ def no_model(run):
     if os.path.exists(os.path.join(run, "train.bin")):
         return UserError(f"{run} is prepared data, not a run",
                          f"python train.py config/train_small.py --dataset={quote(name)} --out_dir=out/{quote(name)}")
+    if os.path.exists(os.path.join(run, "adapter_config.json")):
+        return UserError(f"{run} is an adapter of peft, without the model that it corrects",
+                         "in Python: model.merge_and_unload().save_pretrained(FOLDER), and the tokenizer's, too")
     if os.path.isdir(run):
         fix = f"python train.py config/train_small.py --out_dir={quote(run)}"
-        return UserError(f"there is no trained model in {run}", ", or ".join(runs_below(run)) or fix)
+        runs = runs_below(run) or runs_below("out")[:5]
+        return UserError(f"there is no trained model in {run}", ", or ".join(runs) or fix)
     # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
     hub = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", run)
     if hub and not os.path.isdir(os.path.dirname(run)):
