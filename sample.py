@@ -87,7 +87,7 @@ RANGES = {
     "seed": (0, 2**63 - 1),
 }
 ALL = "all", 0  # values of top_k; the server's clients send 0
-MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
+MAX_STOPS, STOP_LENGTH = 16, 256  # stop strings, and characters of one
 
 
 # ---------- 1. From logits to a token
