@@ -238,7 +238,8 @@ class TextStream:
             return text[:start]
         # 2. The end of the text may be the beginning of a stop string: that much is
         #    held back.
-        beginnings = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
+        beginnings = [n for stop in self.stops for n in range(min(len(stop), len(text) + 1))
+                      if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)
         self.pending = text[certain:]
         return text[:certain]
