@@ -180,6 +180,8 @@ class Job:
         except UserError as error:  # such as a character that the vocabulary does not have
             raise Refuse(400, error.fact, self.prompt_field) from None
         del self.body  # to free its memory
+        n, most = len(self.requests), served.engine.capacity
+        need(n <= most, self.prompt_field, f"asks for {n} texts; at most {most} can run and wait here")
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
         fact = f"would be {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
@@ -321,8 +323,6 @@ class Completions(Job):
         if type(prompts) is not list or not any(type(prompt) in (list, str) for prompt in prompts):
             prompts = [prompts]
         need(len(prompts) <= MAX_PROMPTS, "prompt", f"may hold at most {MAX_PROMPTS} prompts")
-        n, most = len(prompts) * self.n, self.served.engine.capacity
-        need(n <= most, "prompt", f"asks for {n} texts; at most {most} can run and wait here")
         self.echo = self.get("echo", False)
         for prompt in prompts:
             self.ask(prompt, self.get("logprobs"))
