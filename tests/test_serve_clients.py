@@ -27,7 +27,8 @@ UNSUPPORTED = {
     "truncate_prompt_tokens": (9, []), "skip_special_tokens": (False, [True]), "do_sample": (False, [True]),
     "typical_p": (0.9, [1]), "mirostat": (2, [0]), "tfs_z": (0.9, [1.0]), "xtc_probability": (0.5, [0, 0.0]),
     "n_predict": (5, [-1]), "chat_template_kwargs": ({"enable_thinking": False}, [{}]),
-    "logits_processors": (["x"], [])}
+    "logits_processors": (["x"], []), "enable_thinking": (False, [True]), "stop_sequences": (["x"], [[]]),
+    "max_output_tokens": (5, [-1])}
 HARMLESS = dict(user="me", metadata={"a": "b"}, store=True, service_tier="auto", parallel_tool_calls=False,
                 safety_identifier="x", prompt_cache_key="x", reasoning_effort="low", verbosity="low", cache_prompt=True,
                 slot_id=-1, priority=0, model="gpt-4", keep_alive=300, anything="else")
