@@ -410,7 +410,7 @@ def no_data(folder):
     name = os.path.relpath(folder, "data")
     if os.path.isfile(name):
         stem = os.path.basename(name).partition(".")[0]
-        return UserError(f"{name} is a text, and not prepared yet",
+        return UserError(f"{name} is a text that has not been prepared",
                          f"python prepare.py {quote(name)}, then --dataset={quote(stem)}")
     prepared = [os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json")]
     near = [f"--dataset={quote(other)}, or " for other in difflib.get_close_matches(name, prepared, 1)]
@@ -447,11 +447,11 @@ OURS = re.compile(r"(train|val)(\.mask)?\.bin|meta\.json"
 
 
 def not_ours(folder):
-    """The first thing in a folder that prepare.py did not write, or where the folder is a file, words for
-    that; "" if there is none."""
+    """Why a folder is not prepared data: what is in it that prepare.py did not write; "" if it is."""
     # A folder with a stranger's file in it is never replaced.
     if os.path.isdir(folder):
-        return os.path.basename(foreign(folder, OURS.fullmatch))
+        name = os.path.basename(foreign(folder, OURS.fullmatch))
+        return name and f"it holds {name}"
     return "it is a file" if os.path.lexists(folder) else ""
 
 

@@ -62,7 +62,7 @@ class EvaluateConfig(ModelConfig):
     max_new_tokens: Literal["auto"] | int = "auto"  # of an answer; auto: 256 for a number, 32 for words
     # samples
     samples: int = 16  # texts to write and to measure; 0: none
-    prompt: str = ""  # what they begin with, or FILE:path; default: the end-of-text token
+    prompt: str = ""  # what they start with, or FILE:path; default: the end-of-text token
     # the results
     json: str = ""  # write everything to this file
     html: str = ""  # and a page for browsers
@@ -112,7 +112,7 @@ def read_texts(settings, folders):
         here = [folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json"))]
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
-            note("no run's data is here; for bits per byte: --data=FILE")
+            note("the data of these runs are not here; for bits per byte: --data=FILE")
     sources = [source for source in sources if source != "none"]
     return [read_text(source, or_else(settings.megabytes, 0.0), settings.text_field) for source in sources]
 
@@ -191,7 +191,7 @@ def measure_samples(engine, settings):
     ids = tokenizer.encode(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
-        raise UserError(f"--prompt has {len(ids)} tokens, the context {engine.context}", "shorten it")
+        raise UserError(f"--prompt fills the context of {engine.context} tokens: it has {len(ids)}", "shorten it")
     how = dict(ids=ids, max_tokens=longest, ignore_eos=True)
     requests = [Request(seed=seed_for("sample", settings.seed, i), **how) for i in range(settings.samples)]
     work(engine, requests)

@@ -11,6 +11,7 @@ onnx          model.onnx   a graph with a key-value cache, named as in the optim
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
 int8          int8/        a RUN with rounded weights, smaller and faster, for sample.py and serve.py
+gguf          model.gguf   for llama.cpp, Ollama and LM Studio; --quantize=q8_0 for 8 bits
 
 Each file is written into OUT/.part, read back by a process without this project's code
 (formats/readback.py), and compared with the model on real text. Only then is it moved into place.
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from evaluation.perplexity import measure_text, read_text
-from formats import huggingface
+from formats import gguf, huggingface
 from formats.quantized import quantize
 from model import KVCache
 from runtime.files import check_like, replace_file
@@ -56,9 +57,10 @@ RELATIVE = 1e-5  # to the largest logit
 
 @dataclass
 class ExportConfig(RunConfig):
-    format: str = "hf,onnx,torchscript,pt2"  # some of these, or int8
+    format: str = "hf,onnx,torchscript,pt2"  # some of these, int8 or gguf
     out: str = ""  # output folder; by default exports/NAME of the run
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: unchanged
+    quantize: Literal["none", "q8_0", "q4_1"] = "none"  # for gguf: 8 or 4 bits per weight
 
 
 # ---------- The formats, without the paths of this machine that recorders add
@@ -68,31 +70,49 @@ def write_hf(path, model, tokenizer, run, dtype):
     huggingface.write(path, model, tokenizer, getattr(torch, dtype), run.get("generation"), run["chat"])
 
 
-class GrowingCache(KVCache):
-    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place."""
+def write_gguf(path, model, tokenizer, run, dtype):
+    gguf.write(str(path), model, tokenizer, dtype, run["chat"])
 
-    def __init__(self, past):
+
+class GrowingCache(KVCache):
+    """A KVCache for a recorder of graphs: no `if` on a length, nothing in place.
+
+    attention_mask: (B, past + T), 0 on padding. position_ids: (B, T).
+    """
+
+    def __init__(self, past, attention_mask, position_ids):
         self.past = past
         self.present = []
         self.length = past[0].size(2)
+        self.position_ids = position_ids
+        # Padding is seen by nobody but itself, since a softmax over nothing
+        # would be NaN.
+        T = position_ids.size(1)
+        column = torch.arange(self.length + T)
+        row = self.length + torch.arange(T)[:, None]  # the column of each new token
+        real = attention_mask[:, None, None, :] != 0  # (B, 1, 1, past + T)
+        self.mask = (column < row) & real | (column == row)  # (B, 1, T, past + T)
+
+    def positions(self, T):
+        return self.position_ids
 
     def attend(self, layer, q, k, v):
         k = torch.cat((self.past[2 * layer], k), dim=2)  # (B, n_kv_head, past + T, head_dim)
         v = torch.cat((self.past[2 * layer + 1], v), dim=2)
         self.present += [k, v]
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(self.length)  # (T, past + T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.size(1) != q.size(1))
+        shared = k.size(1) != q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=shared)
 
 
 class LogitsAndCache(torch.nn.Module):
-    """Ids (B, T), keys and values of each layer -> logits, keys and values with T positions more."""
+    """Ids, mask and positions, keys and values of each layer -> logits, keys and values with T positions more."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, *past):
-        cache = GrowingCache(past)
+    def forward(self, input_ids, attention_mask, position_ids, *past):
+        cache = GrowingCache(past, attention_mask, position_ids)
         logits = self.model(input_ids, cache=cache)
         return logits, *cache.present
 
@@ -104,13 +124,17 @@ def write_onnx(path, model, *_):
     names = [f"{layer}.{what}" for layer in range(config.n_layer) for what in ("key", "value")]
     B, T, past = 2, 3, 4  # an example; 0 and 1 would be taken for constants
     ids = torch.zeros(B, T, dtype=torch.long)
+    positions = ids.clone()  # (the same tensor twice would be the same input)
+    mask = torch.ones(B, past + T, dtype=torch.long)
     cache = [torch.zeros(B, config.n_kv_head, past, config.head_dim) for _ in names]
-    batch, length, before = map(torch.export.Dim, ("batch", "length", "past"))
+    batch = torch.export.Dim("batch")
+    length, before = [torch.export.Dim(name, max=config.block_size) for name in ("length", "past")]
     program = torch.onnx.export(
-        LogitsAndCache(model), (ids, *cache), dynamo=True, verbose=False, external_data=False,
-        input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
+        LogitsAndCache(model), (ids, mask, positions, *cache), dynamo=True, verbose=False, external_data=False,
+        input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes=({0: batch, 1: length}, tuple({0: batch, 2: before} for _ in names)))
+        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: torch.export.Dim.AUTO}, {0: batch, 1: length},
+                        tuple({0: batch, 2: before} for _ in names)))
     for node in program.model.graph:
         node.metadata_props.clear()
     program.save(path, external_data=False)
@@ -148,7 +172,7 @@ def write_int8(path, model, tokenizer, run, dtype):
 
 class Format(NamedTuple):
     file: str  # or folder
-    write: Callable  # (path, model, tokenizer, run, dtype)
+    write: Callable  # (path, model, tokenizer, run, dtype); gguf's may be quantized
     packages: tuple  # that it needs
     use: str  # for the model card
 
@@ -164,10 +188,14 @@ print(pipeline("text-generation", "hf")({prompt!r}, max_length={length})[0]["gen
 
 In OpenLLM it is a RUN: `python sample.py FOLDER`."""),
     "onnx": Format("model.onnx", write_onnx, ("onnx", "onnxscript", "onnxruntime"), """
-`input_ids` and `past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first
+`input_ids` and `position_ids` (batch, length), `attention_mask` (batch, past + length), 0 on padding,
+`past_key_values.N.key` and `.value` (batch, n_kv_head, past, head_dim), of length 0 at first
 -> `logits` and `present.N.key` and `.value`, the next past"""),
     "torchscript": Format("model.ts", write_torchscript, (), '`torch.jit.load("model.ts")(ids)`: the logits'),
     "pt2": Format("model.pt2", write_pt2, (), '`torch.export.load("model.pt2").module()(ids)`: the logits'),
+    "gguf": Format("model.gguf", write_gguf, ("gguf", "transformers", "accelerate"), """
+for llama.cpp (`llama-cli -m model.gguf`), LM Studio, and Ollama: `echo "FROM ./model.gguf" > Modelfile`, then
+`ollama create mine -f Modelfile` and `ollama run mine`"""),
     "int8": Format("int8", write_int8, (), "a RUN for OpenLLM: `python sample.py FOLDER/int8`"),
 }
 
@@ -295,11 +323,13 @@ def table(rows):
 # ---------- The program
 
 
-def check_formats(formats):
-    """Raises UserError where a format is unknown or lacks a package."""
+def check_formats(formats, quantize):
+    """Raises UserError where a format is unknown, lacks a package, or cannot be quantized."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise UserError(f"there is no format {unknown[0]!r}", f"--format={','.join(FORMATS)}")
+    if quantize != "none" and formats != ["gguf"]:
+        raise UserError(f"--quantize={quantize} is only for GGUF files", f"--format=gguf --quantize={quantize}")
     missing = [package for name in formats for package in FORMATS[name].packages if not find_spec(package)]
     if missing:
         raise UserError(f"these exports need packages that are not installed: {', '.join(missing)}",
@@ -342,7 +372,7 @@ def main(argv):
 
     # 1. Everything that can be refused before something is written.
     named = ckpt.choose_run(runs, settings)
-    check_formats(formats)
+    check_formats(formats, settings.quantize)
     model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
     ckpt.check_whole(run)
     folder = Path(named).absolute()
@@ -351,6 +381,9 @@ def main(argv):
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype
     round_weights(model, dtype)
+    if settings.quantize != "none":
+        dtype = settings.quantize
+        gguf.round_weights(model, dtype)
 
     # 2. Each format is written into `part`, proven, and moved to `out`.
     say(f"{run['path']}: {model.n_params():,} parameters, to {out}: {', '.join(formats)}")
@@ -367,6 +400,8 @@ def main(argv):
         about = out.absolute().name, model, run, dtype, questions
         for name in formats:
             path = part / FORMATS[name].file
+            # On a terminal, the result overwrites this line.
+            say(f"{name}: writing and comparing", end="\r" if sys.stderr.isatty() else "\n")
             try:
                 FORMATS[name].write(path, model, tokenizer, run, dtype)
             except UserError as error:

@@ -67,7 +67,7 @@ class PrepareConfig:
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
     vocab_size: Literal["auto"] | int = "auto"  # bpe, unigram; auto: 4,096, fewer below 400 KB; try 32,000 for GBs
     character_coverage: float = 1.0  # bpe, unigram: share of the characters that get a token; 0.9995 suits Chinese
-    val_fraction: float = 0.05  # share of the text that is kept for validation
+    val_fraction: float = 0.05  # share of the text held out for validation
     min_words: int = 0  # leave out documents with fewer words
     num_proc: Literal["auto"] | int = "auto"  # blocks of text encoded at once; auto: one per processor
     inspect: bool = False  # only check an existing folder: every hash, id and count
@@ -183,7 +183,7 @@ def say_skipped(skipped, readable):
     for error in skipped.shown:
         warn(f"left out: {error.fact}")
     if skipped.count:
-        warn(f"unreadable: {skipped.count:,}; read: {readable:,}; --strict stops at the first")
+        warn(f"{skipped.count:,} unreadable, {readable:,} read; --strict stops at the first")
 
 
 def choose_splits(keys, split_of, settings):
@@ -290,10 +290,10 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         raise UserError("the text changed while it was being read", "run the command again")
     for split, n in counts.items():
         if not n["tokens"]:
-            raise UserError(f"{plan.bytes} bytes of text are not enough for two splits", "give more text")
+            raise UserError(f"too little text for two splits: {counted(plan.bytes, 'byte')}", "give more text")
         if chat and not n["trained_bytes"]:
-            raise UserError(f"in none of the {n['documents']:,} conversations of the {split} split does the "
-                            "assistant say anything", "give more conversations with answers")
+            raise UserError(f"the assistant says nothing in any of the {n['documents']:,} conversations of the {split} "
+                            "split", "give more conversations with answers")
         n["sha256"] = sealed(os.path.join(folder, f"{split}.bin"))
         if chat:
             n["mask_sha256"] = sealed(os.path.join(folder, f"{split}.mask.bin"))
@@ -413,7 +413,7 @@ def folder_to_write(sources, settings):
     # 2) Nothing is written over that prepare.py has not written.
     for folder in (out, out + ".part", out + ".old"):
         if other := datasets.not_ours(folder):
-            raise UserError(f"{folder} holds something other than prepared data: {other}",
+            raise UserError(f"{folder} is not prepared data: {other}",
                             "--out=data/ANOTHER_NAME")
     return out
 

@@ -40,7 +40,7 @@ from training import checkpoint as ckpt
 @dataclass
 class RunConfig:
     # the model: a RUN as an argument, or by nanoGPT's options
-    out_dir: str = ""  # the RUN; by default the newest below out/
+    out_dir: str = ""  # the RUN; by default the newest under out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
 

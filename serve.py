@@ -4,7 +4,7 @@ The server: a trained model over HTTP, with nothing but the standard library.
 
     python serve.py                                 # the newest run under out/, on http://127.0.0.1:8000
     python serve.py out/small --port=9000 --dtype=bfloat16
-    OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # to other machines: needs a key
+    OPENLLM_API_KEY=secret python serve.py --host=0.0.0.0           # for other machines, too: needs a key
 
     curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "def "}'
 
@@ -46,11 +46,11 @@ class ServeConfig(ModelConfig):
     block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, a thread each; should exceed rows + max_queue
-    max_body: int = 1 << 20  # bytes of a request
+    max_body: int = 1 << 20  # largest request, in bytes
     header_timeout: float = 10  # seconds for the headers of a request, and between two requests
     body_timeout: float = 30  # seconds for its body
     write_timeout: float = 10  # seconds for a client to read what is sent
-    request_timeout: float = 300  # seconds for an answer
+    request_timeout: float = 300  # seconds for a whole answer
     drain: float = 10  # seconds for running requests after SIGTERM or Ctrl-C; another signal stops at once
     api_key_file: str = ""  # its first line is the key that clients must send; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key
@@ -382,7 +382,7 @@ def main(argv):
     if signals and not server.served:
         os._exit(128 + signals[0])  # the thread that loads cannot be ended otherwise
     if signals:
-        say(f"{settings.drain:g} s for running requests; repeat to stop at once")
+        say(f"stopping: running requests have {settings.drain:g} s; repeat to stop at once")
     server.stop(settings.drain if signals else 0)
     if isinstance(server.failure, UserError):
         raise server.failure

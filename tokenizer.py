@@ -60,11 +60,16 @@ from runtime.settings import load as load_settings
 END_OF_TEXT = "<|endoftext|>"  # before every document
 END = "<|end|>"  # behind every message of a chat
 SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END)
-CHAT_TEMPLATE = (  # our chat format for other programs, in Jinja
+# Our chat format for other programs, in Jinja. What is learned stands between the
+# generation tags, for trl's assistant_only_loss.
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% elif message['role'] in ['system', 'user'] %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% else %}{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 LEARNED = ("bpe", "unigram", "char", "simple_bpe")
 SAMPLE_BYTES = 10_000_000  # a vocabulary is learned from at most this much text
@@ -504,7 +509,7 @@ class TokenizerConfig:
     inspect: str = ""  # show this text as ids and pieces; --chat: as a user's message, in the chat format
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned from it
     # Options:
-    input: list[str] = field(default_factory=list)  # files, folders, patterns or addresses of text
+    input: list[str] = field(default_factory=list)  # files, folders, patterns or URLs of text
     tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 for a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese
@@ -517,7 +522,7 @@ def main(argv):
     settings, _, bare = load_settings(TokenizerConfig, argv)
     check_limits(settings, {"vocab_size": (1, 1_000_000), "character_coverage": (0.98, 1)})
     if bool(settings.train) + bool(settings.inspect) + bool(settings.compare) != 1:
-        raise UserError("choose exactly one thing to do",
+        raise UserError("expected exactly one of --train, --inspect and --compare",
                         '--train --input=FILE, --inspect="a text" or --compare=bpe,gpt2 --input=FILE')
     # 2. One of three.
     settings.input += bare

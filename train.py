@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 # (First, so that a Ctrl-C during the slow imports is no traceback.)
-from runtime.console import Progress, UserError, command_line, duration, note, say, show, warn
+from runtime.console import Progress, UserError, command_line, counted, duration, note, say, show, warn
 import torch
 from torch.nn import functional as F
 
@@ -735,19 +735,19 @@ def say_plan(run):
     what = "text,"
     if run.data.chat:
         what = f"conversations, loss on {meta['train']['trained']:,} of"
-    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens of {sources}")
+    say(f"data: {run.data.folder}, {what} {meta['train']['tokens']:,} tokens from {sources}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = f", {trained:,} of them trained (LoRA)" if settings.lora_rank else ""
-    say(f"model: {run.model.n_params():,} parameters{part}: {settings.n_layer} layers, "
+    say(f"model: {run.model.n_params():,} parameters{part}: {counted(settings.n_layer, 'layer')}, "
         f"n_embd {settings.n_embd}, context {settings.block_size}, vocabulary {settings.vocab_size:,}")
-    say(f"machine: {run.device}, {torch.get_num_threads()} threads, {chosen['dtype']} "
+    say(f"machine: {run.device}, {counted(torch.get_num_threads(), 'thread')}, {chosen['dtype']} "
         f"({chosen['why']}), peak {run.peak / 1e9:,.0f} GFLOP/s")
     shared = f", {len(run.my_micros)} for each of {world} processes" if world > 1 else ""
     length = f"as many steps as fit in {settings.budget}"
     if run.max_iters < math.inf:
         length = (f"{run.max_iters:,} steps = {run.epochs(run.max_iters):.1f} epochs, about "
                   f"{duration(expected_seconds(run))}")
-    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batches of {run.batch_size} x "
+    say(f"step: {run.step_tokens:,} tokens = {run.micros} micro-batch{'es' * (run.micros != 1)} of {run.batch_size} x "
         f"{settings.block_size}{shared}; {length}")
     memory.say_memory(run)
 

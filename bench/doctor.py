@@ -56,7 +56,7 @@ def machine_checks(device, dtype, why):
         torch.compile(lambda x: F.gelu(x @ x).sum(), dynamic=False)(x).backward()
         yield "compile", True, "works"
     except Exception as error:  # no compiler, an old GPU, ...
-        yield "compile", None, f"not here; training works without: {str(error).strip().splitlines()[0][:120]}"
+        yield "compile", None, f"not available; training works without it: {str(error).strip().splitlines()[0][:120]}"
 
 
 def model_checks(family, shape, device, dtype):

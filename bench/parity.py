@@ -75,7 +75,7 @@ def main(settings, _):
     loss_off = np.abs(losses - [row["loss"] for row in rows]).max()
     norm_off = np.abs(our_norms - norms).max()
     print(f"parity: {steps} steps, {(our_norms > config.grad_clip).sum()} of them clipped, loss {losses[0]:.4f} -> "
-          f"{losses[-1]:.4f}: largest difference: loss {loss_off:.1e}, gradient norm {norm_off:.1e}")
+          f"{losses[-1]:.4f}; largest difference: loss {loss_off:.1e}, gradient norm {norm_off:.1e}")
     return int(max(loss_off, norm_off) > TOLERANCE)
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from dataset import Dataset, to_batch, validation_sums
-from runtime.console import Progress, UserError
+from runtime.console import Progress, UserError, counted
 from runtime.processes import Processes
 from text.sources import documents
 
@@ -142,7 +142,8 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
                         f"--block_size={context}, or a smaller --stride")
     ids = text.ids(tokenizer)
     if len(ids) < 2 or not counts["bytes"]:
-        raise UserError(f"{text.name} is too short: {counts['bytes']} bytes, {len(ids)} tokens", "a longer text")
+        raise UserError(f"{text.name} is too short: {counted(counts['bytes'], 'byte')}, "
+                        f"{counted(len(ids), 'token')}", "a longer text")
     batch_size = batch_size or max(1, 4096 // block_size)
     nats = total_loss(model, ids, block_size, stride, batch_size, processes or Processes())
     if not math.isfinite(nats):

@@ -8,6 +8,8 @@ Report: what evaluate.py has found, as tables for the terminal and as one page.
 import json
 import os
 
+from runtime.console import counted
+
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
 HEADINGS = {"accuracy": "accuracy", "per_byte": "per byte", "f1": "F1", "exact": "exact", "format": "in format"}
 # What else there is to know of a task, and of samples: {key: (heading, format)}
@@ -76,13 +78,14 @@ def notes(results):
     for name, size in results["texts"].items():
         found = [model["texts"][name] for model in results["models"] if name in model["texts"]]
         contexts = sorted({f"; context {row['block_size']}, stride {row['stride']}" for row in found})
-        lines.append(f"{name}: {size['bytes']:,} bytes, {size['words']:,} words, {size['documents']:,} documents"
-                     + "".join(contexts))
+        lines.append(f"{name}: {size['bytes']:,} bytes, {counted(size['words'], 'word')}, "
+                     f"{counted(size['documents'], 'document')}{''.join(contexts)}")
     for name, task in every_task(results).items():
         chance = f"; chance: {100 * task['chance']:.1f}" if "chance" in task else ""
-        lines.append(f"{name}: {task['n']} questions; percent ± standard error{chance}")
+        lines.append(f"{name}: {counted(task['n'], 'question')}; percent ± standard error{chance}")
     lines.append(f"shots={settings['shots']}, cot={settings['cot']}, votes={settings['votes']}; {settings['dtype']} on "
-                 f"{versions['device']}, {versions['threads']} threads; {results['seconds'] / 60:.1f} minutes")
+                 f"{versions['device']}, {counted(versions['threads'], 'thread')}; "
+                 f"{results['seconds'] / 60:.1f} minutes")
     for model in results["models"]:
         lines += [f"{model['model']}: {what}: {why}" for what, why in model["missing"].items()]
     return lines

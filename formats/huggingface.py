@@ -22,7 +22,7 @@ from model import GPTConfig, outline, resolve
 from runtime.console import UserError, needs
 from runtime.files import check_like, read_json
 
-SOURCE = "download its files again; convert *.bin files by transformers' save_pretrained"
+SOURCE = "download its files again; convert *.bin files with transformers' save_pretrained"
 
 # ---------- The settings
 
@@ -57,7 +57,7 @@ def our_config(theirs):
         detail = f"missing or unknown {error}"
     except (AssertionError, ValueError, TypeError, AttributeError) as error:
         detail = error
-    raise UserError(f"config.json has no model that can be built: {detail}", "use another model")
+    raise UserError(f"config.json describes a model that cannot be built: {detail}", "use another model")
 
 
 def translate(theirs):
@@ -96,6 +96,7 @@ def their_config(config, dtype, ends):
     theirs = dict(architectures=[cls], model_type=model_type, dtype=dtype, **ends)
     theirs.update({name: getattr(config, ours) for ours, name in names.items()})
     if model_type == "gpt2":
+        theirs["n_ctx"] = config.block_size  # an old name, which llama.cpp's converter reads
         theirs["activation_function"] = "gelu" if config.mlp == "gelu_exact" else "gelu_new"
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:
@@ -189,7 +190,7 @@ def our_weights(theirs, config, where):
     unknown = [name for name in theirs.keys() - due.keys() - {"lm_head.weight"} if not name.endswith(BUFFERS)]
     if unknown:
         names = ", ".join(sorted(unknown)[:20])
-        raise UserError(f"{where}: tensors that its config.json does not have: {names}", SOURCE)
+        raise UserError(f"{where} has tensors unknown to its config.json: {names}", SOURCE)
 
     # 2. Copy them. The padding of the vocabulary stays zero.
     weights = {name: torch.zeros(empty.shape) for name, empty in like.items()}

@@ -35,7 +35,7 @@ def convert(state, path):
             weights[name] = F.pad(matrix, (0, 0, 0, rows - len(matrix)))  # (rows, C)
         step = int(state.get("iter_num", 0))
     except (AssertionError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} looks like nanoGPT's, but has no valid model: {error!r}",
+        raise UserError(f"{path} looks like nanoGPT's, but is not a valid model: {error!r}",
                         "use another checkpoint") from None
     return dict(format=1, step=step, model=weights, source=[data or path], settings=asdict(config),
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer

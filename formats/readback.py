@@ -25,17 +25,46 @@ def open_hugging_face(path):
     return step
 
 
+def open_gguf(path):
+    from pathlib import Path
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+    fields = GGUFReader(path).fields
+    arch = bytes(fields["general.architecture"].parts[-1]).decode()
+
+    def number(name):
+        return int(fields[f"{arch}.{name}"].parts[-1][0])
+
+    # transformers does not take these two from the file.
+    more = {}
+    if arch == "gpt2":
+        more["n_positions"] = number("context_length")
+    else:
+        more["head_dim"] = number("attention.key_length")
+    path = Path(path)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **more).eval()
+
+    def step(idx, past):
+        out = model(idx, past_key_values=past, use_cache=True)
+        return out.logits, out.past_key_values
+    return step
+
+
 def open_onnx(path):
     """A graph with a cache: keys and values go in, and come out longer."""
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]  # input_ids, past_key_values.0.key, ...
-    _, heads, _, head_dim = session.get_inputs()[1].shape
+    names = [entry.name for entry in session.get_inputs()]  # three, then past_key_values.0.key, ...
+    _, heads, _, head_dim = session.get_inputs()[-1].shape
 
     def step(idx, past):
+        B, T = idx.shape
         if past is None:  # a past of length 0
-            past = [torch.zeros(idx.size(0), heads, 0, head_dim).numpy()] * (len(names) - 1)
-        logits, *present = session.run(None, dict(zip(names, [idx.numpy(), *past])))
+            past = [torch.zeros(B, heads, 0, head_dim).numpy()] * (len(names) - 3)
+        before = past[0].shape[2]
+        mask = torch.ones(B, before + T, dtype=torch.long)  # no padding
+        positions = torch.arange(before, before + T).expand(B, T)
+        logits, *present = session.run(None, dict(zip(names, [idx.numpy(), mask.numpy(), positions.numpy(), *past])))
         return torch.from_numpy(logits), present
     return step
 
@@ -67,7 +96,7 @@ def greedy(step, prompt, n):
     return torch.tensor(tokens)
 
 
-OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2}  # by the file's ending
+OPEN = {"onnx": open_onnx, "ts": open_torchscript, "pt2": open_pt2, "gguf": open_gguf}  # by the file's ending
 
 
 @torch.no_grad()

@@ -37,12 +37,19 @@ def tokenizer_files(tokenizer, context, chat=False):
                  "tiktoken": byte_model}
         about = dict(version="1.0", added_tokens=added_tokens(tokenizer), **kinds[tokenizer.kind](tokenizer))
         files = {"tokenizer.json": json.dumps(about, ensure_ascii=False).encode()}
-        if chat:
-            files["chat_template.jinja"] = tokenizers.CHAT_TEMPLATE.encode()
         settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
         end = tokenizers.END_OF_TEXT
         if end in tokenizer.special:
             settings |= dict(bos_token=end, eos_token=end, pad_token=end, unk_token=end)
+        if chat:
+            files["chat_template.jinja"] = tokenizers.CHAT_TEMPLATE.encode()
+            settings["eos_token"] = tokenizers.END
+    if tokenizer.kind == "bpe":  # llama.cpp's converter reads SentencePiece's own file, and puts no space before a text
+        files["tokenizer.model"] = tokenizer.model
+        settings["add_prefix_space"] = False
+    # Without these, transformers 4 makes token types, which no GPT has, and pads behind a prompt.
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    settings.setdefault("padding_side", "left")
     # The classes that are named after a model would replace the pre-tokenizer of tokenizer.json.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()

@@ -51,7 +51,7 @@ def needs(package, what):
     except ImportError:
         raise UserError(f"{what} need the package {package}", fix) from None
     if numbers(version) < numbers(oldest):
-        raise UserError(f"{package} {version} is too old: unsafe with files from strangers", fix)
+        raise UserError(f"{package} {version} is too old to be safe with files from strangers", fix)
     return module
 
 
@@ -73,7 +73,7 @@ def print_error(text, end="\n"):
     text = CLEAR * moving + printable(text) + end
     moving = end == "\r"
     if dropped:
-        text = f"\n({dropped} lines could not be written here)\n{text}"
+        text = f"\n({counted(dropped, 'line')} could not be written here)\n{text}"
     try:
         descriptor = sys.stderr.fileno()
     except OSError:  # it is in memory, as in a test
@@ -154,9 +154,8 @@ class Progress:
         speed = (done - self.before) / (now - self.start)
         line = f"{self.what}: {done:,} of {self.total:,} {self.unit}"
         if self.unit == "bytes":
-            line = f"{self.what}: {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s"
-            if self.total:
-                line += f" of {self.total / 1e6:,.1f} MB"
+            of_all = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            line = f"{self.what}: {done / 1e6:,.1f}{of_all} MB, {speed / 1e6:.1f} MB/s"
         if self.total:
             line += f", {duration((self.total - done) / speed)} left"
         say(line, end="\r" if terminal else "\n")

@@ -120,7 +120,7 @@ FLAG = "true or false", lambda value: type(value) is bool
 TEXT = "a string of valid Unicode", is_text
 IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
-MESSAGES = f"a list of role ({', '.join(ROLES)}) and content", are_messages
+MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content", are_messages
 FIELDS = {
     **{name: number(type(default), *RANGES[name])
        for name, default in vars(Sampling()).items() if name in RANGES},

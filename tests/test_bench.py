@@ -47,7 +47,7 @@ def test_doctor_notices(here, capsys, monkeypatch, fault, line):
     code = bench.main(["doctor"])
     out = capsys.readouterr().out
     if fault == "compile":  # no fault: training does without
-        assert code == 0 and "[--]   compile              not here, training does without: no C++ compiler here" in out
+        assert code == 0 and "[--]   compile              not available; training works without it: no C++ compiler here" in out
     else:
         assert code == 1 and f"[FAIL] {line}" in out and line in out.splitlines()[-1]
 
@@ -126,5 +126,5 @@ def test_generate_leaves_out_who_is_not_there(here, capsys, monkeypatch):
     assert "\n| float32 |" in out and "transformers" not in out and "nanoGPT" not in out
     assert "transformers is left out" in err and "nanoGPT is left out: --peer=FOLDER" in err
     for peer in ("nowhere", str(ROOT)):  # our own model.py is not nanoGPT's
-        assert "is not a folder of nanoGPT" in error(
+        assert "is not a nanoGPT folder" in error(
             bench.main, "generate", "--tiny=true", "--new_tokens=8", f"--peer={peer}")[0]

@@ -95,34 +95,34 @@ def messages(**last):
 
 WRONG = [
     ('{"prompt": "a"', ": not JSON: Expecting ',' delimiter at column 15"),
-    ("[" * 200_000, ": not to be read"),
+    ("[" * 200_000, ": unreadable"),
     ("[]", ": `messages` is empty"),
     ('"text"', ": `the row` is not an object but str"),
     ("null", ": `the row` is not an object but null"),
-    ("{}", ": no fields of a conversation, but none"),
-    ('{"text": "a", "id": 1}', ": no fields of a conversation, but text, id"),
-    ('{"prompt": "a", "answer": "b"}', ": no fields of a conversation, but prompt, answer"),
-    ('{"completion": "b"}', ": no fields of a conversation, but completion"),
-    ('{"instruction": "a", "input": "b"}', ": no fields of a conversation, but instruction, input"),
+    ("{}", ": no conversation fields; found none"),
+    ('{"text": "a", "id": 1}', ": no conversation fields; found text, id"),
+    ('{"prompt": "a", "answer": "b"}', ": no conversation fields; found prompt, answer"),
+    ('{"completion": "b"}', ": no conversation fields; found completion"),
+    ('{"instruction": "a", "input": "b"}', ": no conversation fields; found instruction, input"),
     ('{"messages": "a"}', ": `messages` is not a list but str"),
     ('{"messages": null, "prompt": "a", "completion": "b"}', ": `messages` is not a list but null"),
     ('{"messages": {}}', ": `messages` is not a list but dict"),
     ('{"messages": []}', ": `messages` is empty"),
-    ('{"messages": ["a"]}', ": messages[0]: no field `role`, but str"),
-    (messages(), ": messages[1]: no field `role`, but none"),
-    (messages(content="a"), ": messages[1]: no field `role`, but content"),
-    (messages(role="user", text="a"), ": messages[1]: no field `content`, but role, text"),
+    ('{"messages": ["a"]}', ": messages[0]: no field `role`; found str"),
+    (messages(), ": messages[1]: no field `role`; found none"),
+    (messages(content="a"), ": messages[1]: no field `role`; found content"),
+    (messages(role="user", text="a"), ": messages[1]: no field `content`; found role, text"),
     (messages(role=1, content="a"), ": messages[1]: `role` is not a text but int"),
     (messages(role=["user"], content="a"), ": messages[1]: `role` is not a text but list"),
-    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', none of system, developer, user"),
-    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', none of system, developer, user"),
+    (messages(role="tool", content="a"), ": messages[1]: `role` is 'tool', not one of system, developer, user"),
+    (messages(role="User", content="a"), ": messages[1]: `role` is 'User', not one of system, developer, user"),
     (messages(role="assistant", content=None), ": messages[1]: `content` is not a text but null"),
     (messages(role="user", content=[{"type": "text", "text": "a"}]), ": messages[1]: `content` is not a text but list"),
     (messages(role="user", content="\ud800"), ": messages[1]: `content` has half a character, '\\ud800'"),
     ('{"conversations": []}', ": `conversations` is empty"),
-    ('{"conversations": [{"text": "a"}]}', ": conversations[0]: no field `role`, but text"),
-    ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`, but from"),
-    ('{"prompt": ["a"], "completion": "b"}', ": prompt[0]: no field `role`, but str"),
+    ('{"conversations": [{"text": "a"}]}', ": conversations[0]: no field `role`; found text"),
+    ('{"conversations": [{"from": "human"}]}', ": conversations[0]: no field `value`; found from"),
+    ('{"prompt": ["a"], "completion": "b"}', ": prompt[0]: no field `role`; found str"),
     ('{"prompt": "a", "completion": null}', ": `completion` is not a text but null"),
     ('{"instruction": "a", "input": 1, "output": "b"}', ": `input` is not a text but int"),
     ('{"instruction": "a", "input": "\\udc00", "output": "b"}', ": `input` has half a character"),
@@ -148,21 +148,21 @@ def test_wrong_rows(here, row, fact):
 def test_wrong_lists(here, content, fact):
     (here / "a.json").write_text(content)
     found, fix = wrong("a.json")
-    assert found.startswith(fact) and "a row is like" in fix
+    assert found.startswith(fact) and 'expected {"messages": [{"role": "user"' in fix
 
 
 def test_wrong_sources(here, monkeypatch):
     for name in ("notes.txt", "page.md", "code.py", "table.csv", "README", "notes.txt.gz"):
         (here / name).write_text("text")
         fact, fix = wrong(name)
-        assert fact == f"{name} is not one of the kinds that can be read: .jsonl, .json, or .gz of these"
+        assert fact == f"{name} is not a supported kind of file (.jsonl, .json, or .gz of these)"
         assert "--format=chat" in fix or name == "table.csv" and "pandas" in fix
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
-        assert fact.startswith(f"{name} does not exist, nor does") and " .jsonl" in fact and ".txt" not in fact
+        assert fact == f"{name} " + ("matches no .jsonl, .json file (or .gz of these)" if "*" in name else "does not exist")
         assert "one of: stdlib" in fix
     assert wrong(".")[0] == ". holds no .jsonl file (or .gz of these)"
-    assert wrong("*.json")[0].endswith("match a .jsonl, .json file (or .gz of these)")
+    assert wrong("*.json")[0] == "*.json matches no .jsonl, .json file (or .gz of these)"
     (here / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}')
     assert wrong("latin.jsonl")[0] == "latin.jsonl is not UTF-8: byte 0xe9 at offset 15"
     monkeypatch.setattr(files, "JSON_BYTES", 10)

@@ -152,7 +152,7 @@ def test_what_is_no_file_is_no_run(here, monkeypatch):
         assert "out/a" in error(lambda _: ckpt.read_run(run))[0]
     assert ckpt.find_run() == os.path.relpath(ckpt.SMALL)
     monkeypatch.setattr(ckpt, "SMALL", "nowhere")
-    assert "no trained run below out/" in error(lambda _: ckpt.find_run())[0]
+    assert "no trained run in out/" in error(lambda _: ckpt.find_run())[0]
     for make, path in ((os.mkdir, "folder.pt"), (os.mkfifo, "pipe.pt")):
         make(path)
         assert path in error(lambda _: ckpt.load_checkpoint(path))[0]
@@ -173,11 +173,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(here):
         assert "has 105 tokens, the model only 100" in error(lambda _: ckpt.load_run(run))[0]
     for sha256 in (tokenizers.fingerprint(small), ""):
         ckpt.save_checkpoint("out105/best.pt", state | dict(tokenizer_sha256=sha256))
-        assert "another tokenizer" in error(lambda _: ckpt.load_run("out105"))[0]
+        assert "out105/tokenizer is not the expected tokenizer" in error(lambda _: ckpt.load_run("out105"))[0]
     shutil.copy("out8/best.pt", "theirs.pt")
     files = tokenizers.pretrained.PARTS[:1]
     (here / files[0]).write_text(json.dumps(dict(TOKENIZER_JSON)))
-    assert "another tokenizer" in error(lambda _: ckpt.load_run("theirs.pt"))[0]
+    assert "is not the expected tokenizer" in error(lambda _: ckpt.load_run("theirs.pt"))[0]
 
 
 ADDED = dict(id=1, content="<|endoftext|>", special=True, single_word=False, lstrip=False, rstrip=False,
@@ -307,7 +307,7 @@ def test_nanogpts_checkpoint_with_gpt2s_vocabulary(here, gpt2, monkeypatch):
 def test_what_can_be_wrong_with_nanogpts_checkpoint(here):
     nanogpt(here)
     fact, fix = error(lambda _: ckpt.load_run("out"))
-    assert "has 65 tokens" in fact and "copy nanoGPT's data/shakespeare_char/meta.pkl to out/meta.pkl" in fix
+    assert "does not say what its 65 tokens mean" in fact and "copy nanoGPT's data/shakespeare_char/meta.pkl to out/meta.pkl" in fix
 
     class Code:
         def __reduce__(self):

@@ -110,7 +110,7 @@ def test_damaged_data(here, monkeypatch):
     path.write_bytes(ids.tobytes())
     assert "train.bin has the checksum" in error(lambda _: datasets.Dataset.open("data/a"))[0]
     monkeypatch.setattr(datasets, "HASHED_BYTES", 0)  # as for a file that is too large to be hashed every time
-    assert "has the token 999" in error(lambda _: datasets.Dataset.open("data/a").batch(8, 2, 0, 0))[0]
+    assert "has token 999 in a vocabulary of 25" in error(lambda _: datasets.Dataset.open("data/a").batch(8, 2, 0, 0))[0]
     assert "prepare.py" in error(lambda _: datasets.Dataset.open("data/none"))[1]
     (here / "data/a/meta.json").write_text("{")
     assert "meta.json: not JSON" in error(lambda _: datasets.Dataset.open("data/a"))[0]
@@ -151,14 +151,14 @@ def test_inspect_shows_counts_the_report_and_a_border(prepared, capsys):
     out = capsys.readouterr()
     meta = json.loads((prepared / "meta.json").read_text())
     assert out.out.count("--- <|endoftext|> ---") >= 1 and "row " in out.out
-    assert all(line in out.err for line in meta["report"]) and "uint16, every checksum is right" in out.err
+    assert all(line in out.err for line in meta["report"]) and "uint16, all checksums match" in out.err
     assert f"train.bin: {meta['train']['tokens']:,} tokens of 30 documents" in out.err
 
 
 @pytest.mark.parametrize("damage, named", [
     ("bit", "has the checksum"), ("short", "bytes, but meta.json says"), ("id", "has the checksum"),
-    ("tokenizer", "is another tokenizer"), ("gone", "has 0 bytes"), ("meta", "meta.json: not JSON"),
-    ("model", "is another tokenizer")])
+    ("tokenizer", "is not the expected tokenizer"), ("gone", "has 0 bytes"), ("meta", "meta.json: not JSON"),
+    ("model", "is not the expected tokenizer")])
 @pytest.mark.parametrize("large", [False, True])
 def test_inspect_finds_every_damage(prepared, monkeypatch, damage, named, large):
     if large:  # too large to be hashed whenever it is opened
@@ -183,7 +183,7 @@ def test_inspect_finds_every_damage(prepared, monkeypatch, damage, named, large)
 
 
 def test_inspect_wants_a_folder(here):
-    assert "--inspect wants one folder" in error(prepare.main, "--inspect")[0]
+    assert "--inspect takes one folder" in error(prepare.main, "--inspect")[0]
     assert "no prepared data in nowhere" in error(prepare.main, "--inspect", "nowhere")[0]
 
 
@@ -274,7 +274,7 @@ def test_a_prompt_ends_where_the_assistant_answers(chat):
 def test_a_context_that_cuts_all_answers_is_refused(chat):
     chat.check(40)
     fact, fix = error(lambda _: chat.check(8))
-    assert "block_size=8 is so small that no window of data/talk/train.bin reaches an answer" in fact
+    assert "block_size=8 is too small: no window of data/talk/train.bin reaches an answer" in fact
     assert fix == "a larger --block_size"
 
 

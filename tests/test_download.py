@@ -151,7 +151,7 @@ def test_a_file_is_fetched_once_and_its_size_is_said(here, server, capsys):
     assert f"{server.url}/a.txt: 0.2 MB" in capsys.readouterr().err
     asked = len(server.asked)
     fetch(server, size=len(TEXT), sha256=sha(TEXT))
-    assert len(server.asked) == asked and "down/a.txt is there" in capsys.readouterr().err
+    assert len(server.asked) == asked and "using down/a.txt for " in capsys.readouterr().err
     (here / "down/a.txt").write_bytes(b"changed")
     assert "rm down/a.txt" in error(lambda _: fetch(server, size=len(TEXT), sha256=sha(TEXT)))[1]
 
@@ -163,9 +163,9 @@ def test_what_was_cut_goes_on_behind_the_last_byte(here, server, mode, known):
     server.mode = mode
     fact, fix = error(lambda _: fetch(server, **due))
     if mode.startswith("length"):
-        assert ("a file of 300,000 bytes, but 200,000 are due" if known else "416") in fact
+        assert ("the server's file has 300,000 bytes, not 200,000" if known else "416") in fact
     else:
-        assert "the connection ended or stalled, 5 times" in fact and "run the same command again: it continues" in fix
+        assert "the connection ended or stalled, 5 times" in fact and "rerun to resume" in fix
     server.mode = ""
     server.asked.clear()
     assert open(fetch(server, **due), "rb").read() == TEXT
@@ -235,7 +235,7 @@ def test_every_hop_is_encrypted_once_the_first_one_was(here, monkeypatch, hops):
     answers[-1].history = answers[:-1]
     monkeypatch.setattr(requests, "get", lambda *_, **__: answers[-1])
     if "http" in hops:
-        assert "is sent on to http://host/a.txt, without" in error(lambda _: download.download("https://host/a.txt", "down/a.txt"))[0]
+        assert "redirects to http://host/a.txt, without" in error(lambda _: download.download("https://host/a.txt", "down/a.txt"))[0]
     else:
         assert download.get("https://host/a.txt") is answers[-1]
 
@@ -254,10 +254,10 @@ def test_a_server_without_ranges_or_names_for_its_versions(here, server):
     ("status:404", "404 Not Found"), ("status:403", "403 Forbidden"),
     ("status:500", "500 Internal Server Error, 5 times"), ("status:429", "429 Too Many Requests, 5 times"),
     ("circle", "Exceeded 30 redirects"),
-    ("login", "it is a web page and not a text"), ("page", "it is a web page and not a text"),
+    ("login", "it is a web page, not a text"), ("page", "it is a web page, not a text"),
     ("chunks", "the connection ended or stalled"), ("status:416", "416"),
-    ("status:300", "300 Multiple Choices"), ("packed", "sends it packed (br)"),
-    ("garbled", "its sha256 is"), ("length:12", "a file of 12 bytes, but 200,000"),
+    ("status:300", "300 Multiple Choices"), ("packed", "sends it compressed (br)"),
+    ("garbled", "its sha256 is"), ("length:12", "the server's file has 12 bytes, not 200,000"),
     ("endless", "its sha256 is")])
 def test_what_servers_do(here, server, mode, due):
     server.mode = mode
@@ -269,12 +269,12 @@ def test_what_servers_do(here, server, mode, due):
 def test_other_errors(here, server, monkeypatch):
     fact, _ = error(lambda _: download.download("http://127.0.0.1:9/a.txt", "down/a.txt"))
     assert fact == "http://127.0.0.1:9/a.txt cannot be fetched: [Errno 111] Connection refused"
-    assert "it is no address" in error(lambda _: download.download("http://[::1", "down/a.txt"))[0]
+    assert ": not a valid URL" in error(lambda _: download.download("http://[::1", "down/a.txt"))[0]
     server.files["/empty.txt"] = b""
     assert "the connection ended or stalled" in error(lambda _: fetch(server, "/empty.txt"))[0]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
-        assert "0.2 MB are to come, but there is room for 0.0 MB" in error(lambda _: fetch(server))[0]
+        assert "0.2 MB to go, but only 0.0 MB of disk space left" in error(lambda _: fetch(server))[0]
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "requests", None)
         assert "pip install requests" in error(lambda _: fetch(server))[1]
@@ -412,7 +412,7 @@ def test_the_path_of_a_text_is_not_written_down(here):
 
 def test_an_address_of_something_else(here, server):
     for name in ("book.pdf", "page", ""):
-        assert "not one of the kinds that can be read" in error(prepare.main, f"{server.url}/{name}")[0]
+        assert "not a supported kind of file" in error(prepare.main, f"{server.url}/{name}")[0]
 
 
 @pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])

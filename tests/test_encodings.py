@@ -36,7 +36,7 @@ def test_the_command_that_is_printed_converts(here, text, encoding, packed):
     (here / name).write_bytes(gzip.compress(raw) if packed else raw)
     fact, fix = error(prepare.main, name)
     assert f"{name} is not UTF-8" in fact
-    command, _, condition = fix.partition(", if it is in ")
+    command, _, condition = fix.partition(" (it looks like ")
     assert condition and shutil.which("iconv")
     subprocess.run(command, shell=True, check=True)
     assert (here / "utf8.txt").read_bytes() == text.encode()
@@ -44,17 +44,17 @@ def test_the_command_that_is_printed_converts(here, text, encoding, packed):
 
 def test_no_encoding_at_all(here):
     (here / "a.txt").write_bytes(bytes(range(1, 256)) * 40)
-    assert "no text in any encoding" in error(prepare.main, "a.txt")[1]
+    assert "does not look like text" in error(prepare.main, "a.txt")[1]
 
 
 @pytest.mark.parametrize("name, tool", [
     ("ROWS of TEXT.pdf", "pdftotext 'ROWS of TEXT.pdf' 'ROWS of TEXT.txt'"), ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
     ("a.zst", "zstd -d a.zst"), ("a.csv", "pandas.read_csv"), ("a.parquet", "a.parquet a.jsonl, then --text_field"),
-    ("a.xyz", "the ending .txt")])
+    ("a.xyz", "rename plain text to .txt")])
 def test_other_kinds_of_files_name_the_tool(here, name, tool):
     (here / name).write_text("x")
     fact, fix = error(prepare.main, name)
-    assert fact.startswith(f"{name} is not one of the kinds") and tool in fix
+    assert fact.startswith(f"{name} is not a supported kind of file") and tool in fix
 
 
 def test_a_folder_says_what_it_left_out(here, capsys):
@@ -62,14 +62,14 @@ def test_a_folder_says_what_it_left_out(here, capsys):
     for name in ("a.txt", "b.pdf", "c.pdf", "d.docx", "e"):
         (here / "in" / name).write_text("the text is here\n" * 30)
     prepare.main(["in", "--tokenizer=char"])
-    assert "in: left out 2 .pdf, 1 .docx, 1 without an ending" in capsys.readouterr().err
+    assert "in: left out 2 .pdf, 1 .docx, 1 without an extension" in capsys.readouterr().err
 
 
 def test_a_list_of_rows_is_told_how_to_become_lines(here):
     (here / "a.json").write_text('[{"text": "the cat sees"}, {"text": "a dog"}]')
     fact, fix = error(prepare.main, "a.json")
     assert fact == "a.json is a list of rows" and "--format=chat" in fix
-    subprocess.run(fix.split("a line: ")[1], shell=True, check=True)
+    subprocess.run(fix.split("per line: ")[1], shell=True, check=True)
     assert [row for _, row in sources.json_lines("rows.jsonl", sources.decoded("rows.jsonl"), "")] == [
         {"text": "the cat sees"}, {"text": "a dog"}]
 
@@ -88,7 +88,7 @@ def test_twenty_good_rows_and_two_that_are_not(here, capsys):
     said = capsys.readouterr().err
     assert "left out: a.jsonl, line 10: `conversations` is empty" in said
     assert "left out: a.jsonl, line 22: messages[0]: `role` is 'alien'" in said
-    assert "2 could not be read, 20 could; --strict stops at the first" in said and "20 conversations" in said
+    assert "2 unreadable, 20 read; --strict stops at the first" in said and "20 conversations" in said
     fact, _ = error(prepare.main, "a.jsonl", "--format=chat", "--tokenizer=char", "--strict", "--out=data/b")
     assert fact.startswith("a.jsonl, line 10") and not (here / "data/b").exists()
 
@@ -107,7 +107,7 @@ def test_the_bad_files_of_a_folder_are_named_and_left_out(here, capsys):
     prepare.main(["in", "--tokenizer=char"])
     said = capsys.readouterr().err
     assert "left out: in/bad.txt is not UTF-8" in said and "left out: in/worse.txt is not UTF-8" in said
-    assert "2 could not be read, 3 could" in said and "3 documents" in said
+    assert "2 unreadable, 3 read; --strict stops at the first" in said and "3 documents" in said
     assert "in/bad.txt" in error(prepare.main, "in", "--tokenizer=char", "--strict", "--overwrite")[0]
 
 
@@ -126,6 +126,6 @@ def test_layouts_of_others(row, texts):
 
 def test_fields_of_ones_own(here, capsys):
     (here / "a.jsonl").write_text("".join(json.dumps(dict(q=f"what {i}", response=f"that {i}")) + "\n" for i in range(9)))
-    assert "no fields of a conversation, but q, response" in error(prepare.main, "a.jsonl", "--format=chat")[0]
+    assert "no conversation fields; found q, response" in error(prepare.main, "a.jsonl", "--format=chat")[0]
     prepare.main(["a.jsonl", "--format=chat", "--fields=q,response", "--tokenizer=char"])
     assert "9 conversations" in capsys.readouterr().err

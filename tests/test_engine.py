@@ -298,7 +298,7 @@ def test_the_context_is_cut_to_what_fits(monkeypatch, capsys):
             rows.submit(Request(ids=[1] * due, max_tokens=2))
         assert rows.complete([Request(ids=[1] * (due - 9), max_tokens=10)])[0].finish_reason == "length"
     monkeypatch.setattr(machine, "free_memory", lambda device: 500 * token)
-    assert "no memory for a context of 128 tokens" in error(lambda _: make(rows=1, block_size=1000))[0]
+    assert "too little memory for a context of 128 tokens" in error(lambda _: make(rows=1, block_size=1000))[0]
 
 
 def test_the_log_probabilities_of_a_prompt_from_a_token_on():

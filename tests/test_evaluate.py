@@ -97,7 +97,8 @@ def test_other_data_under_the_same_name(place, tiny_run, capsys):
     (place / "words.txt").write_text(words(9000, seed=3), encoding="utf-8")
     prepare.main(["words.txt", "--tokenizer=char"])
     evaluated(*QUICK)
-    assert "warning: data/words has changed since out/words was trained" in capsys.readouterr().err
+    warning = "data/words has changed since training: out/words may have seen its validation split"
+    assert f"warning: {warning}" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_numbers(place):
@@ -416,10 +417,10 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
 @pytest.mark.parametrize("argv, fact, fix", [
     (["out/nowhere"], "there is no run out/nowhere", "out/"),
     (["--tasks=nothing"], "there is no task 'nothing'", "completion,reading,reasoning,sentiment"),
-    (["--tasks=x.jsonl", "--shots=3"], "shots=3, but for x.jsonl, line 1 there are only 2 examples", "--shots=2"),
-    (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "for x.jsonl, line 1 there are only 0 examples", "=0"),
+    (["--tasks=x.jsonl", "--shots=3"], "shots=3, but x.jsonl, line 1 has only 2 examples", "--shots=2"),
+    (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "x.jsonl, line 1 has only 0 examples", "=0"),
     (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
-    (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the number of a choice", "a line is like"),
+    (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the index of a choice", 'expected {"prompt"'),
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=auto"),
     (["out/words", "words.txt"], "words.txt is damaged, or not a checkpoint", "another checkpoint"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),
@@ -441,16 +442,16 @@ def test_errors(place, capsys, argv, fact, fix):
 
 def test_no_run(here, monkeypatch):
     monkeypatch.setattr(evaluate.ckpt, "SMALL", "nowhere")
-    assert error(evaluate.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+    assert error(evaluate.main) == ("there is no trained run in out/", "python train.py config/train_small.py")
 
 
 @pytest.mark.parametrize("argv, what, why", [
     (["--block_size=33"], "data/words", "stride=33, block_size=33, context=32: none may exceed the next"),
     (["--stride=33"], "data/words", "stride=33, block_size=32, context=32: none may exceed the next"),
-    (["--data=one.txt"], "one.txt", "one.txt has 1 bytes, 1 tokens"),
-    (["--data=empty.txt"], "empty.txt", "empty.txt has 0 bytes"),
-    (["--data=ends.jsonl"], "ends.jsonl", "ends.jsonl has"),
-    (["--prompt=" + "the " * 9, "--samples=1"], "samples", "--prompt has 36 tokens, the context is 32"),
+    (["--data=one.txt"], "one.txt", "one.txt is too short: 1 byte, 1 token"),
+    (["--data=empty.txt"], "empty.txt", "empty.txt is too short: 0 bytes"),
+    (["--data=ends.jsonl"], "ends.jsonl", "ends.jsonl is too short: "),
+    (["--prompt=" + "the " * 9, "--samples=1"], "samples", "--prompt fills the context of 32 tokens: it has 36"),
     (["--tasks=long.jsonl"], "long", "long.jsonl, line 2: a choice fills the context of 32 tokens")])
 def test_what_one_model_cannot_do(place, capsys, argv, what, why):
     (place / "one.txt").write_text("a"), (place / "empty.txt").write_text("")

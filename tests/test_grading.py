@@ -208,14 +208,14 @@ def squad(*qas, **paragraph):
 
 
 WRONG = [
-    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: no field `question`, but list"), ("null", "null"),
-    ('"text"', "line 2: no field `question`, but str"), ("{}", "line 2: no field `question`, but none"),
-    ("1" * 9000, "line 2: not to be read"),
+    ('{"prompt": "p"', "line 2: not JSON"), ("[1]", "line 2: no field `question`; found list"), ("null", "null"),
+    ('"text"', "line 2: no field `question`; found str"), ("{}", "line 2: no field `question`; found none"),
+    ("1" * 9000, "line 2: unreadable"),
     *((CHOICE, change, part) for change, part in [
-        ({"answer": ...}, "no field `answer`, but prompt, choices"), ({"choices": ...}, "no field `question`, but prompt, answer"),
-        ({"prompt": ...}, "no field `prompt`, but choices, answer"), ({"choices": "ab"}, "`choices` is not a list but str"),
+        ({"answer": ...}, "no field `answer`; found prompt, choices"), ({"choices": ...}, "no field `question`; found prompt, answer"),
+        ({"prompt": ...}, "no field `prompt`; found choices, answer"), ({"choices": "ab"}, "`choices` is not a list but str"),
         ({"choices": []}, "`answer` is 1, not the"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
-        ({"answer": 2}, "`answer` is 2, not the number of a choice"), ({"answer": -1}, "`answer` is -1"),
+        ({"answer": 2}, "`answer` is 2, not the index of a choice"), ({"answer": -1}, "`answer` is -1"),
         ({"answer": 1.0}, "`answer` is not a number but float"), ({"answer": "1"}, "`answer` is not a number but str"),
         ({"answer": None}, "`answer` is not a number but null"), ({"prompt": 5}, "`prompt` is not a text but int"),
         ({"prompt": " \n"}, "`prompt` is empty"), ({"prompt": "\ud800"}, "`prompt` has half a character, '\\ud800'"),
@@ -223,7 +223,7 @@ WRONG = [
     *((READ, change, part) for change, part in [
         ({"answers": "a"}, "`answers` is not a list but str"), ({"answers": [["a"]]}, "`answers[0]` is not a text but"),
         ({"context": 7}, "`context` is not a text but int"), ({"question": {}}, "`question` is not a text but"),
-        ({"question": ...}, "no field `question`, but context, answers"),
+        ({"question": ...}, "no field `question`; found context, answers"),
         ({"answers": ["a", "\ud83d"]}, "`answers[1]` has half a character")]),
     *((SUM, change, part) for change, part in [
         ({"answer": "12"}, "`answer` does not end with ####"), ({"answer": "#### none"}, "`answer` does not end with"),
@@ -244,13 +244,13 @@ def test_a_wrong_row_is_named(here, wrong):
 
 @pytest.mark.parametrize("content, part", [
     ("", "t.json: not JSON"), ("[]", "t.json is a list of rows"), ('{"data": {}}', "`data` is not a list"),
-    ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`, but"), ('{"data": []}', "holds 0 questions"),
-    ('{"data": ["x"]}', "data[0]: no field `paragraphs`, but str"), (squad(context=1), "`context` is not a text but"),
-    (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json: not to be read"),
+    ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`; found"), ('{"data": []}', "holds 0 questions"),
+    ('{"data": ["x"]}', "data[0]: no field `paragraphs`; found str"), (squad(context=1), "`context` is not a text but"),
+    (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json: unreadable"),
     ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0].paragraphs[0]: no field `context`"),
     ('{"data": [{"paragraphs": [{"context": "c"}]}]}', "data[0].paragraphs[0]: no field `qas`"),
     (squad({"question": "q"}), "qas[1]: no field `answers`"), (squad({"answers": QA["answers"]}), "field `question`"),
-    (squad("q"), "paragraphs[0].qas[1]: no field `question`, but str"), (squad({**QA, "question": 1}), "`question` is"),
+    (squad("q"), "paragraphs[0].qas[1]: no field `question`; found str"), (squad({**QA, "question": 1}), "`question` is"),
     (squad({**QA, "answers": "a"}), "not a list but str"), (squad({**QA, "answers": [1]}), "no field"),
     (squad({**QA, "answers": [{}]}), "qas[1]: no field `text`"),
     (squad({**QA, "answers": [{"text": 3}]}), "qas[1]: `text` is not a text but int"),

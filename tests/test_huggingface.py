@@ -81,7 +81,7 @@ def test_what_no_class_of_theirs_holds(here):
              "qwen3, bias": ["bias", dict(FAMILIES["modern"], bias=True)]}
     for switch, shape in cases.values():
         fact, fix = error(lambda _: huggingface.write("a", random_model(**{"vocab_size": 101, **shape}), CHARACTERS))
-        assert fact.startswith(f"{switch}={getattr(random_model(**shape).config, switch)}: ") and "--format=" in fix
+        assert fact.startswith(f"{switch}={getattr(random_model(**shape).config, switch)}, but transformers' ") and "--format=" in fix
         assert not os.path.exists("a")
 
 
@@ -154,14 +154,15 @@ UNSUPPORTED = [
     (dict(rope_parameters=dict(rope_type="linear", type="default")), "rope_type=linear"),
     (dict(is_causal=False), "is_causal=False"), (dict(hidden_act="gelu"), "hidden_act=gelu"),
     (dict(quantization_config=dict(bits=4)), "quantization_config={'bits': 4}, but"),
-    (dict(hidden_size="DELETE"), "lacks or has an unknown 'hidden_size'"),
-    *((dict(rope_parameters=dict(rope_theta=theta)), "describes no model")
+    (dict(hidden_size="DELETE"), "missing or unknown 'hidden_size'"),
+    *((dict(rope_parameters=dict(rope_theta=theta)), "describes a model that cannot be built")
       for theta in (0, -5, float("nan"), 10**400, "1")),
-    (dict(rms_norm_eps=float("nan")), "describes no model"), (dict(num_hidden_layers="two"), "describes no model"),
-    (dict(num_attention_heads=5, head_dim="DELETE"), "describes no model"),
-    (dict(max_position_embeddings=10**9), "cannot be made here; --"),
-    (dict(num_hidden_layers=10**9), "cannot be made here; --"),
-    (dict(max_position_embeddings=1 << 24, head_dim=512), "block_size=16,777,216 cannot"),
+    (dict(rms_norm_eps=float("nan")), "describes a model that cannot be built"),
+    (dict(num_hidden_layers="two"), "describes a model that cannot be built"),
+    (dict(num_attention_heads=5, head_dim="DELETE"), "describes a model that cannot be built"),
+    (dict(max_position_embeddings=10**9), "is out of range; --"),
+    (dict(num_hidden_layers=10**9), "is out of range; --"),
+    (dict(max_position_embeddings=1 << 24, head_dim=512), "block_size=16,777,216 is too large for head_dim=512"),
     (dict(num_hidden_layers=10_000_000), "n_layer=10,000,000, but there are only 20 tensors"),
     (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
     (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight, model"),
@@ -188,10 +189,10 @@ def test_tensors_that_do_not_fit(good):
             ({q: None}, f"{q} is missing"),
             ({q: good[q][1:].clone()}, f"{q} is a tensor (31, 32) of type float, but"),
             ({q: good[q].to(torch.int8)}, f"{q} is a tensor (32, 32) of type int8, but"),
-            ({"lm_head.weight": torch.ones_like(embedding)}, "says that lm_head.weight is the embedding, and it is not"),
-            ({"extra": torch.ones(1)}, "bad: tensors that its config.json does not know of: extra"),
+            ({"lm_head.weight": torch.ones_like(embedding)}, "says that lm_head.weight is the embedding, but it is not"),
+            ({"extra": torch.ones(1)}, "bad has tensors unknown to its config.json: extra"),
             ({q.replace("weight", "bias"): torch.ones(32)},
-             "does not know of: model.layers.0.self_attn.q_proj.bias")):
+             "tensors unknown to its config.json: model.layers.0.self_attn.q_proj.bias")):
         assert said in tensors(good, **change), said
 
     def fewer(folder):
@@ -202,9 +203,9 @@ def test_tensors_that_do_not_fit(good):
 
 
 def test_files_that_are_missing_or_damaged(good):
-    assert "bad/model.safetensors is missing take its files" in wrong(
+    assert "bad/model.safetensors is missing download its files again" in wrong(
         lambda folder: (folder / "model.safetensors").unlink())
-    assert "save_pretrained makes safetensors" in wrong(
+    assert "convert *.bin files with transformers' save_pretrained" in wrong(
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
 
     def pipe(folder):
@@ -259,7 +260,7 @@ def test_train_and_sample_from_a_folder(here, capsys):
     assert run["val_loss"] < float(before.split("validation loss ")[1].split(",")[0])
     assert "the shape comes with the weights" in error(train.main, *args, "--block_size=32", "--out_dir=out/b")[1]
     small_folder(here / "other")
-    assert "another tokenizer" in error(train.main, *args, "--init_from=other", "--out_dir=out/c")[0]
+    assert "other and data/text use different tokenizers" in error(train.main, *args, "--init_from=other", "--out_dir=out/c")[0]
 
 
 def small_folder(path, **shape):

@@ -290,10 +290,10 @@ def test_the_same_text_from_the_run_and_from_the_export(tiny_run, exported, caps
         assert sample.main([*argv, "--prompt=the", "--max_new_tokens=60", "--seed=3", "--temperature=1"]) is None
         said = capsys.readouterr()
         texts.append(said.out)
-        assert "steps on words.txt, in 8 bits" in said.err
+        assert "steps on words.txt, 8-bit" in said.err
     assert texts[0] == texts[1] and len(texts[0]) > 40
     sample.main([str(tiny_run / "out/words"), "--prompt=the", "--max_new_tokens=9"])
-    assert "in 8 bits" not in capsys.readouterr().err
+    assert "8-bit" not in capsys.readouterr().err
 
 
 def test_evaluate_measures_both_alike(tiny_run, exported, monkeypatch, tmp_path):
@@ -334,7 +334,7 @@ def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
     from."""
     os.symlink(tiny_run / "data", "data")
     shutil.copytree(exported[0] / "int8", "int8")
-    has = "int8/best.pt has weights of 8 bits"
+    has = "int8/best.pt has 8-bit weights, for inference only"
     for format in export.FORMATS:
         fact, fix = error(export.main, "int8", f"--format={format}", "--out=x")
         assert has in fact and "the run that it was made from" in fix and not os.path.exists("x")
@@ -345,7 +345,7 @@ def test_who_needs_the_weights_themselves_is_refused(tiny_run, exported, here):
     assert train.main([*argv, "--init_from=base", "--lora_rank=2"]) == 0
     shutil.rmtree("base")
     shutil.copytree("int8", "base")
-    assert "the weights of base, which have changed" in error(lambda _: ckpt.load_run("a"))[0]
+    assert "is a LoRA of base, which has changed" in error(lambda _: ckpt.load_run("a"))[0]
 
 
 def test_a_damaged_one_is_refused(tiny_run, exported, here):

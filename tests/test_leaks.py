@@ -76,7 +76,7 @@ def test_planted_duplicates_and_leaks(here, capsys):
 
     prepare.main(["a.jsonl", "--tokenizer=char", "--num_proc=2"])
     said = capsys.readouterr().err
-    assert "dropped: 60 exact duplicates" in said and "most of all: a.jsonl, line " in said
+    assert "dropped: 60 exact duplicates" in said and "highest: a.jsonl, line " in said
     assert f"overlap: 30 of {len(validation)} validation documents repeat at least one run of 64 tokens" in said
     k, end = 64, datasets.read_meta("data/a")["special"]["<|endoftext|>"]
     repeated, total = repeated_runs("data/a/train.bin", "data/a/val.bin", UINT16, end, k)
@@ -103,8 +103,8 @@ def test_where_there_is_too_much_an_even_sample_is_looked_up(here, monkeypatch):
     counts = dict(train=dict(tokens=25_000, bytes=125_000), val=dict(tokens=50_000))
     lines = overlap(".", UINT16, counts, END, [f"document {i}" for i in range(50)])
     assert f"16 tokens from the training split ({repeated.sum() / total.sum():.2%} of all" in lines[0]
-    assert "1 in 51 was looked up)" in lines[0]
-    assert lines[1].startswith("most of all: document 0 (100.0%), document 1 (")
+    assert "1 in 51 was checked)" in lines[0]
+    assert lines[1].startswith("highest: document 0 (100.0%), document 1 (")
 
 
 def test_characters():
@@ -125,7 +125,7 @@ def test_the_report_is_printed_and_kept(here, capsys):
     (here / "a.txt").write_text(words(3000) + "\0 caf\u00c3\u00a9\n" + words(3000), encoding="utf-8")
     prepare.main(["a.txt", "--tokenizer=char"])
     said = capsys.readouterr().err
-    for line in ("1 document, 6,010 bytes; dropped: nothing", "the median one has 6,010 bytes",
+    for line in ("1 document, 6,010 bytes; dropped: nothing", "median size 6,010 bytes, longest 6,010",
                  "not ASCII: \u00a9 1, \u00c3 1", "odd characters: U+0000 1", "overlap: 1 of 1 validation documents",
                  "bytes per token"):
         assert line in said, line

@@ -129,7 +129,7 @@ def test_throughput_leaves_out_the_first_steps_and_compares_round_by_round(monke
 CHANGES = {
     "the recipe": {}, "learned positions instead of rope": dict(pos="learned"),
     "layernorm instead of rmsnorm": dict(norm="layernorm"), "gelu instead of swiglu": dict(mlp="gelu"),
-    "without qk_norm": dict(qk_norm=False), "one matrix for both ends": dict(tie_weights=True),
+    "without qk_norm": dict(qk_norm=False), "tied weights": dict(tie_weights=True),
     "adamw instead of muon": dict(optimizer="adamw"),
     "adamw at a rate of its own": dict(optimizer="adamw", learning_rate=0.003),
     "float32 instead of bfloat16": dict(dtype="float32")}
@@ -236,6 +236,6 @@ def test_clients_of_the_server_share_the_prompts_and_are_timed(monkeypatch):
 def test_the_speed_benches_need_what_they_compare_with(here):
     (here / "words.txt").write_text(words(3000), encoding="utf-8")
     for bench in (loss, throughput):
-        assert "--peer='nowhere' is not a folder of nanoGPT" in error(
+        assert "--peer='nowhere' is not a nanoGPT folder" in error(
             lambda _: bench.main(bench.Settings(peer="nowhere", tiny=True), ["words.txt"]))[0]
     assert "steps=3" in error(lambda _: throughput.main(throughput.Settings(steps=3), []))[0]

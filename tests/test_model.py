@@ -254,8 +254,8 @@ def test_the_memory_of_all_processes_on_a_machine_is_compared_with_what_is_free(
         monkeypatch.setattr(memory.machine, "free_memory", lambda device: 1e6 * free)
         memory.say_memory(run)
         said = capsys.readouterr().err
-        assert f"memory: about {due} MB are needed, {free} MB are free\n" in said
-        assert ("warning: this may not fit; half the --batch_size" in said) != fits
+        assert f"memory: about {due} MB needed, {free} MB free\n" in said
+        assert ("warning: this may not fit; halve --batch_size" in said) != fits
 
 
 @pytest.mark.parametrize("family", ["gpt2", "modern", "llama"])

@@ -408,7 +408,7 @@ def test_old_fields_are_refused_by_name(client):
     for name, value in (("stop_sequences", ["c"]), ("num_return_sequences", 2), ("prompts", ["a", "b"])):
         message = client.refused(name, prompt="a", **{name: value})
         assert message.startswith(f'there is no field "{name}"'), message
-    assert "does not fit into the context" in client.refused("max_length", prompt="a", max_length=256)
+    assert "does not fit in the context" in client.refused("max_length", prompt="a", max_length=256)
     assert client.text("abc", stop="f") == "de"
     both = client.complete(["abc", "xyz"], n=2, max_tokens=2)["choices"]
     assert [choice["text"] for choice in both] == ["de", "de", "{|", "{|"]

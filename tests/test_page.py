@@ -277,7 +277,7 @@ def test_the_request_of_the_answer_that_is_shown(page, model, browser):
         return json.loads(re.search(r"-d '(.*)'", page.get("navigator.clipboard.readText()"), re.S)[1])
 
     page.click("curl")
-    page.says("There is nothing to copy")
+    page.says("Nothing to copy yet")
     model.say("hello")
     page.type("text", "x", CONTROL_ENTER)
     page.says("Done")
@@ -428,11 +428,11 @@ def test_what_the_server_refuses_is_said_and_nothing_is_lost(page, model, browse
     page.refused = True
     page.type("max_tokens", "5000")
     page.type("text", "x", CONTROL_ENTER)
-    assert "1+5000>4096" in page.says("Max_tokens does not fit into the context")
+    assert "1+5000>4096" in page.says("Max_tokens does not fit in the context")
     assert page.get("text.value") == "x" and page.element("go").text == "Write"
     browser.find_element(By.CSS_SELECTOR, "[value=chat]").send_keys(Keys.SPACE)
     page.type("message", "hi", Keys.ENTER)
-    page.says("Max_tokens does not fit into the context beside messages")
+    page.says("Max_tokens does not fit in the context with messages")
     assert page.get("message.value") == "hi" and page.get("said") == []
 
 
@@ -460,9 +460,9 @@ def test_a_server_that_goes_and_comes_back(visit):
         page.type("temperature", "0")
         page.type("text", "x", CONTROL_ENTER)
         page.until("text.value.length > 5")
-    page.says("The server does not answer")
+    page.says("The server does not respond")
     assert page.get("text.value").startswith("xabcde") and not page.get("running")
-    assert "finish: broken off" in page.get("$('result').textContent")
+    assert "finish: cut off" in page.get("$('result').textContent")
     with serve_torn(port=client.port):
         page.says("Ready")
         page.type("text", CONTROL_ENTER)

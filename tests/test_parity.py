@@ -55,7 +55,7 @@ def test_logits_equal_transformers(name):
 
 def parity(capfd, *argv):
     assert bench.main(["parity", *argv]) == 0
-    found = re.search(r"(\d+) steps, (\d+) of them clipped, .* loss ([\d.e-]+), of a gradient norm ([\d.e-]+)",
+    found = re.search(r"(\d+) steps, (\d+) of them clipped, .*; largest difference: loss ([\d.e-]+), gradient norm ([\d.e-]+)",
                       capfd.readouterr().out)
     assert int(found[2]) > 0 and float(found[3]) < 1e-4 and float(found[4]) < 1e-4
     return int(found[1])
@@ -84,7 +84,7 @@ def test_parity_notices_a_difference(data, capfd, monkeypatch):
 
 def test_parity_needs_a_peer(data, capfd):
     for peer in ("--peer=nowhere", "--peer="):
-        assert "is not a folder of nanoGPT" in error(bench.main, "parity", peer)[0]
+        assert "is not a nanoGPT folder" in error(bench.main, "parity", peer)[0]
     assert "train.py failed" in error(bench.main, "parity", f"--peer={ROOT}/plain.py", "--dataset=none")[0]
     assert "there is no prepared data in data/none" in capfd.readouterr().err
 
@@ -93,6 +93,6 @@ def test_plain_learns_alone(tmp_path):
     """Without a prepared text it reads files of Python's library, learns, and writes."""
     out = script("plain.py", "--max_iters=20", "--log_interval=20", "--device=cpu", cwd=tmp_path).stdout
     first, last = map(float, re.findall(r"iter \d+: loss ([\d.]+), time", out))
-    validation, guess = map(float, re.search(r"validation loss ([\d.]+), guessing would cost ([\d.]+)", out).groups())
-    assert last < first and validation < guess and "plain.py does without device" in out
+    validation, guess = map(float, re.search(r"validation loss ([\d.]+) \(guessing: ([\d.]+)\)", out).groups())
+    assert last < first and validation < guess and "plain.py ignores device" in out
     assert len(out.partition("    def ")[2]) > 250

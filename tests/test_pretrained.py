@@ -168,8 +168,8 @@ def test_a_template_that_cannot_be_filled_in(tmp_path):
     assert "only users may speak" in chat("{{ raise_exception('only users may speak') }}")
     assert "fails on these messages: Security" in chat("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     assert "TemplateSyntaxError" in chat("{% for %}")
-    assert "without role or without text" in chat(TEMPLATE, [{"role": "user"}])
-    assert "without role or without text" in chat(TEMPLATE, [{"role": "user", "content": [{"type": "text"}]}])
+    assert "a message has no role or no text" in chat(TEMPLATE, [{"role": "user"}])
+    assert "a message has no role or no text" in chat(TEMPLATE, [{"role": "user", "content": [{"type": "text"}]}])
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -208,19 +208,19 @@ def test_formats_that_cannot_be_learned(tmp_path):
     forgets = CHATML.replace("in messages", "in messages[-2:]")
     for template in (last, forgets, CHATML.replace("assistant\n", "assistant\n<think>")):
         fact, fix = refused(template)
-        assert "rewrites earlier text as a conversation goes on" in fact and "one question" in fix
+        assert "rewrites earlier text as a conversation grows" in fact and "one question" in fix
     tokenizer = pretrained.from_hugging_face(folder(tmp_path / "a", config={"chat_template": last}))
     assert tokenizer.decode(check_conversation(tokenizer, turns("a", "b")[1:], tokenizer.special["<|im_end|>"])[0]) \
         == "<think>b"
     fact, fix = refused(CHATML.replace("<|im_end|>", ""))
-    assert "puts no eos_token behind an answer" in fact and "tokenizer_config.json" in fix
+    assert "puts no eos_token after an answer" in fact and "tokenizer_config.json" in fix
     for eos in (None, "</s>"):
-        assert "puts no eos_token behind an answer" in refused(CHATML, eos_token=eos)[0]
+        assert "puts no eos_token after an answer" in refused(CHATML, eos_token=eos)[0]
     for template in ("<|endoftext|>" + CHATML, CHATML.replace("im_end", "endoftext")):
         fact, _ = refused(template, eos_token="<|im_end|>" if template[0] == "<" else "<|endoftext|>")
-        assert "contains its end-of-text token, which stands between conversations in prepared data" in fact
+        assert "contains its end-of-text token, which separates conversations in prepared data" in fact
     assert "no chat template" in refused("")[0]
-    assert "without role or without text" in refused(CHATML, [*turns("a"), dict(role="assistant")])[0]
+    assert "a message has no role or no text" in refused(CHATML, [*turns("a"), dict(role="assistant")])[0]
     assert "SecurityError" in refused("{{ ''.__class__.__mro__[1].__subclasses__() }}")[0]
 
 
@@ -401,14 +401,14 @@ def test_what_a_vocabulary_cannot_spell_is_said(here, capsys):
 
 
 SLOW = dict(pre_tokenizer=split(r"(?:t|t)*(?!x)\d"))  # takes exponential time: the library panics
-DAMAGED = "tokenizer.json is damaged, or of an unknown layout: "
+DAMAGED = "tokenizer.json is damaged, or has an unknown layout: "
 
 
 @pytest.mark.parametrize("changes, config, fact", [
     *((dict(added_tokens=[END, added(i, "<x>", special=False)]), {}, DAMAGED)
       for i in (-1, 1 << 24, 10**12, 10**400, 5.0, True, "5", None)),
-    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 1, END["content"]: 0}, merges=[])), {}, "an id is given twice"),
-    (dict(model=dict(type="BPE", vocab={"a": 1 << 24, END["content"]: 0}, merges=[])), {}, "or is no number"),
+    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 1, END["content"]: 0}, merges=[])), {}, "an id is repeated"),
+    (dict(model=dict(type="BPE", vocab={"a": 1 << 24, END["content"]: 0}, merges=[])), {}, "or not a number"),
     *((dict(added_tokens=[END, added(5000, text)]), {}, DAMAGED) for text in ("", 5, "\ud800")),
     (dict(pre_tokenizer=split("(" * 10_000)), {}, DAMAGED),
     (dict(truncation=dict(max_length=1), padding=5), dict(chat_template="\ud800"), "UnicodeEncodeError"),
@@ -430,7 +430,7 @@ def test_an_end_token_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("tokens, special, fact", [
-    ({b"a": 0, b"b": 0}, {}, "an id is given twice"), ({b"a": 10**18}, {}, "an id is"), ({b"a": -1}, {}, "an id is"),
+    ({b"a": 0, b"b": 0}, {}, "an id is repeated"), ({b"a": 10**18}, {}, "an id is"), ({b"a": -1}, {}, "an id is"),
     ({b"a": 0}, {END["content"]: 1e9}, "an id is"), ({b"a": 0}, [END["content"]], "damaged"),
     ({}, {}, "damaged")])
 def test_a_damaged_encoding_of_tiktoken(tmp_path, tokens, special, fact):
@@ -450,11 +450,11 @@ def test_an_export_does_not_say_where_the_tokenizer_lay(tmp_path):
 
 def test_damaged_files(tmp_path):
     path = folder(tmp_path / "a", added_tokens=[], config={"eos_token": None})
-    assert "names no special token for the end of a text" in error(lambda _: pretrained.from_hugging_face(path))[0]
+    assert "has no end-of-text token" in error(lambda _: pretrained.from_hugging_face(path))[0]
     for content in ("{", "[]", "{}", '{"model": {"type": "BPE"}}', '{"model": null}'):
         content = content.replace("{", '{"added_tokens": %s, ' % json.dumps([END]), 1).replace(", }", "}")
         (path / "tokenizer.json").write_text(content)
-        assert "damaged, or of an unknown layout" in error(lambda _: tokenizers.get(str(path)))[0]
+        assert "damaged, or has an unknown layout" in error(lambda _: tokenizers.get(str(path)))[0]
 
 
 def test_more_than_65536_tokens_are_written_as_uint32(here):
@@ -543,7 +543,7 @@ def test_packages_that_are_missing_or_unsafe(monkeypatch, tmp_path, package, uns
     fix = f"pip install '{package}>={needed}'"
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: {package: unsafe}.get(name, "9"))
-        assert error(use) == (f"{package} {unsafe} is too old: it does not protect from a stranger's files", fix)
+        assert error(use) == (f"{package} {unsafe} is too old to be safe with files from strangers", fix)
         patch.setattr(importlib.metadata, "version", lambda name: needed + ".10rc1")
         use([])
     pretrained.compiled.cache_clear()

@@ -80,7 +80,7 @@ def serving(clone, *arguments, expect=200):
     log = queue.Queue()
     threading.Thread(target=lambda: [log.put(line) for line in server.stderr], daemon=True).start()
     try:
-        port = re.search(r":(\d+) is open", log.get(timeout=60))[1]
+        port = re.search(r":(\d+); loading", log.get(timeout=60))[1]
         address = f"http://127.0.0.1:{port}"
         programs.until(lambda: get(f"{address}/health").json() != {"status": "loading"}, "the model is loaded")
         assert get(f"{address}/model-info").status_code == expect

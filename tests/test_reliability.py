@@ -84,7 +84,7 @@ def test_kill_9_inside_a_save(lab, part):  # row 3
 def test_a_run_ends_with_the_prepare_that_it_has_started(lab):
     stdlib = ["--dataset=stdlib", "--max_iters=1"]
     assert lab.start(*stdlib, fault="prepare_by:exit 3").wait() == 2
-    assert "error: prepare.py stdlib has failed" in said(lab.path)
+    assert "error: prepare.py stdlib failed" in said(lab.path)
     run, pid = lab.start(*stdlib, fault="prepare_by:echo $$ > pid && exec sleep 60"), lab.path / "pid"
     number = int(wait_for(lambda: pid.exists() and pid.read_text(), "prepare.py writes its pid", run))
     os.kill(run.process.pid, signal.SIGTERM)

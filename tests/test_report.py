@@ -153,7 +153,7 @@ def test_tables_and_notes():
         *notes[2:5],
         "shots=0, cot=False, votes=1; float32 on cpu, 2 threads; 1.5 minutes",
         "gamma: b.txt: no token for \u00fc", "gamma: sums: scores are not finite", "gamma: samples: long prompt"]
-    assert notes[2] == "pick: 12 questions; percent \u00b1 standard error; by chance 50.0"
+    assert notes[2] == "pick: 12 questions; percent \u00b1 standard error; chance: 50.0"
     assert notes[3] == "read: 12 questions; percent \u00b1 standard error"
     assert "| gamma | pick | 0.0 \u00b1 0.0 " in said
 
@@ -206,7 +206,7 @@ def test_hostile_text_stays_text(show):
     # In every part, as a heading, a name, a sample, a prompt, an answer, and in the words for those who do not see.
     for part in get("texts('section')"):
         assert seen in part
-    assert get("texts('.answers tr:first-child th')")[:5] == ["no.", "prompt", "right", seen, "b" + seen]
+    assert get("texts('.answers tr:first-child th')")[:5] == ["no.", "prompt", "correct", seen, "b" + seen]
     assert get("texts('ol li')") == [seen] * 4 and seen in get("document.querySelector('svg').ariaLabel")
     assert get("all('[title]').map((span) => span.title)") == [seen] * 8
     # Nothing of it has become an element or an attribute that does something, and nothing was asked for.
@@ -230,14 +230,14 @@ def test_the_table_of_models(show):
         ["perplexity per token on b.txt", *["20.5"] * 2, none, none],
         ["perplexity per word on b.txt", *[none] * 4],
         ["tokens/s", "31.25", "31.25", none, none],
-        ["pick: right", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", none],
+        ["pick: accuracy", "66.7 \u00b1 14.2", "100.0 \u00b1 0.0", "66.7 \u00b1 14.2", none],
         ["pick: per byte", "66.7 \u00b1 14.2", "0.0 \u00b1 0.0", "66.7 \u00b1 14.2", none],
         ["pick: calibration error", "0.29", "0.21", "0.29", none],
         ["pick: in the chat format", "False", "False", "True", none],
         ["read: F1", *["80.0 \u00b1 11.0"] * 3, none],
         ["read: exact", *["66.7 \u00b1 14.2"] * 3, none],
-        ["read: prompts cut at their beginning, to fit", "0", "0", "7", none],
-        ["sums: right", *["0.0"] * 2, none, none],
+        ["read: prompts truncated on the left", "0", "0", "7", none],
+        ["sums: accuracy", *["0.0"] * 2, none, none],
         ["sums: in format", *["0.0"] * 2, none, none],
         ["sample words", "8", "4", none, "9"],
         ["distinct-1", "0.50", "1.00", none, "0.50"],
@@ -277,7 +277,8 @@ def test_dots_have_lines_of_one_error_to_each_side(show):
     [chance] = get("all('.chance').map(attributes)")
     assert chance["x1"] == chance["x2"] == "50%"
     assert get("texts('figcaption', section('Questions'))") == [
-        "pickright, percent of 12; by chance 50.0", "readF1, percent of 12", "sumsright, percent of 1"]
+        "pickaccuracy in percent, of 12 questions; chance: 50.0", "readF1 in percent, of 12 questions",
+        "sumsaccuracy in percent, of 1 questions"]
 
 
 def test_reliability_diagrams(show):
@@ -299,11 +300,11 @@ def test_reliability_diagrams(show):
 def test_differences_and_samples(show):
     get = show(three())
     assert get("cells('Compared with alpha')") == [
-        ["task", "beta", "gamma"], ["pick: right", "33.3 \u00b1 14.2", "0.0 \u00b1 0.0"],
-        ["read: F1", "0.0 \u00b1 0.0", "0.0 \u00b1 0.0"], ["sums: right", "0.0", "\u2013"]]
+        ["task", "beta", "gamma"], ["pick: accuracy", "33.3 \u00b1 14.2", "0.0 \u00b1 0.0"],
+        ["read: F1", "0.0 \u00b1 0.0", "0.0 \u00b1 0.0"], ["sums: accuracy", "0.0", "\u2013"]]
     assert get("texts('summary', section('Samples'))") == ["alpha: 2 samples", "beta: 1 samples"]
     assert get("texts('li', section('Samples'))") == ["one two one two one two", "\n  x\ty\n", "red green blue sky"]
-    assert get("texts('p', section('Samples'))") == ["They begin with Once\nupon."]
+    assert get("texts('p', section('Samples'))") == ["Prompt: Once\nupon."]
 
 
 def test_answers(show):
@@ -315,7 +316,7 @@ def test_answers(show):
                 "all('li', cell).map((line) => [...line.children].map((part) => part.textContent)), "
                 "texts('bdi', cell), texts('.text', cell)]))])")
     assert [summary.split(":")[0] for summary, _ in boxes] == ["pick", "read", "sums"]
-    assert "12 questions; right: alpha 66.7 \u00b1 14.2, beta 100.0 \u00b1 0.0, gamma" in boxes[0][0]
+    assert "12 questions; accuracy: alpha 66.7 \u00b1 14.2, beta 100.0 \u00b1 0.0, gamma" in boxes[0][0]
     for name, rows in zip(("pick", "read", "sums"), (rows for _, rows in boxes)):
         for i, (row, item) in enumerate(zip(rows, found["models"][0]["tasks"][name]["items"], strict=True)):
             number, prompt, right, *cells = row
@@ -350,10 +351,10 @@ def test_votes_and_prompts(show):
                 "[texts('summary', cell), texts('.text', cell), texts('small', cell)]))")
     _, (summary, (before, end), _), _, ours, theirs = cells[0]
     assert before + end == long and end.startswith("word") and 290 <= len(end) <= 300
-    assert summary == [f"{len(before):,} characters before"]
+    assert summary == [f"{len(before):,} earlier characters"]
     assert ours == [["all 3 votes"], ["x", "(nothing)", "<y>"], ["F1 0, exact 0, confidence 0.67"]]
     assert theirs[:2] == [["its own prompt", "all 3 votes"], ["x" * 401, "x", "(nothing)", "<y>"]]
-    assert cells[1][1][:2] == [["101 characters before"], ["x" * 101, "x" * 300]]  # without a space
+    assert cells[1][1][:2] == [["101 earlier characters"], ["x" * 101, "x" * 300]]  # without a space
 
 
 @pytest.mark.parametrize("name", ["three", "hostile"])

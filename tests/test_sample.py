@@ -347,7 +347,7 @@ def test_nothing_is_asked_where_the_text_goes_to_a_file(tiny_run, monkeypatch, c
 
 
 def test_the_newest_run_is_taken(tiny_run, monkeypatch, capsys, tmp_path):
-    """Without a name it is the newest run below out/; --checkpoint and a file choose another state of it."""
+    """Without a name it is the newest run under out/; --checkpoint and a file choose another state of it."""
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/deep/other")
     shutil.copytree(tiny_run / "out/words", tmp_path / "out/old")
     for path in (tmp_path / "out/old").glob("*.pt"):
@@ -371,7 +371,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     """Each mistake is one line that names it."""
     with monkeypatch.context() as patch:
         patch.setattr(sample.ckpt, "SMALL", "nowhere")
-        assert error(sample.main) == ("there is no trained run below out/", "python train.py config/train_small.py")
+        assert error(sample.main) == ("there is no trained run in out/", "python train.py config/train_small.py")
     assert "there is no run out/nowhere" in error(sample.main, "out/nowhere")[0]
     monkeypatch.chdir(tiny_run)
     assert "temperature=-1.0" in error(sample.main, "--temperature=-1")[0]
@@ -379,7 +379,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
                 "--repetition_penalty=0", "--temperature=2.1", "--presence_penalty=-3.0"):
         assert bad.split("=")[0][2:] + "=" + bad.split("=")[1] in error(sample.main, bad)[0]
     for stops in ["--stop="], ["--stop=" + "x" * 300], ["--stop=x"] * 17:
-        assert "stop may be 4 texts of 1 to 256 characters" in error(sample.main, *stops)[0]
+        assert "--stop: at most 16 texts of 1 to 256 characters" in error(sample.main, *stops)[0]
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]
@@ -393,7 +393,7 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     assert "is not UTF-8" in error(sample.main, "--prompt=\udcff")[0]
     shutil.copytree("out/words", here / "out/mixed")
     tokenizers.train("char", ["abc"]).save(here / "out/mixed/tokenizer")  # another one than it was trained with
-    assert "is another tokenizer" in error(sample.main, here / "out/mixed")[0]
+    assert "is not the expected tokenizer" in error(sample.main, here / "out/mixed")[0]
     assert "--checkpoint" in error(sample.main, "--checkpoint=worst")[0]
 
 
@@ -472,7 +472,7 @@ def test_control_c_stops_an_answer_and_not_the_conversation(chatter):
     tokenizer, asked, talk = chatter
     talk.stop_at.append(2)
     shown = talk("a dog", "a", KeyboardInterrupt, "c")
-    assert shown.out == "my dog\nmy dog\n" and shown.err.count("(stopped; Ctrl-D ends)") == 2
+    assert shown.out == "my dog\nmy dog\n" and shown.err.count("(stopped; Ctrl-D quits)") == 2
     assert asked == [tokenizer.chat(turns("a dog")), tokenizer.chat(turns("a dog", "my dog", "a")),
                      tokenizer.chat(turns("a dog", "my dog", "c"))]
 

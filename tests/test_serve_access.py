@@ -127,7 +127,7 @@ def test_g2_a_key_in_the_environment(monkeypatch):
 def test_g7_no_key_beyond_this_machine(here):
     """Where others could reach it, the server does not start without a key; the error says how to give one."""
     fact, fix = error(serve.main, "--host=0.0.0.0", "--port=0")
-    assert fact == "host=0.0.0.0 lets others in, and there is no key" and "OPENLLM_API_KEY=" in fix
+    assert fact == "host=0.0.0.0 admits other machines without a key" and "OPENLLM_API_KEY=" in fix
 
 
 def test_g7_no_key_is_wanted():
@@ -147,7 +147,7 @@ def test_g7_a_key_that_is_none(here):
 def test_g7_a_key_that_no_header_can_carry(key, monkeypatch):
     """A key that is not ASCII, or has spaces in it, is an error: no client could send it."""
     monkeypatch.setenv("OPENLLM_API_KEY", key)
-    assert "OPENLLM_API_KEY is empty or holds more than ASCII" in error(serve.main, "--port=0")[0]
+    assert "OPENLLM_API_KEY is empty or holds spaces or non-ASCII characters" in error(serve.main, "--port=0")[0]
 
 
 @pytest.mark.parametrize("raw", [b"sesame\n", b"\xef\xbb\xbfsesame\r\n", b"  sesame  \nmore"])

@@ -183,7 +183,7 @@ def test_b12_a_model_that_does_not_fit_is_an_error(tiny_run, monkeypatch):
     """A model for whose context there is no memory is not served; the error has its size."""
     monkeypatch.chdir(tiny_run)
     monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
-    assert "no memory for a context of 32 tokens" in error(serve.main, "out/words", "--port=0")[0]
+    assert "too little memory for a context of 32 tokens" in error(serve.main, "out/words", "--port=0")[0]
 
 
 def test_b14_every_character_comes_back(tiny):

@@ -87,7 +87,7 @@ def test_a3_a_panic_in_a_request_is_an_answer(script, log, monkeypatch):
     monkeypatch.setattr(script.server.served.tokenizer, "encode", panic)
     for path, body in (GENERATE, {"prompt": "x"}), ("/tokenize", {"text": "x"}):
         answer = script.post(path, body)
-        assert answer.status == 500 and answer.error["message"] == "the server made a mistake"
+        assert answer.status == 500 and answer.error["message"] == "internal server error"
 
 
 INFO = {"name", "parameters", "step", "val_loss", "val_bpb", "source", "context", "vocab_size", "n_layer", "n_head",

@@ -157,4 +157,4 @@ def test_d11_a_bug_of_ours_in_a_stream(script, log, monkeypatch):
     script.model.say("hello")
     monkeypatch.setattr(api.Generate, "end", None)
     *events, last = script.events(max_tokens=5)
-    assert "hello".startswith(chosen(events)) and last["error"]["message"] == "the server made a mistake"
+    assert "hello".startswith(chosen(events)) and last["error"]["message"] == "internal server error"

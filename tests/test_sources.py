@@ -95,8 +95,8 @@ GOOD = b'{"text": "good"}\n'
 SQUAD = '{"data": [{"paragraphs": [{"context": "good"}, %s]}]}'
 ZIPPED = gzip.compress(words(9000).encode())
 WRONG = [
-    ("empty.txt", b"", "there is no text; dropped: 1 empty ones"),
-    ("bom.txt", b"\xef\xbb\xbf", "there is no text; dropped: 1 empty ones"),
+    ("empty.txt", b"", "no text is left; dropped: 1 empty"),
+    ("bom.txt", b"\xef\xbb\xbf", "no text is left; dropped: 1 empty"),
     ("latin.txt", b"caf\xe9 " * 5, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
     ("cp1252.md", b"a \x93quote\x94", "cp1252.md is not UTF-8: byte 0x93 at offset 2"),
     ("utf16.txt", "some text".encode("utf-16-le"), "utf16.txt is not UTF-8 text: 9 of its first 18 bytes are NUL"),
@@ -106,46 +106,46 @@ WRONG = [
     ("cut.txt", "caf\u00e9".encode()[:-1], "cut.txt is not UTF-8: byte 0xc3 at offset 3"),
     ("surrogate.py", b"s = '\xed\xa0\x80'", "surrogate.py is not UTF-8: byte 0xed at offset 5"),
     ("overlong.txt", b"\xc0\xaf", "overlong.txt is not UTF-8: byte 0xc0 at offset 0"),
-    ("one.txt", b"a", "1 bytes of text are too few"),
-    ("notes.docx", b"PK", "notes.docx is not one of the kinds that can be read"),
-    ("data.parquet", b"PAR1", "data.parquet is not one of the kinds"),
-    ("data.csv", b"a,b", "data.csv is not one of the kinds"),
-    ("noending", b"text", "noending is not one of the kinds"),
-    ("page.html", b"<html>", "page.html is not one of the kinds"),
+    ("one.txt", b"a", "too little text for two splits: 1 byte"),
+    ("notes.docx", b"PK", "notes.docx is not a supported kind of file"),
+    ("data.parquet", b"PAR1", "data.parquet is not a supported kind of file"),
+    ("data.csv", b"a,b", "data.csv is not a supported kind of file"),
+    ("noending", b"text", "noending is not a supported kind of file"),
+    ("page.html", b"<html>", "page.html is not a supported kind of file"),
     ("not.txt.gz", b"not gzip at all", "cannot read not.txt.gz: Not a gzipped file"),
     ("cut.txt.gz", ZIPPED[:-99], "cannot read cut.txt.gz"),
     ("bad.txt.gz", ZIPPED[:99] + b"\0\xff" * 9 + ZIPPED[117:], "cannot read bad.txt.gz"),
     ("crc.txt.gz", ZIPPED[:-8] + bytes(8), "cannot read crc.txt.gz: CRC check failed"),
-    ("empty.jsonl", b"\n\n", "there is no text"),
+    ("empty.jsonl", b"\n\n", "no text is left; dropped: nothing"),
     ("open.jsonl", GOOD + b'{"text": "a"\n', "open.jsonl, line 2: not JSON: Expecting ',' delimiter at column 13"),
     ("words.jsonl", b"good\n", "words.jsonl, line 1: not JSON"),
     ("quotes.jsonl", b"{'text': 'a'}\n", "quotes.jsonl, line 1: not JSON"),
     ("two.jsonl", b'{"text": "a"} {"text": "b"}', "two.jsonl, line 1: not JSON: Extra data at column 15"),
-    ("list.jsonl", b"[1]\n", "list.jsonl, line 1: no field `text`, but list"),
-    ("text.jsonl", b'"text"\n', "text.jsonl, line 1: no field `text`, but str"),
-    ("number.jsonl", b"17\n", "number.jsonl, line 1: no field `text`, but int"),
-    ("null.jsonl", b"null\n", "null.jsonl, line 1: no field `text`, but null"),
-    ("name.jsonl", GOOD + b'\n{"content": "a", "id": 1}', "name.jsonl, line 3: no field `text`, but content, id"),
+    ("list.jsonl", b"[1]\n", "list.jsonl, line 1: no field `text`; found list"),
+    ("text.jsonl", b'"text"\n', "text.jsonl, line 1: no field `text`; found str"),
+    ("number.jsonl", b"17\n", "number.jsonl, line 1: no field `text`; found int"),
+    ("null.jsonl", b"null\n", "null.jsonl, line 1: no field `text`; found null"),
+    ("name.jsonl", GOOD + b'\n{"content": "a", "id": 1}', "name.jsonl, line 3: no field `text`; found content, id"),
     ("int.jsonl", b'{"text": 3}', "int.jsonl, line 1: `text` is not a text but int"),
     ("none.jsonl", b'{"text": null}', "none.jsonl, line 1: `text` is not a text but null"),
     ("parts.jsonl", b'{"text": ["a"]}', "parts.jsonl, line 1: `text` is not a text but list"),
     ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl, line 1: `text` has half a character, '\\ud800'"),
-    ("deep.jsonl", b'{"text": ' + b"[" * 200_000, "deep.jsonl, line 1: not to be read"),
-    ("digits.jsonl", b'{"text": ' + b"1" * 9000 + b"}", "digits.jsonl, line 1: not to be read"),
+    ("deep.jsonl", b'{"text": ' + b"[" * 200_000, "deep.jsonl, line 1: unreadable"),
+    ("digits.jsonl", b'{"text": ' + b"1" * 9000 + b"}", "digits.jsonl, line 1: unreadable"),
     ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl is not UTF-8: byte 0xe9 at offset 13"),
     ("pretty.jsonl", b'{\n  "text": "a"\n}\n', "pretty.jsonl, line 1: not JSON"),
     ("empty.json", b"", "empty.json: not JSON"),
     ("broken.json", b'{"data": [\n{"paragraphs": [}]}', "broken.json: not JSON: Expecting value at line 2, column 17"),
     ("list.json", b"[]", "list.json is a list of rows"),
-    ("other.json", b'{"rows": []}', "other.json: no field `data`, but rows"),
+    ("other.json", b'{"rows": []}', "other.json: no field `data`; found rows"),
     ("data.json", b'{"data": {"a": 1}}', "data.json: `data` is not a list but dict"),
-    ("article.json", b'{"data": [{"title": "a"}]}', "article.json, data[0]: no field `paragraphs`, but title"),
+    ("article.json", b'{"data": [{"title": "a"}]}', "article.json, data[0]: no field `paragraphs`; found title"),
     ("paragraph.json", (SQUAD % '{"qas": []}').encode(), "paragraph.json, data[0].paragraphs[1]: no field `context`"),
     ("string.json", (SQUAD % '"a"').encode(), "string.json, data[0].paragraphs[1]: no field `context`"),
     ("context.json", (SQUAD % '{"context": 1}').encode(), "paragraphs[1]: `context` is not a text but int"),
     ("half.json", (SQUAD % '{"context": "\\udc00"}').encode(), "paragraphs[1]: `context` has half a character"),
-    ("none.json", b'{"data": []}', "there is no text"),
-    ("deep.json", b"[" * 200_000, "deep.json: not to be read"),
+    ("none.json", b'{"data": []}', "no text is left; dropped: nothing"),
+    ("deep.json", b"[" * 200_000, "deep.json: unreadable"),
 ]
 
 
@@ -181,7 +181,7 @@ def test_links_below_a_folder(here, capsys, follow):
     os.mkfifo("in/pipe.txt")
     found, _ = sources.fetch(["named", "d.txt"], follow_links=follow)
     said = capsys.readouterr().err
-    assert found[-1] == "d.txt" and ("7 links in named are left out" in said) is not follow
+    assert found[-1] == "d.txt" and ("skipped 7 links in named" in said) is not follow
     due = ["d.txt", "in/a.txt", "in/deep/b.txt"] + ["d.txt", "other/c.txt"] * follow
     assert sorted(read(*found)) == sorted(due) and not capsys.readouterr().err
     (here / "in/a.txt").unlink()
@@ -204,7 +204,7 @@ def test_a_pipe_is_not_waited_for(here, read, name):
 def test_capitals_and_addresses_that_are_none(here):
     (here / "A.TXT.GZ").write_bytes(gzip.compress(b"text"))
     assert read("A.TXT.GZ") == ["text"]
-    assert "is no address" in error(prepare.main, "http://[x/a.txt")[0]
+    assert ": not a valid URL" in error(prepare.main, "http://[x/a.txt")[0]
 
 
 @pytest.mark.parametrize("name, text", [("a.json", "[%s]"), ("a.jsonl", '{"text": "a", "messages": [%s]}')])
@@ -213,6 +213,6 @@ def test_what_is_small_in_a_file_and_large_in_memory(here, monkeypatch, name, te
     monkeypatch.setattr(files, "JSON_VALUES", 1000)
     (here / name).write_text(text % values)
     for argv in ([name], [name, "--format=chat"]):
-        assert "too many values to hold" in error(prepare.main, *argv)[0]
+        assert "too many values: more than 1,000" in error(prepare.main, *argv)[0]
     (here / name).write_text(text % ('"' + "a" * 5000 + '"'))  # a long text is only long
     assert "too many values" not in error(prepare.main, name)[0]

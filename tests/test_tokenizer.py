@@ -250,7 +250,7 @@ def test_train_then_inspect(here, text, kind, capsys):
     out = capsys.readouterr()
     ids = tokenizers.load_from("t").encode("the caf\u00e9")
     assert [int(line.split()[0]) for line in out.out.splitlines()] == ids
-    assert f"{len(ids)} tokens, of " in out.err and "'" in out.out
+    assert f"{len(ids)} tokens for 9 bytes; vocabulary " in out.err and "'" in out.out
     import prepare
     prepare.main(["a.txt", "--tokenizer=t"])
     assert "t is not empty" in error(tokenizers.main, "--train", "--input=a.txt", "--out=t")[0]
@@ -275,12 +275,15 @@ def test_compare(here, text, capsys):
     assert all(row[3] == f"{20_006 / tokens[row[0]]:.3f}" for row in rows[1:])
 
 
+ONE = "expected exactly one of --train, --inspect and --compare"
+
+
 @pytest.mark.parametrize("argv, fact", [
-    ([], "one thing at a time"), (["--train", "--inspect=a"], "one thing at a time"),
-    (["a.txt"], "one thing at a time"), (["--train", "--out=t"], "no text to learn from"),
-    (["--compare=bpe"], "no text to learn from or to compare"),
-    (["--train", "--input=a.txt", "--out=t", "--tokenizer=gpt2"], "'gpt2' is no tokenizer that can be learned"),
-    (["--inspect=a"], "--inspect needs a tokenizer that exists"),
+    ([], ONE), (["--train", "--inspect=a"], ONE),
+    (["a.txt"], ONE), (["--train", "--out=t"], "no text to learn from"),
+    (["--compare=bpe"], "no text to learn from or compare"),
+    (["--train", "--input=a.txt", "--out=t", "--tokenizer=gpt2"], "'gpt2' is not a learnable tokenizer"),
+    (["--inspect=a"], "--inspect needs an existing tokenizer"),
     (["--inspect=a", "--tokenizer=."], ". holds no tokenizer"),
     (["--inspect=a", "--tokenizer=nowhere"], "there is no tokenizer 'nowhere'"),
     (["--train", "none.txt", "--out=t"], "none.txt does not exist"),
@@ -344,10 +347,10 @@ def test_what_is_no_chat(talking):
     for make in (talking.chat, talking.conversation):
         for role in ("tool", "", None, ["user"], "user|><|end"):
             fact, fix = error(lambda _: make([dict(role=role, content="a")]))
-            assert fact == f"a message of {role!r}: the roles are system, user, assistant" and "role" in fix
+            assert fact == f"unknown role {role!r}: the roles are system, user, assistant" and "role" in fix
         for wrong in (dict(role="user"), dict(content="a"), dict(role="user", content=["a"]), "a",
                       dict(role="user", content=None)):
-            assert error(lambda _: make([*TALK, wrong]))[0] == "a message without role or without text"
+            assert error(lambda _: make([*TALK, wrong]))[0] == "a message has no role or no text"
     plain = tokenizers.CharTokenizer("abc", special=())  # nanoGPT's
     encoding = byte_encoding()
     for tokenizer, due in ((plain, "no tokens that mark the turns"), (encoding, "tokenizer t has no chat template")):

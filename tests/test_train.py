@@ -91,7 +91,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(data, left):
     before = content("out/words")
     for argv in ([], ["--init_from=scratch"], ["--seed=2"]):
         fact, fix = error(lambda _: run("--max_iters=10", *argv))
-        assert "out_dir=out/words holds best.pt, and no run" in fact and "--out_dir=" in fix
+        assert "out_dir=out/words holds best.pt, but no run to continue" in fact and "--out_dir=" in fix
     assert content("out/words") == before
     assert run("--max_iters=3", "--out_dir=out/more", "--init_from=out/words", "--learning_rate=1e-3") == 0
 
@@ -143,7 +143,7 @@ def test_a_run_that_ends_worse_than_guessing_says_so(data, capsys, monkeypatch):
     monkeypatch.setattr(datasets, "validation_sums", lambda *_: (3088.0, 1))
     assert run("--max_iters=2") == 0
     said = capsys.readouterr().err
-    assert "the run has diverged: guessing costs 3.22" in said  # ln 25
+    assert "the run has diverged, worse than guessing (3.22)" in said  # ln 25
     monkeypatch.setattr(datasets, "validation_sums", lambda *_: (math.inf, 1))
     with pytest.raises(train.UserError, match="the validation loss after 3 steps is inf") as caught:
         run("--max_iters=3")
@@ -171,11 +171,11 @@ def test_what_can_be_pasted_is_quoted(data, capsys):
 
 def test_what_kind_of_data_is_read(data, capsys):
     run("--max_iters=1")
-    assert "data: data/words, text, 7,599 tokens of words.txt" in capsys.readouterr().err
+    assert "data: data/words, text, 7,599 tokens from words.txt" in capsys.readouterr().err
     write_talks("talk.jsonl", talks(40))
     prepare.main(["talk.jsonl", "--format=chat", "--tokenizer=char", "--out=data/talk"])
     train.main(["--dataset=talk", *TINY, "--max_iters=1"])
-    assert re.search(r"data: data/talk, conversations, [\d,]+ tokens to learn in [\d,]+ ", capsys.readouterr().err)
+    assert re.search(r"data: data/talk, conversations, loss on [\d,]+ of [\d,]+ tokens from talk.jsonl", capsys.readouterr().err)
 
 
 def test_what_a_run_leaves(data, capsys):
@@ -205,7 +205,7 @@ def test_what_a_run_leaves(data, capsys):
 def test_a_missing_built_in_data_set_is_prepared(here, capsys):
     assert train.main([*TINY, "--max_iters=1", "--eval_iters=1"]) == 0
     shown = capsys.readouterr().err
-    assert "data/stdlib is missing; preparing it" in shown and "tokens of stdlib of Python 3" in shown
+    assert "data/stdlib is missing; preparing it" in shown and "tokens from stdlib of Python 3" in shown
 
 
 def test_nanogpt_settings_mean_what_they_meant(data):
@@ -266,7 +266,7 @@ def test_start_from_another_run(data, capsys):
     (data / "other.txt").write_text("quite another alphabet: 0123456789\n" * 100)
     prepare.main(["other.txt", "--tokenizer=char"])
     fact, fix = error(train.main, "--dataset=other", "--init_from=a", "--out_dir=c")
-    assert "another tokenizer" in fact and "--tokenizer=a" in fix
+    assert "a and data/other use different tokenizers" in fact and "--tokenizer=a" in fix
     assert not os.path.exists("c")
 
 
@@ -282,7 +282,7 @@ def test_compile_falls_back_or_says_why(data, monkeypatch, capsys):
         run("--max_iters=2", "--compile=true")
     monkeypatch.setattr(machine, "measure_peak", lambda *_: 1.0)  # such a slow machine that compiling seems worth it
     assert run("--max_iters=2", "--compile=auto") == 0
-    assert "RuntimeError('no C++ compiler here'); going on" in capsys.readouterr().err and stance[0] == "force_eager"
+    assert "RuntimeError('no C++ compiler here'); continuing without it" in capsys.readouterr().err and stance[0] == "force_eager"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_memory_that_may_not_be_enough_is_warned_of(data, monkeypatch, capsys):
     """(The numbers are in test_model.py.)"""
     monkeypatch.setattr(machine, "free_memory", lambda device: 1e5)
     run("--max_iters=1", "--eval_only")
-    assert "warning: this may not fit; half the --batch_size with twice the" in capsys.readouterr().err
+    assert "warning: this may not fit; halve --batch_size and double --gradient_accumulation_steps" in capsys.readouterr().err
 
 
 def test_a_run_that_learns_by_heart_is_warned(data, capsys):
@@ -355,7 +355,7 @@ def test_a_learning_rate_given_by_hand_may_change(data, capsys):
     run("--max_iters=5", "--decay_lr=false", "--warmup_iters=2")
     capsys.readouterr()
     run("--max_iters=7", "--decay_lr=false", "--warmup_iters=2", "--learning_rate=1e-3")
-    assert "note: from step 5 on learning_rate=0.001; before, it was 0.01" in capsys.readouterr().err
+    assert "note: learning_rate=0.001 from step 5 on; it was 0.01" in capsys.readouterr().err
     assert [row["lr"] for row in log("out/words")[1]][-4:] == [0.01, 0.01, 0.001, 0.001]
     # What stands in a config file is not by hand: it belongs to another run.
     (data / "other.py").write_text("learning_rate = 0.5\n")
@@ -366,7 +366,7 @@ def test_a_learning_rate_given_by_hand_may_change(data, capsys):
 
 def test_a_disk_too_full_for_the_first_checkpoint_leaves_no_best_pt(data, monkeypatch):
     def full(path, state):
-        raise ckpt.UserError(f"cannot write {path}: No space left on device", "make room", code=1)
+        raise ckpt.UserError(f"cannot write {path}: No space left on device", "free disk space", code=1)
 
     with monkeypatch.context() as patch:
         patch.setattr(ckpt, "save_checkpoint", full)
@@ -381,13 +381,13 @@ def test_a_text_that_was_learned_by_heart_is_not_called_diverged(data, capsys, m
     monkeypatch.setattr(train.Run, "record", lambda run, loss, *rest: real(run, loss / 10, *rest))
     run("--max_iters=2")
     said = capsys.readouterr().err
-    assert "the text was learned by heart" in said and "diverged" not in said
+    assert "the model memorised the text" in said and "diverged" not in said
 
 
 def test_where_the_learning_rate_ends_is_said(data, capsys):
     run("--max_iters=5")
     run("--max_iters=9")
-    assert "the learning rate now reaches its end at step 9, not at 5" in capsys.readouterr().err
+    assert "the learning rate now decays until step 9, not 5" in capsys.readouterr().err
 
 
 def test_float16_that_always_overflows_ends_the_run(data, monkeypatch):

@@ -32,7 +32,7 @@ SETTINGS = {"train": train.TrainConfig, "sample": sample.SampleConfig, "prepare"
     (train.main, "--fp16", "--dtype=float16"), (train.main, "--model=gpt2", "--preset=NAME, or --init_from=RUN"),
     (train.main, "-batch_size", "--batch_size"), (train.main, "--resume", "--init_from=resume"),
     (sample.main, "--n=40", "--max_new_tokens"), (sample.main, "--length=40", "--max_new_tokens"),
-    (sample.main, "--temp=1", "--temperature"), (sample.main, "--model-path=out/small", "name the RUN alone"),
+    (sample.main, "--temp=1", "--temperature"), (sample.main, "--model-path=out/small", "give the RUN without an option"),
     (sample.main, "--max-length=40", "--max_new_tokens"), (prepare.main, "--output=x", "--out"),
     (sample.main, "--lenght=4", "--max_new_tokens"), (train.main, "--batchsize=4", "--batch_size"),
     (train.main, "--learning-rat=1", "--learning_rate"), (serve.main, "--workers=4", "--rows"), (export.main, "--output_dir=x", "--out")])
@@ -57,7 +57,7 @@ def test_recipes_are_found_by_their_name(here):
 def test_a_text_is_no_recipe(here):
     (here / "my notes.txt").write_text("a text")
     fact, fix = error(train.main, "my notes.txt")
-    assert "is not a config file" in fact and fix == "for a text, python prepare.py 'my notes.txt', then --dataset='my notes'"
+    assert "is not a config file" in fact and fix == "for a text: python prepare.py 'my notes.txt', then --dataset='my notes'"
 
 
 def test_data_that_are_a_text_or_misspelt(here):
@@ -84,7 +84,7 @@ def test_a_prompt_needs_no_option(here, tiny_run, monkeypatch, capsys):
     assert written("the cat") == written("out/words", "the cat") == written("--prompt=the cat") == expected
     assert written("out/words", "dog") == written("--prompt=dog")  # beside a RUN, one word is a prompt, too
     fact, fix = error(sample.main, "the", "old", "man")
-    assert "got 3 texts" in fact and fix == "quote the prompt: python sample.py 'the old man'"
+    assert "got 3 arguments" in fact and fix == "quote the prompt: python sample.py 'the old man'"
     assert "--start and --prompt" in error(sample.main, "--start=a", "--prompt=b")[0]
 
 
@@ -152,9 +152,9 @@ def test_progress_moves_on_a_terminal_and_is_a_line_in_a_file(monkeypatch):
 
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    for stream, expected in ((Terminal(), "reading: 3.0 MB, 1.0 MB/s of 9.0 MB, 6 s left\r"
-                                          "\033[Kreading: 6.0 MB, 1.0 MB/s of 9.0 MB, 3 s left\r\033[Kdone\n"),
-                             (io.StringIO(), "reading: 3.0 MB, 1.0 MB/s of 9.0 MB, 6 s left\ndone\n")):
+    for stream, expected in ((Terminal(), "reading: 3.0 of 9.0 MB, 1.0 MB/s, 6 s left\r"
+                                          "\033[Kreading: 6.0 of 9.0 MB, 1.0 MB/s, 3 s left\r\033[Kdone\n"),
+                             (io.StringIO(), "reading: 3.0 of 9.0 MB, 1.0 MB/s, 6 s left\ndone\n")):
         clock[0] = 0.0
         monkeypatch.setattr(sys, "stderr", stream)
         progress = console.Progress("reading", 9_000_000)
@@ -173,7 +173,7 @@ def test_a_run_of_days_is_begun_after_a_question(here, tiny_run, monkeypatch, ca
     monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
     argv = ["--dataset=words", f"--out_dir={here}/long", "--max_iters=2", "--n_layer=1", "--n_head=1", "--n_embd=8",
             "--block_size=16", "--batch_size=2", "--compile=false", "--device=cpu"]
-    assert error(train.main, *argv)[0] == "not begun" and asked and not os.path.exists(here / "long")
+    assert error(train.main, *argv)[0] == "cancelled" and asked and not os.path.exists(here / "long")
     assert "this will take about" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     assert train.main(argv) == 0

@@ -39,7 +39,7 @@ def download(address, path, size=0, sha256=""):
     if os.path.exists(path):
         if sha256 and file_sha256(path) != sha256:
             raise UserError(f"{path} is not {url}: {wrong}", f"rm {quote(path)} and rerun to fetch it")
-        note(f"using {path}, from {url}: delete it to fetch it again")
+        note(f"using {path} for {url}; delete it to fetch it again")
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -51,8 +51,8 @@ def download(address, path, size=0, sha256=""):
             os.replace(part, path)
     except Failed as why:
         raise UserError(f"{url} cannot be fetched: {why}",
-                        "run the same command again: it continues; check the network and the address, give "
-                        f"--mirror=ANOTHER_HOST, or download the file yourself, to {quote(path)}") from None
+                        "check the network and the URL, and rerun to resume; or give --mirror=ANOTHER_HOST, or "
+                        f"download the file yourself to {quote(path)}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "free space, or work in another folder") from None
     return path
@@ -148,5 +148,5 @@ def get(address, **headers):
             raise Failed(f"it redirects to {public(hop.url)}, without encryption")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise Failed(f"the server compresses it ({encoding})")
+        raise Failed(f"the server sends it compressed ({encoding})")
     return response

@@ -213,7 +213,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if byte_level:
             alphabet = byte_alphabet()
             self.missing = bytes(alphabet[visible] for visible in alphabet if visible not in vocabulary)
-        self.prefix = self.decode(self.encode("a")).startswith(" ")
+        letter = min((text for text in vocabulary if len(text) == 1 and text.isalnum()), default="a")
+        self.prefix = self.decode(self.encode(letter)).startswith(" ")
         self.cut_names()
 
     def cut_names(self):
@@ -221,7 +222,10 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Regex, pre_tokenizers  # (here, because the package is optional)
         places = []
         for name, i in self.special.items():
-            if i in self.encode(name) + self.encode(name, follows=True):
+            made = []
+            with contextlib.suppress(UserError):  # a vocabulary of characters may not have these
+                made = self.encode(name) + self.encode(name, follows=True)
+            if i in made:
                 places.append(f"{re.escape(name[0])}(?={re.escape(name[1:])})")
         if places:
             split = pre_tokenizers.Split(Regex("|".join(places)), "merged_with_previous")
@@ -275,8 +279,8 @@ class HuggingFaceTokenizer(Tokenizer):
         text, ids, mask = "", [], []
         for longer, learned in self.stages(messages):
             if not longer.startswith(text):
-                raise UserError(f"{template} rewrites earlier text as a conversation goes on",
-                                "conversations of one question and one answer, or another template")
+                raise UserError(f"{template} rewrites earlier text as a conversation grows",
+                                "use conversations of one question and one answer, or another template")
             new = self.encode_with_special(longer[len(text):], before=ids)
             if learned and end not in new:
                 raise UserError(f"{template} puts no eos_token after an answer",
@@ -286,7 +290,7 @@ class HuggingFaceTokenizer(Tokenizer):
             mask += [1] * n + [0] * (len(new) - n)
             text = longer
         if self.special["<|endoftext|>"] in ids:
-            raise UserError(f"{template} contains its end-of-text token, which stands between conversations "
+            raise UserError(f"{template} contains its end-of-text token, which separates conversations "
                             "in prepared data", "a model whose turns end with another token")
         return ids, mask
 

@@ -100,8 +100,8 @@ def squad(path, questions=True):
     content = read_json(path, SQUAD, object_hook=None if questions else drop)
     if isinstance(content, list):
         lines = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]"
-        raise UserError(f"{path} is a list of rows", f"--format=chat, if they are conversations; else write each on "
-                        f'a line: python -c "{lines}" {quote(path)} > rows.jsonl')
+        raise UserError(f"{path} is a list of rows", f"--format=chat for conversations; otherwise write one row "
+                        f'per line: python -c "{lines}" {quote(path)} > rows.jsonl')
     for i, article in enumerate(field(content, "data", list, path, SQUAD)):
         for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"

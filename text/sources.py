@@ -199,7 +199,7 @@ def check_kind(path, kinds):
     fix = TOOLS.get(ending.lower(), "rename plain text to .txt, and leave out --format=chat")
     names = {"FILE": path, "TEXT": stem + ".txt", "ROWS": stem + ".jsonl"}
     fix = re.sub("FILE|TEXT|ROWS", lambda word: quote(names[word[0]]), fix)
-    raise UserError(f"{path} is not a readable kind of file: {', '.join(kinds)}, .json, or .gz of these", fix)
+    raise UserError(f"{path} is not a supported kind of file ({', '.join(kinds)}, .json, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
@@ -212,7 +212,7 @@ def files(source, kinds=KINDS, follow_links=False):
         check_kind(source, kinds)
         return [source]
     else:
-        found, lacks = matches(source, follow_links), "does not exist, and as a pattern matches no"
+        found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
         if ".json" in source:
             kinds = (*kinds, ".json")
     paths = sorted(path for path in found if kind(path) in kinds)
@@ -223,7 +223,8 @@ def files(source, kinds=KINDS, follow_links=False):
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
             note(f"{source}: left out {counts}")
     if not paths:
-        raise UserError(f"{source} {lacks} {', '.join(kinds)} file (or .gz of these)",
+        fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
+        raise UserError(f"{source} {fact}",
                         f"give a file, a folder, a pattern, a URL, or one of: {', '.join([*INSTALLED, *NAMES])}")
     return paths
 

@@ -93,7 +93,7 @@ class RunFolder(contextlib.ExitStack):
                 os.replace(path, path + ".damaged")
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            warn(f"the checkpoints will take {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
+            warn(f"the checkpoints need {needed / 1e6:,.0f} MB, but the disk has only {free / 1e6:,.0f} MB left")
 
 
 def remove_empty(folder):  # an error before the first step leaves no folder
@@ -175,7 +175,7 @@ def check_model(settings, weights, path, int8=False):
     try:
         model = outline(config_of(settings), len(weights))
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"{path} has no valid model: {error}", "use another model") from None
+        raise UserError(f"{path} is not a valid model: {error}", "use another model") from None
     if int8:
         model = quantize(model)
     fitting(model, weights, path)
@@ -242,8 +242,8 @@ def find_run():
     if runs := runs_below("out"):
         return runs[0]
     if not os.path.isdir(SMALL):
-        raise UserError("there is no trained run below out/", "python train.py config/train_small.py")
-    note("there is no run below out/: using the small model that comes with the code; it writes Python")
+        raise UserError("there is no trained run in out/", "python train.py config/train_small.py")
+    note("there is no run in out/: using the small model that comes with the code; it writes Python")
     return os.path.relpath(SMALL)
 
 
@@ -310,7 +310,7 @@ def read_run(run, which="best", depth=0):
     tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
     if tokens > rows:
         raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
-                        "take both from one model")
+                        "use a model with its own tokenizer")
 
     # 2) Complete it.
     if checkpoint.get("base"):

@@ -78,8 +78,8 @@ def pieces(settings, world):
     cut = world // math.gcd(world, micros)
     if windows % cut == 0:
         return cut
-    raise UserError(f"{micros} micro-batches of batch_size={windows} windows cannot be shared by {world} "
-                    "processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
+    raise UserError(f"{micros} micro-batch{'es' * (micros != 1)} of batch_size={windows} windows cannot be shared by "
+                    f"{world} processes", f"--nproc_per_node={math.gcd(world, micros * windows)}")
 
 
 def check_data(settings, data):
@@ -94,8 +94,7 @@ def check_data(settings, data):
         learned = data.chat_windows("train", block_size)[:, 2].sum()
         lost = 1 - learned / data.meta["train"]["trained"]
         if lost:
-            warn(f"conversations longer than block_size={block_size} are cut: {lost:.1%} of the answers "
-                 "is not learned")
+            warn(f"conversations longer than block_size={block_size} are cut, losing {lost:.1%} of the answers")
     steps = settings.max_iters
     windows = steps * settings.gradient_accumulation_steps * settings.batch_size
     epochs = data.epochs(windows, block_size)
@@ -216,7 +215,7 @@ def continue_run(resumed, settings, given, data, here):
     what = f"{out_dir} was started with"
     fix = "the same command with the same data, or --out_dir=out/ANOTHER for a new run"
     if was["dataset"] != now["dataset"] and was["data"] != now["data"]:
-        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was begun with"
+        what = f"{out_dir} holds a run on {was['dataset']}, not on {now['dataset']}: it was started with"
         fix = f"--out_dir={quote('out/' + os.path.basename(now['dataset']))} for a new run"
     compare(was, now, may_change(was, now, given), what, fix)
     if settings.eval_only:
@@ -241,7 +240,7 @@ def continue_run(resumed, settings, given, data, here):
     changed = [f"{name} {value} -> {after.get(name)}" for name, value in before.items()
                if name != "commit" and after.get(name) != value]
     if changed:
-        warn(f"resumed with changes ({', '.join(changed)}): the last bits will differ")
+        warn(f"resumed with changes ({', '.join(changed)}): the result will not match bit for bit")
 
 
 def take_over(settings, was, names):
