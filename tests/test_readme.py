@@ -203,7 +203,7 @@ def test_command(clone, command, request):
             address = request.getfixturevalue("address")
             line = part.replace("http://127.0.0.1:8000", address)
             done = subprocess.run(["bash", "-c", line], cwd=clone, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, done.stdout + done.stderr
+            assert done.returncode == 0 and done.stdout and '{"error"' not in done.stdout, done.stdout + done.stderr
         elif program == "head":
             assert subprocess.run(["bash", "-c", part], cwd=clone).returncode == 0
         elif arguments == ["serve.py"]:
