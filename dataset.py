@@ -27,7 +27,7 @@ from shlex import quote
 import numpy as np
 
 import tokenizer as tokenizers  # our tokenizer.py: a `tokenizer` is an object here
-from runtime.console import UserError, origin, say, show  # say: progress, on stderr; show: a result, on stdout
+from runtime.console import UserError, origin, say, show, warn  # say: progress, on stderr; show: a result, on stdout
 from runtime.files import check_like, file_sha256, foreign, read_json
 
 SPLITS = "train", "val"
@@ -59,6 +59,8 @@ class Dataset:
     @classmethod
     def open(cls, folder, hash_all=False):
         """Raises UserError where a file is not what meta.json says."""
+        if tokenizers.is_nanogpt(folder):
+            return cls.of_nanogpt(folder)
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about = meta[split]
@@ -71,6 +73,34 @@ class Dataset:
                 files[mask] = open_part(
                     folder, mask, about["tokens"], about["mask_sha256"], hash_all)
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
+
+    @classmethod
+    def of_nanogpt(cls, folder):
+        """Data that nanoGPT's prepare.py wrote: the same .bin files, and what the ids mean in meta.pkl."""
+        tokenizer, dtype = tokenizers.load_from(folder), np.dtype("<u2")
+        meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
+                    tokenizer_sha256=tokenizers.fingerprint(tokenizer), source=[origin(os.path.basename(folder))],
+                    report=[f"written by nanoGPT's prepare.py; tokenizer: {tokenizer.kind}"])
+        files = {split: open(os.path.join(folder, split + ".bin"), "rb") for split in SPLITS}
+        for split, file in files.items():
+            tokens = os.fstat(file.fileno()).st_size // dtype.itemsize
+            meta[split] = dict(tokens=tokens, sha256=identity(file.name))
+        data = cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
+        # Bits per byte need the length of the validation text.
+        val, counts = meta["val"], np.zeros(tokenizer.vocab_size, np.int64)
+        try:
+            for start in range(0, val["tokens"], CHUNK):
+                ids = data.read_ids("val", start, min(CHUNK, val["tokens"] - start))
+                counts += np.bincount(ids, minlength=len(counts))
+            lengths = [len(tokenizer.token_bytes(i)) for i in range(len(counts))]
+            val["bytes"] = int(counts @ lengths) or 1
+        except Changed as error:
+            raise UserError(f"{error.fact.replace('was changed', 'has other ids')}, {tokenizer.kind}",
+                            f"copy the meta.pkl that belongs to {folder}, or run prepare.py on its text") from None
+        except UserError as error:
+            warn(f"{error.fact}; the ids in {folder} can be trained on, but bits per byte and texts need it")
+            val["bytes"] = math.nan
+        return data
 
     def check_unchanged(self, ranks):
         """Raises Changed where a file was written to: in all ranks if one of them finds it.
@@ -418,6 +448,22 @@ def no_data(folder):
                      f"{''.join(near)}python prepare.py YOUR_TEXT.txt --out={quote(folder)}")
 
 
+def is_data(folder):
+    """Does it hold prepared data?"""
+    return os.path.exists(os.path.join(folder, "meta.json")) or tokenizers.is_nanogpt(folder)
+
+
+def identity(path):
+    """The sha256 of a file; of a very large one, that of its size and its ends."""
+    size = os.path.getsize(path)
+    if size <= HASHED_BYTES:
+        return file_sha256(path)
+    with open(path, "rb") as file:
+        ends = file.read(CHUNK)
+        file.seek(size - CHUNK)
+        return hashlib.sha256(f"{size}\n".encode() + ends + file.read()).hexdigest()
+
+
 def stamp(file):
     """What changes when an open file is written to."""
     about = os.fstat(file.fileno())
@@ -469,7 +515,7 @@ def inspect(folder):
 def example(data, tokenizer):
     """A piece of the training split: where two documents meet, or a conversation."""
     ids = data.read_ids("train", 0, min(CHUNK, data.meta["train"]["tokens"]))
-    borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
+    borders = np.flatnonzero(ids == tokenizer.special.get(tokenizers.END_OF_TEXT, -1))
     # The first is empty; each other one begins with end-of-text.
     documents = np.split(ids, borders)
     # 1. A text: the end of one document and the beginning of the next.

@@ -26,7 +26,7 @@ from runtime.console import Progress, UserError, command_line, note, say, warn
 import torch
 
 import tokenizer as tokenizers
-from dataset import Dataset, seed_for
+from dataset import Dataset, is_data, seed_for
 from evaluation import grading, report
 from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
@@ -95,9 +95,9 @@ def read_tasks(settings):
 
 
 def choose_examples(item, pool, shots):
-    """The first of the pool that are neither the question itself nor on the same passage."""
-    others = (other for other in pool
-              if other.prompt != item.prompt and (not item.group or other.group != item.group))
+    """The first of the pool on the same subject that are neither the question itself nor on the same passage."""
+    others = (other for other in pool if other.intro == item.intro
+              and other.prompt != item.prompt and (not item.group or other.group != item.group))
     examples = list(itertools.islice(others, shots))
     if len(examples) < shots:
         raise UserError(f"shots={shots}, but {item.where} has only {len(examples)} examples",
@@ -109,7 +109,7 @@ def read_texts(settings, folders):
     """The texts of --data; by default, of the first folder that is here and holds no conversations."""
     sources = ",".join(settings.data).split(",")
     if not settings.data:
-        here = [folder for folder in folders if os.path.exists(os.path.join(folder, "meta.json"))]
+        here = [folder for folder in folders if is_data(folder)]
         sources = [folder for folder in here if not Dataset.open(folder).chat][:1]
         if not sources:
             note("the data of these runs are not here; for bits per byte: --data=FILE")

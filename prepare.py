@@ -4,6 +4,7 @@ Prepare: text in, two files of token ids out.
 
     python prepare.py stdlib                  # Python's own source code (8 MB, already installed)
     python prepare.py notes.txt               # a file, a folder or 'a pattern/*.md'; also .gz
+    python prepare.py rows.csv                # the column `text`; also .jsonl, .parquet and .json
     python prepare.py shakespeare --tokenizer=char                    # a download
     python prepare.py stdlib --format=chat --tokenizer=out/small      # conversations
     python prepare.py --inspect data/notes    # check it all and show an excerpt
@@ -46,12 +47,12 @@ import numpy as np
 from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
-from runtime.files import file_sha256, locked
+from runtime.files import PACKED, file_sha256, locked
 from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.rows import Skipped
-from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, documents, fetch, kind
+from text.sources import BLOCK_BYTES, INSTALLED, KINDS, NAMES, TABLES, documents, fetch, kind
 
 
 @dataclass
@@ -60,8 +61,9 @@ class PrepareConfig:
     overwrite: bool = False  # replace the folder even if it holds other sources or the other format
     format: Literal["text", "chat"] = "text"  # chat: conversations, with the fields that text/chats.py lists
     follow_links: bool = False  # follow links inside folders; a link named on the command line is always followed
-    text_field: str = "text"  # .jsonl: the field of a line that holds the text
-    fields: str = ""  # chat: the fields of a question and its answer, such as question,response
+    text_field: str = "text"  # .jsonl, .csv, .parquet: the field or column that holds the text
+    fields: str = ""  # chat: the fields of a question and its answer, such as question,response; text: as text_field
+    separator: str = tokenizers.END_OF_TEXT  # .txt: a line with only this separates documents; empty: none does
     strict: bool = False  # stop at the first unreadable row instead of skipping it
     mirror: str = ""  # https://HOST to download from, instead of a source's usual host
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
@@ -97,6 +99,12 @@ class Plan:
     bytes: int  # the sum of these
     dropped: str  # how many documents are not kept, and why
 
+    def without(self, sizes):
+        """Take out conversations of these sizes, which cannot be encoded."""
+        left = Counter(self.sizes.tolist()) - Counter(sizes)
+        self.sizes = np.array(list(left.elements()))
+        self.bytes -= sum(sizes)
+
 
 def read(sources, settings, skipped=None):
     """The documents of the sources. skipped: collects the rows that cannot be read."""
@@ -105,7 +113,7 @@ def read(sources, settings, skipped=None):
     if settings.format == "chat":
         names = [name for name in settings.fields.split(",") if name]
         return chats.conversations(sources, names, skipped)
-    return documents(sources, settings.text_field, skipped)
+    return documents(sources, settings.fields or settings.text_field, skipped, settings.separator)
 
 
 def make_plan(sources, settings):
@@ -114,9 +122,11 @@ def make_plan(sources, settings):
     #    says of the split.
     seen, progress, skipped = Characters(), Progress("reading"), Skipped(settings.strict)
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
+    inside = 0
     for document in read(sources, settings, skipped):
         try:
-            key, size, length, n_words = measure(document, seen, settings.min_words, progress)
+            key, size, length, n_words, separators = measure(document, seen, settings, progress)
+            inside += separators
         except UserError as error:
             # A file that is not UTF-8: later passes do not open it, since its split is
             # SKIP.
@@ -129,6 +139,9 @@ def make_plan(sources, settings):
         splits.append(split if size > 0 and n_words >= settings.min_words else SKIP)
     seen.count()
     say_skipped(skipped, sum(size != UNREADABLE for size in sizes))
+    if inside:
+        warn(f"{settings.separator} occurs {counted(inside, 'time')} inside a text and stays text: "
+             "only alone on a line of a .txt, it separates documents")
 
     # 2) Drop what is empty or short, and what has been there before.
     keys, sizes, split_of = np.array(keys), np.array(sizes), np.array(splits)
@@ -150,18 +163,20 @@ def make_plan(sources, settings):
     return Plan(split_of, np.array(lengths), seen.counts, sizes, int(sizes.sum()), dropped)
 
 
-def measure(document, seen, min_words, progress):
-    """(key, bytes, characters, words) of a document. Equal ones have the same key; words count up to min_words."""
+def measure(document, seen, settings, progress):
+    """(key, bytes, characters, words, separators) of a document. Equal ones have the same key; words count up
+    to min_words."""
     # A long document comes in blocks, so that memory does not grow with it.
-    digest = hashlib.sha256()
-    size = length = n_words = 0
+    digest, separator = hashlib.sha256(), settings.separator
+    size = length = n_words = separators = 0
     for block in document.blocks():
         raw = block.encode()
         digest.update(raw)
         size += len(raw)
         length += len(block)
         seen.add(block)
-        if n_words < min_words:
+        separators += block.count(separator) if separator else 0
+        if n_words < settings.min_words:
             n_words += len(WORD.findall(block))
         progress.add(len(raw))
     # Eight bytes of the hash: among a billion documents, two are confused with a
@@ -170,9 +185,9 @@ def measure(document, seen, min_words, progress):
     # The same words by other speakers are no duplicate. The upper half of the key,
     # which decides on the split, stays: they belong into the same one.
     if document.messages:
-        speakers = [(said["role"], len(said["content"])) for said in document.messages]
+        speakers = [(said["role"], len(said["content"] or ""), said.get("weight")) for said in document.messages]
         key ^= crc32(repr(speakers).encode())
-    return key, size, length, n_words
+    return key, size, length, n_words, separators
 
 
 def say_skipped(skipped, readable):
@@ -258,20 +273,23 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     """Write train.bin and val.bin, of conversations their masks too, from what split_texts yields.
 
     Returns the counts of both splits, as meta.json has them, and the names of the
-    documents in val.bin.
+    documents in val.bin. What a chat format refuses is taken out of the plan.
     """
     chat, threads = settings.format == "chat", or_else(settings.num_proc, os.cpu_count() or 1)
     counts, validation = dict(train=Counter(), val=Counter()), []
     known = range(tokenizer.vocab_size) if chat else ()
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in known])
     progress = Progress("encoding", plan.bytes)
+    refused, sizes = Skipped(settings.strict), []
 
     def work(batch):
-        return batch, *encode_batch(batch, tokenizer, chat)
+        return batch[0][0], *encode_batch(batch, tokenizer, chat)
 
     # 1) Encode: the threads work on batches, this one writes and counts.
-    for batch, ids, mask in in_threads(work, batches(texts), threads):
-        split = batch[0][0]
+    for split, batch, ids, mask, errors in in_threads(work, batches(texts), threads):
+        for error, size in errors:
+            refused.add(error)
+            sizes.append(size)
         started = [document.name for _, document, starts, _ in batch if starts]
         size = sum(len(text.encode()) for *_, text in batch)
         append(os.path.join(folder, f"{split}.bin"), ids.astype(dtype))
@@ -284,6 +302,10 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
         if split == "val":
             validation += started
         progress.add(size)
+
+    if refused.count:
+        say_skipped(refused, sum(n["documents"] for n in counts.values()))
+        plan.without(sizes)
 
     # 2) Is it what was planned, and enough?
     if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
@@ -341,28 +363,35 @@ def in_threads(function, items, threads):
 
 
 def encode_batch(batch, tokenizer, chat):
-    """(ids, their mask) of a list of what split_texts yields."""
+    """(what of a batch is encoded, ids, their mask, [(error, bytes)] of what a chat format refuses).
+
+    batch: a list of what split_texts yields.
+    """
     end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
-    ids, mask = [], []
-    for _, document, starts, text in batch:
+    encoded, ids, mask, errors = [], [np.array([], dtype=end.dtype)], [], []
+    for item in batch:
+        _, document, starts, text = item
+        if chat:
+            try:
+                spoken, learned = tokenizer.conversation(document.messages)
+            except UserError as error:
+                error = UserError(f"{document.name}: {error.fact}", error.fix)
+                errors.append((error, len(text.encode())))
+                continue
+            mask += [0, *learned]
+        else:
+            # `follows`: it goes on in a text that began before, where some tokenizers
+            # add a space.
+            spoken = tokenizer.encode_to_numpy(text, follows=not starts)
         # An end-of-text token before every document: the first one begins with it too.
         if starts:
             ids.append(end)
-        if not chat:
-            # `follows`: it goes on in a text that began before, where some tokenizers
-            # add a space.
-            ids.append(tokenizer.encode_to_numpy(text, follows=not starts))
-            continue
-        try:
-            spoken, learned = tokenizer.conversation(document.messages)
-        except UserError as error:
-            raise UserError(f"{document.name}: {error.fact}", error.fix) from None
         ids.append(np.array(spoken))
-        mask += [0, *learned]
+        encoded.append(item)
     ids = np.concatenate(ids)
     # numpy would turn 70000 into 4464 in uint16 without a word.
     assert ids.max(initial=0) < tokenizer.vocab_size
-    return ids, np.array(mask, dtype=np.uint8)
+    return encoded, ids, np.array(mask, dtype=np.uint8), errors
 
 
 # ---------- All of it
@@ -370,6 +399,9 @@ def encode_batch(batch, tokenizer, chat):
 def prepare(sources, settings):
     """Write data/NAME, and return (data/NAME, what its meta.json says)."""
     check_limits(settings, LIMITS)
+    settings.separator = settings.separator.strip()
+    if "\n" in settings.separator:
+        raise UserError(f"--separator={settings.separator!r} has several lines", "--separator='ONE LINE'")
     # 1) Where, and is there something else?
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)
@@ -401,8 +433,10 @@ def folder_to_write(sources, settings):
     path = os.path.normpath(public(sources[0]))
     if glob.has_magic(path) and not os.path.exists(path):
         path = os.path.dirname(path.split("*")[0])
-    name = os.path.basename(path.removesuffix(".gz"))
-    if kind(name) in (*KINDS, ".json"):
+    name = os.path.basename(path)
+    if os.path.splitext(name)[1].lower() in PACKED:
+        name = os.path.splitext(name)[0]
+    if kind(name) in (*KINDS, *TABLES):
         name = os.path.splitext(name)[0]
     name = name.lstrip(".") or "text"
     if settings.format == "chat":
@@ -442,6 +476,8 @@ def write(sources, settings, out):
     existing = None
     if settings.tokenizer not in tokenizers.LEARNED:
         existing = tokenizers.get(settings.tokenizer)
+        if tokenizers.END_OF_TEXT not in existing.special:
+            raise UserError(f"the characters in {settings.tokenizer} have no end-of-text token", "--tokenizer=char")
     kinds = chats.KINDS if chat else KINDS
     sources, origins = fetch(sources, settings.mirror, kinds, settings.follow_links)
 

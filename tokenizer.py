@@ -54,6 +54,7 @@ import numpy as np
 from text import pretrained
 from text.pretrained import careful, read
 from runtime.console import UserError, command_line, needs, note, say, show, public
+from runtime.files import PlainUnpickler, open_file
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
@@ -96,7 +97,7 @@ class Learned(pretrained.Tokenizer):
         return ids[:-1]  # without its end token
 
     def conversation(self, messages):
-        """(ids, mask), two lists: the mask is 1 on each answer that is not empty, and on its end token.
+        """(ids, mask), two lists: the mask is 1 on each answer to learn, and on its end token.
 
         Each message is encoded alone: the ids before an answer are those of its prompt.
         """
@@ -109,11 +110,10 @@ class Learned(pretrained.Tokenizer):
         # 2. Message by message: its marker, its text, its end.
         ids, mask = [], []
         for message in messages:
-            role, content = message["role"], message["content"]
-            said = [*self.encode(content), self.special[END]]
-            learned = role == "assistant" and content != ""
+            said = [*self.encode(message["content"]), self.special[END]]
+            learned = pretrained.is_learned(message)
             # The marker is never learned: the prompt ends with it.
-            ids += [self.special[f"<|{role}|>"], *said]
+            ids += [self.special[f"<|{message['role']}|>"], *said]
             mask += [0] + [int(learned)] * len(said)
         return ids, mask
 
@@ -410,7 +410,7 @@ def sample(texts, total_bytes):
 # ---------- Folders
 
 def load_from(path, sha256=None):
-    """The tokenizer of a tokenizer folder, of prepared data, of a run or of a Hugging Face folder.
+    """The tokenizer of a tokenizer folder, of prepared data (nanoGPT's too), of a run or of a Hugging Face folder.
 
     sha256: the fingerprint that it must have.
     """
@@ -420,6 +420,8 @@ def load_from(path, sha256=None):
         folder = path
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
+    elif is_nanogpt(path):
+        tokenizer = nanogpt_tokenizer(path)
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
             tokenizer = load_ours(folder)
@@ -428,6 +430,32 @@ def load_from(path, sha256=None):
         raise UserError(f"{folder} is not the expected tokenizer ({sha256[:12]})",
                         "restore tokenizer/ from a copy, or prepare the data again")
     return tokenizer
+
+
+def is_nanogpt(folder):
+    """Has nanoGPT's prepare.py written this folder? It knows no meta.json."""
+    names = [name for name in ("train.bin", "val.bin", "meta.json") if os.path.exists(os.path.join(folder, name))]
+    return names == ["train.bin", "val.bin"]
+
+
+def nanogpt_tokenizer(folder):
+    """What the ids mean that nanoGPT's prepare.py has written: without a meta.pkl, they are GPT-2's."""
+    path = os.path.join(folder, "meta.pkl")
+    return nanogpt_characters(path) if os.path.exists(path) else pretrained.GPT2()
+
+
+def nanogpt_characters(path, vocab_size=0):
+    """The tokenizer in nanoGPT's meta.pkl: a pickle of dict(itos={0: "a", ...}). vocab_size: what it must have."""
+    try:
+        with open_file(path, most=1 << 24) as file:
+            itos = PlainUnpickler(file).load()["itos"]
+        vocab_size = vocab_size or len(itos)
+        characters = "".join(itos[i] for i in range(vocab_size))
+        if len(characters) != vocab_size:
+            raise ValueError("not one character per id")
+        return CharTokenizer(characters, special=())
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} cannot be used: {error!r}", "run nanoGPT's own prepare.py again") from None
 
 
 def load_ours(folder):
@@ -439,6 +467,8 @@ def load_ours(folder):
     if kind == "simple_bpe":
         merges = [(int(left), int(right)) for left, right in json.loads(read(folder, "merges.json"))]
         return SimpleBPETokenizer({pair: 256 + i for i, pair in enumerate(merges)})
+    if kind == "gpt2":
+        return pretrained.GPT2(folder)
     if kind == "tiktoken":
         return pretrained.TiktokenTokenizer({name: read(folder, name) for name in pretrained.ENCODING})
     if kind not in LEARNED:

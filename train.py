@@ -792,7 +792,10 @@ def sample(run, model):
             ids.append(token.item())
     model.train()
     between = " -> " if run.data.chat else ""
-    return tokenizer.decode(prompt) + between + tokenizer.decode(ids)
+    try:
+        return tokenizer.decode(prompt) + between + tokenizer.decode(ids)
+    except UserError as error:  # GPT-2's vocabulary is not here
+        return f"(no text: {error.fact}; fix: {error.fix})"
 
 
 def say_next(out_dir, data):

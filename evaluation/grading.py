@@ -2,13 +2,14 @@
 """
 Grading: from a file of questions to prompts, and from answers to scores.
 
-    items = read_task("evaluation/tasks/sentiment.jsonl")   # or the files of GSM8K and SQuAD as they are
+    items = read_task("evaluation/tasks/sentiment.jsonl")   # or the files of MMLU, GSM8K, SQuAD, ... as they are
     ids = prompt_ids(items[0], items[1:5], tokenizer)       # with four examples before it
     f1("in the garden", "The garden!"), number("... #### 1,234")
 
 The fields of a row tell which of three kinds of question it is:
 
 choice   {"prompt", "choices", "answer": 2}   The answer is the most probable choice. Nothing is written.
+         The layouts of PUBLISHED              MMLU, HellaSwag, ARC, asked as lm-evaluation-harness asks them.
 words    {"context", "question", "answers"}   The first line that the model writes is compared with each right answer,
          {"prompt", "answers"}                exactly and by shared words (F1). SQuAD's kind.
 number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
@@ -24,9 +25,9 @@ from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
-from runtime.console import UserError
-from text.rows import SQUAD, check, field, json_lines, squad
-from text.sources import decoded, kind
+from runtime.console import UserError, counted, note
+from text.rows import SQUAD, check, field, squad
+from text.sources import file_rows, layout
 
 FIX = ('expected {"prompt": "...", "choices": ["...", "..."], "answer": 0}, {"question": "...", "answers": '
        '["..."]} or {"question": "...", "answer": "... #### 12"}')
@@ -50,6 +51,8 @@ class Item:
     choices: list[str]
     steps: str = ""  # the way to the answer, up to the number
     group: str = ""  # the text that it is about
+    intro: str = ""  # what stands before the first example: the subject
+    twins: bool = False  # are two of its choices equal?
 
     def shown(self, cot):
         """The answer in an example; cot: with the way to it."""
@@ -60,8 +63,10 @@ class Item:
 
 def read_task(path):
     """The items of a file, all of one kind."""
-    found = squad_rows(path) if kind(path) == ".json" else json_lines(path, decoded(path), FIX)
+    found = squad_rows(path) if layout(path) == "object" else file_rows(path, FIX)
     items = [item_of(row, where) for where, row in found]
+    if twins := sum(item.twins for item in items):
+        note(f"{path}: two choices are equal in {counted(twins, 'question')}")
     kinds = {item.kind for item in items}
     if len(kinds) != 1:
         raise UserError(f"{path} holds {len(items)} questions of {len(kinds)} kinds", f"use one kind; {FIX}")
@@ -78,43 +83,111 @@ def squad_rows(path):
             yield here, dict(context=context, question=question, answers=answers)
 
 
+# ---------- The layouts of well-known sets, asked as lm-evaluation-harness asks them
+
+def text_of(row, name, where):
+    """The text in a field, which must not be empty."""
+    text = field(row, name, str, where, FIX)
+    if not text.strip():
+        raise UserError(f"{where}: `{name}` is empty", FIX)
+    return text
+
+
+def texts_of(row, name, where):
+    values = field(row, name, list, where, FIX)
+    return [check(text, f"{name}[{i}]", str, where, FIX) for i, text in enumerate(values)]
+
+
+def lettered(row, where):
+    """MMLU: the question shows the choices, and their letters are compared. MMLU-Pro calls them `options`."""
+    options = texts_of(row, "options" if "options" in row else "choices", where)
+    letters = list(string.ascii_uppercase[:len(options)])
+    prompt = "\n".join([text_of(row, "question", where).strip(), *map("{}. {}".format, letters, options), "Answer:"])
+    intro, subject = "", row.get("subject") or row.get("category")
+    if isinstance(subject, str):
+        intro = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return dict(prompt=prompt, choices=letters, answer="answer", labels=letters, intro=intro, twins=has_twins(options))
+
+
+def endings(row, where):
+    """HellaSwag: which sentence comes next? Its brackets are what is left of WikiHow's pages."""
+    def cleaned(text):
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    context = text_of(row, "ctx", where)
+    if row.get("ctx_a") and "ctx_b" in row:
+        context = f"{text_of(row, 'ctx_a', where)} {field(row, 'ctx_b', str, where, FIX).capitalize()}"
+    if row.get("activity_label"):
+        context = f"{text_of(row, 'activity_label', where)}: {context}"
+    return dict(prompt=cleaned(context), choices=list(map(cleaned, texts_of(row, "endings", where))), answer="label")
+
+
+def labelled(row, where):
+    """ARC and OpenBookQA: each choice has a label, "A" or "1". In AI2's own files, the question holds them."""
+    inside = row["question"] if isinstance(row.get("question"), dict) else row
+    choices = inside.get("choices")
+    if isinstance(choices, list):
+        choices = {name: [field(one, name, str, where, FIX) for one in choices] for name in ("text", "label")}
+    stems = [name for name in ("stem", "question_stem") if name in inside]
+    stem = text_of(inside, *stems or ["question"], where).strip()
+    prompt = stem if stems == ["question_stem"] else f"Question: {stem}\nAnswer:"
+    return dict(prompt=prompt, choices=texts_of(choices, "text", where), answer="answerKey",
+                labels=texts_of(choices, "label", where))
+
+
+# The fields that tell a set, and how its rows are asked.
+PUBLISHED = {"question choices answer": lettered, "question options answer": lettered, "ctx endings label": endings,
+             "question answerKey": labelled, "question_stem answerKey": labelled}
+
+
+def has_twins(choices):
+    return len(set(choices)) < len(choices)
+
+
+def choice_item(row, where, prompt, choices, answer, labels=(), **more):
+    """An Item whose right choice the field `answer` names: by its number from 0, or by its label."""
+    numbers = {str(i): i for i in range(len(choices))} | {label: i for i, label in enumerate(labels)}
+    named = str(row[answer]).strip()
+    if named not in numbers:
+        raise UserError(f"{where}: `{answer}` is {named[:40]!r}, which names no choice: {', '.join(numbers)}", FIX)
+    prompt, choices = prompt.rstrip(), [choice.strip() for choice in choices]  # a space is put before each choice
+    right = [choices[numbers[named]]]
+    return Item("choice", where, prompt, prompt, right, choices, **dict(twins=has_twins(choices)) | more)
+
+
 def item_of(row, where):
     """A row as an Item of the kind that its fields say."""
     fields = row if isinstance(row, dict) else {}
 
-    def get(name, wanted):
-        value = field(row, name, wanted, where, FIX)
-        if wanted is str and not value.strip():
-            raise UserError(f"{where}: `{name}` is empty", FIX)
-        return value
-
-    def texts(name):
-        return [check(text, f"{name}[{i}]", str, where, FIX) for i, text in enumerate(get(name, list))]
-
-    # 1. A choice
+    # 1. A choice: of a well-known set, or our own
+    for names, asked in PUBLISHED.items():
+        if fields.keys() >= set(names.split()):
+            return choice_item(row, where, **asked(row, where))
     if "choices" in fields:
-        prompt = get("prompt", str).rstrip()  # a space is put before each choice
-        choices = [choice.strip() for choice in texts("choices")]
-        answer = get("answer", int)
+        prompt, choices = text_of(row, "prompt", where), texts_of(row, "choices", where)
+        answer = field(row, "answer", int, where, FIX)
         if not 0 <= answer < len(choices):
             raise UserError(f"{where}: `answer` is {answer}, not the index of a choice, counted from 0", FIX)
-        return Item("choice", where, prompt, prompt, [choices[answer]], choices)
+        return choice_item(row, where, prompt, choices, "answer")
 
     # 2. Words
     if "answers" in fields:
+        if isinstance(row["answers"], dict):  # SQuAD's as a table has them
+            row = row | dict(answers=texts_of(row["answers"], "text", where))
         context = check(row.get("context") or "", "context", str, where, FIX).strip()
         before = f"{context}\n\n" if context else ""
-        right = [answer for answer in texts("answers") if normalize(answer)] or row["answers"] or [""]
+        right = [answer for answer in texts_of(row, "answers", where) if normalize(answer)] or row["answers"] or [""]
         if "prompt" in fields:
-            question = prompt = before + get("prompt", str)
+            question = prompt = before + text_of(row, "prompt", where)
         else:
-            question = before + "Question: " + get("question", str).strip()
+            question = before + "Question: " + text_of(row, "question", where).strip()
             prompt = question + "\nAnswer:"
         return Item("words", where, prompt, question, right, [], group=context)
 
     # 3. A number
-    question = get("question", str).strip()
-    steps, mark, end = get("answer", str).rpartition("####")
+    question = text_of(row, "question", where).strip()
+    steps, mark, end = field(row, "answer", str, where, FIX).rpartition("####")
     if not MARKED.fullmatch(mark + end.rstrip()):
         raise UserError(f"{where}: `answer` does not end with #### and a number", FIX)
     steps = re.sub(r"<<[^<>]*>>", "", steps).lstrip()  # GSM8K's <<3*4=12>> are for a calculator
@@ -129,7 +202,7 @@ def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
     cot = cot and item.kind == "number"
     if not chat:
         parts = [f"{example.prompt} {example.shown(cot)}" for example in examples]
-        text = "\n\n".join([*parts, item.prompt])
+        text = item.intro + "\n\n".join([*parts, item.prompt])
         if cot and not examples:
             text += f" {STEPS}"
         return tokenizer.encode(text)
@@ -138,7 +211,7 @@ def prompt_ids(item, examples, tokenizer, cot=False, chat=False):
         question = f"{one.question}\n{STEPS}" if cot else one.question
         messages.append(dict(role="user", content=question))
         messages.append(dict(role="assistant", content=one.shown(cot)))
-    messages[0]["content"] = INSTRUCTIONS[item.kind] + messages[0]["content"]
+    messages[0]["content"] = item.intro + INSTRUCTIONS[item.kind] + messages[0]["content"]
     return tokenizer.chat(messages[:-1])
 
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 import tokenizer as tokenizers
-from dataset import Dataset, to_batch, validation_sums
+from dataset import Dataset, is_data, to_batch, validation_sums
 from runtime.console import Progress, UserError, counted
 from runtime.processes import Processes
 from text.sources import documents
@@ -57,7 +57,7 @@ class Text:
 def read_text(source, megabytes=0.0, text_field="text"):
     """The Text of data/NAME, its validation split, or of a file. megabytes: 0 for all."""
     for folder in (source, os.path.join("data", source)):
-        if os.path.exists(os.path.join(folder, "meta.json")):
+        if is_data(folder):
             data = Dataset.open(folder)
             return Text(folder, cut(split_documents(data), megabytes), data.sha256())
     if not os.path.exists(source):
@@ -71,9 +71,10 @@ def split_documents(data):
     if data.chat:
         raise UserError(f"{data.folder} holds conversations, not a text", "--data=A_TEXT")
     tokenizer, ids = data.load_tokenizer(), data.read_ids("val", 0, data.meta["val"]["tokens"])
-    borders = np.flatnonzero(ids == tokenizer.special[tokenizers.END_OF_TEXT])
-    for part in np.split(ids, borders)[1:]:
-        yield [tokenizer.decode(part[1:].tolist())]
+    end = tokenizer.special.get(tokenizers.END_OF_TEXT, -1)  # nanoGPT's characters have none
+    for part in np.split(ids, np.flatnonzero(ids == end)):
+        if (part != end).any():
+            yield [tokenizer.decode(part[part != end].tolist())]
 
 
 def cut(found, megabytes):

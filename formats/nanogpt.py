@@ -8,7 +8,6 @@ The weights have the same names. What the tokens mean is not in it: GPT-2's are 
 characters stand in the meta.pkl beside the data.
 """
 import os
-import pickle
 from dataclasses import asdict
 
 from torch.nn import functional as F
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 import tokenizer as tokenizers
 from model import GPTConfig, resolve, round_up
 from runtime.console import UserError
-from runtime.files import open_file
 
 
 def convert(state, path):
@@ -46,28 +44,8 @@ def find_tokenizer(folder, data, vocab_size):
     here = os.path.join(folder, "meta.pkl")
     for path in (here, os.path.join(folder, "..", "data", data, "meta.pkl")):
         if os.path.exists(path):
-            return read_characters(path, vocab_size)
+            return tokenizers.nanogpt_characters(path, vocab_size)
     if vocab_size in (50257, 50304):
         return tokenizers.get("gpt2")
     raise UserError(f"the checkpoint in {folder} does not say what its {vocab_size} tokens mean",
                     f"copy nanoGPT's data/{data or 'DATASET'}/meta.pkl to {here}")
-
-
-def read_characters(path, vocab_size):
-    """The tokenizer in a meta.pkl: a pickle of dict(itos={0: "a", ...})."""
-    try:
-        with open_file(path, most=1 << 24) as file:
-            itos = PlainUnpickler(file).load()["itos"]
-        characters = "".join(itos[i] for i in range(vocab_size))
-        if len(characters) != vocab_size:
-            raise ValueError("not one character per id")
-        return tokenizers.CharTokenizer(characters, special=())
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} cannot be used: {error!r}", "run nanoGPT's own prepare.py again") from None
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Reads plain values only: nothing runs. In Python: nine bytes make the one in C reserve 64 GB."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

@@ -34,7 +34,7 @@ def tokenizer_files(tokenizer, context, chat=False):
             del settings[name]  # a path of somebody's machine
     else:
         kinds = {"char": char_model, "bpe": bpe_model, "unigram": unigram_model, "simple_bpe": simple_bpe_model,
-                 "tiktoken": byte_model}
+                 "tiktoken": byte_model, "gpt2": byte_model}
         about = dict(version="1.0", added_tokens=added_tokens(tokenizer), **kinds[tokenizer.kind](tokenizer))
         files = {"tokenizer.json": json.dumps(about, ensure_ascii=False).encode()}
         settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)

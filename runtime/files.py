@@ -9,16 +9,20 @@ Files: opened with care, written whole or not at all, by one process at a time.
 """
 import contextlib
 import errno
-import gzip
 import hashlib
+import importlib
 import json
 import os
+import pickle
 import sys
 import zlib
+from shlex import quote
 
 from runtime.console import UserError, note, say
 
-JSON_BYTES = 200 << 20  # a .json file is read whole: no more than this
+# What unpacks a file, by its ending. The last is in Python 3.14 or newer.
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "compression.zstd"}
+JSON_BYTES = 200 << 20  # a .json file that is one object is read whole: no more than this
 JSON_VALUES = 10_000_000  # and no more values: `[],` has three characters, but takes 64 bytes in memory
 
 
@@ -32,26 +36,41 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
     return open(path, mode, **options)
 
 
-def read_json(path, fix, **options):
-    """The value in a stranger's .json or .json.gz file. fix: where it is not JSON."""
+@contextlib.contextmanager
+def open_unpacked(path):
+    """Open a stranger's file for reading, unpacked where its ending is in PACKED."""
+    library, ending = None, os.path.splitext(path.lower())[1]
+    if ending in PACKED:
+        try:
+            library = importlib.import_module(PACKED[ending])
+        except ImportError:
+            raise UserError(f"this Python cannot unpack {path}", f"zstd -d {quote(path)}") from None
+    damaged = getattr(library, "ZstdError", EOFError)
     try:
-        with open_file(path) as raw, gzip.open(raw) if path.lower().endswith(".gz") else raw as file:
-            data = file.read(JSON_BYTES + 1)
-        if len(data) > JSON_BYTES:
-            raise UserError(f"{path} has more than {JSON_BYTES >> 20} MB, and a .json file is read whole",
-                            "write it as a .jsonl file")
-        return parse_json(data.decode("utf-8-sig"), path, fix, **options)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with open_file(path) as raw, library.open(raw) if library else raw as file:
+            yield file
+    except (OSError, EOFError, zlib.error, damaged) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None
 
 
+def read_json(path, fix, **options):
+    """The value in a stranger's .json file, packed or not. fix: where it is not JSON."""
+    with open_unpacked(path) as file:
+        data = file.read(JSON_BYTES + 1)
+    if len(data) > JSON_BYTES:
+        raise UserError(f"{path} has more than {JSON_BYTES >> 20} MB, and an object is read whole",
+                        "write its rows as a .jsonl file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}", "check the file, or leave it out") from None
+    return parse_json(text, path, fix, **options)
+
+
 def parse_json(text, where, fix, most=None, **options):
     """The value of a stranger's JSON text, of a limited number of values. where: the file, for the error."""
-    most = most or JSON_VALUES
-    if len(text) > most and sum(map(text.count, "[{,:")) > most:
-        raise UserError(f"{where}: too many values: more than {most:,}",
-                        "split it, or write it as a .jsonl file, one object per line")
+    check_size(text, where, most or JSON_VALUES)
     try:
         return json.loads(text, **options)
     except json.JSONDecodeError as error:
@@ -59,6 +78,21 @@ def parse_json(text, where, fix, most=None, **options):
         raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}", fix) from None
     except (RecursionError, ValueError) as error:  # brackets or digits without end
         raise UserError(f"{where}: unreadable: {error}", fix) from None
+
+
+def check_size(text, where, most=None):
+    """Raises UserError where a JSON text has too many values to hold."""
+    most = most or JSON_VALUES
+    if len(text) > most and sum(map(text.count, "[{,:")) > most:
+        raise UserError(f"{where}: too many values: more than {most:,}",
+                        "split it, or write it as a .jsonl file, one object per line")
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads plain values only: nothing runs. In Python: nine bytes make the one in C reserve 64 GB."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 @contextlib.contextmanager

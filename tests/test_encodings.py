@@ -49,7 +49,7 @@ def test_no_encoding_at_all(here):
 
 @pytest.mark.parametrize("name, tool", [
     ("ROWS of TEXT.pdf", "pdftotext 'ROWS of TEXT.pdf' 'ROWS of TEXT.txt'"), ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
-    ("a.zst", "zstd -d a.zst"), ("a.csv", "pandas.read_csv"), ("a.parquet", "a.parquet a.jsonl, then --text_field"),
+    ("a.tar.gz", "tar xf a.tar.gz"), ("a.xz", "unxz a.xz"), ("a.xlsx", "save it as .csv"),
     ("a.xyz", "rename plain text to .txt")])
 def test_other_kinds_of_files_name_the_tool(here, name, tool):
     (here / name).write_text("x")
@@ -63,15 +63,6 @@ def test_a_folder_says_what_it_left_out(here, capsys):
         (here / "in" / name).write_text("the text is here\n" * 30)
     prepare.main(["in", "--tokenizer=char"])
     assert "in: left out 2 .pdf, 1 .docx, 1 without an extension" in capsys.readouterr().err
-
-
-def test_a_list_of_rows_is_told_how_to_become_lines(here):
-    (here / "a.json").write_text('[{"text": "the cat sees"}, {"text": "a dog"}]')
-    fact, fix = error(prepare.main, "a.json")
-    assert fact == "a.json is a list of rows" and "--format=chat" in fix
-    subprocess.run(fix.split("per line: ")[1], shell=True, check=True)
-    assert [row for _, row in sources.json_lines("rows.jsonl", sources.decoded("rows.jsonl"), "")] == [
-        {"text": "the cat sees"}, {"text": "a dog"}]
 
 
 # ---------- Rows and files among others that cannot be read

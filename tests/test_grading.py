@@ -243,10 +243,10 @@ def test_a_wrong_row_is_named(here, wrong):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "t.json: not JSON"), ("[]", "t.json is a list of rows"), ('{"data": {}}', "`data` is not a list"),
+    ("", "t.json: not JSON"), ("[]", "t.json holds 0 questions"), ('{"data": {}}', "`data` is not a list"),
     ('{"data": [{"title": "x"}]}', "t.json, data[0]: no field `paragraphs`; found"), ('{"data": []}', "holds 0 questions"),
     ('{"data": ["x"]}', "data[0]: no field `paragraphs`; found str"), (squad(context=1), "`context` is not a text but"),
-    (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json: unreadable"),
+    (squad(qas={}), "paragraphs[0]: `qas` is not a list but dict"), ("[" * 200_000, "t.json, number 1: not JSON"),
     ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0].paragraphs[0]: no field `context`"),
     ('{"data": [{"paragraphs": [{"context": "c"}]}]}', "data[0].paragraphs[0]: no field `qas`"),
     (squad({"question": "q"}), "qas[1]: no field `answers`"), (squad({"answers": QA["answers"]}), "field `question`"),

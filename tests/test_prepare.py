@@ -198,13 +198,13 @@ def test_a_tokenizer_can_be_taken_from_other_data(here):
 
 @pytest.mark.parametrize("tokenizer, times", [("char", 2), ("data/other", 2), ("bpe", 3)])
 def test_how_often_the_text_is_read(here, monkeypatch, tokenizer, times):
-    (here / "a.txt").write_text(words(3000))
-    prepare.main(["a.txt", "--vocab_size=300", "--out=data/other"])
-    document, = prepare.documents(["a.txt"])
+    (here / "a.md").write_text(words(3000))
+    prepare.main(["a.md", "--vocab_size=300", "--out=data/other"])
+    document, = prepare.documents(["a.md"])
     blocks, opened = document.blocks, []
     document.blocks = lambda: opened.append(1) or blocks()
     monkeypatch.setattr(prepare, "documents", lambda *_: [document])
-    prepare.main(["a.txt", f"--tokenizer={tokenizer}", "--vocab_size=300"])
+    prepare.main(["a.md", f"--tokenizer={tokenizer}", "--vocab_size=300"])
     assert len(opened) == times
 
 
@@ -479,7 +479,7 @@ def test_what_people_get_wrong_with_conversations(here):
     write_talks("talk.jsonl", talks(20))
     prepare.main(["talk.jsonl", *CHAT, "--out=base"])
     write_talks("bad.jsonl", [*talks(2), turns("a cat", "Zebra"), *talks(3, seed=1)])
-    fact, fix = error(prepare.main, "bad.jsonl", "--format=chat", "--tokenizer=base")
+    fact, fix = error(prepare.main, "bad.jsonl", "--format=chat", "--tokenizer=base", "--strict")
     assert fact.startswith("bad.jsonl, line 3: the character 'Z' (U+005A)") and "--tokenizer=bpe" in fix
     (here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 7}\n')
     assert "rows.jsonl, line 2" in error(prepare.main, "rows.jsonl", *CHAT, "--strict")[0]

@@ -8,32 +8,37 @@ Chats: where conversations come from, for a model that is to answer and then to 
 A line of a .jsonl or an element of a .json has one of these layouts. `system` beside it is the system message.
 
     messages                       [{"role": "user" or "assistant", "content": "..."}, ...]; or this list alone
-    conversations                  the same, or ShareGPT's [{"from": "human" or "gpt", "value": "..."}, ...]
+    conversations, conversation    the same, or ShareGPT's [{"from": "human" or "gpt", "value": "..."}, ...]
     prompt, completion             texts, or lists of messages
     instruction, input, output     Alpaca's; input may be missing or empty
     instruction, context, response    Dolly's; the same for the context
-    question, answer               GSM8K's
+    question, answer               GSM8K's; PAIRS has more
 
-A row that is wrong is left out, counted and shown.
+A message of the assistant with `weight` 0 is not learned. What it calls (`tool_calls`) and what the tools answer
+(role `tool`) is written as the chat template of a Hugging Face model does it. A row that is wrong is left out,
+counted and shown.
 """
 import ast
 import functools
+import json
 import re
 from collections import Counter
 from zlib import crc32
 
 from runtime.console import UserError
-from runtime.files import read_json
-from text.rows import STRICT, check, field, json_lines
-from text.sources import decoded, files, in_memory, kind, stdlib_documents
+from runtime.files import parse_json
+from text.rows import STRICT, check, field
+from text.sources import file_rows, files, in_memory, stdlib_documents
 
 FIX = ('expected {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
        'text/chats.py lists other layouts')
 KINDS = (".jsonl",)  # of a folder
-LISTS = "messages", "conversations"
+LISTS = "messages", "conversations", "conversation"
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
-             chatgpt="assistant", bot="assistant", model="assistant")
-PAIRS = [("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer")]
+             chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool", observation="tool")
+PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
+         ("question", "answer"), ("question", "response"), ("query", "response"), ("problem", "solution"),
+         ("input", "output")]
 
 
 def conversations(sources, fields=(), skipped=STRICT):
@@ -46,18 +51,18 @@ def conversations(sources, fields=(), skipped=STRICT):
         for path in files(source, KINDS):
             chats = stdlib_chats() if path == "stdlib" else file_chats(path, fields, skipped)
             for where, messages, held_out in chats:
-                text = "\n".join(message["content"] for message in messages)
+                text = "\n".join(said for message in messages for said in spoken(message))
                 yield in_memory(where, text, held_out, messages)
+
+
+def spoken(message):
+    """The texts of a message: what is said, and what is called."""
+    return [message["content"] or "", *map(json.dumps, message.get("tool_calls", []))]
 
 
 def file_chats(path, fields=(), skipped=STRICT):
     """(where, messages, None) for each row of a file."""
-    if kind(path) == ".jsonl":
-        rows = json_lines(path, decoded(path), FIX, skipped)
-    else:
-        content = check(read_json(path, FIX), "the file", list, path, FIX)
-        rows = ((f"{path}, number {number}", row) for number, row in enumerate(content, 1))
-    for where, row in rows:
+    for where, row in file_rows(path, FIX, skipped):
         try:
             messages = read(row, where, fields)
         except UserError as error:
@@ -76,7 +81,7 @@ def read(row, where, fields=()):
     check(row, "the row", dict, where, FIX)
     if fields:
         return dialogue([text(name) for name in fields])
-    system = [dict(role="system", content=text("system"))] if row.get("system") else []
+    system = [dict(role="system", content=text(name)) for name in ("system", "system_prompt") if row.get(name)]
     for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
         if name in row:
             return system + read_list(row, name, where)
@@ -98,18 +103,51 @@ def read_list(row, name, where):
     for i, message in enumerate(field(row, name, list, where, FIX)):
         here = f"{where}: {name}[{i}]"
         role_field, content_field = "role", "content"
-        if name == "conversations" and "from" in check(message, f"{name}[{i}]", dict, where, FIX):
+        if isinstance(message, dict) and "from" in message:
             role_field, content_field = "from", "value"
         role = field(message, role_field, str, here, FIX)
-        content = field(message, content_field, str, here, FIX)
-        if message.get("tool_calls") or message.get("weight", 1) != 1:
-            raise UserError(f"{here} has tool_calls or a weight, which is not supported", FIX)
         if role not in ROLES:
             raise UserError(f"{here}: `{role_field}` is {role[:40]!r}, not one of {', '.join(ROLES)}", FIX)
-        messages.append(dict(role=ROLES[role], content=content))
+        said = dict(role=ROLES[role], content=None)
+        if calls := tool_calls(message, here):
+            said["tool_calls"] = calls
+        if not calls or message.get(content_field) is not None:
+            said["content"] = content_of(message, content_field, here)
+        # The name of a user is not learned; that of a tool stands in some templates.
+        if said["role"] == "tool":
+            said |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        if message.get("weight") not in (None, 0, 1):
+            raise UserError(f"{here}: `weight` is {str(message['weight'])[:40]}, not 0 or 1", FIX)
+        if message.get("weight") == 0:
+            said["weight"] = 0
+        messages.append(said)
     if not messages:
         raise UserError(f"{where}: `{name}` is empty", FIX)
     return messages
+
+
+def content_of(message, name, here):
+    """What a message says: a text, or OpenAI's list of parts that are texts."""
+    if isinstance(message.get(name), list):
+        return "".join(field(part, "text", str, f"{here}.{name}", FIX) for part in message[name])
+    return field(message, name, str, here, FIX)
+
+
+def tool_calls(message, here):
+    """What a message of the assistant calls, as chat templates want it: OpenAI's arguments are JSON in a text."""
+    calls = message.get("tool_calls") or []
+    if message.get("function_call"):  # OpenAI's older layout
+        calls = [message["function_call"]]
+    found = []
+    for call in check(calls, "tool_calls", list, here, FIX):
+        function = check(call, "a call", dict, here, FIX).get("function", call)
+        arguments = check(function, "function", dict, here, FIX).get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = parse_json(arguments, f"{here}: arguments", FIX)
+        function = dict(name=field(function, "name", str, here, FIX), arguments=arguments)
+        ids = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
+        found.append(dict(ids, type="function", function=function))
+    return found
 
 
 def dialogue(texts):

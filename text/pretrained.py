@@ -30,6 +30,7 @@ LONG_RUN = 1 << 14  # of white space; in some 100,000 characters of it, tiktoken
 MOST_IDS = 1 << 24  # each takes memory
 ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
 PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a folder
+KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")  # what a chat template sees of a message
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
 BEFORE = "\ufdd4"  # stands for any text before
@@ -38,6 +39,7 @@ HERE = "\ufdd5"  # ends a message that is not over yet
 SOURCE_FIX = "download the tokenizer's files again, or prepare the data again"
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
 MESSAGES_FIX = '[{"role": "user", "content": "..."}, ...]'
+TOOLS_FIX = "leave tools out, or the folder of a chat model whose template has a form for them"
 TEMPLATE_FIX = "check the roles and their order: most want user and assistant to alternate"
 NETWORK_FIX = "connect to the network once; or TIKTOKEN_CACHE_DIR=a copy of its cache; or --tokenizer=bpe"
 
@@ -150,6 +152,36 @@ class TiktokenTokenizer(Tokenizer):
         with careful(f"the tokenizer {self.name} fails on a text"):
             ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in short_runs(text)]
         return np.concatenate(ids)
+
+
+class GPT2(Tokenizer):
+    """GPT-2's encoding by its name: ids can be trained on, and only a text needs the vocabulary, here or fetched.
+
+    folder: where `save` has written a copy.
+    """
+
+    kind = name = "gpt2"
+    vocab_size, special, files = 50257, {"<|endoftext|>": 50256}, {}
+
+    def __init__(self, folder=""):
+        self.folder = folder
+
+    @functools.cached_property
+    def whole(self):
+        if not os.path.exists(os.path.join(self.folder, ENCODING[1])):
+            return from_tiktoken("gpt2")
+        with careful(f"{self.folder} is damaged"):
+            return TiktokenTokenizer({name: read(self.folder, name) for name in ENCODING})
+
+    def __getattr__(self, name):  # the bytes of the tokens, the words, how a text is encoded
+        return getattr(self.whole, name)
+
+    def save(self, folder):
+        super().save(folder)
+        with contextlib.suppress(UserError):
+            for name, content in self.whole.files.items():
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(content)
 
 
 def short_runs(text):
@@ -314,21 +346,35 @@ class HuggingFaceTokenizer(Tokenizer):
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 yield self.fill(guarded[:i], True), False
-                yield self.fill(guarded[:i + 1], False), message["content"] != ""
-        yield self.fill(guarded, False), False
+                yield self.fill(guarded[:i + 1], False), is_learned(message)
+        whole = self.fill(guarded, False)
+        for message in guarded:
+            answer = json.dumps(message["content"], ensure_ascii=False)[1:-1] if message["role"] == "tool" else ""
+            names = [call["function"]["name"] for call in message.get("tool_calls", [])]
+            if not all(name in whole for name in names) or not (answer in whole or message["content"].strip() in whole):
+                raise UserError(f"the chat template of {self.name} has no form for tools", TOOLS_FIX)
+        yield whole, False
 
     def guard(self, messages):
-        """The messages with a BREAK in all that looks like a special token, behind its first character."""
+        """The messages, as a template may read them, with a BREAK in all that looks like a special token, behind
+        its first character."""
         if not self.template:
             super().chat(messages)
-        check_messages(messages)
+        check_messages([message for message in messages if not message.get("tool_calls")])
 
-        def broken(text):
-            if any(len(name) == 1 and name in text for name in self.special):
+        def broken(value):
+            if isinstance(value, dict):
+                return {broken(key): broken(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [broken(item) for item in value]
+            if not isinstance(value, str):
+                return value
+            if any(len(name) == 1 and name in value for name in self.special):
                 raise UserError("a message contains a special token of this model", "leave it out")
-            return re.sub(f"(?={self.named})(?s:.)", rf"\g<0>{BREAK}", text)
+            return re.sub(f"(?={self.named})(?s:.)", rf"\g<0>{BREAK}", value)
 
-        return [{key: broken(str(message[key])) for key in ("role", "content")} for message in messages]
+        texts = [{key: message[key] for key in KEPT if key in message} for message in messages]
+        return broken([text | dict(role=str(text["role"])) for text in texts])
 
     def fill(self, messages, answer):
         return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
@@ -393,11 +439,19 @@ def spelled(token, decoder, byte_level):
 def check_messages(messages, roles=()):
     """Raises UserError for a message without text, or with a role that is none of these. (): any role."""
     for message in messages:
+        if roles and isinstance(message, dict) and message.get("tool_calls"):
+            raise UserError("this chat format has no form for tools", TOOLS_FIX)
         if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
             raise UserError("a message has no role or no text", MESSAGES_FIX)
         if roles and message["role"] not in roles:
             fact = f"unknown role {message['role']!r}: the roles are {', '.join(roles)}"
             raise UserError(fact, MESSAGES_FIX)
+
+
+def is_learned(message):
+    """Is this an answer to learn? (`weight` 0 marks one that is only read.)"""
+    says_something = message["content"] or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(says_something) and message.get("weight") != 0
 
 
 def render(template, **values):

@@ -5,12 +5,16 @@ Rows: how a line of JSON becomes checked fields.
     for where, row in json_lines("a.jsonl", decoded("a.jsonl"), fix):   # "a.jsonl, line 1", {"text": "..."}
         text = field(row, "text", str, where, fix)
 
-What is wrong is one UserError that names file, line and field. `fix` says what a right row looks like.
+json_list, csv_rows and parquet_rows read the rows of other files, none of which is held in memory. What is wrong
+is one UserError that names file, line and field. `fix` says what a right row looks like.
 """
-from shlex import quote
+import csv
+import itertools
+import json
+import re
 
-from runtime.console import UserError
-from runtime.files import parse_json, read_json
+from runtime.console import UserError, counted, needs
+from runtime.files import check_size, open_file, parse_json, read_json
 
 RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
 KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
@@ -21,7 +25,7 @@ SQUAD = ('expected {"data": [{"paragraphs": [{"context": "...", "qas": [{"questi
 class Skipped:
     """Rows and files that cannot be read: how many, and the first errors. strict: the first is raised."""
 
-    SHOWN = 10
+    SHOWN = 3
 
     def __init__(self, strict=False):
         self.strict, self.count, self.shown = strict, 0, []
@@ -75,6 +79,82 @@ def json_lines(path, blocks, fix, skipped=STRICT):
             yield where, row
 
 
+COMMA = re.compile(r"\s*,\s*")
+
+
+def json_list(path, blocks, fix, skipped=STRICT):
+    """(where, row) for every element of a .json file that is a list. (What is not JSON cannot be skipped.)"""
+    decode, text, number, wanted = json.JSONDecoder().raw_decode, next(blocks, "").lstrip(), 0, 0
+    if not text.startswith("["):
+        raise UserError(f"{path} is not a list of rows", fix)
+    # Every element has a comma before it. After the last one, and in an empty list, comes the bracket.
+    text = text[1:].lstrip() if text[1:].lstrip().startswith("]") else "," + text[1:]
+    while True:
+        # 1. Read on, to twice the length: an element is decoded again until all of it is here.
+        ended = False
+        while len(text) < wanted and not ended:
+            block = next(blocks, None)
+            ended = block is None
+            text += block or ""
+        # 2. The elements that are here. A number at the end may go on.
+        where, at = f"{path}, number {number + 1}", 0
+        check_size(text, where)
+        try:
+            while comma := COMMA.match(text, at):
+                row, end = decode(text, comma.end())
+                if end == len(text) and not ended:
+                    break
+                number, at = number + 1, end
+                yield f"{path}, number {number}", row
+        except (RecursionError, ValueError) as error:
+            if ended or not isinstance(error, json.JSONDecodeError):
+                raise UserError(f"{path}, number {number + 1}: not JSON: {getattr(error, 'msg', error)}", fix) from None
+            if len(text) - at > RECORD_CHARACTERS:
+                fact = f"not JSON, or more than {RECORD_CHARACTERS:,} characters"
+                raise UserError(f"{path}, number {number + 1}: {fact}", fix) from None
+        text = text[at:]
+        if ended:
+            if text.strip() != "]":
+                raise UserError(f"{path}: not JSON: the list does not end after number {number}", fix)
+            return
+        wanted = 2 * len(text) + 1
+
+
+def csv_rows(path, blocks, fix, skipped=STRICT):
+    """(where, row) for every row of a table. The first line names its columns."""
+    csv.field_size_limit(RECORD_CHARACTERS)
+    lines = (line + "\n" for line in records(path, blocks, "\n"))
+    names = next(lines)
+    delimiter = max(",;\t|", key=names.count)  # a German Excel writes semicolons
+    reader = csv.reader(itertools.chain([names], lines), delimiter=delimiter)
+    try:
+        columns = next(reader)
+        for row in filter(None, reader):
+            where = f"{path}, line {reader.line_num}"
+            if len(row) == len(columns):
+                yield where, dict(zip(columns, row))
+            else:
+                fact = f"{counted(len(row), 'column')}, but the first line has {len(columns)}"
+                skipped.add(UserError(f"{where}: {fact}", f'quote a text that contains "{delimiter}"'))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}", "save it as CSV again") from None
+
+
+def parquet_rows(path, blocks, fix, skipped=STRICT):
+    """(where, row) for every row of a .parquet file, which is no text: a library reads it, and not `blocks`."""
+    pyarrow = needs("pyarrow", ".parquet files")
+    from pyarrow import parquet
+    number = 0
+    try:
+        with open_file(path) as file:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {error}", "check the file, or leave it out") from None
+
+
 def records(path, blocks, separator):
     """The texts between the separators of a file."""
     rest, number = "", 0
@@ -98,10 +178,6 @@ def squad(path, questions=True):
         return fields
 
     content = read_json(path, SQUAD, object_hook=None if questions else drop)
-    if isinstance(content, list):
-        lines = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]"
-        raise UserError(f"{path} is a list of rows", f"--format=chat for conversations; otherwise write one row "
-                        f'per line: python -c "{lines}" {quote(path)} > rows.jsonl')
     for i, article in enumerate(field(content, "data", list, path, SQUAD)):
         for j, paragraph in enumerate(field(article, "paragraphs", list, f"{path}, data[{i}]", SQUAD)):
             where = f"{path}, data[{i}].paragraphs[{j}]"

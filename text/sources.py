@@ -7,23 +7,23 @@ Sources: where texts come from. Files, folders, well-known data sets, and addres
         for block in document.blocks():  # texts of about a megabyte at most
             ...
 
-    .txt .md .py         one document per file
+    .txt .md .py         one document per file; in a .txt, a line <|endoftext|> ends one and begins the next
     .jsonl               one per line, {"text": "..."}
-    .json                SQuAD's layout: every paragraph's `context` is one
-    .gz of these         the same; a folder is searched to the bottom, for all but .json, which may be anything
+    .csv .tsv .parquet   one per row, the column `text`
+    .json                a list of such rows; SQuAD's layout: every paragraph's `context` is one
+    .gz .bz2 of these    the same; a folder is searched to the bottom for the first two kinds
 """
 import codecs
+import collections
 import glob
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
 import sysconfig
-import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +31,19 @@ from shlex import quote
 from urllib.parse import unquote, urlsplit
 
 from runtime.console import UserError, needs, note, origin, public
-from runtime.files import file_sha256, open_file
+from runtime.files import PACKED, file_sha256, open_unpacked
 from text.download import download
-from text.rows import STRICT, field, json_lines, records, squad
+from text.rows import STRICT, csv_rows, field, json_lines, json_list, parquet_rows, records, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
+TABLES = (".json", ".csv", ".tsv", ".parquet")  # read where they are named; those in a folder may be anything
 BLOCK_BYTES = 1 << 20
 DOWNLOADS = os.path.join("data", "downloads")
 
 
 @dataclass
 class Document:
-    """One text: `blocks()` reads it from the start, in pieces of about a megabyte."""
+    """One text: `blocks()` reads it, in pieces of about a megabyte, before the next document is asked for."""
 
     name: str
     blocks: Callable
@@ -124,10 +125,11 @@ def fetch(sources, mirror="", kinds=KINDS, follow_links=False):
 
 # ---------- Documents
 
-def documents(sources, text_field="text", skipped=STRICT):
-    """The documents of all sources, in a fixed order.
+def documents(sources, text_field="text", skipped=STRICT, separator="<|endoftext|>"):
+    """The documents of all sources, in a fixed order. A text is read once, before the next document is asked for.
 
-    text_field: the field of a .jsonl line that holds the text. skipped: collects lines that cannot be read.
+    text_field: the field of a row that holds the text. skipped: collects rows and files that cannot be read.
+    separator: what stands alone on a line between the documents of a .txt; "": each is one document.
     """
     for source in sources:
         for path in files(source):
@@ -135,12 +137,14 @@ def documents(sources, text_field="text", skipped=STRICT):
                 yield from INSTALLED[path]()
             elif os.path.basename(path).startswith("TinyStories"):
                 yield from story_documents(path)
-            elif kind(path) == ".jsonl":
-                yield from jsonl_documents(path, text_field, skipped)
+            elif layout(path) in ROWS:
+                yield from row_documents(path, text_field, skipped)
             elif kind(path) == ".json":
                 yield from squad_documents(path)
+            elif kind(path) == ".txt" and separator:
+                yield from text_documents(path, separator, skipped)
             else:
-                yield Document(path, lambda path=path: text_blocks(path))
+                yield in_file(path, path)
 
 
 def pytorch_documents():
@@ -148,7 +152,7 @@ def pytorch_documents():
     [root] = importlib.util.find_spec("torch").submodule_search_locations
     for path in sorted(glob.glob("**/*.py", root_dir=root, recursive=True)):
         if not LEFT_OUT.intersection(path.split(os.sep)):
-            yield Document("torch/" + path, lambda path=path: text_blocks(os.path.join(root, path)))
+            yield in_file("torch/" + path, os.path.join(root, path))
 
 
 def stdlib_documents():
@@ -158,7 +162,7 @@ def stdlib_documents():
         parts = path.split(os.sep)
         build = path.startswith("_sysconfigdata") or "-" in parts[0]  # config-3.12-x86_64-linux-gnu/...
         if not build and not LEFT_OUT.intersection(parts):
-            yield Document(path, lambda path=path: text_blocks(os.path.join(root, path)), "/".join(parts) in HELD_OUT)
+            yield in_file(path, os.path.join(root, path), "/".join(parts) in HELD_OUT)
 
 
 # What is on every machine that runs this.
@@ -177,29 +181,26 @@ def with_version(name):
 def kind(path):
     """The ending that says how to read a file: notes.txt.gz -> .txt, notes.gz -> .txt"""
     stem, ending = os.path.splitext(path.lower())
-    if ending == ".gz":
+    if ending in PACKED:
         ending = os.path.splitext(stem)[1] or ".txt"
     return ending
 
 
 # What turns other kinds of files into one that can be read.
 PANDOC = "pandoc FILE -t plain -o TEXT"
-PANDAS = ("python -c \"import sys, pandas; pandas.read_KIND(sys.argv[1]).to_json(sys.argv[2], orient='records', "
-          "lines=True)\" FILE ROWS, then --text_field=COLUMN")
-TOOLS = {".pdf": "pdftotext FILE TEXT", ".zst": "zstd -d FILE", ".bz2": "bunzip2 FILE", ".xz": "unxz FILE",
-         ".zip": "unzip FILE", ".tar": "tar xf FILE", ".tgz": "tar xf FILE",
-         **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC),
-         ".csv": PANDAS.replace("KIND", "csv"), ".parquet": PANDAS.replace("KIND", "parquet")}
+TOOLS = {".pdf": "pdftotext FILE TEXT", ".xz": "unxz FILE", ".zip": "unzip FILE",
+         ".tar": "tar xf FILE", ".tgz": "tar xf FILE", ".xlsx": "in the program that wrote it, save it as .csv",
+         **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC)}
 
 
 def check_kind(path, kinds):
-    if kind(path) in (*kinds, ".json"):
+    if kind(path) in (*kinds, *TABLES):
         return
-    stem, ending = os.path.splitext(path)
-    fix = TOOLS.get(ending.lower(), "rename plain text to .txt, and leave out --format=chat")
-    names = {"FILE": path, "TEXT": stem + ".txt", "ROWS": stem + ".jsonl"}
-    fix = re.sub("FILE|TEXT|ROWS", lambda word: quote(names[word[0]]), fix)
-    raise UserError(f"{path} is not a supported kind of file ({', '.join(kinds)}, .json, or .gz of these)", fix)
+    stem = os.path.splitext(path)[0]
+    fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
+    names = {"FILE": path, "TEXT": stem + ".txt"}
+    fix = re.sub("FILE|TEXT", lambda word: quote(names[word[0]]), fix)
+    raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
@@ -213,19 +214,21 @@ def files(source, kinds=KINDS, follow_links=False):
         return [source]
     else:
         found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
-        if ".json" in source:
-            kinds = (*kinds, ".json")
+        kinds = (*kinds, *(ending for ending in TABLES if ending in source))
     paths = sorted(path for path in found if kind(path) in kinds)
     if paths and os.path.isdir(source):
         unread = [path for path in found if kind(path) not in kinds]
-        others = Counter(os.path.splitext(path)[1] or "without an extension" for path in unread)
+        others = collections.Counter(os.path.splitext(path)[1] or "without an extension" for path in unread)
         if others:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
             note(f"{source}: left out {counts}")
     if not paths:
+        tables = {kind(path) for path in found} & {*TABLES} if os.path.isdir(source) else ()
+        names = ", ".join([*INSTALLED, *NAMES])
         fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
         raise UserError(f"{source} {fact}",
-                        f"give a file, a folder, a pattern, a URL, or one of: {', '.join([*INSTALLED, *NAMES])}")
+                        " or ".join(quote(f"{source}/**/*{ending}") for ending in sorted(tables))
+                        or f"give a file, a folder, a pattern, a URL, or one of: {names}")
     return paths
 
 
@@ -276,8 +279,8 @@ def convert(path, raw):
     name = likely_encoding(raw)
     if not name:
         return "leave it out; it does not look like text"
-    packed = path.lower().endswith(".gz")
-    read = f"zcat {quote(path)} | iconv" if packed else f"iconv {quote(path)}"
+    unpack = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}.get(os.path.splitext(path.lower())[1])
+    read = f"{unpack} {quote(path)} | iconv" if unpack else f"iconv {quote(path)}"
     return f"{read} -f {name} -t utf-8 > utf8.txt (it looks like {name})"
 
 
@@ -301,13 +304,13 @@ def likely_encoding(raw):
 
 
 def decoded(path):
-    """Read a text file (or .gz) as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are.
+    """Read a text file, packed or not, as strings of about BLOCK_BYTES, cut anywhere; line ends stay as they are.
 
     It is UTF-8, or with a byte order mark UTF-16 or UTF-32.
     """
     decoder, offset = None, 0
     try:
-        with open_file(path) as raw_file, gzip.open(raw_file) if path.lower().endswith(".gz") else raw_file as file:
+        with open_unpacked(path) as file:
             while True:
                 raw = file.read(BLOCK_BYTES)
                 if decoder is None:
@@ -326,15 +329,12 @@ def decoded(path):
         at = offset + len(raw) - len(error.object) + error.start
         raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
                         convert(path, raw)) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
-                        "check the file, or leave it out") from None
 
 
-def text_blocks(path):
-    """Read a file as texts of about a megabyte, each ending where no tokenizer would join it to the next."""
+def text_blocks(parts):
+    """A text, cut anywhere, as blocks of about a megabyte, each ending where no tokenizer would join it to the next."""
     rest = ""
-    for text in decoded(path):
+    for text in parts:
         rest += text
         if len(rest) >= BLOCK_BYTES // 4:
             end = seam(rest)
@@ -359,17 +359,102 @@ def seam(text):
     return len(text)
 
 
+def in_file(name, path, held_out=None):
+    """A document that is all of a file."""
+    return Document(name, lambda: text_blocks(decoded(path)), held_out)
+
+
+LINE_END = re.compile(r"[ \t]*\r?(\n|\Z)")
+
+
+def separated(blocks, separator):
+    """A text in parts, cut anywhere, and None for each line that holds the separator and nothing else."""
+    rest, at_start = "", True  # at_start: does a line begin here?
+    for block in itertools.chain(blocks, [None]):
+        text, rest = rest + (block or ""), ""
+        # 1. A line that is cut off, and may become the separator, waits for its end.
+        start = text.rfind("\n") + 1
+        line = text[start:].rstrip()
+        long = len(text) - start > len(separator) + 100
+        if block and line and (start or at_start) and separator.startswith(line) and not long:
+            text, rest = text[:start], text[start:]
+        # 2. Elsewhere in a line, it is text.
+        pieces = text.split(separator)
+        for i, piece in enumerate(pieces):
+            if i:
+                end = LINE_END.match(piece)
+                at_end = i == len(pieces) - 1 and block is None
+                if at_start and end and (end[1] or at_end):
+                    yield None
+                    piece = piece[end.end():]
+                else:
+                    piece = separator + piece
+            if piece:
+                at_start = piece.endswith("\n")
+                yield piece
+
+
+def text_documents(path, separator, skipped):
+    """The documents of a text file: what stands between the separators, or all of it. Blank ones are none."""
+    parts, number, ended = separated(decoded(path), separator), 0, False
+
+    def rest():
+        """The rest of a document."""
+        nonlocal ended
+        for part in parts:
+            if part is None:
+                return
+            yield part
+        ended = True
+
+    try:
+        while not ended:
+            # Is there anything but white space? A document may be longer than the memory: only its beginning is held.
+            text, more = "", rest()
+            while not text.strip() and len(text) < BLOCK_BYTES and (part := next(more, "")):
+                text += part
+            if text.strip() or len(text) >= BLOCK_BYTES or (ended and not number):
+                number += 1
+                name = path if number == 1 else f"{path}, document {number}"
+                blocks = text_blocks(itertools.chain([text], more))
+                yield Document(name, lambda blocks=blocks: blocks)
+            collections.deque(more, maxlen=0)  # what the caller did not read
+    except UserError as error:
+        skipped.add(error)
+
+
 def in_memory(name, text, held_out=None, messages=None):
     """A document that is in memory already."""
     return Document(name, lambda: iter([text]), held_out, messages)
 
 
-def jsonl_documents(path, text_field, skipped):
-    """One document per line of JSON; the text is in one field."""
+# What reads the rows of a file.
+ROWS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
+
+
+def layout(path):
+    """The kind of a file by its content: some .json hold lines as a .jsonl does; "object": neither lines nor a list."""
+    if kind(path) != ".json":
+        return kind(path)
+    head = next(decoded(path), "").lstrip()
+    first, _, more = head.partition("\n")
+    if first.startswith("{") and first.rstrip().endswith("}") and more.lstrip().startswith("{"):
+        return ".jsonl"
+    return ".json" if head.startswith("[") else "object"
+
+
+def file_rows(path, fix, skipped=STRICT):
+    """(where, row) for every row of a file: a line, an element of a list, a row of a table."""
+    return ROWS.get(layout(path), json_list)(path, decoded(path), fix, skipped)
+
+
+def row_documents(path, text_field, skipped):
+    """One document per row; the text is in one field."""
     fix = f'every line must be like {{"{text_field}": "..."}}; fix the line or delete it'
-    for where, row in json_lines(path, decoded(path), fix, skipped):
+    for where, row in file_rows(path, fix, skipped):
         if isinstance(row, dict) and text_field not in row:
-            texts = [f"--text_field={quote(name)}" for name, value in row.items() if isinstance(value, str)]
+            sizes = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+            texts = [f"--text_field={quote(name)}" for name in sorted(sizes, key=sizes.get, reverse=True)]
             fix = " or ".join([*texts[:1], "--format=chat, if these are conversations"])
         try:
             text = field(row, text_field, str, where, fix)

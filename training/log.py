@@ -62,7 +62,8 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         try:
-            self.file.write(json.dumps(row).encode() + b"\n")
+            line = {name: value if value == value else None for name, value in row.items()}  # JSON has no nan
+            self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
             if "val_loss" in row:
                 with replace_file(self.picture, "w", encoding="utf-8") as file:

@@ -248,15 +248,22 @@ def take_over(settings, was, names):
         setattr(settings, name, was[name])
 
 
+def is_gpt2(tokenizer):
+    """Has it GPT-2's ids? nanoGPT's data name the encoding, ours hold a copy of it."""
+    return tokenizer.kind in ("tiktoken", "gpt2") and tokenizer.name == "gpt2"
+
+
 def load_start(settings, given, data):
     """The checkpoint of the RUN that init_from names. Its shape becomes ours; a context may be shorter."""
     run = settings.init_from
     start, tokenizer = ckpt.read_run(run)
     ckpt.check_whole(start)
-    if not tokenizer.special:
+    both_gpt2 = is_gpt2(tokenizer) and is_gpt2(data.load_tokenizer())
+    differ = start["tokenizer_sha256"] != data.meta["tokenizer_sha256"] and not both_gpt2
+    if differ and not tokenizer.special:
         raise UserError(f"{run} is a character model of nanoGPT, which has no end-of-text token",
-                        "train a new one")
-    if start["tokenizer_sha256"] != data.meta["tokenizer_sha256"]:
+                        "data with the same meta.pkl, or train a new one")
+    if differ:
         same = tokenizer.name if tokenizer.kind == "tiktoken" else run
         text = "YOUR_CHATS --format=chat" if data.chat else "YOUR_TEXT"
         raise UserError(f"{run} and {data.folder} use different tokenizers",
