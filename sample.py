@@ -43,6 +43,7 @@ class RunConfig:
     out_dir: str = ""  # the RUN; by default the newest under out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
+    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
 
 
 @dataclass
@@ -302,7 +303,7 @@ def write(model, tokenizer, ids, settings, seed):
 
 def ids_of(prompt, tokenizer):
     """The ids of a text to continue. Without one, begin as every document does; nanoGPT's 0 is a line end."""
-    return tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+    return tokenizer.prompt(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
 
 
 def capacity(settings, size):
@@ -398,7 +399,7 @@ def load_model(settings, runs):
     """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
     device = machine.choose_device(settings.device)
     run = ckpt.choose_run(runs, settings)
-    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8", settings.block_size)
 
 
 def check_chat(run, tokenizer):
@@ -412,7 +413,7 @@ def check_chat(run, tokenizer):
 
 
 def check_settings(settings):
-    check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
+    check_limits(settings, RANGES | {"num_samples block_size": (1, 1e9)})
     if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
         raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
     # A shell passes on "\n" as two characters.
@@ -433,9 +434,7 @@ def main(argv):
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
-    source = "a Hugging Face model"
-    if os.path.isfile(run["path"]):
-        source = f"{run['step']} steps on {', '.join(run['source'])}"
+    source = run.get("kind", f"{run['step']} steps on {', '.join(run['source'])}")
     say(f"{run['path']}: {model.n_params():,} parameters, {source}{', 8-bit' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)

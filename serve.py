@@ -25,10 +25,10 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from queue import Empty, Full
-from typing import Literal
 
 from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
+from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
 from sample import RANGES, ModelConfig, load_model
 from serving import api
@@ -43,7 +43,6 @@ class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # address to listen on; the default is for this machine only
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
-    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, a thread each; should exceed rows + max_queue
     max_body: int = 1 << 20  # largest request, in bytes
@@ -89,6 +88,8 @@ class Served:
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
+        if is_gguf(path):
+            self.name = os.path.basename(path)
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
             parameters=parameters, device=device,

@@ -124,6 +124,10 @@ def foreign(folder, ours):
     return ""
 
 
+def is_gguf(path):
+    return str(path).lower().endswith(".gguf") and os.path.isfile(path)
+
+
 def file_sha256(path):
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:

@@ -204,7 +204,7 @@ class Job:
         ids = check(prompt, name, PROMPT)
         if type(prompt) is str:
             check_size(name, len(prompt.encode()), self.served.most_bytes)
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.prompt(prompt)
         need(ids, name, "is empty; to start from nothing, send the id of the end-of-text token")
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 

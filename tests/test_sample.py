@@ -320,7 +320,7 @@ def test_without_a_prompt_a_text_begins_as_a_document_does(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "write", lambda model, tokenizer, ids, settings, seed: asked.append(ids) or "")
     for special in {tokenizers.END_OF_TEXT: 7}, {}:
-        tokenizer = types.SimpleNamespace(special=special, encode=lambda text: [])
+        tokenizer = types.SimpleNamespace(special=special, prompt=lambda text: [])
         sample.Writer(random_model(), tokenizer, sample.SampleConfig(seed=1)).answer("")
     assert asked == [[7], [0]]
 

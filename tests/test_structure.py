@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tokenizer": "runtime text.pretrained",
     "text": "runtime text",
     "dataset": "runtime tokenizer",
-    "formats": "runtime model tokenizer text.pretrained formats",
+    "formats": "runtime model tokenizer text.pretrained text.gguf_file formats",
     "training": "runtime model tokenizer dataset formats training",
     "evaluation": "runtime tokenizer dataset text evaluation",
     "sample": "runtime model tokenizer text.pretrained training.checkpoint",

@@ -16,6 +16,7 @@ import base64
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import re
@@ -50,13 +51,18 @@ class Tokenizer:
     special: {text: id} of the tokens that text never becomes. bytes: what each id stands for.
     files: {name: bytes} that `save` writes. missing: bytes that no token stands for.
     template, settings: a chat format, and the special tokens that it names.
-    prefix: is a space put before a text, which `decode` takes away?
+    prefix: is a space put before a text, which `decode` takes away? start: ids before a prompt.
+    stops: ids that end a text, besides the eos_token.
     """
 
-    missing, prefix, template, settings = b"", False, "", {}
+    missing, prefix, template, settings, start, stops = b"", False, "", {}, (), ()
 
     def encode(self, text):
         return self.encode_to_numpy(text).tolist()
+
+    def prompt(self, text):
+        """The ids of a text to continue; with many models, it begins with a token of its own."""
+        return [*self.start, *self.encode(text)]
 
     def token_bytes(self, i):
         return self.bytes[i] if i < self.vocab_size else b""
@@ -247,6 +253,12 @@ class HuggingFaceTokenizer(Tokenizer):
             self.missing = bytes(alphabet[visible] for visible in alphabet if visible not in vocabulary)
         letter = min((text for text in vocabulary if len(text) == 1 and text.isalnum()), default="a")
         self.prefix = self.decode(self.encode(letter)).startswith(" ")
+        # What transformers puts before a text stands in the post_processor, and nowhere else.
+        whole = self.library.encode(letter)
+        added = zip(whole.ids, whole.special_tokens_mask)
+        self.start = [i for i, _ in itertools.takewhile(lambda pair: pair[1], added)]
+        if any(i >= self.vocab_size for i in self.start):
+            raise ValueError("the post_processor has an id that does not exist")
         self.cut_names()
 
     def cut_names(self):
@@ -377,7 +389,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return broken([text | dict(role=str(text["role"])) for text in texts])
 
     def fill(self, messages, answer):
-        return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
+        return render(self.template, messages=messages, add_generation_prompt=answer, tools=None, documents=None,
+                      **self.settings)
 
 
 def named_tokens(config):
@@ -492,8 +505,9 @@ def compiled(template):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, indent=None):  # Jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=False, indent=indent and min(indent, 8))
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent and min(indent, 8), separators=separators,
+                          sort_keys=sort_keys)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     for name in PADDING & sandbox.filters.keys():
