@@ -22,7 +22,6 @@ import signal
 import threading
 import time
 import traceback
-import urllib.parse
 from collections import Counter
 from dataclasses import dataclass, field
 from queue import Empty, Full
@@ -55,6 +54,7 @@ class ServeConfig(ModelConfig):
     api_key_file: str = ""  # its first line is the key that clients must send; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key
     cors_origin: list[str] = field(default_factory=list)  # allow pages from this origin; may be repeated
+    allowed_host: list[str] = field(default_factory=list)  # also answer to this name (a tunnel, host.docker.internal)
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
@@ -64,6 +64,8 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.ht
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
+# Some clients leave out the /v1.
+DIALECTS |= {path.removeprefix("/v1"): dialect for path, dialect in DIALECTS.items()}
 
 
 class Served:
@@ -134,7 +136,7 @@ class Server:
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
                 "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
-                "/v1/models/": self.named_model}
+                "/v1/models/": self.named_model, "/models": self.models, "/models/": self.named_model}
         posts = dict.fromkeys(DIALECTS, self.generate)
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
@@ -253,7 +255,7 @@ class Server:
         return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
 
     def named_model(self, connection):
-        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models/")
+        name = connection.clean_path().removeprefix(connection.route)
         if name not in ("", self.ready().name):
             raise Refuse(404, "there is no such model", "model", "model_not_found")
         return self.model(connection) if name else self.models(connection)

@@ -91,6 +91,11 @@ class Learned(pretrained.Tokenizer):
         ids, _ = self.conversation(messages)
         return [*ids, self.special["<|assistant|>"]]
 
+    def continued(self, messages):
+        """The ids of a conversation whose last message is not over yet."""
+        ids, _ = self.conversation(messages)
+        return ids[:-1]  # without its end token
+
     def conversation(self, messages):
         """(ids, mask), two lists: the mask is 1 on each answer to learn, and on its end token.
 

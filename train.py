@@ -85,7 +85,7 @@ class TrainConfig(GPTConfig):
     min_lr: float = 6e-5  # final rate, often a tenth of the peak or 0; muon_lr falls in proportion
     warmup_iters: int = 100  # steps in which the rate rises from 0
     lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
-    decay_lr: bool = True  # false: stay at learning_rate after the warm-up
+    decay_lr: bool = True  # false: stay at learning_rate from the first step, without a warm-up
     weight_decay: float = 0.1  # how strongly matrices are pulled towards 0
     beta1: float = 0.9  # AdamW: averages the gradient over about 1 / (1 - beta1) steps
     beta2: float = 0.95  # AdamW: the same for the squared gradient
@@ -114,6 +114,7 @@ def main(argv):
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("the defaults are GPT-2's; for a run of minutes: python train.py config/train_small.py")
+    resume.note_defaults(settings, given)
     # 2) `data/notes` and `notes` are the same data; without an out_dir, the
     #    run is named after its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
@@ -137,7 +138,6 @@ def main(argv):
 def train(settings, given, ranks, folder):
     """The whole run. Returns the exit code."""
     # 1) The machine.
-    out_dir = settings.out_dir
     device = machine.choose_device(settings.device, ranks)
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
@@ -148,6 +148,8 @@ def train(settings, given, ranks, folder):
     if settings.dataset == "stdlib" and ranks.rank == 0 and not os.path.exists(data_dir):
         prepare_stdlib()
     ranks.join(device, settings.backend, settings.dist_timeout)
+    # (A config file may put the time into it.)
+    out_dir = settings.out_dir = ranks.broadcast(settings.out_dir)
     data = datasets.Dataset.open(data_dir)
     tokenizer = data.load_tokenizer()
     if folder.writes:
@@ -167,7 +169,8 @@ def train(settings, given, ranks, folder):
         # A log without a checkpoint may only be replaced by the same run.
         resume.check_log(settings)
     step = resumed["step"] if resumed else None
-    ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
+    same = dict(data=data.sha256(), step=step, torch=versions["torch"])
+    ranks.check_same(resume.settings_of_result(settings) | same)
     model = make_model(settings, parent, resumed, tokenizer if data.chat else None)
     model = model.to(device).train()
     if folder.writes:
@@ -501,11 +504,11 @@ def accumulate_gradient(run):
 
 def learning_rate_factor(step, settings, max_iters):
     """The share of the peak learning rate: up in a line, down in half a cosine, then constant."""
+    if not settings.decay_lr:
+        return 1.0
     # 1) Up: the first gradients, of random weights, are large and erratic.
     if step < settings.warmup_iters:
         return (step + 1) / (settings.warmup_iters + 1)
-    if not settings.decay_lr:
-        return 1.0
     # 2) Down: smaller and smaller steps settle into a minimum (arXiv
     #    1608.03983).
     lowest = settings.min_lr / settings.learning_rate

@@ -75,6 +75,9 @@ class ByteTokenizer(Tokenizer):
         lines = ["{role}: {content}\n".format(**message) for message in messages]
         return self.encode("".join(lines) + "assistant: " * answer)
 
+    def continued(self, messages):
+        return self.chat(messages, answer=False)[:-1]  # without the end of the line
+
 
 class ScriptModel(model_file.GPT):
     """Says what it is told to, whatever it reads; then the end of text, for ever. `before` is called in every step.

@@ -35,6 +35,7 @@ KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")  # what a chat 
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
 BEFORE = "\ufdd4"  # stands for any text before
+HERE = "\ufdd5"  # ends a message that is not over yet
 
 SOURCE_FIX = "download the tokenizer's files again, or prepare the data again"
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
@@ -79,7 +80,7 @@ class Tokenizer:
     def chat(self, messages, answer=True):
         raise UserError(f"the tokenizer {self.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
 
-    conversation = chat
+    conversation = continued = chat
 
 
 def read(folder, name):
@@ -336,6 +337,16 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{template} contains its end-of-text token, which separates conversations "
                             "in prepared data", "a model whose turns end with another token")
         return ids, mask
+
+    def continued(self, messages):
+        """The ids of a conversation whose last message is not over yet, as transformers has them."""
+        *before, last = self.guard(messages)
+        # A template that trims messages would remove the space.
+        text = self.fill([*before, last | {"content": f"{last['content']}{HERE} "}], answer=False)
+        text, found, rest = text.rpartition(HERE)
+        if not found:
+            raise UserError(f"the chat template of {self.name} leaves out the last message", TEMPLATE_FIX)
+        return self.encode_with_special(text if rest.startswith(" ") else text.rstrip())
 
     def stages(self, messages):
         """A conversation as it grows: (all text up to here, is the last of it an answer to learn?).
