@@ -366,6 +366,8 @@ def main(argv):
     settings, _, runs = load(ServeConfig, argv)
     check_limits(settings, LIMITS)
     run = ckpt.choose_run(runs, settings)
+    if not os.path.exists(run):  # before a port is opened for it
+        raise ckpt.no_model(run)
     server, signals = Server(settings, lambda: load_model(settings, [run])), []
 
     def on_signal(number, frame):

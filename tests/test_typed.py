@@ -102,6 +102,7 @@ def test_runs_that_are_none(here, tiny_run, monkeypatch):
     for run, expected in cases.items():
         for main in (sample.main, evaluate.main, export.main):
             assert error(main, run) == expected
+    assert error(serve.main, "out/wrods") == cases["out/wrods"]
     monkeypatch.chdir(here)
     assert error(sample.main, "nowhere") == ("there is no run nowhere", "python train.py config/train_small.py")
 
