@@ -26,8 +26,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from queue import Empty, Full
 
-from runtime import machine
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, print_error, say
+from runtime import machine
 from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
 from sample import RANGES, ModelConfig, load_model
