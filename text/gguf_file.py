@@ -72,7 +72,7 @@ def read_gguf(path):
 
 # ---------- The vocabulary, as the files of a Hugging Face folder
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 ROLES = dict(bos_token="bos_token_id", eos_token="eos_token_id", eot_token="eot_token_id", unk_token="unknown_token_id",
              pad_token="padding_token_id")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -301,7 +301,7 @@ def read_run(run, which="best", depth=0):
     The checkpoint also says its `path`, and in `chat` whether the model knows a chat format. LoRA's
     corrections are added to the weights. depth: how many LoRA runs correct this one.
     """
-    from formats import gguf_reader, huggingface, nanogpt  # rarely needed
+    from formats import gguf, huggingface, nanogpt  # rarely needed
 
     # 1) Read it, whatever it is.
     if huggingface.is_folder(run):
@@ -309,7 +309,7 @@ def read_run(run, which="best", depth=0):
         checkpoint, tokenizer = huggingface.read(run)
     elif is_gguf(run):
         path = run
-        checkpoint, tokenizer = gguf_reader.read(run)
+        checkpoint, tokenizer = gguf.read(run)
     else:
         path = checkpoint_path(run, which)
         checkpoint = load_file(path)
