@@ -267,6 +267,9 @@ def read(folder):
     """
     theirs = read_dict(os.path.join(folder, "config.json"))
     config = our_config(theirs)
+    if not {"tokenizer", "tokenizer.json"} & set(os.listdir(folder)):
+        fix = f"in Python: AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
+        raise UserError(f"{folder} has no tokenizer.json", fix)
     longest = theirs.get("max_position_embeddings", 0)
     if config.block_size < longest:
         note(f"the context is {config.block_size:,} tokens, the window that slides over {longest:,} in {folder}")

@@ -19,7 +19,7 @@ import torch
 from runtime.console import UserError
 from runtime.files import open_file, parse_json
 
-FIX = "download the file again"
+FIX = "download the file again; in a git clone: git lfs pull"
 MOST_HEADER = 100_000_000  # bytes, as in the package safetensors
 DTYPES = {  # in the order in which tensors are written: the largest first, so that none begins at an odd place
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -39,6 +39,9 @@ def read(path):
         places = check_header(header, size - 8 - length)
         data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + length:]
         return {name: tensor_of(data[start:end], dtype, shape) for name, (dtype, shape, start, end) in places.items()}
+    except NotImplementedError as error:
+        raise UserError(f"{path} holds numbers of the dtype {error}, which is not read here",
+                        "the same model in bfloat16 or float32") from None
     except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error}", FIX) from None
 
@@ -57,10 +60,12 @@ def check_header(header, size):
         raise ValueError("its metadata are not text")
     places, last = {}, 0
     for name, about in header.items():
-        dtype, shape, (start, end) = DTYPES.get(about["dtype"]), about["shape"], about["data_offsets"]
+        if about["dtype"] not in DTYPES:  # such as F8_E4M3
+            raise NotImplementedError(str(about["dtype"])[:20])
+        dtype, shape, (start, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end)) and len(shape) <= 64
-        if dtype is None or not whole or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} cannot be {str(about)[:200]}; its dtype must be one of {', '.join(DTYPES)}")
+        if not whole or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} cannot be {str(about)[:200]}")
         places[name] = dtype, shape, start, end
     for *_, start, end in sorted(places.values(), key=lambda place: place[2:]):
         if start != last:  # an overlap or a hole
