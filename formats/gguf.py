@@ -33,6 +33,7 @@ ROPE_SHAPE = SHAPE | dict(
 SETTINGS = {"llama": ROPE_SHAPE, "qwen2": ROPE_SHAPE, "qwen3": ROPE_SHAPE,
             "gpt2": SHAPE | dict(norm_eps="attention.layer_norm_epsilon")}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_1"}
+CONVERTER = "--format=hf, then llama.cpp's convert_hf_to_gguf.py"
 FREQS = "rope_freqs.weight"  # what Llama 3.1 and 3.2 divide the speed of each pair of channels by
 
 
@@ -68,7 +69,7 @@ def write(path, model, tokenizer, dtype="float32", chat=False):
     if c.mlp == "gelu_exact":
         raise UserError("mlp=gelu_exact, but llama.cpp computes gelu by tanh", "--format=hf, onnx or pt2")
     if c.rope_scaling != "none":  # transformers, which proves the file, would not read it
-        raise UserError(f"rope_scaling={c.rope_scaling} is not written to GGUF files", "--format=hf, onnx or pt2")
+        raise UserError(f"rope_scaling={c.rope_scaling} is not written to GGUF files", CONVERTER)
     arch = huggingface.their_config(c, "float32", {})["model_type"]
     writer = gguf.GGUFWriter(path, arch)
 
@@ -183,7 +184,7 @@ def word_rule(spec):
         if steps in STEPS:
             return STEPS[steps]
     raise UserError("llama.cpp has no pre-tokenizer like this tokenizer's",
-                    "--format=hf, and llama.cpp's converter; or a vocabulary of kind bpe, gpt2 or cl100k_base")
+                    f"{CONVERTER}; or a vocabulary of kind bpe, gpt2 or cl100k_base")
 
 
 # ---------- Reading

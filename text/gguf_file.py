@@ -25,10 +25,10 @@ class Cursor:
         self.data, self.at = data, 0
 
     def take(self, dtype, n=1):
-        self.at += n * np.dtype(dtype).itemsize
+        start, self.at = self.at, self.at + n * np.dtype(dtype).itemsize
         if self.at > len(self.data) or n > MOST_IDS:
             raise ValueError("it is cut off")
-        return self.data[self.at - n * np.dtype(dtype).itemsize:self.at].view(dtype)
+        return self.data[start:self.at].view(dtype)
 
     def number(self, dtype="<u4"):
         found = self.take(dtype)[0]
