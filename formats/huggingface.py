@@ -77,8 +77,13 @@ def translate(theirs):
         shape["mlp"] = GELU[given["activation_function"]]
     else:
         shape["rope_scaling"] = our_rope_scaling(rope, given)
-    if model_type == "mistral":  # with all of the context in its window, a sliding one is none
-        shape["block_size"] = min(shape["block_size"], theirs.get("sliding_window", 4096) or shape["block_size"])
+    if model_type == "mistral":
+        # With all of the context in its window, a sliding one is none.
+        longest = shape["block_size"]
+        window = theirs.get("sliding_window", 4096) or longest
+        if window < longest:
+            note(f"the context is {window:,} tokens, the window that slides over {longest:,}")
+            shape["block_size"] = window
 
     # 2. What this model cannot do.
     only = dict(ONLY, attention_bias=shape["bias"], mlp_bias=shape["bias"])
@@ -270,9 +275,6 @@ def read(folder):
     if not {"tokenizer", "tokenizer.json"} & set(os.listdir(folder)):
         fix = f"in Python: AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
         raise UserError(f"{folder} has no tokenizer.json", fix)
-    longest = theirs.get("max_position_embeddings", 0)
-    if config.block_size < longest:
-        note(f"the context is {config.block_size:,} tokens, the window that slides over {longest:,} in {folder}")
     tensors = read_tensors(folder)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     weights = our_weights(tensors, config, folder)
