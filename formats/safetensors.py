@@ -18,8 +18,9 @@ import torch
 
 from runtime.console import UserError
 from runtime.files import open_file, parse_json
+from text.pretrained import careful
 
-FIX = "download the file again; in a git clone: git lfs pull"
+FIX = "download the file again"
 MOST_HEADER = 100_000_000  # bytes, as in the package safetensors
 DTYPES = {  # in the order in which tensors are written: the largest first, so that none begins at an odd place
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -28,22 +29,18 @@ DTYPES = {  # in the order in which tensors are written: the largest first, so t
 
 def read(path):
     """{name: tensor} of a stranger's file. Raises UserError where the header is not exactly as it should be."""
-    try:
-        with open_file(path) as file:
-            size = os.path.getsize(path)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MOST_HEADER):
-                raise ValueError(f"{size:,} bytes cannot have a header of {length:,}")
-            text = file.read(length).decode()
-        header = parse_json(text, "its header", FIX, object_pairs_hook=once)
-        places = check_header(header, size - 8 - length)
+    with careful(f"{path} is damaged", FIX), open_file(path) as file:
+        size, start = os.path.getsize(path), file.read(8)
+        if start == b"version ":
+            raise UserError(f"{path} is a pointer of git lfs, without the weights", "git lfs pull")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER):
+            raise ValueError(f"{size:,} bytes cannot have a header of {length:,}")
+        text = file.read(length).decode()
+        header = parse_json(text, f"{path} is damaged: its header", FIX, object_pairs_hook=once)
+        places = check_header(header, size - 8 - length, path)
         data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + length:]
         return {name: tensor_of(data[start:end], dtype, shape) for name, (dtype, shape, start, end) in places.items()}
-    except NotImplementedError as error:
-        raise UserError(f"{path} holds numbers of the dtype {error}, which is not read here",
-                        "the same model in bfloat16 or float32") from None
-    except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {error}", FIX) from None
 
 
 def once(pairs):
@@ -54,14 +51,15 @@ def once(pairs):
     return found
 
 
-def check_header(header, size):
+def check_header(header, size, path):
     """{name: (dtype, shape, start, end)} of the tensors, which fill `size` bytes. Raises ValueError and others."""
     if not all(isinstance(value, str) for value in header.pop("__metadata__", {}).values()):
         raise ValueError("its metadata are not text")
     places, last = {}, 0
     for name, about in header.items():
         if about["dtype"] not in DTYPES:  # such as F8_E4M3
-            raise NotImplementedError(str(about["dtype"])[:20])
+            raise UserError(f"{path} holds numbers of the dtype {about['dtype'][:20]}, which is not read here",
+                            "the same model in bfloat16 or float32")
         dtype, shape, (start, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end)) and len(shape) <= 64
         if not whole or end - start != math.prod(shape) * dtype.itemsize:
