@@ -164,27 +164,35 @@ def write_tokenizer(writer, tokenizer, config, chat):
         writer.add_chat_template(re.sub("{%-? *(end)?generation *-?%}", "", template))
 
 
-# How llama.cpp names the expression that cuts a text into words, by a part of it
+# How llama.cpp names an expression that cuts a text into words, by a part of it
 WORDS = {r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*": "llama-bpe", r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*": "qwen2",
          r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+": "gpt-2"}
-STEPS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}  # or by its steps
+RULES = {name: name for name in WORDS.values()} | {r"\p{N} gpt-2": "smollm"}  # of one step or two
 
 
 def word_rule(spec):
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises UserError if it has none."""
     rule = spec.get("pre_tokenizer") or {}
-    text = json.dumps(rule, ensure_ascii=False)
+    steps = [cut_by(step) for step in rule.get("pretokenizers", [rule])]
+    name = RULES.get(" ".join(filter(None, steps)))
     # (Qwen's have NFC, which llama.cpp leaves out: nearly all text is in it already.)
     normal = spec.get("normalizer") in (None, {"type": "NFC"})
-    if normal and "merges" in spec["model"] and "ByteLevel" in text:
-        for part, name in WORDS.items():
-            if json.dumps(part)[1:-1] in text:
-                return name
-        steps = tuple(step["type"] for step in rule.get("pretokenizers", [rule]))
-        if steps in STEPS:
-            return STEPS[steps]
+    if name and normal and "merges" in spec["model"] and '"ByteLevel"' in json.dumps(rule):
+        return name
     raise UserError("llama.cpp has no pre-tokenizer like this tokenizer's",
                     f"{CONVERTER}; or a vocabulary of kind bpe, gpt2 or cl100k_base")
+
+
+def cut_by(step):
+    """The expression by which a step of a pre-tokenizer cuts, by its name where it has one; "" for none."""
+    kind, regex = step.get("type"), step.get("pattern", {}).get("Regex")
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return "gpt-2" if step.get("use_regex", True) else ""
+    if kind == "Digits" and step["individual_digits"]:
+        return r"\p{N}"
+    if kind == "Split" and regex:
+        return next((name for part, name in WORDS.items() if part in regex), regex)
+    return str(kind)
 
 
 # ---------- Reading

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The tokens of a GGUF file: one for each row of the matrix, each of its kind, as llama.cpp's converter has them."""
 import json
+import unicodedata
 
 import pytest
 import torch
-from conftest import error, package, random_model
+from conftest import error, nasty, package, random_model
 from ggufs import TEMPLATE, byte_vocabulary, fields_of, write as write_theirs
 
 package("gguf")
+import tokenizer as tokenizers
 from formats import gguf
-from text import pretrained
+from runtime.console import UserError
+from text import gguf_file, pretrained
 from training import checkpoint as ckpt
 
 ROWS = 320  # more than there are tokens, as in Qwen
@@ -85,6 +88,29 @@ def test_numbers_are_of_the_types_that_llama_cpp_reads(here):
     assert fields["qwen2.attention.layer_norm_rms_epsilon"].types == [GGUFValueType.FLOAT32]
     assert fields["qwen2.attention.head_count_kv"].types == [GGUFValueType.UINT32]
     assert fields["qwen2.rope.freq_base"].contents() == 1e6
+
+
+@pytest.mark.parametrize("pre", gguf_file.WORDS)
+def test_the_words_of_a_file_that_was_read(here, pre):
+    """SmolLM2's digits are single there and back."""
+    model = random_model(vocab_size=len(byte_vocabulary()[0]), n_embd=64, bias=True)
+    write_theirs("a.gguf", model, vocabulary="bytes", pre=pre)
+    loaded, tokenizer, _ = ckpt.load_run("a.gguf")
+    gguf.write("b.gguf", loaded, tokenizer, chat=True)
+    assert fields_of("b.gguf")["tokenizer.ggml.pre"] == {"deepseek-r1-qwen": "qwen2"}.get(pre, pre)
+    again = tokenizers.load_from("b.gguf")
+    for text in ["x123 it's", *nasty(200)]:
+        if pre != "deepseek-r1-qwen" or unicodedata.is_normalized("NFC", text):  # (qwen2's texts become NFC)
+            assert again.prompt(text) == tokenizer.prompt(text)
+
+
+@pytest.mark.parametrize("change", [dict(add_prefix_space=True), dict(use_regex=True)])
+def test_words_that_are_cut_otherwise(here, change):
+    tokenizer = qwen()
+    spec = json.loads(tokenizer.files["tokenizer.json"])
+    spec["pre_tokenizer"]["pretokenizers"][-1].update(change)
+    with pytest.raises(UserError, match="no pre-tokenizer like"):
+        gguf.word_rule(spec)
 
 
 @pytest.mark.parametrize("normalizer", ["NFKC", "Lowercase"])
