@@ -56,6 +56,14 @@ def reorder(name, tensor, arch, pairs):
     return tensor
 
 
+def rope_divisors(config):
+    """What a rope_scaling divides the speed of each pair of channels by: (head_dim / 2,)."""
+    half = config.head_dim // 2
+    speed = 1 / config.rope_theta ** (torch.arange(half) / half)
+    scaled, _ = scale_rope(speed, config)
+    return speed / scaled
+
+
 # ---------- Writing
 
 
@@ -68,9 +76,10 @@ def write(path, model, tokenizer, dtype="float32", chat=False):
     c = model.config
     if c.mlp == "gelu_exact":
         raise UserError("mlp=gelu_exact, but llama.cpp computes gelu by tanh", "--format=hf, onnx or pt2")
-    if c.rope_scaling != "none":  # transformers, which proves the file, would not read it
-        raise UserError(f"rope_scaling={c.rope_scaling} is not written to GGUF files", CONVERTER)
     arch = huggingface.their_config(c, "float32", {})["model_type"]
+    llama3 = arch == "llama" and c.rope_scaling.startswith("llama3")
+    if c.rope_scaling != "none" and not llama3:  # transformers, which proves the file, would not read it
+        raise UserError(f"rope_scaling={c.rope_scaling} is not written to GGUF files", CONVERTER)
     writer = gguf.GGUFWriter(path, arch)
 
     # 1. The shape.
@@ -87,6 +96,8 @@ def write(path, model, tokenizer, dtype="float32", chat=False):
     # 3. The tensors.
     weights = huggingface.their_weights(model)
     names = their_names(arch, c.n_layer, weights)
+    if llama3:
+        writer.add_tensor(FREQS, rope_divisors(c).numpy())
     for name, tensor in weights.items():
         kind = kind_of(name, tensor, dtype)
         tensor = reorder(name, tensor, arch, (2, c.head_dim // 2))
@@ -212,7 +223,7 @@ def read(path):
         tokenizer = tokenizer_of(fields, path)
         config = our_config(fields, tensors)
         if FREQS in tensors:
-            config.rope_scaling = llama3(config, numbers_of(gguf, *tensors.pop(FREQS), data))
+            config.rope_scaling = rope_scaling_of(config, numbers_of(gguf, *tensors.pop(FREQS), data))
         due = huggingface.their_views(outline(config, len(tensors)).state_dict(), config)
         names = {theirs: name for name, theirs in their_names(arch, config.n_layer, due).items()}
 
@@ -247,14 +258,11 @@ def our_config(fields, tensors):
     return config
 
 
-def llama3(config, divisors):
-    """The rope_scaling with these divisors."""
+def rope_scaling_of(config, divisors):
+    """Llama 3's rope_scaling with these divisors."""
     scaling = (f"llama3,factor={divisors.max().item()},low_freq_factor=1.0,high_freq_factor=4.0,"
                "original_max_position_embeddings=8192")
-    half = config.head_dim // 2
-    speed = 1 / config.rope_theta ** (torch.arange(half) / half)
-    scaled, _ = scale_rope(speed, replace(config, rope_scaling=scaling))
-    if not torch.allclose(speed / scaled, divisors, rtol=1e-3):
+    if not torch.allclose(rope_divisors(replace(config, rope_scaling=scaling)), divisors, rtol=1e-3):
         raise ValueError(f"{FREQS} is not that of Llama 3.1 or 3.2")
     return scaling
 

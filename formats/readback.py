@@ -22,8 +22,10 @@ def open_hugging_face(path):
 
 def open_gguf(path):
     from gguf import GGUFReader
-    fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
-    # transformers does not take these two from the file. (Qwen2's class has no head_dim.)
+    file = GGUFReader(path)
+    fields = {name: field.contents() for name, field in file.fields.items()}
+    divisors = [torch.tensor(tensor.data) for tensor in file.tensors if tensor.name == "rope_freqs.weight"]
+    # transformers takes neither these nor the divisors from the file. (Qwen2's class has no head_dim.)
     more = {}
     arch = fields["general.architecture"]
     if arch == "gpt2":
@@ -31,13 +33,15 @@ def open_gguf(path):
     elif arch != "qwen2":
         more["head_dim"] = fields[f"{arch}.attention.key_length"]
     folder, name = os.path.split(path)
-    return with_cache(folder or ".", gguf_file=name, **more)
+    return with_cache(folder or ".", divisors, gguf_file=name, **more)
 
 
-def with_cache(folder, **options):
-    """A step of transformers."""
+def with_cache(folder, divisors=(), **options):
+    """A step of transformers. divisors: of the speed of rope."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for divisor in divisors:
+        model.model.rotary_emb.inv_freq /= divisor
 
     def step(idx, past):
         out = model(idx, past_key_values=past, use_cache=True)
