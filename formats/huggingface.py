@@ -99,9 +99,8 @@ def our_rope_scaling(rope, given):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return "none"
-    numbers = {name: value for name, value in rope.items() if value is not None}
-    for name in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
-        numbers.pop(name, None)
+    others = "rope_type", "type", "rope_theta", "partial_rotary_factor"
+    numbers = {name: value for name, value in rope.items() if value is not None and name not in others}
     old = "original_max_position_embeddings"  # some files have it outside of rope's own, or not at all
     if old in ROPE_SCALING.get(kind, {}):
         numbers[old] = given.get(old, given["max_position_embeddings"])
@@ -112,10 +111,9 @@ def their_rope(config):
     """rope_parameters, as a dict."""
     kind, numbers = read_rope_scaling(config)
     rope = dict(rope_type="default" if kind == "none" else kind, rope_theta=config.rope_theta)
-    rope.update({name: value for name, value in numbers.items() if value != ROPE_SCALING[kind][name]})
-    old = "original_max_position_embeddings"
-    if old in rope:
-        rope[old] = int(rope[old])
+    for name, value in numbers.items():
+        if value != ROPE_SCALING[kind][name]:
+            rope[name] = int(value) if name.startswith("original") else value  # a number of positions
     return rope
 
 

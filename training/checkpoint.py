@@ -325,7 +325,7 @@ def read_run(run, which="best", depth=0):
     tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
     if tokens > rows:
         raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
-                        "use a model with its own tokenizer")
+                        f"its own tokenizer; or in transformers: model.resize_token_embeddings({tokens})")
 
     # 2) Complete it.
     if checkpoint.get("base"):
