@@ -13,8 +13,8 @@ read. Both add to the residual stream: one vector per position, which runs
 through the network from bottom to top.
 
 GPTConfig covers GPT-2, Llama and Qwen3. Read as far as the end of class GPT.
-After it come the KV cache, what makes training fast on a CPU, and the checks
-of the settings.
+After it come the KV cache, rope for longer contexts, what makes training fast
+on a CPU, and the checks of the settings.
 
 B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
@@ -87,45 +87,9 @@ def rotary_table(config):
     # From 1 radian per position for the first pair of channels, 0 and half (see
     # `rotate`), to about 1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
-    speed, size = scale_rope(speed, config)
+    speed, size = scale_rope(speed, config)  # by default, as it is
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
     return size * angle.cos(), size * angle.sin()
-
-
-def scale_rope(speed, config):
-    """(speed, size) of rotations for a context longer than in training (`old`).
-
-    Slowed down by a factor, long distances get angles that the model has seen:
-    linear (Chen 2023, arXiv 2306.15595). But fast pairs of channels tell
-    neighbours apart, and have seen every angle. So yarn (Peng 2023, arXiv
-    2309.00071) and llama3 (arXiv 2407.21783) keep their speed, slow down the
-    pairs that hardly complete a turn, and mix in between.
-    """
-    kind, by = read_rope_scaling(config)
-    if kind == "none":
-        return speed, 1.0
-    half = len(speed)
-    size = 1.0
-    old = by.get("original_max_position_embeddings")
-    # The share of its speed that each pair keeps: from 1 to 0, linear in ...
-    if kind == "linear":
-        keep = torch.zeros(half)
-    elif kind == "llama3":  # ... its turns within the old context
-        low, high = by["low_freq_factor"], by["high_freq_factor"]
-        keep = (old * speed / (2 * math.pi) - low) / (high - low)
-    else:  # ... its number, between the pairs that turn beta_fast and beta_slow times
-        def number(turns):
-            return half * math.log(old / (2 * math.pi * turns)) / math.log(config.rope_theta)
-
-        first = max(math.floor(number(by["beta_fast"])), 0)
-        last = min(math.ceil(number(by["beta_slow"])), 2 * half - 1)
-        last += 0.001 * (last == first)
-        keep = (last - torch.arange(half)) / (last - first)
-        # Among more positions, attention is less sharp: larger q and k make
-        # up for it.
-        size = by["attention_factor"] or 0.1 * math.log(max(1, by["factor"])) + 1
-    keep = keep.clamp(0, 1)
-    return speed * keep + speed / by["factor"] * (1 - keep), size
 
 
 def rotate(x, cos, sin):
@@ -510,6 +474,79 @@ def attend_from_one(q, k, v):
     return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
 
 
+# ---------- Rope for contexts longer than in training
+
+# The kinds, and the numbers of each with their defaults, named as in Hugging
+# Face's config.json. None: it has to be given; an attention_factor of 0 is
+# computed.
+ROPE_SCALING = {
+    "none": {},
+    "linear": dict(factor=None),
+    "llama3": dict(
+        factor=None, low_freq_factor=None, high_freq_factor=None, original_max_position_embeddings=None),
+    "yarn": dict(
+        factor=None, original_max_position_embeddings=None, beta_fast=32.0, beta_slow=1.0, attention_factor=0.0),
+}
+
+
+def scale_rope(speed, config):
+    """The speed of each pair of channels (head_dim / 2,), and a factor of queries and keys.
+
+    Slowed down, distances that are new to the model get angles that are not:
+    linear (Chen 2023, arXiv 2306.15595). But fast pairs tell neighbours apart,
+    and have seen every angle. So yarn (Peng 2023, arXiv 2309.00071) and llama3
+    (arXiv 2407.21783) keep their speed, slow down the pairs that hardly
+    complete a turn within the old context, and mix in between.
+    """
+    kind, by = read_rope_scaling(config)
+    if kind == "none":
+        return speed, 1.0
+    half = len(speed)
+    size = 1.0
+    old = by.get("original_max_position_embeddings")
+    # 1. The share of its speed that each pair keeps, cut off at 0 and 1.
+    if kind == "linear":
+        keep = torch.zeros(half)
+    elif kind == "llama3":
+        # It grows with the turns of the pair.
+        turns = old * speed / (2 * math.pi)
+        low, high = by["low_freq_factor"], by["high_freq_factor"]
+        keep = (turns - low) / (high - low)
+    else:
+        # It falls from pair to pair, between those that turn beta_fast and
+        # beta_slow times.
+        def pair(turns):
+            return half * math.log(old / (2 * math.pi * turns)) / math.log(config.rope_theta)
+
+        first = max(math.floor(pair(by["beta_fast"])), 0)
+        last = min(math.ceil(pair(by["beta_slow"])), 2 * half - 1)
+        last += 0.001 * (last == first)
+        keep = (last - torch.arange(half)) / (last - first)
+        # Among more positions, attention is less sharp: larger queries and
+        # keys make up for it.
+        size = by["attention_factor"] or 0.1 * math.log(max(1, by["factor"])) + 1
+    keep = keep.clamp(0, 1)
+    # 2. The rest is divided by the factor.
+    return speed * keep + speed / by["factor"] * (1 - keep), size
+
+
+def read_rope_scaling(config):
+    """The kind and the numbers of a rope_scaling: ("linear", {"factor": 2.0}) of linear,factor=2."""
+    text = config.rope_scaling
+    kind, *given = text.split(",")
+    assert kind in ROPE_SCALING, f"rope_scaling={text} is not one of {', '.join(ROPE_SCALING)}"
+    numbers = ROPE_SCALING[kind] | dict(pair.partition("=")[::2] for pair in given)
+    for name, value in numbers.items():
+        known = name in ROPE_SCALING[kind] and re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", str(value))
+        numbers[name] = float(value) if known else -1
+        smallest = 0 if name == "attention_factor" else 1e-6
+        assert smallest <= numbers[name] < 1e12, (
+            f"rope_scaling={text}: {name} is missing, unknown or out of range; "
+            f"{kind} has {', '.join(ROPE_SCALING[kind])}")
+    assert kind != "yarn" or config.rope_theta > 1, f"rope_scaling={text} needs a rope_theta above 1"
+    return kind, numbers
+
+
 # ---------- Faster training on CPUs
 
 # B n_head T^2. Beyond, attention_by_formula is slower: its scores no longer
@@ -636,35 +673,6 @@ def chunk_loss(logits, targets):
 
 AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # the largest n_embd, n_layer, ...: a product of two stays far below 2^63
-
-
-# The numbers of each rope_scaling, by their names in Hugging Face's config.json;
-# None: it has to be given. An attention_factor of 0 is computed.
-ROPE_SCALING = {
-    "none": {},
-    "linear": dict(factor=None),
-    "llama3": dict.fromkeys(
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-    "yarn": dict(factor=None, original_max_position_embeddings=None, beta_fast=32.0, beta_slow=1.0,
-                 attention_factor=0.0),
-}
-
-
-def read_rope_scaling(config):
-    """The kind and the numbers of a rope_scaling: ("linear", {"factor": 2.0}) of linear,factor=2."""
-    text = config.rope_scaling
-    kind, *given = text.split(",")
-    assert kind in ROPE_SCALING, f"rope_scaling={text} is not one of {', '.join(ROPE_SCALING)}"
-    numbers = ROPE_SCALING[kind] | dict(pair.partition("=")[::2] for pair in given)
-    for name, value in numbers.items():
-        known = name in ROPE_SCALING[kind] and re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", str(value))
-        numbers[name] = float(value) if known else -1
-        smallest = 0 if name == "attention_factor" else 1e-6
-        assert smallest <= numbers[name] < 1e12, (
-            f"rope_scaling={text}: {name} is missing, unknown or out of range; "
-            f"{kind} has {', '.join(ROPE_SCALING[kind])}")
-    assert kind != "yarn" or config.rope_theta > 1, f"rope_scaling={text} needs a rope_theta above 1"
-    return kind, numbers
 
 
 def round_up(n, multiple):

@@ -77,8 +77,13 @@ def translate(theirs):
         shape["mlp"] = GELU[given["activation_function"]]
     else:
         shape["rope_scaling"] = our_rope_scaling(rope, given)
-    if model_type == "mistral":  # with all of the context in its window, a sliding one is none
-        shape["block_size"] = min(shape["block_size"], theirs.get("sliding_window", 4096) or shape["block_size"])
+    if model_type == "mistral":
+        # With all of the context in its window, a sliding one is none.
+        longest = shape["block_size"]
+        window = theirs.get("sliding_window", 4096) or longest
+        if window < longest:
+            note(f"the context is {window:,} tokens, the window that slides over {longest:,}")
+            shape["block_size"] = window
 
     # 2. What this model cannot do.
     only = dict(ONLY, attention_bias=shape["bias"], mlp_bias=shape["bias"])
@@ -94,9 +99,8 @@ def our_rope_scaling(rope, given):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return "none"
-    numbers = {name: value for name, value in rope.items() if value is not None}
-    for name in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
-        numbers.pop(name, None)
+    others = "rope_type", "type", "rope_theta", "partial_rotary_factor"
+    numbers = {name: value for name, value in rope.items() if value is not None and name not in others}
     old = "original_max_position_embeddings"  # some files have it outside of rope's own, or not at all
     if old in ROPE_SCALING.get(kind, {}):
         numbers[old] = given.get(old, given["max_position_embeddings"])
@@ -107,10 +111,9 @@ def their_rope(config):
     """rope_parameters, as a dict."""
     kind, numbers = read_rope_scaling(config)
     rope = dict(rope_type="default" if kind == "none" else kind, rope_theta=config.rope_theta)
-    rope.update({name: value for name, value in numbers.items() if value != ROPE_SCALING[kind][name]})
-    old = "original_max_position_embeddings"
-    if old in rope:
-        rope[old] = int(rope[old])
+    for name, value in numbers.items():
+        if value != ROPE_SCALING[kind][name]:
+            rope[name] = int(value) if name.startswith("original") else value  # a number of positions
     return rope
 
 
@@ -267,9 +270,9 @@ def read(folder):
     """
     theirs = read_dict(os.path.join(folder, "config.json"))
     config = our_config(theirs)
-    longest = theirs.get("max_position_embeddings", 0)
-    if config.block_size < longest:
-        note(f"the context is {config.block_size:,} tokens, the window that slides over {longest:,} in {folder}")
+    if not {"tokenizer", "tokenizer.json"} & set(os.listdir(folder)):
+        fix = f"in Python: AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
+        raise UserError(f"{folder} has no tokenizer.json", fix)
     tensors = read_tensors(folder)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     weights = our_weights(tensors, config, folder)

@@ -17,7 +17,6 @@ import tokenizer as tokenizers
 from model import GPTConfig, resolve, round_up
 from runtime.console import UserError
 
-
 OTHERS = {  # whose a checkpoint is, by the name of a tensor or of something beside the tensors
     "tok_embeddings.weight": "llama2.c or Meta's Llama", "transformer.h.0.attn.c_q.weight": "nanochat",
     "transformer.h.0.attn.attn.weight": "LitGPT", "transformer.h.0.attn.qkv.weight": "LitGPT",

@@ -10,39 +10,38 @@ export.py runs this file in a process of its own (python -I), so nothing of ours
 A step(idx, past) -> (logits (B, T, vocab_size), past) reads the token ids idx (B, T) after the past, which
 is None at first, and then what the step before returned.
 """
+import os
 import sys
 
 import torch
 
 
 def open_hugging_face(path):
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-    def step(idx, past):
-        out = model(idx, past_key_values=past, use_cache=True)
-        return out.logits, out.past_key_values
-    return step
+    return with_cache(path)
 
 
 def open_gguf(path):
-    from pathlib import Path
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM
-    fields = GGUFReader(path).fields
-    arch = bytes(fields["general.architecture"].parts[-1]).decode()
-
-    def number(name):
-        return int(fields[f"{arch}.{name}"].parts[-1][0])
-
-    # transformers does not take these two from the file. (Qwen2's class has no head_dim.)
+    file = GGUFReader(path)
+    fields = {name: field.contents() for name, field in file.fields.items()}
+    divisors = [torch.tensor(tensor.data) for tensor in file.tensors if tensor.name == "rope_freqs.weight"]
+    # transformers takes neither these nor the divisors from the file. (Qwen2's class has no head_dim.)
     more = {}
+    arch = fields["general.architecture"]
     if arch == "gpt2":
-        more["n_positions"] = number("context_length")
+        more["n_positions"] = fields["gpt2.context_length"]
     elif arch != "qwen2":
-        more["head_dim"] = number("attention.key_length")
-    path = Path(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **more).eval()
+        more["head_dim"] = fields[f"{arch}.attention.key_length"]
+    folder, name = os.path.split(path)
+    return with_cache(folder or ".", divisors, gguf_file=name, **more)
+
+
+def with_cache(folder, divisors=(), **options):
+    """A step of transformers. divisors: of the speed of rope."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for divisor in divisors:
+        model.model.rotary_emb.inv_freq /= divisor
 
     def step(idx, past):
         out = model(idx, past_key_values=past, use_cache=True)

@@ -18,6 +18,7 @@ import torch
 
 from runtime.console import UserError
 from runtime.files import open_file, parse_json
+from text.pretrained import careful
 
 FIX = "download the file again"
 MOST_HEADER = 100_000_000  # bytes, as in the package safetensors
@@ -28,19 +29,18 @@ DTYPES = {  # in the order in which tensors are written: the largest first, so t
 
 def read(path):
     """{name: tensor} of a stranger's file. Raises UserError where the header is not exactly as it should be."""
-    try:
-        with open_file(path) as file:
-            size = os.path.getsize(path)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MOST_HEADER):
-                raise ValueError(f"{size:,} bytes cannot have a header of {length:,}")
-            text = file.read(length).decode()
-        header = parse_json(text, "its header", FIX, object_pairs_hook=once)
-        places = check_header(header, size - 8 - length)
+    with careful(f"{path} is damaged", FIX), open_file(path) as file:
+        size, start = os.path.getsize(path), file.read(8)
+        if start == b"version ":
+            raise UserError(f"{path} is a pointer of git lfs, without the weights", "git lfs pull")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER):
+            raise ValueError(f"{size:,} bytes cannot have a header of {length:,}")
+        text = file.read(length).decode()
+        header = parse_json(text, f"{path} is damaged: its header", FIX, object_pairs_hook=once)
+        places = check_header(header, size - 8 - length, path)
         data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + length:]
         return {name: tensor_of(data[start:end], dtype, shape) for name, (dtype, shape, start, end) in places.items()}
-    except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {error}", FIX) from None
 
 
 def once(pairs):
@@ -51,16 +51,19 @@ def once(pairs):
     return found
 
 
-def check_header(header, size):
+def check_header(header, size, path):
     """{name: (dtype, shape, start, end)} of the tensors, which fill `size` bytes. Raises ValueError and others."""
     if not all(isinstance(value, str) for value in header.pop("__metadata__", {}).values()):
         raise ValueError("its metadata are not text")
     places, last = {}, 0
     for name, about in header.items():
-        dtype, shape, (start, end) = DTYPES.get(about["dtype"]), about["shape"], about["data_offsets"]
+        if about["dtype"] not in DTYPES:  # such as F8_E4M3
+            raise UserError(f"{path} holds numbers of the dtype {about['dtype'][:20]}, which is not read here",
+                            "the same model in bfloat16 or float32")
+        dtype, shape, (start, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end)) and len(shape) <= 64
-        if dtype is None or not whole or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} cannot be {str(about)[:200]}; its dtype must be one of {', '.join(DTYPES)}")
+        if not whole or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} cannot be {str(about)[:200]}")
         places[name] = dtype, shape, start, end
     for *_, start, end in sorted(places.values(), key=lambda place: place[2:]):
         if start != last:  # an overlap or a hole

@@ -15,8 +15,10 @@ import export
 from formats import gguf, readback
 import tokenizer as tokenizers
 from text import pretrained
+from training import checkpoint as ckpt
 
 SHAPES = {name: FAMILIES[name] for name in ("gpt2", "modern", "grouped", "llama")}
+LLAMA3_ROPE = "llama3,factor=8.0,low_freq_factor=1.0,high_freq_factor=4.0,original_max_position_embeddings=8192"
 SHAPES["qwen2"] = dict(FAMILIES["llama"], qkv_bias=True)
 
 
@@ -138,9 +140,23 @@ def test_a_gelu_that_llama_cpp_does_not_have(here, vocabulary):
     model = model_of("gpt2", vocabulary, mlp="gelu_exact")
     fact, _ = error(lambda _: gguf.write("a.gguf", model, vocabulary), "")
     assert fact == "mlp=gelu_exact, but llama.cpp computes gelu by tanh"
-    model = model_of("llama", vocabulary, rope_scaling="linear,factor=2.5")
-    fact, _ = error(lambda _: gguf.write("a.gguf", model, vocabulary), "")
-    assert fact == "rope_scaling=linear,factor=2.5 is not written to GGUF files"
+    for family, scaling in (("llama", "linear,factor=2.5"), ("qwen2", LLAMA3_ROPE)):  # no divisors in Qwen's
+        model = model_of(family, vocabulary, rope_scaling=scaling)
+        fact, fix = error(lambda _, model=model: gguf.write("a.gguf", model, vocabulary), "")
+        assert fact == f"rope_scaling={scaling} is not written to GGUF files" and "convert_hf_to_gguf.py" in fix
+
+
+def test_rope_of_llama_3_is_read_back(here, vocabulary):
+    """By transformers, and here: a model with 131,072 positions is far beyond those of its first training."""
+    plain, scaled = [model_of("llama", vocabulary, rope_theta=500000.0, head_dim=64, block_size=20_000, rope_scaling=kind)
+                     for kind in ("none", LLAMA3_ROPE)]
+    gguf.write("a.gguf", scaled, vocabulary)
+    idx = torch.randint(vocabulary.vocab_size, (1, 2000), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, _ = readback.open_gguf("a.gguf")(idx, None)
+        assert (logits - scaled(idx)).abs().max() < 1e-4 < 1e-3 < (logits - plain(idx)).abs().max()
+    loaded = ckpt.load_run("a.gguf")[0]
+    assert loaded.config == scaled.config and torch.equal(loaded(idx), scaled(idx))
 
 
 @pytest.mark.parametrize("kind", ["char", "unigram", "simple_bpe"])
@@ -153,7 +169,6 @@ def test_vocabularies_that_llama_cpp_does_not_have(here, kind):
 @pytest.fixture
 def run(tiny_run, here, vocabulary):
     """A run whose tokenizer llama.cpp has."""
-    from training import checkpoint as ckpt
     model = model_of("modern", vocabulary)
     checkpoint = ckpt.load_checkpoint(f"{tiny_run}/out/words/best.pt")
     os.makedirs("run")

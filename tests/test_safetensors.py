@@ -83,7 +83,6 @@ def f32(start, end, *shape):
     (dict(a=f32(0, 16, -1, -4)), "a cannot be"), (dict(a=f32(0, 16, 4.0)), "a cannot be"),
     (dict(a=f32(0, 16, True, 4)), "a cannot be"), (dict(a=f32(0, 16, 2**62, 2**62, 0)), "a cannot be"),
     (dict(a=f32(0, 16, 4) | dict(shape=4)), "must be an iterable"), (dict(a=f32(0, 16, 4) | dict(dtype=[])), "unhashable"),
-    (dict(a=f32(0, 16, 4) | dict(dtype="F8_E4M3")), "must be one of I64, F64"),
     (dict(a=dict(shape=[4], data_offsets=[0, 16])), "dtype"), ([], "damaged"), (dict(a=[]), "damaged"),
     ({"__metadata__": {"n": 1}, "a": f32(0, 16, 4)}, "metadata are not text"), ({"__metadata__": 3}, "damaged"),
     (b'{"a":1,"a":2}', "a name comes twice"), (b'{"a":{"dtype":"F32","dtype":"F32"}}', "a name comes twice"),
@@ -91,7 +90,7 @@ def f32(start, end, *shape):
 def test_headers_that_lie(here, header, said):
     write(header, bytes(16))
     fact, fix = error(lambda _: safetensors.read("x"))
-    assert fact.startswith("x is damaged: ") and said in fact and fix == "download the file again"
+    assert fact.startswith("x is damaged: ") and said in fact and fix == safetensors.FIX
     with pytest.raises(SafetensorError):  # the package agrees
         theirs.load_file("x")
 
@@ -142,7 +141,7 @@ def test_2000_mutated_headers(here):
         try:
             found = safetensors.read("x")
         except UserError as failure:
-            assert str(failure).startswith("x is damaged: ") and len(str(failure)) < 1000, case
+            assert str(failure).startswith(("x is damaged: ", "x holds numbers of the dtype ")) and len(str(failure)) < 1000, case
             continue
         read += 1
         header, numbers = parts(changed)

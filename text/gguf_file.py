@@ -25,10 +25,10 @@ class Cursor:
         self.data, self.at = data, 0
 
     def take(self, dtype, n=1):
-        self.at += n * np.dtype(dtype).itemsize
+        start, self.at = self.at, self.at + n * np.dtype(dtype).itemsize
         if self.at > len(self.data) or n > MOST_IDS:
             raise ValueError("it is cut off")
-        return self.data[self.at - n * np.dtype(dtype).itemsize:self.at].view(dtype)
+        return self.data[start:self.at].view(dtype)
 
     def number(self, dtype="<u4"):
         found = self.take(dtype)[0]
@@ -72,7 +72,7 @@ def read_gguf(path):
 
 # ---------- The vocabulary, as the files of a Hugging Face folder
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 ROLES = dict(bos_token="bos_token_id", eos_token="eos_token_id", eot_token="eot_token_id", unk_token="unknown_token_id",
              pad_token="padding_token_id")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

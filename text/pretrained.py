@@ -30,7 +30,8 @@ from runtime.files import open_file
 LONG_RUN = 1 << 14  # of white space; in some 100,000 characters of it, tiktoken's stack overflows
 MOST_IDS = 1 << 24  # each takes memory
 ENCODING = ("encoding.json", "encoding.tiktoken")  # what `save` writes of a tiktoken encoding
-PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `save` copies of a folder
+# What `save` copies of a folder; the last one only where tokenizer_config.json has no eos_token.
+PARTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")  # what a chat template sees of a message
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
@@ -183,11 +184,9 @@ class GPT2(Tokenizer):
         return getattr(self.whole, name)
 
     def save(self, folder):
-        super().save(folder)
         with contextlib.suppress(UserError):
-            for name, content in self.whole.files.items():
-                with open(os.path.join(folder, name), "wb") as file:
-                    file.write(content)
+            self.whole.save(folder)
+        super().save(folder)  # its config.json takes the place of the other
 
 
 def short_runs(text):
@@ -207,6 +206,8 @@ def from_hugging_face(folder):
     with careful(f"{os.path.join(folder, PARTS[0])} is damaged, or has an unknown layout"):
         found = [name for name in PARTS if os.path.isfile(os.path.join(folder, name))]
         files = {name: read(folder, name) for name in found}
+        if "eos_token" in json.loads(files.get(PARTS[1], b"{}")):
+            files.pop(PARTS[3], None)
         return HuggingFaceTokenizer(os.path.basename(os.path.abspath(folder)), files)
 
 
@@ -222,7 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name, self.files = name, files
         spec = json.loads(files["tokenizer.json"])
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        self.settings = named_tokens(config)
+        self.settings = named_tokens(json.loads(files.get(PARTS[3], b"{}"))) | named_tokens(config)
         self.template = chat_template(files, config)
         self.special = special_tokens(spec, self.settings, name)
         self.names = {i: text for text, i in self.special.items()}

@@ -271,7 +271,8 @@ def no_model(run):
                          "in Python: model.merge_and_unload().save_pretrained(FOLDER), and the tokenizer's, too")
     if os.path.isdir(run):
         fix = f"python train.py config/train_small.py --out_dir={quote(run)}"
-        runs = runs_below(run) or runs_below("out")[:5]
+        files = sorted(glob.glob(f"{glob.escape(run)}/*.gguf"))
+        runs = runs_below(run) or files or runs_below("out")[:5]
         return UserError(f"there is no trained model in {run}", ", or ".join(runs) or fix)
     # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
     hub = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", run)
@@ -284,6 +285,8 @@ def no_model(run):
 
 def checkpoint_path(run, which="best"):
     """The file of a RUN: itself, or of a folder the best checkpoint, or with which="last" the newest."""
+    if run.endswith(".safetensors"):
+        raise UserError(f"{run} is a part of a model", f"name its folder: {quote(os.path.dirname(run) or '.')}")
     if os.path.isfile(run):
         return run
     paths = [os.path.join(run, "ckpt.pt"), *checkpoints(run)]  # nanoGPT's, and ours
@@ -301,7 +304,7 @@ def read_run(run, which="best", depth=0):
     The checkpoint also says its `path`, and in `chat` whether the model knows a chat format. LoRA's
     corrections are added to the weights. depth: how many LoRA runs correct this one.
     """
-    from formats import gguf_reader, huggingface, nanogpt  # rarely needed
+    from formats import gguf, huggingface, nanogpt  # rarely needed
 
     # 1) Read it, whatever it is.
     if huggingface.is_folder(run):
@@ -309,7 +312,7 @@ def read_run(run, which="best", depth=0):
         checkpoint, tokenizer = huggingface.read(run)
     elif is_gguf(run):
         path = run
-        checkpoint, tokenizer = gguf_reader.read(run)
+        checkpoint, tokenizer = gguf.read(run)
     else:
         path = checkpoint_path(run, which)
         checkpoint = load_file(path)
@@ -322,7 +325,7 @@ def read_run(run, which="best", depth=0):
     tokens, rows = tokenizer.vocab_size, checkpoint["settings"]["vocab_size"]
     if tokens > rows:
         raise UserError(f"{path}: the tokenizer beside it has {tokens:,} tokens, the model only {rows:,}",
-                        "use a model with its own tokenizer")
+                        f"its own tokenizer; or in transformers: model.resize_token_embeddings({tokens})")
 
     # 2) Complete it.
     if checkpoint.get("base"):
