@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, Full
 
 from runtime import machine
@@ -64,8 +65,6 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.ht
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
-# Some clients leave out the /v1.
-DIALECTS |= {path.removeprefix("/v1"): dialect for path, dialect in DIALECTS.items()}
 
 
 class Served:
@@ -136,11 +135,12 @@ class Server:
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
                 "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
-                "/v1/models/": self.named_model, "/models": self.models, "/models/": self.named_model}
-        posts = dict.fromkeys(DIALECTS, self.generate)
+                "/v1/models/": self.named_model}
+        posts = {path: partial(self.generate, dialect) for path, dialect in DIALECTS.items()}
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
         routes |= {path: {"POST": function} for path, function in posts.items()}
+        routes |= {path.removeprefix("/v1"): methods for path, methods in routes.items()}  # as some clients write it
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
         self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
@@ -202,10 +202,9 @@ class Server:
 
     # The life of a request for tokens
 
-    def generate(self, connection):
+    def generate(self, dialect, connection):
         served = self.ready()
         deadline = time.monotonic() + self.settings.request_timeout
-        dialect = DIALECTS[connection.route]
         job = connection.read_body(lambda body: dialect(body, served, deadline))
         connection.requests = job.requests
         try:

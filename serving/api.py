@@ -29,25 +29,24 @@ MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
 MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
 UNSET = "seed", *MAX_TOKENS  # where other servers write -1 for no value
 ROLES = "system", "developer", "user", "assistant"  # developer: OpenAI's newer word for system
-# What OpenAI, vLLM, llama.cpp and text-generation-webui take, would change an answer, and is not supported:
-# {names: values that change nothing, as null does}
+NOTHING = False, 0, "", [], {}
+# What OpenAI, vLLM, SGLang, llama.cpp, Ollama and text-generation-webui take, would change an answer, and is not
+# supported: {names: values that change nothing, as null does}
 UNSUPPORTED = {
-    "tools functions stop_sequences stop_token_ids bad_words allowed_token_ids samplers sampler_priority "
-    "documents": ([],),
+    "tools functions documents json_schema grammar grammar_string regex ebnf structural_tag format "
+    "structured_outputs guided_json guided_choice guided_regex guided_grammar chat_template chat_template_kwargs "
+    "suffix negative_prompt audio web_search_options stop_sequences stop_token_ids bad_words allowed_token_ids "
+    "custom_token_bans ban_eos_token samplers sampler_priority logits_processors use_beam_search watermark "
+    "min_tokens min_new_tokens min_length no_repeat_ngram_size penalty_alpha top_a mirostat mirostat_mode "
+    "dynamic_temperature temperature_last dynatemp_range smoothing_factor epsilon_cutoff eta_cutoff dry_multiplier "
+    "xtc_probability n_probs include_stop_str_in_output return_token_ids return_tokens_as_token_ids": NOTHING,
     "tool_choice function_call": ("none", "auto"),  # auto: of no tools
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "suffix grammar grammar_string guided_grammar guided_regex negative_prompt custom_token_bans": ("",),
-    "guided_json guided_choice structured_outputs json_schema chat_template chat_template_kwargs "
-    "logits_processors audio web_search_options": ("", [], {}),
     "prompt_logprobs truncate_prompt_tokens": (),
     "n_predict num_predict max_output_tokens top_n_sigma": (-1,),
-    "min_tokens min_new_tokens min_length no_repeat_ngram_size penalty_alpha top_a mirostat mirostat_mode "
-    "dynatemp_range smoothing_factor epsilon_cutoff eta_cutoff dry_multiplier xtc_probability n_probs": (0,),
-    "best_of num_beams typical_p tfs tfs_z length_penalty guidance_scale repeat_penalty "
+    "best_of num_beams typical typical_p tfs tfs_z length_penalty guidance_scale repeat_penalty "
     "encoder_repetition_penalty": (1,),
-    "use_beam_search include_stop_str_in_output return_token_ids return_tokens_as_token_ids dynamic_temperature "
-    "temperature_last ban_eos_token": (False,),
     "do_sample skip_special_tokens enable_thinking": (True,)}
 FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
