@@ -70,7 +70,7 @@ def check(value, name, field):
     """The value of a field."""
     what, fits = field
     if not fits(value):
-        raise Refuse(400, f"{name} must be {what}, not {short(value)}", name)
+        raise Refuse(400, f"{name} must be {what}, not {short(value)}", name.partition("[")[0])
     return value
 
 
@@ -108,18 +108,16 @@ def content_of(message):
     return content
 
 
-def are_messages(value):
-    def fits(message):
-        return type(message) is dict and message.get("role") in ROLES and is_text(content_of(message))
-
-    return type(value) is list and value and all(map(fits, value))
+def is_message(value):
+    return type(value) is dict and value.get("role") in ROLES and is_text(content_of(value))
 
 
 FLAG = "true or false", lambda value: type(value) is bool
 TEXT = "a string of valid Unicode", is_text
 IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
-MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content", are_messages
+MESSAGES = "a list of messages", lambda value: type(value) is list and value
+MESSAGE = f"an object with role ({', '.join(ROLES)}) and text content", is_message
 FIELDS = {
     **{name: number(type(default), *RANGES[name])
        for name, default in vars(Sampling()).items() if name in RANGES},
@@ -404,9 +402,11 @@ class Chat(Completions):
 
     def read(self):
         # 1. The messages. An answer that comes last is begun, and goes on.
-        messages = check(self.body.get("messages"), "messages", MESSAGES)
-        messages = [dict(role=message["role"].replace("developer", "system"), content=content_of(message))
-                    for message in messages]
+        messages = []
+        for i, message in enumerate(check(self.body.get("messages"), "messages", MESSAGES)):
+            check(message, f"messages[{i}]", MESSAGE)
+            role = message["role"].replace("developer", "system")
+            messages.append(dict(role=role, content=content_of(message)))
         begun = messages[-1]["role"] == "assistant"
         # 2. The other fields.
         self.read_common(echo=False, add_special_tokens=False, add_generation_prompt=not begun,

@@ -190,6 +190,13 @@ def test_conversations(write, here, tiny_run):
         settings = sample.SampleConfig(max_new_tokens=12)
         due = "".join(text for _, text in sample.continuation(model, tokenizer, ids, settings, row["seed"]))
         assert row["text"] == due
+    # One that is too long loses its oldest question and answer, and a line says so.
+    long = turns("the cat my dog", "my dog", "a")
+    (here / "l.jsonl").write_text(json.dumps(dict(messages=long)), encoding="utf-8")
+    shown = write(str(here / "chat"), f"--prompts={here}/l.jsonl")
+    [row] = rows_of(shown)
+    assert row["messages"] == long and row["text"] == rows[0]["text"]
+    assert "l.jsonl, line 1 outgrows the context of 32 tokens" in shown.err
     (here / "q.txt").write_text("a\nthe\n", encoding="utf-8")
     questions = rows_of(write(str(here / "chat"), "--chat", f"--prompts={here}/q.txt"))
     assert questions[0]["text"] == rows[0]["text"] and questions[0]["prompt"] == "a"

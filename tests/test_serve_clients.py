@@ -4,6 +4,8 @@ What real clients send beside OpenAI's own: what it means here, or that it is re
 
 Rows b, c and g of the list in servers.py.
 """
+import reprlib
+
 import pytest
 from conftest import byte_level, package, turns
 from http_client import chosen
@@ -108,6 +110,16 @@ def test_b11_sixty_four_prompts():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Messages
+
+
+@pytest.mark.parametrize("wrong", [
+    {"role": "tool", "content": "5"}, {"role": "user"}, {"role": "assistant", "content": None, "tool_calls": [{}]},
+    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, 5])
+def test_c_the_wrong_message_is_named(tiny, wrong):
+    """By its number, with what it is: the first that is wrong of many."""
+    fact = tiny.refused("messages", CHAT, messages=[*SAID, wrong, *SAID, {}])
+    assert fact.startswith("messages[1] must be an object with role (system, developer, user, assistant) and text")
+    assert fact.endswith("not 5" if wrong == 5 else f"not {reprlib.repr(wrong)[:40]}")
 
 
 def test_b_developer_is_system(tiny):
