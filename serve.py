@@ -31,7 +31,7 @@ from runtime import machine
 from runtime.console import UserError, command_line, print_error, say
 from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
-from sample import RANGES, ModelConfig, load_model
+from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
@@ -83,7 +83,7 @@ class Served:
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
         # How a Hugging Face folder wants its tokens sampled, where a request does not say.
         self.generation = {name: value for name, value in run.get("generation", {}).items()
-                           if name in RANGES and name in api.FIELDS and api.FIELDS[name][1](value)}
+                           if name in api.Generate.defaults and api.FIELDS[name][1](value)}
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))

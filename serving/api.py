@@ -206,8 +206,7 @@ class Job:
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
         # 2. How to go on
-        generation = {name: value for name, value in self.served.generation.items() if name in self.defaults}
-        defaults = self.defaults | generation
+        defaults = self.defaults | self.served.generation
         settings = {field: self.get(field, default) for field, default in defaults.items()}
         if type(settings["stop"]) is str:
             settings["stop"] = [settings["stop"]]

@@ -14,6 +14,7 @@ from servers import (  # noqa: F401 (some are fixtures)
     keyed_fixture, log_fixture, no_key_fixture, script_fixture, script_server_fixture, serving, texts, tiny_fixture,
     tiny_model, well_afterwards_fixture)
 
+from sample import Sampling
 import tokenizer as tokenizers
 
 # What would change an answer, and is not supported: the values that are refused, and those that change nothing
@@ -189,14 +190,16 @@ def test_b_a_template_without_the_last_message():
 
 def test_b_the_folder_says_how_to_sample():
     """What generation_config.json of a served folder says is the default of every endpoint."""
-    generation = dict(temperature=0.5, top_k=1, top_p=0.9, eos_token_id=[1], max_length=20, top_p_decay="no")
+    generation = dict(temperature=0.5, top_k=1, top_p=0.9, eos_token_id=[1], max_length=20, top_p_decay="no",
+                      max_new_tokens=5, seed=1)
     with serving(tiny_model(), run=dict(chat=True, generation=generation)) as client:
         for path in GOOD:
             plain, greedy, free = (client.ok(path, **GOOD[path] | dict(max_tokens=9, seed=3) | more)
                                    for more in ({}, GREEDY, dict(top_k=0, temperature=2, top_p=1)))
             one, two, three = (answer.get("choices", answer.get("generated_text")) for answer in (plain, greedy, free))
             assert one == two != three
-        assert client.get("/info").json["defaults"]["top_k"] == 1
+        defaults = client.get("/info").json["defaults"]
+        assert defaults == vars(Sampling()) | dict(temperature=0.5, top_k=1, top_p=0.9, max_tokens=128)
 
 
 @pytest.mark.parametrize("path", [
