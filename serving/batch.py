@@ -9,9 +9,10 @@ Many prompts from a file, through the engine: `python sample.py RUN --prompts=FI
 The answers come in the order of the prompts. Each is what its prompt gets alone, with its seed.
 """
 import json
+from pathlib import Path
 
 from runtime.console import Progress, UserError, note, show, warn
-from sample import Sampling, check_chat, continuation, prompt_ids
+from sample import Sampling, check_chat, continuation, prompt_ids, read_prompt
 from serving.engine import Engine, Request
 from text import sources
 from text.pretrained import check_messages
@@ -25,7 +26,9 @@ def read_rows(path, skipped):
     """("FILE, line 1", row) for each row that is not empty."""
     if sources.kind(path) in sources.ROWS:
         return sources.file_rows(path, FIX, skipped)
-    lines = enumerate(records(path, sources.decoded(path), "\n"), start=1)
+    # (A pipe is /dev/stdin, or a shell's <(command).)
+    blocks = [read_prompt(f"FILE:{path}")] if Path(path).is_fifo() else sources.decoded(path)
+    lines = enumerate(records(path, blocks, "\n"), start=1)
     return ((f"{path}, line {n}", {"prompt": line.removesuffix("\r")}) for n, line in lines if line.strip())
 
 

@@ -148,6 +148,17 @@ def test_files_of_other_programs(write, tmp_path, name, content):
         (prompt, alone(write, prompt, seed)) for seed, prompt in enumerate(["the", "my "], start=5)]
 
 
+def test_prompts_from_a_pipe(write):
+    """--prompts=/dev/stdin, or a shell's <(command)."""
+    reading, writing = os.pipe()
+    os.write(writing, b"the\r\nmy \n")
+    os.close(writing)
+    rows = rows_of(write(f"--prompts=/dev/fd/{reading}"))
+    os.close(reading)
+    assert [(row["prompt"], row["text"]) for row in rows] == [
+        (prompt, alone(write, prompt, seed)) for seed, prompt in enumerate(["the", "my "], start=5)]
+
+
 def test_an_encoding_is_named(write, tmp_path):
     (tmp_path / "p.txt").write_bytes("caf\u00e9 ol\u00e9".encode("cp1252"))
     assert "-f WINDOWS-1252" in error(sample.main, f"--prompts={tmp_path}/p.txt")[1]
