@@ -86,9 +86,7 @@ class Served:
                            if name in api.Generate.defaults and api.FIELDS[name][1](value)}
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name = os.path.basename(os.path.normpath(folder))
-        if is_gguf(path):
-            self.name = os.path.basename(path)
+        self.name = os.path.basename(path if is_gguf(path) else os.path.normpath(folder))
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
             parameters=parameters, device=device,
@@ -135,7 +133,7 @@ class Server:
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
                 "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
-                "/v1/models/": self.named_model}
+                "/v1/models/": self.models}
         posts = {path: partial(self.generate, dialect) for path, dialect in DIALECTS.items()}
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
@@ -248,16 +246,12 @@ class Server:
         return self.ready().info
 
     def models(self, connection):
-        return {"object": "list", "data": [self.model(connection)]}
-
-    def model(self, connection):
-        return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-
-    def named_model(self, connection):
+        """The list of models, which are one, or the model whose name the path ends with."""
+        model = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
         name = connection.clean_path().removeprefix(connection.route)
-        if name not in ("", self.ready().name):
+        if name not in ("", model["id"]):
             raise Refuse(404, "there is no such model", "model", "model_not_found")
-        return self.model(connection) if name else self.models(connection)
+        return model if name else {"object": "list", "data": [model]}
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer
