@@ -308,7 +308,10 @@ def prompt_ids(asked, tokenizer, settings, size, what="the prompt"):
     if isinstance(asked, list) and asked[-1]["role"] == "assistant":
         ids = tokenizer.continued(asked)
     elif isinstance(asked, list):
+        n = len(asked)
         ids = fit(asked, tokenizer, size - min(settings.max_new_tokens, size // 2))
+        if len(asked) < n:
+            note(f"{what} outgrows the context of {size:,} tokens: its oldest messages are forgotten")
     # 2. A text. Without one, begin as every document does; nanoGPT's 0 is a line end.
     else:
         ids = tokenizer.prompt(asked) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
@@ -324,7 +327,6 @@ class Writer:
     def __init__(self, model, tokenizer, settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.messages = []  # the conversation so far
-        self.forgets = False
 
     def answer(self, prompt):
         settings, tokenizer, size = self.settings, self.tokenizer, self.model.config.block_size
@@ -337,10 +339,6 @@ class Writer:
                 show(prompt, end="")
             text = write(self.model, tokenizer, ids, settings, settings.seed)
             settings.seed += 1
-        # 3. Said once: what no longer fits is gone.
-        if len(messages) <= len(self.messages) and not self.forgets:
-            note(f"the conversation outgrows the context of {size:,} tokens: its beginning is forgotten")
-            self.forgets = True
         self.messages = [*messages, dict(role="assistant", content=text)]
 
 

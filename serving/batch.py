@@ -11,7 +11,7 @@ The answers come in the order of the prompts. Each is what its prompt gets alone
 import json
 from pathlib import Path
 
-from runtime.console import Progress, UserError, note, show, warn
+from runtime.console import Progress, UserError, show, warn
 from sample import Sampling, check_chat, continuation, prompt_ids, read_prompt
 from serving.engine import Engine, Request
 from text import sources
@@ -54,8 +54,6 @@ def requests_for(rows, model, tokenizer, run, settings, skipped):
             if isinstance(prompt, list):
                 check_chat(run, tokenizer)
             ids = prompt_ids(prompt, tokenizer, settings, size, where)
-            if len(prompt) < len(asked.get("messages", ())):
-                note(f"{where} outgrows the context of {size:,} tokens: its beginning is forgotten")
         except UserError as error:
             fact = error.fact if error.fact.startswith(where) else f"{where}: {error.fact}"
             skipped.add(UserError(fact, error.fix))

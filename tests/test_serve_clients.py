@@ -234,8 +234,10 @@ def test_g_no_path_gets_around_the_key(keyed, path):
 
 def test_g5_hosts_that_are_allowed():
     """Names that --allowed_host gives, with any port, and no others; 0.0.0.0 is this machine, too."""
-    with serving(ScriptModel(), allowed_host=["host.docker.internal", "A1.ngrok.example:443"]) as client:
-        for host in "host.docker.internal", "HOST.docker.internal:8000", "a1.ngrok.example", "localhost", "0.0.0.0:80":
+    with serving(ScriptModel(), allowed_host=["host.docker.internal", "A1.ngrok.example:443",
+                                                "https://b2.ngrok.example/"]) as client:
+        for host in ("host.docker.internal", "HOST.docker.internal:8000", "a1.ngrok.example", "b2.ngrok.example",
+                     "localhost", "0.0.0.0:80"):
             assert client.get("/health", Host=host).status == 200, host
         for host in ("docker.internal", "x.host.docker.internal", "host.docker.internal.evil.com", "evil.com", "",
                      "a1.ngrok.example:443:1", "a1.ngrok.example:x", "host.docker.internal@evil.com"):
