@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import Progress, UserError, command_line, note, say, warn
 import torch
 

@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, note, origin, say
 import torch
 from torch.nn import functional as F

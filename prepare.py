@@ -42,13 +42,14 @@ from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
 
+# (First, so that an interrupted or failing import is no traceback.)
+from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
 import numpy as np
 
 from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
 from runtime.files import PACKED, file_sha256, is_gguf, locked
-from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.rows import Skipped

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from shlex import quote
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, note, say, show
 import torch
 

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, Full
 
-from runtime import machine
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, print_error, say
+from runtime import machine
 from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
 from sample import ModelConfig, load_model

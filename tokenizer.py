@@ -49,11 +49,12 @@ import struct
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+# (First, so that an interrupted or failing import is no traceback.)
+from runtime.console import UserError, command_line, needs, note, say, show, public
 import numpy as np
 
 from text import pretrained
 from text.pretrained import careful, read
-from runtime.console import UserError, command_line, needs, note, say, show, public
 from runtime.files import PlainUnpickler, is_gguf, open_file
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings

@@ -36,7 +36,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import Progress, UserError, command_line, counted, duration, note, say, show, warn
 import torch
 from torch.nn import functional as F
@@ -53,6 +53,7 @@ from training.log import Log, progress_line
 from training.muon import Muon
 
 SAMPLE_SECONDS = 3  # for the text at the end of a run
+REFRESH_SECONDS = 2  # between two lines of the log, a line moves on a terminal
 LONG_SECONDS = 2 * 86400  # a run that takes longer is begun only after a question
 MAX_SKIPPED = 20  # at most this many steps in a row may be skipped because float16 overflowed
 
@@ -271,6 +272,7 @@ class Run:
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
     stuck: bool = False  # the patience has run out
+    shown: float = 0.0  # time.monotonic() when a line was shown last
     skipped: int = 0  # how many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # before the last resume
@@ -592,6 +594,10 @@ def validate_and_log(run):
         run.peak = max(run.peak, row["tokens_per_second"] * flops)
         share = flops / run.peak
         say(progress_line(row, run.max_iters, share, run.seconds_left()))
+        run.shown = time.monotonic()
+    elif writes and sys.stderr.isatty() and time.monotonic() > run.shown + REFRESH_SECONDS:
+        say(f"step {run.step}, loss {row['loss']:.3f}", end="\r")
+        run.shown = time.monotonic()
     # 3) The end before max_iters.
     if run.stuck and not run.last():
         say(f"stopping early (patience={settings.patience}): lowest loss {run.best_loss:.4f}")
