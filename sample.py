@@ -72,7 +72,7 @@ class Sampling:
 class SampleConfig(Sampling, ModelConfig):
     prompt: str = ""  # the text to continue; FILE:path reads it from a file
     start: str = ""  # the same, by nanoGPT's name
-    prompts: str = ""  # FILE: a prompt per line of a .txt, or {"prompt"} or {"messages"} per line of a .jsonl
+    prompts: str = ""  # FILE: a prompt per line, or {"prompt"} or {"messages"} per row of a .jsonl or .json
     strict: bool = False  # stop at the first unreadable row of --prompts instead of skipping it
     num_samples: int = 1  # how many texts to write, one after the other
     max_new_tokens: int = 128  # longest text, in tokens
@@ -301,14 +301,24 @@ def write(model, tokenizer, ids, settings, seed):
     return text
 
 
-def ids_of(prompt, tokenizer):
-    """The ids of a text to continue. Without one, begin as every document does; nanoGPT's 0 is a line end."""
-    return tokenizer.prompt(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
-
-
-def capacity(settings, size):
-    """How many tokens of a conversation to keep in a context of `size`: an answer must fit behind them."""
-    return size - min(settings.max_new_tokens, size // 2)
+def prompt_ids(asked, tokenizer, settings, size, what="the prompt"):
+    """The ids of a text, or of a list of messages, from which what does not fit into a context of `size`
+    tokens is removed."""
+    # 1. Messages. An answer must fit behind them, unless they end with one that is begun.
+    if isinstance(asked, list) and asked[-1]["role"] == "assistant":
+        ids = tokenizer.continued(asked)
+    elif isinstance(asked, list):
+        n = len(asked)
+        ids = fit(asked, tokenizer, size - min(settings.max_new_tokens, size // 2))
+        if len(asked) < n:
+            note(f"{what} outgrows the context of {size:,} tokens: its oldest messages are forgotten")
+    # 2. A text. Without one, begin as every document does; nanoGPT's 0 is a line end.
+    else:
+        ids = tokenizer.prompt(asked) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+    # 3. The end of a prompt matters most.
+    if len(ids) > size:
+        note(f"{what} has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
+    return ids[-size:]
 
 
 class Writer:
@@ -317,28 +327,18 @@ class Writer:
     def __init__(self, model, tokenizer, settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.messages = []  # the conversation so far
-        self.forgets = False
 
     def answer(self, prompt):
         settings, tokenizer, size = self.settings, self.tokenizer, self.model.config.block_size
         # 1. The ids of the prompt.
         messages = [*self.messages, dict(role="user", content=prompt)]
-        if settings.chat:
-            ids = fit(messages, tokenizer, capacity(settings, size))
-        else:
-            ids = ids_of(prompt, tokenizer)
+        ids = prompt_ids(messages if settings.chat else prompt, tokenizer, settings, size)
         # 2. As many texts as asked for, each with the next seed.
-        if len(ids) > size:  # the end of a prompt matters most
-            note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
         for _ in range(settings.num_samples):
             if not settings.chat:
                 show(prompt, end="")
-            text = write(self.model, tokenizer, ids[-size:], settings, settings.seed)
+            text = write(self.model, tokenizer, ids, settings, settings.seed)
             settings.seed += 1
-        # 3. Said once: what no longer fits is gone.
-        if len(messages) <= len(self.messages) and not self.forgets:
-            note(f"the conversation outgrows the context of {size:,} tokens: its beginning is forgotten")
-            self.forgets = True
         self.messages = [*messages, dict(role="assistant", content=text)]
 
 
@@ -369,15 +369,14 @@ def piped(chat):
             # A program that has left a pipe open, and writes nothing, looks like one that will.
             if os.name == "posix" and not select.select([sys.stdin], [], [], 1)[0]:
                 note("waiting for a prompt on standard input; --prompt= begins without one")
-            lines = sys.stdin.buffer if chat else [sys.stdin.buffer.read()]
-            for line in lines:
-                text = line.decode().removesuffix("\n").removesuffix("\r")  # the line end of echo
-                if text.strip() or (text and not chat):
+            for line in sys.stdin.buffer if chat else [sys.stdin.buffer.read()]:
+                text = line.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")  # the line end of echo
+                if text.strip() or not chat:
                     found = True
                     yield text
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8", "--prompt='some text', or iconv") from None
-    except (OSError, ValueError):  # it is closed
+    except OSError:  # nohup leaves it open for writing only
         pass
     if not found:
         yield ""
@@ -430,7 +429,7 @@ def main(argv):
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
     check_settings(settings)
     if prompt and settings.prompts:
-        raise UserError("a prompt and --prompts", "give one of them")
+        raise UserError("there is a prompt beside --prompts", "give one of them")
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, Full
 
 # (First, so that an interrupted or failing import is no traceback.)
@@ -31,7 +32,7 @@ from runtime.console import UserError, command_line, print_error, say
 from runtime import machine
 from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
-from sample import RANGES, ModelConfig, load_model
+from sample import ModelConfig, load_model
 from serving import api
 from serving.engine import Engine
 from serving.web import LOOPBACK, Refuse, Web
@@ -65,8 +66,6 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.ht
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
-# Some clients leave out the /v1.
-DIALECTS |= {path.removeprefix("/v1"): dialect for path, dialect in DIALECTS.items()}
 
 
 class Served:
@@ -85,12 +84,10 @@ class Served:
         self.most_bytes = min(4 * self.context * longest, PROMPT_BYTES)
         # How a Hugging Face folder wants its tokens sampled, where a request does not say.
         self.generation = {name: value for name, value in run.get("generation", {}).items()
-                           if name in RANGES and name in api.FIELDS and api.FIELDS[name][1](value)}
+                           if name in api.Generate.defaults and api.FIELDS[name][1](value)}
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        self.name = os.path.basename(os.path.normpath(folder))
-        if is_gguf(path):
-            self.name = os.path.basename(path)
+        self.name = os.path.basename(path if is_gguf(path) else os.path.normpath(folder))
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
             parameters=parameters, device=device,
@@ -137,11 +134,12 @@ class Server:
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
                 "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
-                "/v1/models/": self.named_model, "/models": self.models, "/models/": self.named_model}
-        posts = dict.fromkeys(DIALECTS, self.generate)
+                "/v1/models/": self.models}
+        posts = {path: partial(self.generate, dialect) for path, dialect in DIALECTS.items()}
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
         routes |= {path: {"POST": function} for path, function in posts.items()}
+        routes |= {path.removeprefix("/v1"): methods for path, methods in routes.items()}  # as some clients write it
         self.web = Web(settings, routes, ("/", "/health"), key, self.answered)
         self.port = self.web.server_port
         self.engine_thread = threading.Thread(target=self.guard, args=[self.work], daemon=True)
@@ -203,10 +201,9 @@ class Server:
 
     # The life of a request for tokens
 
-    def generate(self, connection):
+    def generate(self, dialect, connection):
         served = self.ready()
         deadline = time.monotonic() + self.settings.request_timeout
-        dialect = DIALECTS[connection.route]
         job = connection.read_body(lambda body: dialect(body, served, deadline))
         connection.requests = job.requests
         try:
@@ -250,16 +247,12 @@ class Server:
         return self.ready().info
 
     def models(self, connection):
-        return {"object": "list", "data": [self.model(connection)]}
-
-    def model(self, connection):
-        return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
-
-    def named_model(self, connection):
+        """The list of models, which are one, or the model whose name the path ends with."""
+        model = {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
         name = connection.clean_path().removeprefix(connection.route)
-        if name not in ("", self.ready().name):
+        if name not in ("", model["id"]):
             raise Refuse(404, "there is no such model", "model", "model_not_found")
-        return self.model(connection) if name else self.models(connection)
+        return model if name else {"object": "list", "data": [model]}
 
     def tokenize(self, connection):
         tokenizer = self.ready().tokenizer

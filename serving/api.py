@@ -29,25 +29,24 @@ MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
 MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
 UNSET = "seed", *MAX_TOKENS  # where other servers write -1 for no value
 ROLES = "system", "developer", "user", "assistant"  # developer: OpenAI's newer word for system
-# What OpenAI, vLLM, llama.cpp and text-generation-webui take, would change an answer, and is not supported:
-# {names: values that change nothing, as null does}
+NOTHING = False, 0, "", [], {}
+# What OpenAI, vLLM, SGLang, llama.cpp, Ollama and text-generation-webui take, would change an answer, and is not
+# supported: {names: values that change nothing, as null does}
 UNSUPPORTED = {
-    "tools functions stop_sequences stop_token_ids bad_words allowed_token_ids samplers sampler_priority "
-    "documents": ([],),
+    "tools functions documents json_schema grammar grammar_string regex ebnf structural_tag format "
+    "structured_outputs guided_json guided_choice guided_regex guided_grammar chat_template chat_template_kwargs "
+    "suffix negative_prompt audio web_search_options stop_sequences stop_token_ids bad_words allowed_token_ids "
+    "custom_token_bans ban_eos_token samplers sampler_priority logits_processors use_beam_search watermark "
+    "min_tokens min_new_tokens min_length no_repeat_ngram_size penalty_alpha top_a mirostat mirostat_mode "
+    "dynamic_temperature temperature_last dynatemp_range smoothing_factor epsilon_cutoff eta_cutoff dry_multiplier "
+    "xtc_probability n_probs include_stop_str_in_output return_token_ids return_tokens_as_token_ids": NOTHING,
     "tool_choice function_call": ("none", "auto"),  # auto: of no tools
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "suffix grammar grammar_string guided_grammar guided_regex negative_prompt custom_token_bans": ("",),
-    "guided_json guided_choice structured_outputs json_schema chat_template chat_template_kwargs "
-    "logits_processors audio web_search_options": ("", [], {}),
     "prompt_logprobs truncate_prompt_tokens": (),
     "n_predict num_predict max_output_tokens top_n_sigma": (-1,),
-    "min_tokens min_new_tokens min_length no_repeat_ngram_size penalty_alpha top_a mirostat mirostat_mode "
-    "dynatemp_range smoothing_factor epsilon_cutoff eta_cutoff dry_multiplier xtc_probability n_probs": (0,),
-    "best_of num_beams typical_p tfs tfs_z length_penalty guidance_scale repeat_penalty "
+    "best_of num_beams typical typical_p tfs tfs_z length_penalty guidance_scale repeat_penalty "
     "encoder_repetition_penalty": (1,),
-    "use_beam_search include_stop_str_in_output return_token_ids return_tokens_as_token_ids dynamic_temperature "
-    "temperature_last ban_eos_token": (False,),
     "do_sample skip_special_tokens enable_thinking": (True,)}
 FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
@@ -71,7 +70,7 @@ def check(value, name, field):
     """The value of a field."""
     what, fits = field
     if not fits(value):
-        raise Refuse(400, f"{name} must be {what}, not {short(value)}", name)
+        raise Refuse(400, f"{name} must be {what}, not {short(value)}", name.partition("[")[0])
     return value
 
 
@@ -109,18 +108,16 @@ def content_of(message):
     return content
 
 
-def are_messages(value):
-    def fits(message):
-        return type(message) is dict and message.get("role") in ROLES and is_text(content_of(message))
-
-    return type(value) is list and value and all(map(fits, value))
+def is_message(value):
+    return type(value) is dict and value.get("role") in ROLES and is_text(content_of(value))
 
 
 FLAG = "true or false", lambda value: type(value) is bool
 TEXT = "a string of valid Unicode", is_text
 IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
-MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content", are_messages
+MESSAGES = "a list of messages", lambda value: type(value) is list and value
+MESSAGE = f"an object with role ({', '.join(ROLES)}) and text content", is_message
 FIELDS = {
     **{name: number(type(default), *RANGES[name])
        for name, default in vars(Sampling()).items() if name in RANGES},
@@ -209,8 +206,7 @@ class Job:
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
         # 2. How to go on
-        generation = {name: value for name, value in self.served.generation.items() if name in self.defaults}
-        defaults = self.defaults | generation
+        defaults = self.defaults | self.served.generation
         settings = {field: self.get(field, default) for field, default in defaults.items()}
         if type(settings["stop"]) is str:
             settings["stop"] = [settings["stop"]]
@@ -405,9 +401,11 @@ class Chat(Completions):
 
     def read(self):
         # 1. The messages. An answer that comes last is begun, and goes on.
-        messages = check(self.body.get("messages"), "messages", MESSAGES)
-        messages = [dict(role=message["role"].replace("developer", "system"), content=content_of(message))
-                    for message in messages]
+        messages = []
+        for i, message in enumerate(check(self.body.get("messages"), "messages", MESSAGES)):
+            check(message, f"messages[{i}]", MESSAGE)
+            role = message["role"].replace("developer", "system")
+            messages.append(dict(role=role, content=content_of(message)))
         begun = messages[-1]["role"] == "assistant"
         # 2. The other fields.
         self.read_common(echo=False, add_special_tokens=False, add_generation_prompt=not begun,

@@ -86,7 +86,9 @@ class Web(ThreadingHTTPServer):
         self.key = key
         self.answered = answered
         self.local = settings.host in LOOPBACK
-        self.hosts = {without_port(name) for name in [*LOCAL_HOSTS, *settings.allowed_host]}
+        # (A tunnel shows its name as https://name/.)
+        allowed = [name.removeprefix("https://").rstrip("/") for name in settings.allowed_host]
+        self.hosts = {without_port(name) for name in [*LOCAL_HOSTS, *allowed]}
         self.origins = {origin.rstrip("/") for origin in settings.cors_origin}
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)

@@ -483,7 +483,7 @@ def test_a_chat_forgets_whole_messages(chatter):
     shown = talk(*"acdef", "c" * 50, "d")
     assert asked[:4] == [tokenizer.chat(turns("a")), tokenizer.chat(turns("a", "my dog", "c")),
                          tokenizer.chat(turns("c", "my dog", "d")), tokenizer.chat(turns("d", "my dog", "e"))]
-    assert shown.err.count("note: the conversation outgrows the context of 32 tokens") == 1
+    assert shown.err.count("note: the prompt outgrows the context of 32 tokens: its oldest messages") == 5
     assert len(asked[5]) == 32 and "the prompt has 53 tokens" in shown.err  # one message alone is too long
     assert asked[6] == tokenizer.chat(turns("d")) and shown.out == "my dog\n" * 7
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """sample.py between other programs: a prompt from a pipe, many prompts from a file."""
+import gzip
 import json
 import os
 import subprocess
@@ -43,7 +44,7 @@ def write(tiny_run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("typed, prompt", [
     (b"the cat\n", "the cat"), (b"the cat", "the cat"), (b"the cat\r\n", "the cat"), (b"the cat\n\n", "the cat\n"),
-    (b"the\ncat \n", "the\ncat "), (b"\n\n", "\n")])
+    (b"the\ncat \n", "the\ncat "), (b"\n\n", "\n"), (b"\xef\xbb\xbfthe cat\r\n", "the cat")])
 def test_a_piped_text_is_the_prompt(write, typed, prompt):
     """All of it, without the line end that echo adds: the same text as with --prompt."""
     assert write(stdin=typed).out == write(f"--prompt={prompt}").out
@@ -107,7 +108,7 @@ def test_each_line_is_a_message_of_one_conversation(write, here, tiny_run, monke
     monkeypatch.chdir(here)
     assert write("chat", "--chat", stdin=b"a\n\n the \r\n").out == "my dog\nmy dog\n"
     assert asked == [tokenizer.chat(turns("a")), tokenizer.chat(turns("a", "my dog", " the "))]
-    assert write("chat", "--chat", stdin=b"").out == "my dog\n" and asked[2:] == [tokenizer.chat(turns(""))]
+    assert write("chat", "--chat", stdin=b"\xef\xbb\xbf").out == "my dog\n" and asked[2:] == [tokenizer.chat(turns(""))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,6 +134,34 @@ def test_a_prompt_per_line(write, tmp_path):
     for i in range(0, 40, 7):
         assert set(rows[i]) == {"line", "prompt", "text", "seed", "tokens"}
         assert rows[i]["text"] == alone(write, prompts[i], 5 + i, "--temperature=1")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("p.txt", "the\nmy ".encode("utf-16")), ("p.txt.gz", gzip.compress(b"the\nmy ")),
+    ("p", b"the\r\nmy \r\n"), ("p.json", b'[{"prompt": "the"}, {"prompt": "my "}]'),
+    ("p.csv", b"prompt,mark\nthe,1\nmy ,2\n")])
+def test_files_of_other_programs(write, tmp_path, name, content):
+    """What prepare.py reads as texts and rows, --prompts does as well."""
+    (tmp_path / name).write_bytes(content)
+    rows = rows_of(write(f"--prompts={tmp_path}/{name}"))
+    assert [(row["prompt"], row["text"]) for row in rows] == [
+        (prompt, alone(write, prompt, seed)) for seed, prompt in enumerate(["the", "my "], start=5)]
+
+
+def test_prompts_from_a_pipe(write):
+    """--prompts=/dev/stdin, or a shell's <(command)."""
+    reading, writing = os.pipe()
+    os.write(writing, b"the\r\nmy \n")
+    os.close(writing)
+    rows = rows_of(write(f"--prompts=/dev/fd/{reading}"))
+    os.close(reading)
+    assert [(row["prompt"], row["text"]) for row in rows] == [
+        (prompt, alone(write, prompt, seed)) for seed, prompt in enumerate(["the", "my "], start=5)]
+
+
+def test_an_encoding_is_named(write, tmp_path):
+    (tmp_path / "p.txt").write_bytes("caf\u00e9 ol\u00e9".encode("cp1252"))
+    assert "-f WINDOWS-1252" in error(sample.main, f"--prompts={tmp_path}/p.txt")[1]
 
 
 def test_they_are_written_many_at_once(write, tmp_path, monkeypatch):
@@ -172,6 +201,13 @@ def test_conversations(write, here, tiny_run):
         settings = sample.SampleConfig(max_new_tokens=12)
         due = "".join(text for _, text in sample.continuation(model, tokenizer, ids, settings, row["seed"]))
         assert row["text"] == due
+    # One that is too long loses its oldest question and answer, and a line says so.
+    long = turns("the cat my dog", "my dog", "a")
+    (here / "l.jsonl").write_text(json.dumps(dict(messages=long)), encoding="utf-8")
+    shown = write(str(here / "chat"), f"--prompts={here}/l.jsonl")
+    [row] = rows_of(shown)
+    assert row["messages"] == long and row["text"] == rows[0]["text"]
+    assert "l.jsonl, line 1 outgrows the context of 32 tokens" in shown.err
     (here / "q.txt").write_text("a\nthe\n", encoding="utf-8")
     questions = rows_of(write(str(here / "chat"), "--chat", f"--prompts={here}/q.txt"))
     assert questions[0]["text"] == rows[0]["text"] and questions[0]["prompt"] == "a"

@@ -4,6 +4,8 @@ What real clients send beside OpenAI's own: what it means here, or that it is re
 
 Rows b, c and g of the list in servers.py.
 """
+import reprlib
+
 import pytest
 from conftest import byte_level, package, turns
 from http_client import chosen
@@ -12,6 +14,7 @@ from servers import (  # noqa: F401 (some are fixtures)
     keyed_fixture, log_fixture, no_key_fixture, script_fixture, script_server_fixture, serving, texts, tiny_fixture,
     tiny_model, well_afterwards_fixture)
 
+from sample import Sampling
 import tokenizer as tokenizers
 
 # What would change an answer, and is not supported: the values that are refused, and those that change nothing
@@ -20,7 +23,8 @@ UNSUPPORTED = {
     "functions": ([{"name": "f"}], [[]]), "function_call": ({"name": "f"}, ["none"]),
     "response_format": ({"type": "json_object"}, [{"type": "text"}]), "suffix": ("end", [""]), "best_of": (2, [1]),
     "modalities": (["text", "audio"], [["text"]]), "web_search_options": ({"search_context_size": "low"}, []),
-    "min_tokens": (3, [0]), "guided_json": ({"type": "object"}, []), "guided_regex": ("a+", [""]),
+    "min_tokens": (3, [0]), "guided_json": ({"type": "object"}, []), "guided_regex": ("a+", [""]), "regex": ("a+", [""]), "ebnf": ("x", [""]),
+    "structural_tag": ({"a": 1}, [{}]), "format": ("json", [""]), "watermark": (True, [False]), "typical": (0.5, [1]),
     "guided_choice": (["a"], [[]]), "structured_outputs": ({"regex": "a"}, []), "grammar": ("root ::= [a]", [""]),
     "json_schema": ({"type": "object"}, [{}]), "repeat_penalty": (1.1, [1, 1.0]), "length_penalty": (2, [1.0]),
     "use_beam_search": (True, [False]), "stop_token_ids": ([3], [[]]), "bad_words": (["a"], [[]]),
@@ -109,6 +113,16 @@ def test_b11_sixty_four_prompts():
 # Messages
 
 
+@pytest.mark.parametrize("wrong", [
+    {"role": "tool", "content": "5"}, {"role": "user"}, {"role": "assistant", "content": None, "tool_calls": [{}]},
+    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, 5])
+def test_c_the_wrong_message_is_named(tiny, wrong):
+    """By its number, with what it is: the first that is wrong of many."""
+    fact = tiny.refused("messages", CHAT, messages=[*SAID, wrong, *SAID, {}])
+    assert fact.startswith("messages[1] must be an object with role (system, developer, user, assistant) and text")
+    assert fact.endswith("not 5" if wrong == 5 else f"not {reprlib.repr(wrong)[:40]}")
+
+
 def test_b_developer_is_system(tiny):
     """OpenAI's newer name of the role."""
     answers = [tiny.ok(CHAT, messages=[dict(role=role, content="Be brief."), *SAID], **drawn(seed=5))
@@ -176,14 +190,16 @@ def test_b_a_template_without_the_last_message():
 
 def test_b_the_folder_says_how_to_sample():
     """What generation_config.json of a served folder says is the default of every endpoint."""
-    generation = dict(temperature=0.5, top_k=1, top_p=0.9, eos_token_id=[1], max_length=20, top_p_decay="no")
+    generation = dict(temperature=0.5, top_k=1, top_p=0.9, eos_token_id=[1], max_length=20, top_p_decay="no",
+                      max_new_tokens=5, seed=1)
     with serving(tiny_model(), run=dict(chat=True, generation=generation)) as client:
         for path in GOOD:
             plain, greedy, free = (client.ok(path, **GOOD[path] | dict(max_tokens=9, seed=3) | more)
                                    for more in ({}, GREEDY, dict(top_k=0, temperature=2, top_p=1)))
             one, two, three = (answer.get("choices", answer.get("generated_text")) for answer in (plain, greedy, free))
             assert one == two != three
-        assert client.get("/info").json["defaults"]["top_k"] == 1
+        defaults = client.get("/info").json["defaults"]
+        assert defaults == vars(Sampling()) | dict(temperature=0.5, top_k=1, top_p=0.9, max_tokens=128)
 
 
 @pytest.mark.parametrize("path", [
@@ -218,8 +234,10 @@ def test_g_no_path_gets_around_the_key(keyed, path):
 
 def test_g5_hosts_that_are_allowed():
     """Names that --allowed_host gives, with any port, and no others; 0.0.0.0 is this machine, too."""
-    with serving(ScriptModel(), allowed_host=["host.docker.internal", "A1.ngrok.example:443"]) as client:
-        for host in "host.docker.internal", "HOST.docker.internal:8000", "a1.ngrok.example", "localhost", "0.0.0.0:80":
+    with serving(ScriptModel(), allowed_host=["host.docker.internal", "A1.ngrok.example:443",
+                                                "https://b2.ngrok.example/"]) as client:
+        for host in ("host.docker.internal", "HOST.docker.internal:8000", "a1.ngrok.example", "b2.ngrok.example",
+                     "localhost", "0.0.0.0:80"):
             assert client.get("/health", Host=host).status == 200, host
         for host in ("docker.internal", "x.host.docker.internal", "host.docker.internal.evil.com", "evil.com", "",
                      "a1.ngrok.example:443:1", "a1.ngrok.example:x", "host.docker.internal@evil.com"):

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "training": "runtime model tokenizer dataset formats training",
     "evaluation": "runtime tokenizer dataset text evaluation",
     "sample": "runtime model tokenizer text.pretrained training.checkpoint",
-    "serving": "runtime model tokenizer text.pretrained text.rows training.checkpoint sample serving",
+    "serving": "runtime model tokenizer text training.checkpoint sample serving",
     "train": "runtime model tokenizer dataset training",
     "prepare": "runtime tokenizer dataset text",
     "evaluate": "runtime model tokenizer dataset training.checkpoint formats sample serving.engine evaluation",

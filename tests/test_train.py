@@ -319,7 +319,7 @@ def test_a_run_that_learns_by_heart_is_warned(data, capsys):
     ("--learning_rate=0", "learning_rate=0.0"), ("--grad_clip=-1", "grad_clip=-1.0"), ("--budget=soon", "'soon'"),
     ("--budget=5", "'5'"), ("--budget=-3m", "'-3m'"),
     ("--dataset=nothing", "data/nothing"), ("--init_from=nowhere", "nowhere"),
-    ("--init_from=gpt2-xl", "gpt2-xl"), ("--init_from=resume", "holds no checkpoint"), ("--dtype=int8", "'int8'"),
+    ("--init_from=gpt2-xl", "openai-community/gpt2-xl"), ("--init_from=resume", "holds no checkpoint"), ("--dtype=int8", "'int8'"),
     ("--optimizer=sgd", "'sgd' is not adamw or muon"), ("--eval_interval=0", "eval_interval=0"),
     ("--dropout=1", "dropout=1.0"), ("--beta2=1", "beta2=1.0"), ("--n_inner=-1", "n_inner=-1"),
     ("--device=cpux", "'cpux'"),

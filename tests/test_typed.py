@@ -100,6 +100,8 @@ def test_runs_that_are_none(here, tiny_run, monkeypatch):
                        "python train.py config/train_small.py --dataset=words --out_dir=out/words"),
         "HuggingFaceTB/SmolLM2-135M": ("there is no folder HuggingFaceTB/SmolLM2-135M",
                                        "hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M, then SmolLM2-135M"),
+        "gpt2-xl": ("there is no folder openai-community/gpt2-xl",  # which nanoGPT would download
+                    "hf download openai-community/gpt2-xl --local-dir gpt2-xl, then gpt2-xl"),
     }
     for run, expected in cases.items():
         for main in (sample.main, evaluate.main, export.main):

@@ -275,6 +275,8 @@ def no_model(run):
         runs = runs_below(run) or files or runs_below("out")[:5]
         return UserError(f"there is no trained model in {run}", ", or ".join(runs) or fix)
     # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
+    if re.fullmatch("gpt2(-medium|-large|-xl)?", run):  # nanoGPT downloads these
+        run = f"openai-community/{run}"
     hub = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", run)
     if hub and not os.path.isdir(os.path.dirname(run)):
         return UserError(f"there is no folder {run}", f"hf download {run} --local-dir {name}, then {name}")

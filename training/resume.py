@@ -41,7 +41,7 @@ def check_settings(settings):
         seconds_of(settings.budget)
     start = settings.init_from
     if start.startswith("gpt2") and not os.path.exists(start):
-        raise UserError(f"init_from={start}: OpenAI's weights are not downloaded here", "--init_from=RUN")
+        raise ckpt.no_model(start)
     if settings.lora_rank and start in ("auto", "scratch") and not ckpt.checkpoints(settings.out_dir):
         raise UserError(f"lora_rank={settings.lora_rank} corrects weights, but init_from={start} has none",
                         "--init_from=RUN, or omit --lora_rank")
