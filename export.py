@@ -2,7 +2,7 @@
 """
 Export: the model for other programs, each file verified before it is kept.
 
-    python export.py                            # the newest run under out/, in all formats but int8
+    python export.py                            # the newest run under out/, in the first four formats
     python export.py out/small --format=hf      # exports/small/hf/
     python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
