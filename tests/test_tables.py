@@ -149,6 +149,8 @@ def test_parquet(here):
     from pyarrow import parquet
     parquet.write_table(pyarrow.table(dict(text=TEXTS, id=range(len(TEXTS)))), "a.parquet")
     assert read("a.parquet") == TEXTS
+    (here / "a.parquet.gz").write_bytes(gzip.compress((here / "a.parquet").read_bytes()))
+    assert read("a.parquet.gz") == TEXTS
     talks = [turns("a", "b"), turns("c", "d")]
     parquet.write_table(pyarrow.table(dict(messages=talks)), "b.parquet")
     assert [document.messages for document in chats.conversations(["b.parquet"])] == talks
@@ -170,6 +172,7 @@ def test_a_folder_of_tables_is_told_the_pattern(here):
         write_csv(f"in/{i}.csv", ["text"], [[f"the text is number {i}, here it is"]])
     fact, fix = error(prepare.main, "in")
     assert fact.startswith("in holds no .txt") and fix == "'in/**/*.csv'"
+    assert error(prepare.main, "in/*")[1] == "'in/*.csv'" and error(prepare.main, "in/**/*")[1] == "'in/**/*.csv'"
     prepare.main(["in/**/*.csv", "--tokenizer=char"])
     assert datasets.read_meta("data/in")["train"]["documents"] == 3
 

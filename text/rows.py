@@ -14,9 +14,9 @@ import json
 import re
 
 from runtime.console import UserError, counted, needs
-from runtime.files import check_size, open_file, parse_json, read_json
+from runtime.files import check_size, open_unpacked, parse_json, read_json
 
-RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
+RECORD_CHARACTERS = 64 << 20  # of a line or a row, which is held in memory
 KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
 SQUAD = ('expected {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
          '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one per line')
@@ -68,7 +68,7 @@ def kind_of(value):
 
 def json_lines(path, blocks, fix, skipped=STRICT):
     """(where, row) for every line that is not empty. blocks: the text of a .jsonl file, cut anywhere."""
-    for number, line in enumerate(records(path, blocks, "\n"), 1):
+    for number, line in enumerate(lines(path, blocks), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -123,10 +123,10 @@ def json_list(path, blocks, fix, skipped=STRICT):
 def csv_rows(path, blocks, fix, skipped=STRICT):
     """(where, row) for every row of a table. The first line names its columns."""
     csv.field_size_limit(RECORD_CHARACTERS)
-    lines = (line + "\n" for line in records(path, blocks, "\n"))
-    names = next(lines)
+    rest = (line + "\n" for line in lines(path, blocks))
+    names = next(rest)
     delimiter = max(",;\t|", key=names.count)  # a German Excel writes semicolons
-    reader = csv.reader(itertools.chain([names], lines), delimiter=delimiter)
+    reader = csv.reader(itertools.chain([names], rest), delimiter=delimiter)
     try:
         columns = next(reader)
         for row in filter(None, reader):
@@ -146,25 +146,25 @@ def parquet_rows(path, blocks, fix, skipped=STRICT):
     from pyarrow import parquet
     number = 0
     try:
-        with open_file(path) as file:
+        with open_unpacked(path) as file:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}", "check the file, or leave it out") from None
 
 
-def records(path, blocks, separator):
-    """The texts between the separators of a file."""
+def lines(path, blocks):
+    """The lines of a file, without their ends."""
     rest, number = "", 0
     for block in blocks:
-        *ended, rest = (rest + block).split(separator)
+        *ended, rest = (rest + block).split("\n")
         yield from ended
         number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
-            fact = f"text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} characters"
-            raise UserError(f"{path}: {fact}", "split it, or give it as a .txt file")
+            raise UserError(f"{path}, line {number + 1} has more than {RECORD_CHARACTERS:,} characters",
+                            "split it, or give it as a .txt file")
     yield rest
 
 

@@ -15,6 +15,7 @@ Sources: where texts come from. Files, folders, well-known data sets, and addres
 """
 import codecs
 import collections
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -33,11 +34,12 @@ from urllib.parse import unquote, urlsplit
 from runtime.console import UserError, needs, note, origin, public
 from runtime.files import PACKED, file_sha256, open_unpacked
 from text.download import download
-from text.rows import STRICT, csv_rows, field, json_lines, json_list, parquet_rows, records, squad
+from text.rows import STRICT, csv_rows, field, json_lines, json_list, parquet_rows, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 TABLES = (".json", ".csv", ".tsv", ".parquet")  # read where they are named; those in a folder may be anything
 BLOCK_BYTES = 1 << 20
+LONG_LINE = 1 << 20  # characters; a line is held in memory up to here
 DOWNLOADS = os.path.join("data", "downloads")
 
 
@@ -135,8 +137,6 @@ def documents(sources, text_field="text", skipped=STRICT, separator="<|endoftext
         for path in files(source):
             if path in INSTALLED:
                 yield from INSTALLED[path]()
-            elif os.path.basename(path).startswith("TinyStories"):
-                yield from story_documents(path)
             elif layout(path) in ROWS:
                 yield from row_documents(path, text_field, skipped)
             elif kind(path) == ".json":
@@ -223,11 +223,13 @@ def files(source, kinds=KINDS, follow_links=False):
             counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
             note(f"{source}: left out {counts}")
     if not paths:
-        tables = {kind(path) for path in found} & {*TABLES} if os.path.isdir(source) else ()
+        # Tables are read where they are named.
+        tables = sorted({kind(path) for path in found} & {*TABLES})
+        named = f"{source}/**/*" if os.path.isdir(source) else source.rstrip("*.") + "*"
         names = ", ".join([*INSTALLED, *NAMES])
         fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
         raise UserError(f"{source} {fact}",
-                        " or ".join(quote(f"{source}/**/*{ending}") for ending in sorted(tables))
+                        " or ".join(quote(named + ending) for ending in tables)
                         or f"give a file, a folder, a pattern, a URL, or one of: {names}")
     return paths
 
@@ -279,27 +281,42 @@ def convert(path, raw):
     name = likely_encoding(raw)
     if not name:
         return "leave it out; it does not look like text"
-    unpack = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}.get(os.path.splitext(path.lower())[1])
-    read = f"{unpack} {quote(path)} | iconv" if unpack else f"iconv {quote(path)}"
-    return f"{read} -f {name} -t utf-8 > utf8.txt (it looks like {name})"
+    show = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}.get(os.path.splitext(path.lower())[1], "cat")
+    # Of damaged UTF-8, what is no text is dropped.
+    iconv = "tr -d '\\000' | iconv -c" if name == "UTF-8" else "iconv"
+    return f"{show} {quote(path)} | {iconv} -f {name} -t UTF-8 > utf8{kind(path)} (it looks like {name})"
 
 
 WESTERN = "äöüßÄÖÜáàâãåæçéèêëíìîïñóòôõøœúùûÿÁÀÉÈÇÑÓ„“”‚‘’–—…€§°«»¿¡"
+# Python's names of what iconv knows by the same names.
+OTHERS = ("gb18030 big5 cp932 euc_jp cp949 koi8_r cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp874 "
+          "utf_16le utf_16be").split()
 
 
 def likely_encoding(raw):
     """The name that iconv has for the encoding of these bytes, by their statistics; "" where none fits."""
-    # 1. UTF-16 without a mark: of Latin text, every other byte is 0.
+    # 1. UTF-32 and UTF-16 without a mark. Other bytes are hardly ever valid UTF-32; of UTF-16, every other byte is 0
+    #    in Latin text, and in line ends.
+    for name in ("UTF-32LE", "UTF-32BE"):
+        with contextlib.suppress(UnicodeDecodeError):
+            if raw[:len(raw) // 4 * 4].decode(name):
+                return name
     even, odd = raw[::2].count(0), raw[1::2].count(0)
-    if max(even, odd) > len(raw) // 8 and min(even, odd) < len(raw) // 100 + 1:
+    if max(even, odd) > min(8, len(raw) // 8) and min(even, odd) < max(even, odd) / 20:
         return "UTF-16BE" if even > odd else "UTF-16LE"
-    # 2. Western text from Windows, of which statistics see too little: a few letters and quotes.
-    letters = [letter for letter in raw[:1 << 16].decode("cp1252", errors="replace") if letter > "\x7f"]
-    if letters and sum(letter in WESTERN for letter in letters) > 0.95 * len(letters):
+    # 2. UTF-8 with some damage? English lines do not tell.
+    raw = b"\n".join(line for line in raw.split(b"\n") if not line.isascii())[:1 << 16]
+    text = raw.decode(errors="replace")
+    damaged = text.count("\ufffd")
+    if 10 * damaged <= sum(letter > "\x7f" for letter in text) - damaged:
+        return "UTF-8"
+    # 3. Western text from Windows, of which statistics see too little: a few letters and quotes.
+    letters = [letter for letter in raw.decode("cp1252", errors="replace") if letter > "\x7f"]
+    if sum(letter in WESTERN for letter in letters) > 0.95 * len(letters):
         return "WINDOWS-1252"
-    # 3. The others. (requests brings the package.)
+    # 4. The others. (requests brings the package.)
     library = needs("charset_normalizer", "other encodings than UTF-8")
-    best = library.from_bytes(raw[:1 << 16]).best()
+    best = library.from_bytes(raw, cp_isolation=OTHERS).best()
     return best.encoding.upper().replace("_", "-").replace("UTF-16-", "UTF-16") if best else ""
 
 
@@ -308,7 +325,7 @@ def decoded(path):
 
     It is UTF-8, or with a byte order mark UTF-16 or UTF-32.
     """
-    decoder, offset = None, 0
+    decoder, offset, last = None, 0, b""
     try:
         with open_unpacked(path) as file:
             while True:
@@ -319,6 +336,7 @@ def decoded(path):
                     if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
                         fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
                         raise UserError(fact, convert(path, raw))
+                last = raw or last
                 text = decoder.decode(raw, final=not raw)
                 offset += len(raw)
                 if text:
@@ -327,8 +345,9 @@ def decoded(path):
                     return
     except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
         at = offset + len(raw) - len(error.object) + error.start
-        raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
-                        convert(path, raw)) from None
+        name = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{path} is not {name}: byte 0x{error.object[error.start]:02x} at offset {at}",
+                        convert(path, last)) from None
 
 
 def text_blocks(parts):
@@ -364,63 +383,56 @@ def in_file(name, path, held_out=None):
     return Document(name, lambda: text_blocks(decoded(path)), held_out)
 
 
-LINE_END = re.compile(r"[ \t]*\r?(\n|\Z)")
-
-
 def separated(blocks, separator):
     """A text in parts, cut anywhere, and None for each line that holds the separator and nothing else."""
-    rest, at_start = "", True  # at_start: does a line begin here?
-    for block in itertools.chain(blocks, [None]):
-        text, rest = rest + (block or ""), ""
-        # 1. A line that is cut off, and may become the separator, waits for its end.
-        start = text.rfind("\n") + 1
-        line = text[start:].rstrip()
-        long = len(text) - start > len(separator) + 100
-        if block and line and (start or at_start) and separator.startswith(line) and not long:
-            text, rest = text[:start], text[start:]
-        # 2. Elsewhere in a line, it is text.
-        pieces = text.split(separator)
-        for i, piece in enumerate(pieces):
-            if i:
-                end = LINE_END.match(piece)
-                at_end = i == len(pieces) - 1 and block is None
-                if at_start and end and (end[1] or at_end):
-                    yield None
-                    piece = piece[end.end():]
-                else:
-                    piece = separator + piece
-            if piece:
-                at_start = piece.endswith("\n")
-                yield piece
+    at_end = re.compile(re.escape(separator) + r"[ \t]*\r?(\n|\Z)")  # of a line; of these, some are at its start
+    rest, line_starts = "", True
+    for block in itertools.chain(blocks, [""]):
+        # 1. Whole lines, and of a very long one what is here: it is no separator.
+        rest += block
+        end = rest.rfind("\n") + 1
+        if not block or len(rest) - end > LONG_LINE:
+            end = len(rest)
+        text, rest = rest[:end], rest[end:]
+        # 2. Their separators.
+        start = 0
+        for found in at_end.finditer(text):
+            at = found.start()
+            if text[at - 1] == "\n" if at else line_starts:
+                yield text[start:at]
+                yield None
+                start = found.end()
+        yield text[start:]
+        line_starts = text.endswith("\n") if text else line_starts
+
+
+def unless_blank(parts):
+    """The parts of a text, or None where all of it is white space."""
+    text = ""
+    for part in parts:
+        text += part
+        if text.strip() or len(text) > LONG_LINE:
+            return itertools.chain([text], parts)
 
 
 def text_documents(path, separator, skipped):
-    """The documents of a text file: what stands between the separators, or all of it. Blank ones are none."""
-    parts, number, ended = separated(decoded(path), separator), 0, False
-
-    def rest():
-        """The rest of a document."""
-        nonlocal ended
-        for part in parts:
-            if part is None:
-                return
-            yield part
-        ended = True
-
+    """The documents of a text file: what stands between the separators. Blank ones are none."""
+    # TinyStories (Eldan and Li 2023, arXiv 2305.07759) has a file for each split.
+    name, number = os.path.basename(path), 0
+    held_out = "valid" in name if name.startswith("TinyStories") else None
     try:
-        while not ended:
-            # Is there anything but white space? A document may be longer than the memory: only its beginning is held.
-            text, more = "", rest()
-            while not text.strip() and len(text) < BLOCK_BYTES and (part := next(more, "")):
-                text += part
-            if text.strip() or len(text) >= BLOCK_BYTES or (ended and not number):
+        # A document may be longer than the memory: it is read when it is asked for, but for its beginning.
+        for ends, parts in itertools.groupby(separated(decoded(path), separator), lambda part: part is None):
+            if not ends and (text := unless_blank(parts)):
                 number += 1
                 name = path if number == 1 else f"{path}, document {number}"
-                blocks = text_blocks(itertools.chain([text], more))
-                yield Document(name, lambda blocks=blocks: blocks)
-            collections.deque(more, maxlen=0)  # what the caller did not read
+                blocks = text_blocks(text)
+                yield Document(name, lambda blocks=blocks: blocks, held_out)
     except UserError as error:
         skipped.add(error)
+    else:
+        if not number:
+            yield in_memory(path, "")
 
 
 def in_memory(name, text, held_out=None, messages=None):
@@ -450,7 +462,7 @@ def file_rows(path, fix, skipped=STRICT):
 
 def row_documents(path, text_field, skipped):
     """One document per row; the text is in one field."""
-    fix = f'every line must be like {{"{text_field}": "..."}}; fix the line or delete it'
+    fix = f'every row must be like {{"{text_field}": "..."}}; fix the row or delete it'
     for where, row in file_rows(path, fix, skipped):
         if isinstance(row, dict) and text_field not in row:
             sizes = {name: len(value) for name, value in row.items() if isinstance(value, str)}
@@ -468,9 +480,3 @@ def squad_documents(path):
     """The paragraphs of a file in SQuAD's layout."""
     for where, context, _ in squad(path, questions=False):
         yield in_memory(where, context)
-
-
-def story_documents(path):
-    """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each split."""
-    for number, story in enumerate(records(path, decoded(path), "<|endoftext|>"), 1):
-        yield in_memory(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))
