@@ -39,6 +39,7 @@ def lines(path, rows):
      HELLO),
     (dict(instruction="a", context="c", response="b", category="qa"), turns("a\n\nc", "b")),  # Dolly
     (dict(instruction="a", context="", response="b"), turns("a", "b")),
+    (dict(instruction="a", input="c", response="b"), turns("a\n\nc", "b")),
     (dict(prompt=HELLO[:1], completion=HELLO[1:]), HELLO),  # trl
     (dict(system_prompt="s", question="a", response="b", id="7"), turns("a", "b", system="s")),  # OpenOrca
     (dict(system_prompt="", question="a", response="b"), turns("a", "b")),

@@ -89,10 +89,8 @@ def read(row, where, fields=()):
         if asked in row and answered in row:
             if isinstance(row[asked], list):
                 return system + read_list(row, asked, where) + read_list(row, answered, where)
-            question = text(asked)
-            more = "context" if answered == "response" else "input"
-            if asked == "instruction" and row.get(more):
-                question += "\n\n" + text(more)
+            more = [name for name in ("input", "context") if asked == "instruction" and row.get(name)]
+            question = "\n\n".join(map(text, [asked, *more]))
             return system + dialogue([question, text(answered)])
     raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
 
