@@ -99,14 +99,13 @@ def texts_of(row, name, where):
 
 
 def lettered(row, where):
-    """MMLU: the question shows the choices, and their letters are compared. MMLU-Pro calls them `options`."""
-    options = texts_of(row, "options" if "options" in row else "choices", where)
-    letters = list(string.ascii_uppercase[:len(options)])
-    prompt = "\n".join([text_of(row, "question", where).strip(), *map("{}. {}".format, letters, options), "Answer:"])
-    intro, subject = "", row.get("subject") or row.get("category")
-    if isinstance(subject, str):
+    """MMLU: the question shows the choices, and their letters are compared."""
+    choices, subject, intro = texts_of(row, "choices", where), row.get("subject"), ""
+    letters = list(string.ascii_uppercase[:len(choices)])
+    prompt = "\n".join([text_of(row, "question", where).strip(), *map("{}. {}".format, letters, choices), "Answer:"])
+    if subject and isinstance(subject, str):
         intro = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    return dict(prompt=prompt, choices=letters, answer="answer", labels=letters, intro=intro, twins=has_twins(options))
+    return dict(prompt=prompt, choices=letters, answer="answer", labels=letters, intro=intro, twins=has_twins(choices))
 
 
 def endings(row, where):
@@ -124,21 +123,19 @@ def endings(row, where):
 
 
 def labelled(row, where):
-    """ARC and OpenBookQA: each choice has a label, "A" or "1". In AI2's own files, the question holds them."""
-    inside = row["question"] if isinstance(row.get("question"), dict) else row
-    choices = inside.get("choices")
-    if isinstance(choices, list):
-        choices = {name: [field(one, name, str, where, FIX) for one in choices] for name in ("text", "label")}
-    stems = [name for name in ("stem", "question_stem") if name in inside]
-    stem = text_of(inside, *stems or ["question"], where).strip()
-    prompt = stem if stems == ["question_stem"] else f"Question: {stem}\nAnswer:"
+    """ARC: each choice has a label, "A" or "1". In AI2's own files, the question holds the choices."""
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        listed = field(question, "choices", list, where, FIX)
+        choices = {name: [field(one, name, str, where, FIX) for one in listed] for name in ("text", "label")}
+        row = question | dict(question=question.get("stem"))
+    prompt = f"Question: {text_of(row, 'question', where).strip()}\nAnswer:"
     return dict(prompt=prompt, choices=texts_of(choices, "text", where), answer="answerKey",
                 labels=texts_of(choices, "label", where))
 
 
 # The fields that tell a set, and how its rows are asked.
-PUBLISHED = {"question choices answer": lettered, "question options answer": lettered, "ctx endings label": endings,
-             "question answerKey": labelled, "question_stem answerKey": labelled}
+PUBLISHED = {"question choices answer": lettered, "ctx endings label": endings, "question answerKey": labelled}
 
 
 def has_twins(choices):
