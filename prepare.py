@@ -402,6 +402,9 @@ def prepare(sources, settings):
     settings.separator = settings.separator.strip()
     if "\n" in settings.separator:
         raise UserError(f"--separator={settings.separator!r} has several lines", "--separator='ONE LINE'")
+    for source in sources:
+        if os.path.exists(os.path.join(source, "train.bin")):
+            raise UserError(f"{source} is prepared already", f"python train.py --dataset={shlex.quote(source)}")
     # 1) Where, and is there something else?
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)

@@ -124,11 +124,13 @@ def foreign(folder, ours):
     return ""
 
 
-def file_sha256(path):
+def file_sha256(path, most=sys.maxsize):
+    """The sha256 of a file, or of as many of its bytes."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 18):
+        while block := file.read(min(1 << 18, most)):
             sha256.update(block)
+            most -= len(block)
     return sha256.hexdigest()
 
 
