@@ -98,7 +98,7 @@ def careful(fact, fix=SOURCE_FIX):
         kind = type(error).__name__
         if not isinstance(error, Exception) and kind != "PanicException":  # Rust's, which is no Exception
             raise
-        raise UserError(f"{fact}: {kind}: {error}", fix) from None
+        raise UserError(f"{fact}: {kind}: {error}"[:400], fix) from None
 
 
 def check_ids(ids):
