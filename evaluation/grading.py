@@ -114,12 +114,9 @@ def endings(row, where):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
 
-    context = text_of(row, "ctx", where)
-    if row.get("ctx_a") and "ctx_b" in row:
-        context = f"{text_of(row, 'ctx_a', where)} {field(row, 'ctx_b', str, where, FIX).capitalize()}"
-    if row.get("activity_label"):
-        context = f"{text_of(row, 'activity_label', where)}: {context}"
-    return dict(prompt=cleaned(context), choices=list(map(cleaned, texts_of(row, "endings", where))), answer="label")
+    activity, begun, going_on = (field(row, name, str, where, FIX) for name in ("activity_label", "ctx_a", "ctx_b"))
+    prompt = cleaned(f"{activity}: {begun} {going_on.capitalize()}")
+    return dict(prompt=prompt, choices=list(map(cleaned, texts_of(row, "endings", where))), answer="label")
 
 
 def labelled(row, where):
@@ -135,7 +132,7 @@ def labelled(row, where):
 
 
 # The fields that tell a set, and how its rows are asked.
-PUBLISHED = {"question choices answer": lettered, "ctx endings label": endings, "question answerKey": labelled}
+PUBLISHED = {"question choices answer": lettered, "ctx_a endings label": endings, "question answerKey": labelled}
 
 
 def has_twins(choices):

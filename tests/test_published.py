@@ -5,6 +5,8 @@ import math
 
 import pytest
 from conftest import error
+from evaluations import evaluated, other
+from evaluations import task as task_of
 
 import evaluate
 from evaluation import grading
@@ -43,8 +45,8 @@ GAS = ["iron", "wood", "air", "ice"]
     (HELLASWAG, "Roof shingle removal: A man is sitting on a roof. He",
      ["is using wrap.", "is ripping tiles off.", "holds a cube.", "starts pulling up roofing."], "starts pulling up roofing."),
     (dict(HELLASWAG, label=0), "Roof shingle removal: A man is sitting on a roof. He", None, "is using wrap."),
-    (dict(activity_label="Arts", ctx="[header] How to sing [title] Breathe. [step] In.", endings=["a [title] b", "c"],
-          label="0"), "Arts: How to sing. Breathe. In.", ["a. b", "c"], "a. b"),  # (WikiHow's part)
+    (dict(activity_label="Arts", ctx_a="[header] How to sing [title] Breathe. [step] In.", ctx_b="", label="0",
+          endings=["a [title] b", "c"]), "Arts: How to sing. Breathe. In.", ["a. b", "c"], "a. b"),  # (WikiHow's part)
     (ARC, ARC_TEXT, GAS, "air"), (AI2, ARC_TEXT, GAS, "air"),
     (dict(ARC, answerKey="1", choices=dict(text=GAS, label=list("1234"))), ARC_TEXT, GAS, "iron"),
     (dict(ARC, answerKey="4", choices=dict(text=GAS, label=list("1234"))), ARC_TEXT, GAS, "ice"),
@@ -115,11 +117,9 @@ def test_squad_as_a_table_has_it(here):
     assert two.right == [""]
 
 
-def test_a_model_is_evaluated_on_them(place, capsys):
-    """From the file to the table: the tiny model of the tests has a token for each letter of these words."""
-    rows = [dict(ctx="the cat", label=str(i % 2), endings=["a dog", "the old man"]) for i in range(4)]
-    (place / "swag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(["out/words", "--tasks=swag.jsonl", "--data=none", "--samples=0", "--json=found.json"])
-    found = json.loads((place / "found.json").read_text())["models"][0]["tasks"]
-    task, = found.values()
+def test_a_model_is_evaluated_on_them(here):
+    """From the file to the table: a random model, which has a token for each character."""
+    other("folder")
+    rows = [dict(HELLASWAG, ctx_a="A man", label=str(i % 2), endings=["sits.", "is on a roof."]) for i in range(4)]
+    task, = evaluated("folder", task_of("swag.jsonl", *rows), "--data=none", "--samples=0")["models"][0]["tasks"].values()
     assert task["n"] == 4 and task["metrics"]["accuracy"]["value"] == 0.5 and task["chance"] == 0.5

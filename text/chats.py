@@ -113,7 +113,7 @@ def read_list(row, name, where):
             said["content"] = content_of(message, content_field, here)
         # The name of a user is not learned; that of a tool stands in some templates.
         if said["role"] == "tool":
-            said |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+            said |= texts_of(message, "name", "tool_call_id")
         if message.get("weight") not in (None, 0, 1):
             raise UserError(f"{here}: `weight` is {str(message['weight'])[:40]}, not 0 or 1", FIX)
         if message.get("weight") == 0:
@@ -131,6 +131,10 @@ def content_of(message, name, here):
     return field(message, name, str, here, FIX)
 
 
+def texts_of(row, *names):
+    return {name: row[name] for name in names if isinstance(row.get(name), str)}
+
+
 def tool_calls(message, here):
     """What a message of the assistant calls, as chat templates want it: OpenAI's arguments are JSON in a text."""
     calls = message.get("tool_calls") or []
@@ -143,8 +147,7 @@ def tool_calls(message, here):
         if isinstance(arguments, str):
             arguments = parse_json(arguments, f"{here}: arguments", FIX)
         function = dict(name=field(function, "name", str, here, FIX), arguments=arguments)
-        ids = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
-        found.append(dict(ids, type="function", function=function))
+        found.append(dict(type="function", function=function) | texts_of(call, "id"))
     return found
 
 

@@ -176,11 +176,9 @@ class GPT2(Tokenizer):
         return getattr(self.whole, name)
 
     def save(self, folder):
-        super().save(folder)
         with contextlib.suppress(UserError):
-            for name, content in self.whole.files.items():
-                with open(os.path.join(folder, name), "wb") as file:
-                    file.write(content)
+            self.whole.save(folder)
+        super().save(folder)
 
 
 def short_runs(text):

@@ -79,7 +79,7 @@ def json_lines(path, blocks, fix, skipped=STRICT):
             yield where, row
 
 
-COMMA = re.compile(r"\s*,\s*")
+START, COMMA = re.compile(r"\s*\[\s*(?=[^\]])"), re.compile(r"\s*,\s*")  # what stands before an element
 
 
 def json_list(path, blocks, fix, skipped=STRICT):
@@ -87,37 +87,30 @@ def json_list(path, blocks, fix, skipped=STRICT):
     decode, text, number, wanted = json.JSONDecoder().raw_decode, next(blocks, "").lstrip(), 0, 0
     if not text.startswith("["):
         raise UserError(f"{path} is not a list of rows", fix)
-    # Every element has a comma before it. After the last one, and in an empty list, comes the bracket.
-    text = text[1:].lstrip() if text[1:].lstrip().startswith("]") else "," + text[1:]
-    while True:
-        # 1. Read on, to twice the length: an element is decoded again until all of it is here.
-        ended = False
-        while len(text) < wanted and not ended:
-            block = next(blocks, None)
-            ended = block is None
-            text += block or ""
-        # 2. The elements that are here. A number at the end may go on.
-        where, at = f"{path}, number {number + 1}", 0
+    for block in itertools.chain([""], blocks, [None]):
+        # 1. An element is decoded again until all of it is here: each time from twice as much.
+        text, ended = text + (block or ""), block is None
+        if len(text) < wanted and not ended:
+            continue
+        at, where = 0, f"{path}, number {number + 1}"
         check_size(text, where)
+        # 2. The elements that are here. A number at the end may go on.
         try:
-            while comma := COMMA.match(text, at):
-                row, end = decode(text, comma.end())
+            while before := (COMMA if number else START).match(text, at):
+                row, end = decode(text, before.end())
                 if end == len(text) and not ended:
                     break
                 number, at = number + 1, end
+                where = f"{path}, number {number + 1}"
                 yield f"{path}, number {number}", row
         except (RecursionError, ValueError) as error:
-            if ended or not isinstance(error, json.JSONDecodeError):
-                raise UserError(f"{path}, number {number + 1}: not JSON: {getattr(error, 'msg', error)}", fix) from None
-            if len(text) - at > RECORD_CHARACTERS:
-                fact = f"not JSON, or more than {RECORD_CHARACTERS:,} characters"
-                raise UserError(f"{path}, number {number + 1}: {fact}", fix) from None
+            wrong = ended or not isinstance(error, json.JSONDecodeError)
+            if wrong or len(text) - at > RECORD_CHARACTERS:
+                raise UserError(f"{where}: not JSON: {getattr(error, 'msg', error)}", fix) from None
         text = text[at:]
-        if ended:
-            if text.strip() != "]":
-                raise UserError(f"{path}: not JSON: the list does not end after number {number}", fix)
-            return
-        wanted = 2 * len(text) + 1
+        wanted = 2 * len(text)
+    if "".join(text.split()) != ("]" if number else "[]"):
+        raise UserError(f"{path}: not JSON: the list does not end after number {number}", fix)
 
 
 def csv_rows(path, blocks, fix, skipped=STRICT):

@@ -187,19 +187,16 @@ def kind(path):
 
 
 # What turns other kinds of files into one that can be read.
-PANDOC = "pandoc FILE -t plain -o TEXT"
-TOOLS = {".pdf": "pdftotext FILE TEXT", ".xz": "unxz FILE", ".zip": "unzip FILE",
-         ".tar": "tar xf FILE", ".tgz": "tar xf FILE", ".xlsx": "in the program that wrote it, save it as .csv",
-         **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC)}
+TOOLS = {".pdf": "pdftotext {file} {text}", ".xz": "unxz {file}", ".zip": "unzip {file}", ".tar": "tar xf {file}",
+         ".tgz": "tar xf {file}", ".xlsx": "in the program that wrote it, save it as .csv",
+         **dict.fromkeys(".docx .odt .rtf .epub .html .htm .tex .rst".split(), "pandoc {file} -t plain -o {text}")}
 
 
 def check_kind(path, kinds):
     if kind(path) in (*kinds, *TABLES):
         return
-    stem = os.path.splitext(path)[0]
     fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
-    names = {"FILE": path, "TEXT": stem + ".txt"}
-    fix = re.sub("FILE|TEXT", lambda word: quote(names[word[0]]), fix)
+    fix = fix.format(file=quote(path), text=quote(os.path.splitext(path)[0] + ".txt"))
     raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
@@ -263,17 +260,9 @@ def walk(folder, follow_links):
     return found
 
 
-# Byte order marks; that of UTF-32 begins like that of UTF-16.
+# What a file's first bytes announce; the mark of UTF-32 begins like that of UTF-16.
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-         codecs.BOM_UTF16_BE: "utf-16"}
-
-
-def marked_encoding(raw):
-    """The encoding that a file's first bytes announce; without a mark, UTF-8."""
-    for mark, encoding in MARKS.items():
-        if raw.startswith(mark):
-            return encoding
-    return "utf-8-sig"
+         codecs.BOM_UTF16_BE: "utf-16", b"": "utf-8-sig"}
 
 
 def convert(path, raw):
@@ -325,29 +314,27 @@ def decoded(path):
 
     It is UTF-8, or with a byte order mark UTF-16 or UTF-32.
     """
-    decoder, offset, last = None, 0, b""
+    offset = 0
     try:
         with open_unpacked(path) as file:
-            while True:
-                raw = file.read(BLOCK_BYTES)
-                if decoder is None:
-                    encoding = marked_encoding(raw)
-                    decoder = codecs.getincrementaldecoder(encoding)()
-                    if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
-                        fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
-                        raise UserError(fact, convert(path, raw))
-                last = raw or last
-                text = decoder.decode(raw, final=not raw)
+            more = raw = file.read(BLOCK_BYTES)
+            encoding = next(name for mark, name in MARKS.items() if raw.startswith(mark))
+            decoder = codecs.getincrementaldecoder(encoding)()
+            if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
+                fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
+                raise UserError(fact, convert(path, raw))
+            while more:
+                raw = more
                 offset += len(raw)
-                if text:
+                if text := decoder.decode(raw):
                     yield text
-                if not raw:
-                    return
-    except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
-        at = offset + len(raw) - len(error.object) + error.start
+                more = file.read(BLOCK_BYTES)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:  # error.object: what was being decoded, up to the offset
+        at = offset - len(error.object) + error.start
         name = encoding.removesuffix("-sig").upper()
         raise UserError(f"{path} is not {name}: byte 0x{error.object[error.start]:02x} at offset {at}",
-                        convert(path, last)) from None
+                        convert(path, raw)) from None
 
 
 def text_blocks(parts):
