@@ -63,7 +63,7 @@ def test_no_encoding_at_all(here):
 
 @pytest.mark.parametrize("name, tool", [
     ("ROWS of TEXT.pdf", "pdftotext 'ROWS of TEXT.pdf' 'ROWS of TEXT.txt'"), ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
-    ("a.tar.gz", "tar xf a.tar.gz"), ("a.xz", "unxz a.xz"), ("a.xlsx", "save it as .csv"),
+    ("a.tar.gz", "tar xf a.tar.gz"), ("a.xz", "unxz a.xz"), ("a b.jsonl.zst", "zstd -d 'a b.jsonl.zst'"), ("a.xlsx", "save it as .csv"),
     ("a.xyz", "rename plain text to .txt")])
 def test_other_kinds_of_files_name_the_tool(here, name, tool):
     (here / name).write_text("x")

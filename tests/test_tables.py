@@ -187,20 +187,6 @@ def test_packed_files(here, ending, pack):
     assert f"cannot read d{ending}: " in error(prepare.main, f"d{ending}")[0]
 
 
-def test_zst(here, monkeypatch):
-    """Python 3.14 reads it; others are told the command."""
-    (here / "a b.jsonl.zst").write_bytes(b"(\xb5/\xfd")
-    if sys.version_info < (3, 14):
-        fact, fix = error(prepare.main, "a b.jsonl.zst")
-        assert fact == "this Python cannot unpack a b.jsonl.zst" and fix == "zstd -d 'a b.jsonl.zst'"
-        monkeypatch.setitem(sys.modules, "compression", gzip)
-        monkeypatch.setitem(sys.modules, "compression.zstd", gzip)  # of the same interface
-        (here / "a b.jsonl.zst").write_bytes(gzip.compress(b'{"text": "the row"}'))
-        assert read("a b.jsonl.zst") == ["the row"]
-    else:
-        assert "cannot read a b.jsonl.zst" in error(prepare.main, "a b.jsonl.zst")[0]
-
-
 def test_the_rows_of_a_table_equal_those_of_lines(here):
     texts = [f"this is text number {i} of some\n" for i in range(250)]
     write_csv("a.csv", ["text"], [[text] for text in texts])

@@ -187,8 +187,8 @@ def kind(path):
 
 
 # What turns other kinds of files into one that can be read.
-TOOLS = {".pdf": "pdftotext {file} {text}", ".xz": "unxz {file}", ".zip": "unzip {file}", ".tar": "tar xf {file}",
-         ".tgz": "tar xf {file}", ".xlsx": "in the program that wrote it, save it as .csv",
+TOOLS = {".pdf": "pdftotext {file} {text}", ".xz": "unxz {file}", ".zst": "zstd -d {file}", ".zip": "unzip {file}",
+         ".tar": "tar xf {file}", ".tgz": "tar xf {file}", ".xlsx": "in the program that wrote it, save it as .csv",
          **dict.fromkeys(".docx .odt .rtf .epub .html .htm .tex .rst".split(), "pandoc {file} -t plain -o {text}")}
 
 
@@ -270,7 +270,7 @@ def convert(path, raw):
     name = likely_encoding(raw)
     if not name:
         return "leave it out; it does not look like text"
-    show = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}.get(os.path.splitext(path.lower())[1], "cat")
+    show = {".gz": "zcat", ".bz2": "bzcat"}.get(os.path.splitext(path.lower())[1], "cat")
     # Of damaged UTF-8, what is no text is dropped.
     iconv = "tr -d '\\000' | iconv -c" if name == "UTF-8" else "iconv"
     return f"{show} {quote(path)} | {iconv} -f {name} -t UTF-8 > utf8{kind(path)} (it looks like {name})"
