@@ -416,7 +416,8 @@ def load_from(path, sha256=None):
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
     elif is_nanogpt(path):
-        tokenizer = nanogpt_tokenizer(path)
+        meta = os.path.join(path, "meta.pkl")
+        tokenizer = nanogpt_characters(meta) if os.path.exists(meta) else pretrained.GPT2()
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
             tokenizer = load_ours(folder)
@@ -428,15 +429,9 @@ def load_from(path, sha256=None):
 
 
 def is_nanogpt(folder):
-    """Has nanoGPT's prepare.py written this folder? It knows no meta.json."""
+    """Has nanoGPT's prepare.py written this folder? It has no meta.json; without a meta.pkl, the ids are GPT-2's."""
     names = [name for name in ("train.bin", "val.bin", "meta.json") if os.path.exists(os.path.join(folder, name))]
     return names == ["train.bin", "val.bin"]
-
-
-def nanogpt_tokenizer(folder):
-    """What the ids mean that nanoGPT's prepare.py has written: without a meta.pkl, they are GPT-2's."""
-    path = os.path.join(folder, "meta.pkl")
-    return nanogpt_characters(path) if os.path.exists(path) else pretrained.GPT2()
 
 
 def nanogpt_characters(path, vocab_size=0):

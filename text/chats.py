@@ -35,7 +35,7 @@ FIX = ('expected {"messages": [{"role": "user", "content": "..."}, {"role": "ass
 KINDS = (".jsonl",)  # of a folder
 LISTS = "messages", "conversations", "conversation"
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
-             chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool", observation="tool")
+             chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool")
 PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
          ("question", "answer"), ("question", "response"), ("query", "response"), ("problem", "solution"),
          ("input", "output")]
@@ -137,10 +137,9 @@ def texts_of(row, *names):
 
 def tool_calls(message, here):
     """What a message of the assistant calls, as chat templates want it: OpenAI's arguments are JSON in a text."""
-    calls = message.get("tool_calls") or []
+    calls, found = message.get("tool_calls") or [], []
     if message.get("function_call"):  # OpenAI's older layout
         calls = [message["function_call"]]
-    found = []
     for call in check(calls, "tool_calls", list, here, FIX):
         function = check(call, "a call", dict, here, FIX).get("function", call)
         arguments = check(function, "function", dict, here, FIX).get("arguments") or {}
