@@ -99,11 +99,13 @@ class Plan:
     bytes: int  # the sum of these
     dropped: str  # how many documents are not kept, and why
 
-    def without(self, sizes):
-        """Take out conversations of these sizes, which cannot be encoded."""
+    def without(self, sizes, seen):
+        """Take out conversations of these sizes and characters, which cannot be encoded."""
         left = Counter(self.sizes.tolist()) - Counter(sizes)
         self.sizes = np.array(list(left.elements()))
         self.bytes -= sum(sizes)
+        seen.count()
+        self.counts -= seen.counts
 
 
 def read(sources, settings, skipped=None):
@@ -280,16 +282,17 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     known = range(tokenizer.vocab_size) if chat else ()
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in known])
     progress = Progress("encoding", plan.bytes)
-    refused, sizes = Skipped(settings.strict), []
+    refused, sizes, seen = Skipped(settings.strict), [], Characters()
 
     def work(batch):
         return batch[0][0], *encode_batch(batch, tokenizer, chat)
 
     # 1) Encode: the threads work on batches, this one writes and counts.
     for split, batch, ids, mask, errors in in_threads(work, batches(texts), threads):
-        for error, size in errors:
+        for error, text in errors:
             refused.add(error)
-            sizes.append(size)
+            sizes.append(len(text.encode()))
+            seen.add(text)
         started = [document.name for _, document, starts, _ in batch if starts]
         size = sum(len(text.encode()) for *_, text in batch)
         append(os.path.join(folder, f"{split}.bin"), ids.astype(dtype))
@@ -305,7 +308,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
 
     if refused.count:
         say_skipped(refused, sum(n["documents"] for n in counts.values()))
-        plan.without(sizes)
+        plan.without(sizes, seen)
 
     # 2) Is it what was planned, and enough?
     if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
@@ -363,7 +366,7 @@ def in_threads(function, items, threads):
 
 
 def encode_batch(batch, tokenizer, chat):
-    """(what of a batch is encoded, ids, their mask, [(error, bytes)] of what a chat format refuses).
+    """(what of a batch is encoded, ids, their mask, [(error, text)] of what a chat format refuses).
 
     batch: a list of what split_texts yields.
     """
@@ -375,8 +378,7 @@ def encode_batch(batch, tokenizer, chat):
             try:
                 spoken, learned = tokenizer.conversation(document.messages)
             except UserError as error:
-                error = UserError(f"{document.name}: {error.fact}", error.fix)
-                errors.append((error, len(text.encode())))
+                errors.append((UserError(f"{document.name}: {error.fact}", error.fix), text))
                 continue
             mask += [0, *learned]
         else:

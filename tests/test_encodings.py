@@ -71,6 +71,11 @@ def test_other_kinds_of_files_name_the_tool(here, name, tool):
     assert fact.startswith(f"{name} is not a supported kind of file") and tool in fix
 
 
+def test_a_text_is_no_conversation(here):
+    (here / "a.txt").write_text("x")
+    assert error(prepare.main, "a.txt", "--format=chat")[1] == "leave out --format=chat"
+
+
 def test_a_folder_says_what_it_left_out(here, capsys):
     (here / "in").mkdir()
     for name in ("a.txt", "b.pdf", "c.pdf", "d.docx", "e"):

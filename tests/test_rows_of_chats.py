@@ -167,6 +167,8 @@ def test_what_a_chat_format_refuses_is_skipped_and_counted(here, capsys, templat
     assert said.count("left out") == 1
     if template:  # (a vocabulary is learned from all rows)
         assert data_of("a-chat") == data_of("good-chat")
+    report = datasets.read_meta("data/a-chat")["report"]
+    assert report[:3] == datasets.read_meta("data/good-chat")["report"][:3]
     fact, _ = error(prepare.main, "a.jsonl", *options, "--strict", "--out=data/b")
     assert fact.startswith("a.jsonl, line 8: ") and why in fact and not (here / "data/b").exists()
     lines(here / "bad.jsonl", [row] * 2)

@@ -195,39 +195,37 @@ TOOLS = {".pdf": "pdftotext {file} {text}", ".xz": "unxz {file}", ".zst": "zstd 
 def check_kind(path, kinds):
     if kind(path) in (*kinds, *TABLES):
         return
-    fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
+    fix = "leave out --format=chat" if kind(path) in KINDS else TOOLS.get(kind(path), "rename plain text to .txt")
     fix = fix.format(file=quote(path), text=quote(os.path.splitext(path)[0] + ".txt"))
     raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
     """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
+    # 1. What is there?
     if source in INSTALLED and not os.path.exists(source):
         return [source]
     if os.path.isdir(source):
-        found, lacks = walk(source, follow_links), "holds no"
+        found, all_of, lacks = walk(source, follow_links), f"{source}/**/*", "holds no"
     elif os.path.exists(source):
         check_kind(source, kinds)
         return [source]
     else:
-        found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
+        lacks = "matches no" if set("*?[") & set(source) else ""
+        found, all_of = matches(source, follow_links), source.rstrip("*.") + "*"
         kinds = (*kinds, *(ending for ending in TABLES if ending in source))
+    # 2. What of it can be read?
     paths = sorted(path for path in found if kind(path) in kinds)
-    if paths and os.path.isdir(source):
-        unread = [path for path in found if kind(path) not in kinds]
-        others = collections.Counter(os.path.splitext(path)[1] or "without an extension" for path in unread)
-        if others:
-            counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
-            note(f"{source}: left out {counts}")
+    others = collections.Counter(kind(path) for path in found if kind(path) not in kinds)
+    if paths and others:
+        counts = [f"{n:,} {ending or 'without an extension'}" for ending, n in others.most_common(5)]
+        note(f"{source}: left out {', '.join(counts)}")
     if not paths:
-        # Tables are read where they are named.
-        tables = sorted({kind(path) for path in found} & {*TABLES})
-        named = f"{source}/**/*" if os.path.isdir(source) else source.rstrip("*.") + "*"
+        tables = [quote(all_of + ending) for ending in TABLES if ending in others]
         names = ", ".join([*INSTALLED, *NAMES])
         fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
         raise UserError(f"{source} {fact}",
-                        " or ".join(quote(named + ending) for ending in tables)
-                        or f"give a file, a folder, a pattern, a URL, or one of: {names}")
+                        " or ".join(tables) or f"give a file, a folder, a pattern, a URL, or one of: {names}")
     return paths
 
 
@@ -453,8 +451,8 @@ def row_documents(path, text_field, skipped):
     for where, row in file_rows(path, fix, skipped):
         if isinstance(row, dict) and text_field not in row:
             sizes = {name: len(value) for name, value in row.items() if isinstance(value, str)}
-            texts = [f"--text_field={quote(name)}" for name in sorted(sizes, key=sizes.get, reverse=True)]
-            fix = " or ".join([*texts[:1], "--format=chat, if these are conversations"])
+            longest = [f"--text_field={quote(max(sizes, key=sizes.get))}"] if sizes else []
+            fix = " or ".join([*longest, "--format=chat, if these are conversations"])
         try:
             text = field(row, text_field, str, where, fix)
         except UserError as error:
