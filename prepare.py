@@ -63,7 +63,7 @@ class PrepareConfig:
     follow_links: bool = False  # follow links inside folders; a link named on the command line is always followed
     text_field: str = "text"  # .jsonl, .csv, .parquet: the field or column that holds the text
     fields: str = ""  # chat: the fields of a question and its answer, such as question,response; text: as text_field
-    separator: str = tokenizers.END_OF_TEXT  # .txt: a line with only this separates documents; empty: none does
+    separator: str = "<|endoftext|>"  # .txt: a line with only this separates documents; empty: none does
     strict: bool = False  # stop at the first unreadable row instead of skipping it
     mirror: str = ""  # https://HOST to download from, instead of a source's usual host
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one

@@ -530,6 +530,7 @@ class TokenizerConfig:
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned from it
     # Options:
     input: list[str] = field(default_factory=list)  # files, folders, patterns or URLs of text
+    text_field: str = "text"  # --input: the field or column of a row that holds the text
     tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 for a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese
@@ -567,7 +568,8 @@ class Corpus:
 
     def __iter__(self):
         from text.sources import documents
-        return (block for document in documents(self.sources) for block in document.blocks())
+        found = documents(self.sources, self.settings.text_field)
+        return (block for document in found for block in document.blocks())
 
     def learn(self, kind):
         texts = sample(self, self.bytes) if kind != "char" else self
@@ -583,7 +585,8 @@ def learn(settings, corpus):
     with writing(out):
         tokenizer.save(out)
     say(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens from {corpus.bytes:,} bytes")
-    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={out}"]))
+    options = [f"--text_field={settings.text_field}"] if settings.text_field != "text" else []
+    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={out}", *options]))
 
 
 def inspect(settings):

@@ -16,6 +16,7 @@ from runtime.console import UserError
 from text import chats, rows, sources
 import dataset as datasets
 import prepare
+import tokenizer as tokenizers
 
 TEXTS = ["plain", "a, comma", 'a "quote"', "two\nlines", "CRLF\r\nin it", " spaces ", "\u4e2d\u6587\U0001f642", "semi; colon\t"]
 
@@ -62,6 +63,17 @@ def test_the_column_of_a_text_can_be_given_as_fields(here):
     write_csv("a.csv", ["id", "body"], [[i, f"this is text {i}"] for i in range(9)])
     (folder, meta) = prepare.prepare(["a.csv"], prepare.PrepareConfig(fields="body", tokenizer="char"))
     assert meta["train"]["documents"] == 9 and folder == "data/a"
+
+
+def test_a_vocabulary_from_a_column(here, capsys):
+    write_csv("a.csv", ["id", "body"], [[i, f"this is text {i}"] for i in range(9)])
+    options = ["--train", "--input=a.csv", "--tokenizer=char", "--out=data/mine"]
+    assert error(tokenizers.main, *options)[1].startswith("--text_field=body")
+    tokenizers.main([*options, "--text_field=body"])
+    assert "next: python prepare.py a.csv --tokenizer=data/mine --text_field=body" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    assert "--separator=<|endoftext|> " in capsys.readouterr().out
 
 
 def test_conversations_in_a_table(here):

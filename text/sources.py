@@ -452,7 +452,7 @@ def row_documents(path, text_field, skipped):
         if isinstance(row, dict) and text_field not in row:
             sizes = {name: len(value) for name, value in row.items() if isinstance(value, str)}
             longest = [f"--text_field={quote(max(sizes, key=sizes.get))}"] if sizes else []
-            fix = " or ".join([*longest, "--format=chat, if these are conversations"])
+            fix = " or ".join([*longest, "prepare.py --format=chat, if these are conversations"])
         try:
             text = field(row, text_field, str, where, fix)
         except UserError as error:
