@@ -87,8 +87,10 @@ class Dataset:
             about = f"{size} bytes, {file_sha256(files[split].name, HASHED_BYTES)}"
             meta[split] = dict(tokens=size // 2, sha256=hashlib.sha256(about.encode()).hexdigest())
         data = cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
+        if check_all:
+            data.count_ids("train")
         # Bits per byte need the length of the validation text.
-        counts = [data.count_ids(split) for split in (SPLITS if check_all else ["val"])][-1]
+        counts = data.count_ids("val")
         try:
             lengths = [len(tokenizer.token_bytes(i)) for i in range(len(counts))]
             meta["val"]["bytes"] = int(counts @ lengths) or 1
