@@ -122,13 +122,11 @@ def make_plan(sources, settings):
     """Read everything once: find duplicates, choose the splits, count characters."""
     # 1) Per document: a key that equal documents share, its size, and what its source
     #    says of the split.
-    seen, progress, skipped = Characters(), Progress("reading"), Skipped(settings.strict)
+    seen, progress, skipped = Characters(settings.separator), Progress("reading"), Skipped(settings.strict)
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
-    inside = 0
     for document in read(sources, settings, skipped):
         try:
-            key, size, length, n_words, separators = measure(document, seen, settings, progress)
-            inside += separators
+            key, size, length, n_words = measure(document, seen, settings.min_words, progress)
         except UserError as error:
             # A file that is not UTF-8: later passes do not open it, since its split is
             # SKIP.
@@ -141,8 +139,8 @@ def make_plan(sources, settings):
         splits.append(split if size > 0 and n_words >= settings.min_words else SKIP)
     seen.count()
     say_skipped(skipped, sum(size != UNREADABLE for size in sizes))
-    if inside:
-        warn(f"{settings.separator} occurs {counted(inside, 'time')} inside a text and stays text: "
+    if seen.found:
+        warn(f"{settings.separator} occurs {counted(seen.found, 'time')} inside a text and stays text: "
              "only alone on a line of a .txt, it separates documents")
 
     # 2) Drop what is empty or short, and what has been there before.
@@ -165,20 +163,18 @@ def make_plan(sources, settings):
     return Plan(split_of, np.array(lengths), seen.counts, sizes, int(sizes.sum()), dropped)
 
 
-def measure(document, seen, settings, progress):
-    """(key, bytes, characters, words, separators) of a document. Equal ones have the same key; words count up
-    to min_words."""
+def measure(document, seen, min_words, progress):
+    """(key, bytes, characters, words) of a document. Equal ones have the same key; words count up to min_words."""
     # A long document comes in blocks, so that memory does not grow with it.
-    digest, separator = hashlib.sha256(), settings.separator
-    size = length = n_words = separators = 0
+    digest = hashlib.sha256()
+    size = length = n_words = 0
     for block in document.blocks():
         raw = block.encode()
         digest.update(raw)
         size += len(raw)
         length += len(block)
         seen.add(block)
-        separators += block.count(separator) if separator else 0
-        if n_words < settings.min_words:
+        if n_words < min_words:
             n_words += len(WORD.findall(block))
         progress.add(len(raw))
     # Eight bytes of the hash: among a billion documents, two are confused with a
@@ -189,7 +185,7 @@ def measure(document, seen, settings, progress):
     if document.messages:
         speakers = [(said["role"], len(said["content"] or ""), said.get("weight")) for said in document.messages]
         key ^= crc32(repr(speakers).encode())
-    return key, size, length, n_words, separators
+    return key, size, length, n_words
 
 
 def say_skipped(skipped, readable):
@@ -370,8 +366,8 @@ def encode_batch(batch, tokenizer, chat):
 
     batch: a list of what split_texts yields.
     """
-    end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
-    encoded, ids, mask, errors = [], [np.array([], dtype=end.dtype)], [], []
+    end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]], dtype=np.int32)
+    encoded, ids, mask, errors = [], [end[:0]], [], []
     for item in batch:
         _, document, starts, text = item
         if chat:
@@ -388,7 +384,7 @@ def encode_batch(batch, tokenizer, chat):
         # An end-of-text token before every document: the first one begins with it too.
         if starts:
             ids.append(end)
-        ids.append(np.array(spoken))
+        ids.append(np.array(spoken, dtype=np.int32))
         encoded.append(item)
     ids = np.concatenate(ids)
     # numpy would turn 70000 into 4464 in uint16 without a word.

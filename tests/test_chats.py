@@ -100,7 +100,7 @@ WRONG = [
     ("null", ": `the row` is not an object but null"),
     ("{}", ": no conversation fields; found none"),
     ('{"text": "a", "id": 1}', ": no conversation fields; found text, id"),
-    ('{"prompt": "a", "answer": "b"}', ": no conversation fields; found prompt, answer"),
+    ('{"prompt": "a", "chosen": "b"}', ": no conversation fields; found prompt, chosen"),
     ('{"completion": "b"}', ": no conversation fields; found completion"),
     ('{"instruction": "a", "input": "b"}', ": no conversation fields; found instruction, input"),
     ('{"messages": "a"}', ": `messages` is not a list but str"),

@@ -322,7 +322,7 @@ def test_what_can_be_pasted_is_quoted(here):
 def test_another_field(here):
     (here / "a.jsonl").write_text(json.dumps({"question": words(600), "id": 3}) + "\n")
     fact, fix = error(prepare.main, "a.jsonl", "--tokenizer=char")
-    assert "no field `text`; found question, id" in fact and fix.startswith("--text_field=question or --format=chat")
+    assert "no field `text`; found question, id" in fact and fix.startswith("--text_field=question or prepare.py --format=chat")
     prepare.main(["a.jsonl", "--tokenizer=char", fix.split()[0]])
     assert "".join(read(here / "data/a", "train") + read(here / "data/a", "val")) == words(600)
 

@@ -12,7 +12,7 @@ A line of a .jsonl or an element of a .json has one of these layouts. `system` b
     prompt, completion             texts, or lists of messages
     instruction, input, output     Alpaca's; input may be missing or empty
     instruction, context, response    Dolly's; the same for the context
-    question, answer               GSM8K's; PAIRS has more
+    question, answer               GSM8K's; ASKED and ANSWERED have more
 
 A message of the assistant with `weight` 0 is not learned. What it calls (`tool_calls`) and what the tools answer
 (role `tool`) is written as the chat template of a Hugging Face model does it. A row that is wrong is left out,
@@ -36,9 +36,8 @@ KINDS = (".jsonl",)  # of a folder
 LISTS = "messages", "conversations", "conversation"
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
              chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool")
-PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
-         ("question", "answer"), ("question", "response"), ("query", "response"), ("problem", "solution"),
-         ("input", "output")]
+ASKED = "prompt", "instruction", "question", "query", "problem", "input"
+ANSWERED = "completion", "output", "response", "solution", "answer"
 
 
 def conversations(sources, fields=(), skipped=STRICT):
@@ -85,14 +84,14 @@ def read(row, where, fields=()):
     for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
         if name in row:
             return system + read_list(row, name, where)
-    for asked, answered in PAIRS:
-        if asked in row and answered in row:
-            if isinstance(row[asked], list):
-                return system + read_list(row, asked, where) + read_list(row, answered, where)
-            more = [name for name in ("input", "context") if asked == "instruction" and row.get(name)]
-            question = "\n\n".join(map(text, [asked, *more]))
-            return system + dialogue([question, text(answered)])
-    raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
+    asked, answered = (next((name for name in names if name in row), "") for names in (ASKED, ANSWERED))
+    if not (asked and answered):
+        raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
+    if isinstance(row[asked], list):
+        return system + read_list(row, asked, where) + read_list(row, answered, where)
+    more = [name for name in ("input", "context") if asked == "instruction" and row.get(name)]
+    question = "\n\n".join(map(text, [asked, *more]))
+    return system + dialogue([question, text(answered)])
 
 
 def read_list(row, name, where):

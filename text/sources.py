@@ -373,10 +373,11 @@ def separated(blocks, separator):
     at_end = re.compile(re.escape(separator) + r"[ \t]*\r?(\n|\Z)")  # of a line; of these, some are at its start
     rest, line_starts = "", True
     for block in itertools.chain(blocks, [""]):
-        # 1. Whole lines, and of a very long one what is here: it is no separator.
+        # 1. A last line that may become a separator waits for its end.
         rest += block
         end = rest.rfind("\n") + 1
-        if not block or len(rest) - end > LONG_LINE:
+        begins = separator.startswith(rest[end:end + len(separator)])
+        if not (block and begins) or len(rest) - end > LONG_LINE:
             end = len(rest)
         text, rest = rest[:end], rest[end:]
         # 2. Their separators.
