@@ -63,7 +63,7 @@ def read_json(path, fix, **options):
 
 def parse_json(text, where, fix, most=None, **options):
     """The value of a stranger's JSON text, of a limited number of values. where: the file, for the error."""
-    check_size(text, where, most or JSON_VALUES)
+    check_size(text, where, most)
     try:
         return json.loads(text, **options)
     except json.JSONDecodeError as error:

@@ -92,8 +92,8 @@ def json_list(path, blocks, fix, skipped=STRICT):
         text, ended = text + (block or ""), block is None
         if len(text) < wanted and not ended:
             continue
-        at, where = 0, f"{path}, number {number + 1}"
-        check_size(text, where)
+        at = 0
+        check_size(text, f"{path}, number {number + 1}")
         # 2. The elements that are here. A number at the end may go on.
         try:
             while before := (COMMA if number else START).match(text, at):
@@ -101,12 +101,12 @@ def json_list(path, blocks, fix, skipped=STRICT):
                 if end == len(text) and not ended:
                     break
                 number, at = number + 1, end
-                where = f"{path}, number {number + 1}"
                 yield f"{path}, number {number}", row
         except (RecursionError, ValueError) as error:
             wrong = ended or not isinstance(error, json.JSONDecodeError)
             if wrong or len(text) - at > RECORD_CHARACTERS:
-                raise UserError(f"{where}: not JSON: {getattr(error, 'msg', error)}", fix) from None
+                fact = f"{path}, number {number + 1}: not JSON: {getattr(error, 'msg', error)}"
+                raise UserError(fact, fix) from None
         text = text[at:]
         wanted = 2 * len(text)
     if "".join(text.split()) != ("]" if number else "[]"):
