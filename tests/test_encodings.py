@@ -49,7 +49,7 @@ def test_the_command_that_is_printed_converts(here, text, encoding, packed):
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv"])
 def test_damaged_utf_8_loses_what_is_damaged(here, damage, at, ending):
     (here / f"a{ending}").write_bytes(GERMAN.encode() + damage)
-    fact, fix = error(prepare.main, f"a{ending}")
+    fact, fix = error(lambda names: list(sources.decoded(*names)), f"a{ending}")
     command, _, condition = fix.partition(" (it looks like ")
     assert at in fact and condition == "UTF-8)"
     subprocess.run(command, shell=True)

@@ -199,6 +199,31 @@ def test_packed_files(here, ending, pack):
     assert f"cannot read d{ending}: " in error(prepare.main, f"d{ending}")[0]
 
 
+def test_the_rest_of_a_file_is_not_lost_without_a_word(here):
+    (here / "a.json").write_text('[{"text": "one"}, {"text": ')
+    assert "a.json, number 2: not JSON" in error(prepare.main, "a.json")[0]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("bad.jsonl", b'{"text": "caf\xe9"}'), ("bad.csv", b"text\ncaf\xe9"), ("bad.json", b'[{"text": "a'), ("bad.json", b"\xe9"),
+    ("bad.json", b"{}"), ("bad.parquet", b"PAR1"), ("bad.jsonl.gz", b"\x1f\x8b")])
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_file_of_rows_that_cannot_be_read_is_left_out(here, capsys, name, content, form):
+    """As a bad text is: named and counted, unless --strict, or there is nothing else."""
+    if name == "bad.parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -r requirements-dev.txt")
+    (here / name).write_bytes(content)
+    rows_ = [dict(text=f"the text {i}", prompt=f"what {i}?", completion=f"that {i}") for i in range(20)]
+    (here / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    options = ["--tokenizer=char", f"--format={form}", "--out=data/a"]
+    for order in ([name, "a.jsonl"], ["a.jsonl", name]):
+        prepare.main([*order, *options, "--overwrite"])
+        said = capsys.readouterr().err
+        assert name in said and "1 unreadable, 20 read; --strict stops at the first" in said
+    assert name in error(prepare.main, "a.jsonl", name, *options, "--overwrite", "--strict")[0]
+    assert name in error(prepare.main, name, *options)[0]
+
+
 def test_the_rows_of_a_table_equal_those_of_lines(here):
     texts = [f"this is text number {i} of some\n" for i in range(250)]
     write_csv("a.csv", ["text"], [[text] for text in texts])

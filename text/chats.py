@@ -49,7 +49,7 @@ def conversations(sources, fields=(), skipped=STRICT):
     for source in sources:
         for path in files(source, KINDS):
             chats = stdlib_chats() if path == "stdlib" else file_chats(path, fields, skipped)
-            for where, messages, held_out in chats:
+            for where, messages, held_out in skipped.file(chats):
                 text = "\n".join(said for message in messages for said in spoken(message))
                 yield in_memory(where, text, held_out, messages)
 

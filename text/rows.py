@@ -37,6 +37,18 @@ class Skipped:
         if self.count <= self.SHOWN:
             self.shown.append(error)
 
+    def file(self, found):
+        """What is found in a file. It is skipped if it cannot be read; but not the rest of one that was begun."""
+        begun = False
+        try:
+            for one in found:
+                begun = True
+                yield one
+        except UserError as error:
+            if begun:
+                raise
+            self.add(error)
+
 
 STRICT = Skipped(strict=True)
 

@@ -135,16 +135,20 @@ def documents(sources, text_field="text", skipped=STRICT, separator="<|endoftext
     """
     for source in sources:
         for path in files(source):
-            if path in INSTALLED:
-                yield from INSTALLED[path]()
-            elif layout(path) in ROWS:
-                yield from row_documents(path, text_field, skipped)
-            elif kind(path) == ".json":
-                yield from squad_documents(path)
-            elif kind(path) == ".txt" and separator:
-                yield from text_documents(path, separator, skipped)
-            else:
-                yield in_file(path, path)
+            yield from skipped.file(file_documents(path, text_field, skipped, separator))
+
+
+def file_documents(path, text_field, skipped, separator):
+    if path in INSTALLED:
+        yield from INSTALLED[path]()
+    elif layout(path) in ROWS:
+        yield from row_documents(path, text_field, skipped)
+    elif kind(path) == ".json":
+        yield from squad_documents(path)
+    elif kind(path) == ".txt" and separator:
+        yield from text_documents(path, separator)
+    else:
+        yield in_file(path, path)
 
 
 def pytorch_documents():
@@ -401,24 +405,20 @@ def unless_blank(parts):
             return itertools.chain([text], parts)
 
 
-def text_documents(path, separator, skipped):
+def text_documents(path, separator):
     """The documents of a text file: what stands between the separators. Blank ones are none."""
     # TinyStories (Eldan and Li 2023, arXiv 2305.07759) has a file for each split.
     name, number = os.path.basename(path), 0
     held_out = "valid" in name if name.startswith("TinyStories") else None
-    try:
-        # A document may be longer than the memory: it is read when it is asked for, but for its beginning.
-        for ends, parts in itertools.groupby(separated(decoded(path), separator), lambda part: part is None):
-            if not ends and (text := unless_blank(parts)):
-                number += 1
-                name = path if number == 1 else f"{path}, document {number}"
-                blocks = text_blocks(text)
-                yield Document(name, lambda blocks=blocks: blocks, held_out)
-    except UserError as error:
-        skipped.add(error)
-    else:
-        if not number:
-            yield in_memory(path, "")
+    # A document may be longer than the memory: it is read when it is asked for, but for its beginning.
+    for ends, parts in itertools.groupby(separated(decoded(path), separator), lambda part: part is None):
+        if not ends and (text := unless_blank(parts)):
+            number += 1
+            name = path if number == 1 else f"{path}, document {number}"
+            blocks = text_blocks(text)
+            yield Document(name, lambda blocks=blocks: blocks, held_out)
+    if not number:
+        yield in_memory(path, "")
 
 
 def in_memory(name, text, held_out=None, messages=None):
