@@ -9,8 +9,8 @@ ARG PIP_EXTRA_INDEX_URL
 
 WORKDIR /app
 COPY requirements.txt .
-# jinja2 is for chat formats, safetensors for the weights of a Hugging Face folder.
-RUN pip install --no-cache-dir -r requirements.txt jinja2==3.1.6 safetensors==0.8.0
+# jinja2 and tokenizers are for Hugging Face folders: their chat formats and vocabularies.
+RUN pip install --no-cache-dir -r requirements.txt jinja2==3.1.6 tokenizers==0.23.3
 COPY . .
 
 # Memory in pages of 2 MB, where the kernel has them: texts are written some 5% faster (docs/measurements.md).

@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import Progress, UserError, command_line, note, say, warn
 import torch
 
@@ -31,7 +31,7 @@ from evaluation import grading, report
 from evaluation.perplexity import measure_text, read_text
 from formats import huggingface
 from runtime import machine
-from runtime.files import replace_file
+from runtime.files import is_gguf, replace_file
 from runtime.processes import Processes
 from runtime.settings import check_limits, load, or_else
 from sample import ModelConfig, read_prompt
@@ -48,7 +48,6 @@ class EvaluateConfig(ModelConfig):
     data: list[str] = field(default_factory=list)  # a,b: data/NAME (validation split), files, none; default: the run's
     text_field: str = "text"  # the field of a .jsonl line
     megabytes: Literal["all"] | float = "all"  # only this much of each text
-    block_size: Literal["auto"] | int = "auto"  # context length in tokens; auto: the model's own
     stride: Literal["auto"] | int = "auto"  # tokens that the window advances; auto: block_size
     batch_size: Literal["auto"] | int = "auto"  # contexts at once; auto: about 4,096 tokens
     # questions
@@ -188,7 +187,7 @@ def measure_samples(engine, settings):
     tokenizer = engine.tokenizer
     end = tokenizer.special.get(tokenizers.END_OF_TEXT)
     nothing = tokenizer.encode("\n") if end is None else [end]
-    ids = tokenizer.encode(settings.prompt) or nothing
+    ids = tokenizer.prompt(settings.prompt) or nothing
     longest = min(128, engine.context - len(ids))
     if longest < 1:
         raise UserError(f"--prompt fills the context of {engine.context} tokens: it has {len(ids)}", "shorten it")
@@ -224,7 +223,8 @@ def evaluate(run, settings, device, texts, tasks, processes, results, save):
     """Append one model to the results."""
     # 1. The model
     name = os.path.normpath(run)
-    model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    model, tokenizer, about = ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8",
+                                           settings.block_size)
     dtype = torch.float32 if about["int8"] else getattr(torch, settings.dtype)
     row = dict(model=name, parameters=model.n_params(), texts={}, tasks={}, quality=None, tokens_per_second=None,
                missing={})
@@ -284,7 +284,8 @@ def main(argv):
     started, processes = time.perf_counter(), Processes()
     device = machine.choose_device(settings.device, processes)
     runs = runs or [ckpt.choose_run(runs, settings)]
-    ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs if not huggingface.is_folder(run)]
+    ours = [ckpt.read_run(run, settings.checkpoint)[0] for run in runs
+            if not (huggingface.is_folder(run) or is_gguf(run))]
     settings.prompt = read_prompt(settings.prompt)
     settings.dtype = str(machine.choose_dtype(settings.dtype, device)[0]).removeprefix("torch.")
     tasks = read_tasks(settings)

@@ -6,7 +6,7 @@ Export: the model for other programs, each file verified before it is kept.
     python export.py out/small --format=hf      # exports/small/hf/
     python export.py SmolLM2-135M --format=onnx,pt2 --out=exports/mine --dtype=bfloat16
 
-hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM
+hf            hf/          for transformers: GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM
 onnx          model.onnx   a graph with a key-value cache, named as in the optimum tools
 torchscript   model.ts     ids to logits, for PyTorch without Python (deprecated by PyTorch)
 pt2           model.pt2    ids to logits, torch.export's format
@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, note, origin, say
 import torch
 from torch.nn import functional as F
@@ -44,8 +44,8 @@ from evaluation.perplexity import measure_text, read_text
 from formats import gguf, huggingface
 from formats.quantized import quantize
 from model import KVCache
-from runtime.files import check_like, replace_file
-from runtime.settings import load
+from runtime.files import check_like, is_gguf, replace_file
+from runtime.settings import check_limits, load
 from sample import RunConfig
 from text.sources import LICENCES
 from training import checkpoint as ckpt
@@ -53,6 +53,7 @@ from training import checkpoint as ckpt
 # How far a logit may be off, since others add in another order
 TOLERANCE = 1e-4
 RELATIVE = 1e-5  # to the largest logit
+LONGEST = 8192  # tokens of a context in the proof: time and memory of some formats grow with its square
 
 
 @dataclass
@@ -178,7 +179,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "hf": Format("hf", write_hf, ("transformers", "safetensors"), """
+    "hf": Format("hf", write_hf, ("transformers",), """
 `pip install torch transformers`, and in Python:
 
 ```python
@@ -214,7 +215,7 @@ def ask(model, tokenizer, text):
 
     # 2. Batches of 1 and 3 contexts of 1, 7 and all tokens, as far as their logits take 2 GB at most.
     most = max(1, int(2e9 / (4 * model.config.vocab_size)))
-    lengths = sorted({1, min(7, size), min(size, most)})
+    lengths = sorted({1, min(7, size), min(size, most, LONGEST)})
     batches = [torch.tensor(ids[:B * T]).view(B, T) for T in lengths for B in (1, 3) if B * T <= most]
     positions = [torch.linspace(0, idx.size(1) - 1, min(idx.size(1), 256)).long() for idx in batches]
 
@@ -368,15 +369,18 @@ def validation_text(run):
 
 def main(argv):
     settings, _, runs = load(ExportConfig, argv)
+    check_limits(settings, {"block_size": (1, 1e9)})
     formats = settings.format.split(",")
 
     # 1. Everything that can be refused before something is written.
     named = ckpt.choose_run(runs, settings)
     check_formats(formats, settings.quantize)
-    model, tokenizer, run = ckpt.load_run(named, settings.checkpoint)
+    model, tokenizer, run = ckpt.load_run(named, settings.checkpoint, block_size=settings.block_size)
     ckpt.check_whole(run)
     folder = Path(named).absolute()
     name = folder.parent.name if folder.is_file() else folder.name
+    if is_gguf(named):
+        name = folder.stem
     out = Path(settings.out or f"exports/{name}")
     rows = earlier_rows(out)
     dtype = run.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype

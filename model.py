@@ -20,6 +20,7 @@ B, T, C in the comments: batch, time (positions) and channels (n_embd).
 """
 import copy
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -48,7 +49,9 @@ class GPTConfig:
     bias: bool = False  # in linear and norm layers; true in GPT-2, false is a bit better and faster
     tie_weights: bool = True  # one matrix for token embeddings and logits
     dropout: float = 0.0  # share of activations set to 0 in training; 0.1 or more for many epochs
+    qkv_bias: bool = False  # biases of queries, keys and values alone: Qwen2
     rope_theta: float = 10000.0  # rope: larger rotates channels more slowly, for long contexts
+    rope_scaling: str = "none"  # rope beyond the context of training, such as linear,factor=2; see `scale_rope`
     norm_eps: float = 1e-5  # epsilon inside the norm's square root
 
 
@@ -84,8 +87,45 @@ def rotary_table(config):
     # From 1 radian per position for the first pair of channels, 0 and half (see
     # `rotate`), to about 1 / rope_theta for the last.
     speed = 1 / config.rope_theta ** (torch.arange(half) / half)
+    speed, size = scale_rope(speed, config)
     angle = torch.arange(config.block_size)[:, None] * speed  # (block_size, head_dim / 2)
-    return angle.cos(), angle.sin()
+    return size * angle.cos(), size * angle.sin()
+
+
+def scale_rope(speed, config):
+    """(speed, size) of rotations for a context longer than in training (`old`).
+
+    Slowed down by a factor, long distances get angles that the model has seen:
+    linear (Chen 2023, arXiv 2306.15595). But fast pairs of channels tell
+    neighbours apart, and have seen every angle. So yarn (Peng 2023, arXiv
+    2309.00071) and llama3 (arXiv 2407.21783) keep their speed, slow down the
+    pairs that hardly complete a turn, and mix in between.
+    """
+    kind, by = read_rope_scaling(config)
+    if kind == "none":
+        return speed, 1.0
+    half = len(speed)
+    size = 1.0
+    old = by.get("original_max_position_embeddings")
+    # The share of its speed that each pair keeps: from 1 to 0, linear in ...
+    if kind == "linear":
+        keep = torch.zeros(half)
+    elif kind == "llama3":  # ... its turns within the old context
+        low, high = by["low_freq_factor"], by["high_freq_factor"]
+        keep = (old * speed / (2 * math.pi) - low) / (high - low)
+    else:  # ... its number, between the pairs that turn beta_fast and beta_slow times
+        def number(turns):
+            return half * math.log(old / (2 * math.pi * turns)) / math.log(config.rope_theta)
+
+        first = max(math.floor(number(by["beta_fast"])), 0)
+        last = min(math.ceil(number(by["beta_slow"])), 2 * half - 1)
+        last += 0.001 * (last == first)
+        keep = (last - torch.arange(half)) / (last - first)
+        # Among more positions, attention is less sharp: larger q and k make
+        # up for it.
+        size = by["attention_factor"] or 0.1 * math.log(max(1, by["factor"])) + 1
+    keep = keep.clamp(0, 1)
+    return speed * keep + speed / by["factor"] * (1 - keep), size
 
 
 def rotate(x, cos, sin):
@@ -121,7 +161,7 @@ class Attention(nn.Module):
         q_width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
         # q, k and v in one matrix product, which is faster than three.
-        self.c_attn = nn.Linear(config.n_embd, q_width + 2 * kv_width, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, q_width + 2 * kv_width, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
@@ -598,6 +638,35 @@ AUTO = "auto", 0  # older checkpoints have the 0
 LARGEST = 1 << 24  # the largest n_embd, n_layer, ...: a product of two stays far below 2^63
 
 
+# The numbers of each rope_scaling, by their names in Hugging Face's config.json;
+# None: it has to be given. An attention_factor of 0 is computed.
+ROPE_SCALING = {
+    "none": {},
+    "linear": dict(factor=None),
+    "llama3": dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": dict(factor=None, original_max_position_embeddings=None, beta_fast=32.0, beta_slow=1.0,
+                 attention_factor=0.0),
+}
+
+
+def read_rope_scaling(config):
+    """The kind and the numbers of a rope_scaling: ("linear", {"factor": 2.0}) of linear,factor=2."""
+    text = config.rope_scaling
+    kind, *given = text.split(",")
+    assert kind in ROPE_SCALING, f"rope_scaling={text} is not one of {', '.join(ROPE_SCALING)}"
+    numbers = ROPE_SCALING[kind] | dict(pair.partition("=")[::2] for pair in given)
+    for name, value in numbers.items():
+        known = name in ROPE_SCALING[kind] and re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", str(value))
+        numbers[name] = float(value) if known else -1
+        smallest = 0 if name == "attention_factor" else 1e-6
+        assert smallest <= numbers[name] < 1e12, (
+            f"rope_scaling={text}: {name} is missing, unknown or out of range; "
+            f"{kind} has {', '.join(ROPE_SCALING[kind])}")
+    assert kind != "yarn" or config.rope_theta > 1, f"rope_scaling={text} needs a rope_theta above 1"
+    return kind, numbers
+
+
 def round_up(n, multiple):
     return math.ceil(n / multiple) * multiple
 
@@ -613,6 +682,7 @@ def resolve(config):
         value = getattr(c, name)
         assert 0 < value < 1e12, f"{name}={value} must be above 0 and below 1e12"
     assert 0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1); --dropout=0.1"
+    read_rope_scaling(c)
     # 2. The heads.
     if c.head_dim in AUTO:
         next_embd = round_up(c.n_embd, c.n_head)

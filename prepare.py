@@ -42,13 +42,14 @@ from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
 
+# (First, so that an interrupted or failing import is no traceback.)
+from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
 import numpy as np
 
 from text import chats
 import dataset as datasets
 import tokenizer as tokenizers
-from runtime.files import PACKED, file_sha256, locked
-from runtime.console import Progress, UserError, command_line, counted, note, origin, public, say, warn
+from runtime.files import PACKED, file_sha256, is_gguf, locked
 from runtime.settings import check_limits, load, or_else
 from text.leaks import Characters, characters, overlap
 from text.rows import Skipped
@@ -559,7 +560,7 @@ def next_command(out, meta, settings):
     model, start = settings.tokenizer, "scratch"
     if os.path.exists(os.path.join(model, "best.pt")):
         start = "run"
-    elif glob.glob(os.path.join(glob.escape(model), "model.safetensors*")):
+    elif is_gguf(model) or glob.glob(os.path.join(glob.escape(model), "model.safetensors*")):
         start = "hugging_face"
     elif settings.format == "text" and model == "char":
         start = "char"

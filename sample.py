@@ -5,7 +5,9 @@ Sampling: let a trained model write in the terminal.
     python sample.py                                # the newest run under out/; asks for prompts
     python sample.py out/small 'def read(path):' --max_new_tokens=200
     python sample.py --prompt=FILE:notes.txt --temperature=0 > text.txt
+    echo 'ROMEO:' | python sample.py out/small      # what another program writes is the prompt
     python sample.py SmolLM2-135M-Instruct --chat   # a conversation; the model: a Hugging Face folder
+    python sample.py out/small --prompts=prompts.txt > answers.jsonl    # one prompt per line, many at once
 
 The text goes to standard output, everything else to standard error. Two steps lead
 from logits to text:
@@ -17,13 +19,14 @@ from logits to text:
 import codecs
 import os
 import re
+import select
 import sys
 import time
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, note, say, show
 import torch
 
@@ -40,6 +43,7 @@ class RunConfig:
     out_dir: str = ""  # the RUN; by default the newest under out/
     init_from: str = ""  # the same
     checkpoint: Literal["best", "last"] = "best"  # of a run: the lowest validation loss, or the newest
+    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
 
 
 @dataclass
@@ -68,10 +72,13 @@ class Sampling:
 class SampleConfig(Sampling, ModelConfig):
     prompt: str = ""  # the text to continue; FILE:path reads it from a file
     start: str = ""  # the same, by nanoGPT's name
+    prompts: str = ""  # FILE: a prompt per line of a .txt, or {"prompt"} or {"messages"} per line of a .jsonl
+    strict: bool = False  # stop at the first unreadable row of --prompts instead of skipping it
     num_samples: int = 1  # how many texts to write, one after the other
     max_new_tokens: int = 128  # longest text, in tokens
     chat: bool = False  # the prompt is a message to a chat model; in a terminal, a conversation
     seed: int | None = None  # the same seed gives the same text; none: a new one, which is printed
+    compile: bool = False  # nanoGPT's; has no effect, since compiling takes longer than a text
 
 
 # The ranges of settings, inclusive, here and in serving/api.py
@@ -87,7 +94,7 @@ RANGES = {
     "seed": (0, 2**63 - 1),
 }
 ALL = "all", 0  # values of top_k; the server's clients send 0
-MAX_STOPS, STOP_LENGTH = 4, 256  # stop strings, and characters of one
+MAX_STOPS, STOP_LENGTH = 16, 256  # stop strings, and characters of one
 
 
 # ---------- 1. From logits to a token
@@ -232,7 +239,8 @@ class TextStream:
             return text[:start]
         # 2. The end of the text may be the beginning of a stop string: that much is
         #    held back.
-        beginnings = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
+        beginnings = [n for stop in self.stops for n in range(min(len(stop), len(text) + 1))
+                      if text.endswith(stop[:n])]
         certain = len(text) - max(beginnings, default=0)
         self.pending = text[certain:]
         return text[:certain]
@@ -244,7 +252,7 @@ def read_prompt(prompt):
     """The text of a prompt, which may be FILE:path. Raises UserError where it is not UTF-8."""
     try:
         if prompt.startswith("FILE:"):
-            with open(prompt[5:], encoding="utf-8", newline="") as file:
+            with open(prompt[5:], encoding="utf-8-sig", newline="") as file:
                 return file.read()
         prompt.encode()
         return prompt
@@ -265,28 +273,42 @@ def fit(messages, tokenizer, capacity):
     return ids
 
 
-def write(model, tokenizer, ids, settings, seed):
-    """Print the continuation of the prompt `ids` as it comes; returns it."""
+def continuation(model, tokenizer, ids, settings, seed):
+    """What follows the prompt `ids`, as it comes: (number of tokens so far, new text)."""
     # 1. Where the text ends.
     ends = set() if settings.ignore_eos else tokenizers.ends(tokenizer)
-    stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
-    stream, text = TextStream(tokenizer, stops), ""
+    stream = TextStream(tokenizer, settings.stop)
     # 2. Token by token.
     idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
     tokens = model.generate(idx, settings.max_new_tokens, Sampler(settings, ids, seed))
-    started = time.perf_counter()
     for n, token in enumerate(tokens, start=1):
         if token.item() in ends:
             break
-        new = stream.push(token.item())
-        text += new
-        show(new, end="")
+        yield n, stream.push(token.item())
         if stream.stopped:
             break
-    rest = stream.finish()
-    show(rest)
+    yield n, stream.finish()
+
+
+def write(model, tokenizer, ids, settings, seed):
+    """Print the continuation of the prompt `ids` as it comes; returns it."""
+    text, started = "", time.perf_counter()
+    for n, new in continuation(model, tokenizer, ids, settings, seed):
+        text += new
+        show(new, end="")
+    show("")
     say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
-    return text + rest
+    return text
+
+
+def ids_of(prompt, tokenizer):
+    """The ids of a text to continue. Without one, begin as every document does; nanoGPT's 0 is a line end."""
+    return tokenizer.prompt(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+
+
+def capacity(settings, size):
+    """How many tokens of a conversation to keep in a context of `size`: an answer must fit behind them."""
+    return size - min(settings.max_new_tokens, size // 2)
 
 
 class Writer:
@@ -302,9 +324,9 @@ class Writer:
         # 1. The ids of the prompt.
         messages = [*self.messages, dict(role="user", content=prompt)]
         if settings.chat:
-            ids = fit(messages, tokenizer, size - min(settings.max_new_tokens, size // 2))
-        else:  # without a prompt, begin as every document does; nanoGPT's 0 is a line end
-            ids = tokenizer.encode(prompt) or [tokenizer.special.get(tokenizers.END_OF_TEXT, 0)]
+            ids = fit(messages, tokenizer, capacity(settings, size))
+        else:
+            ids = ids_of(prompt, tokenizer)
         # 2. As many texts as asked for, each with the next seed.
         if len(ids) > size:  # the end of a prompt matters most
             note(f"the prompt has {len(ids):,} tokens, the context {size}: the first {len(ids) - size:,} are ignored")
@@ -336,6 +358,31 @@ def ask(writer):
             say("\n(stopped; Ctrl-D quits)")
 
 
+def piped(chat):
+    """The prompts that another program writes to standard input: all of it or, in a chat, each line.
+
+    One that is empty where there is no text: a terminal, /dev/null, or nothing at all.
+    """
+    found = False
+    try:
+        if sys.stdin and not sys.stdin.isatty():
+            # A program that has left a pipe open, and writes nothing, looks like one that will.
+            if os.name == "posix" and not select.select([sys.stdin], [], [], 1)[0]:
+                note("waiting for a prompt on standard input; --prompt= begins without one")
+            lines = sys.stdin.buffer if chat else [sys.stdin.buffer.read()]
+            for line in lines:
+                text = line.decode().removesuffix("\n").removesuffix("\r")  # the line end of echo
+                if text.strip() or (text and not chat):
+                    found = True
+                    yield text
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8", "--prompt='some text', or iconv") from None
+    except (OSError, ValueError):  # it is closed
+        pass
+    if not found:
+        yield ""
+
+
 def split_arguments(bare, given):
     """(RUNs, prompt) of the bare arguments: a RUN, a text to continue, or both. given: the prompt of an option."""
     *runs, last = bare or [""]
@@ -352,7 +399,7 @@ def load_model(settings, runs):
     """(model, tokenizer, checkpoint) of the RUN that a ModelConfig and the bare arguments mean."""
     device = machine.choose_device(settings.device)
     run = ckpt.choose_run(runs, settings)
-    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8")
+    return ckpt.load_run(run, settings.checkpoint, device, settings.quantize == "int8", settings.block_size)
 
 
 def check_chat(run, tokenizer):
@@ -365,21 +412,29 @@ def check_chat(run, tokenizer):
         raise UserError(f"{path} has no chat format", fix)
 
 
+def check_settings(settings):
+    check_limits(settings, RANGES | {"num_samples block_size": (1, 1e9)})
+    if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
+        raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
+    # A shell passes on "\n" as two characters.
+    settings.stop = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in settings.stop]
+    if settings.compile:
+        note("--compile has no effect on sampling")
+
+
 def main(argv):
     # 1. Settings.
-    settings, _, bare = load(SampleConfig, argv)
+    settings, given, bare = load(SampleConfig, argv)
     if settings.prompt and settings.start:
         raise UserError("--start and --prompt are the same", "give one of them")
     runs, prompt = split_arguments(bare, settings.prompt or settings.start)
-    check_limits(settings, RANGES | {"num_samples": (1, 1e9)})
-    if len(settings.stop) > MAX_STOPS or not all(1 <= len(stop) <= STOP_LENGTH for stop in settings.stop):
-        raise UserError(f"--stop: at most {MAX_STOPS} texts of 1 to {STOP_LENGTH} characters", "--stop='a text'")
+    check_settings(settings)
+    if prompt and settings.prompts:
+        raise UserError("a prompt and --prompts", "give one of them")
     prompt = read_prompt(prompt)
     # 2. The model.
     model, tokenizer, run = load_model(settings, runs)
-    source = "a Hugging Face model"
-    if os.path.isfile(run["path"]):
-        source = f"{run['step']} steps on {', '.join(run['source'])}"
+    source = run.get("kind", f"{run['step']} steps on {', '.join(run['source'])}")
     say(f"{run['path']}: {model.n_params():,} parameters, {source}{', 8-bit' * run['int8']}")
     if settings.chat:
         check_chat(run, tokenizer)
@@ -388,11 +443,17 @@ def main(argv):
     # 3. The text.
     if settings.seed is None:
         settings.seed = int.from_bytes(os.urandom(4), "little")
+    if settings.prompts:
+        from serving import batch  # (which imports this file)
+        return batch.answer_all(model, tokenizer, run, settings)
     writer = Writer(model, tokenizer, settings)
-    if prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if prompt or {"prompt", "start"} & set(given):
         writer.answer(prompt)
-    else:
+    elif sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         ask(writer)
+    else:
+        for prompt in piped(settings.chat):
+            writer.answer(prompt)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ import signal
 import threading
 import time
 import traceback
-import urllib.parse
 from collections import Counter
 from dataclasses import dataclass, field
 from queue import Empty, Full
-from typing import Literal
 
-from runtime import machine
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import UserError, command_line, print_error, say
+from runtime import machine
+from runtime.files import is_gguf
 from runtime.settings import check_limits, load, or_else
 from sample import RANGES, ModelConfig, load_model
 from serving import api
@@ -44,7 +44,6 @@ class ServeConfig(ModelConfig):
     host: str = "127.0.0.1"  # address to listen on; the default is for this machine only
     port: int = 8000  # 0: any free one
     rows: int = 16  # requests that run at once; each has a cache for a whole context
-    block_size: Literal["auto"] | int = "auto"  # cut the context to this many tokens; auto: the model's own
     max_queue: int = 64  # requests that may wait for a row; more get 503
     max_connections: int = 96  # open connections, a thread each; should exceed rows + max_queue
     max_body: int = 1 << 20  # largest request, in bytes
@@ -56,6 +55,7 @@ class ServeConfig(ModelConfig):
     api_key_file: str = ""  # its first line is the key that clients must send; or $OPENLLM_API_KEY
     no_auth: bool = False  # listen on other addresses without a key
     cors_origin: list[str] = field(default_factory=list)  # allow pages from this origin; may be repeated
+    allowed_host: list[str] = field(default_factory=list)  # also answer to this name (a tunnel, host.docker.internal)
 
 
 LIMITS = {"port": (0, 65535), "rows max_connections": (1, 1000), "max_queue": (0, 100_000),
@@ -65,6 +65,8 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serving/page.ht
 TOKENIZE_BYTES = 1 << 16  # of a text for /tokenize, or from /detokenize
 PROMPT_BYTES = 1 << 21  # of a prompt: more could take a second to tokenize
 DIALECTS = {"/generate": api.Generate, "/v1/completions": api.Completions, "/v1/chat/completions": api.Chat}
+# Some clients leave out the /v1.
+DIALECTS |= {path.removeprefix("/v1"): dialect for path, dialect in DIALECTS.items()}
 
 
 class Served:
@@ -87,6 +89,8 @@ class Served:
         path = run.get("path", "model")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         self.name = os.path.basename(os.path.normpath(folder))
+        if is_gguf(path):
+            self.name = os.path.basename(path)
         self.info = dict(
             run_facts(run, folder), name=self.name, chat=self.chat, context=self.context,
             parameters=parameters, device=device,
@@ -133,7 +137,7 @@ class Server:
         self.page, self.policy = read_page()
         gets = {"/": self.playground, "/health": self.health, "/metrics": self.metrics,
                 "/model-info": self.model_info, "/info": self.model_info, "/v1/models": self.models,
-                "/v1/models/": self.named_model}
+                "/v1/models/": self.named_model, "/models": self.models, "/models/": self.named_model}
         posts = dict.fromkeys(DIALECTS, self.generate)
         posts |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
         routes = {path: {"GET": function} for path, function in gets.items()}
@@ -252,7 +256,7 @@ class Server:
         return {"id": self.ready().name, "object": "model", "created": 0, "owned_by": "openllm"}
 
     def named_model(self, connection):
-        name = urllib.parse.unquote(connection.path.partition("?")[0]).removeprefix("/v1/models/")
+        name = connection.clean_path().removeprefix(connection.route)
         if name not in ("", self.ready().name):
             raise Refuse(404, "there is no such model", "model", "model_not_found")
         return self.model(connection) if name else self.models(connection)
@@ -363,6 +367,8 @@ def main(argv):
     settings, _, runs = load(ServeConfig, argv)
     check_limits(settings, LIMITS)
     run = ckpt.choose_run(runs, settings)
+    if not os.path.exists(run):  # before a port is opened for it
+        raise ckpt.no_model(run)
     server, signals = Server(settings, lambda: load_model(settings, [run])), []
 
     def on_signal(number, frame):

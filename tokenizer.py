@@ -49,12 +49,13 @@ import struct
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+# (First, so that an interrupted or failing import is no traceback.)
+from runtime.console import UserError, command_line, needs, note, say, show, public
 import numpy as np
 
 from text import pretrained
 from text.pretrained import careful, read
-from runtime.console import UserError, command_line, needs, note, say, show, public
-from runtime.files import PlainUnpickler, open_file
+from runtime.files import PlainUnpickler, is_gguf, open_file
 from runtime.settings import check_limits
 from runtime.settings import load as load_settings
 
@@ -90,6 +91,11 @@ class Learned(pretrained.Tokenizer):
         """The ids of a prompt: [{"role": "user", "content": "..."}, ...] and the beginning of an answer."""
         ids, _ = self.conversation(messages)
         return [*ids, self.special["<|assistant|>"]]
+
+    def continued(self, messages):
+        """The ids of a conversation whose last message is not over yet."""
+        ids, _ = self.conversation(messages)
+        return ids[:-1]  # without its end token
 
     def conversation(self, messages):
         """(ids, mask), two lists: the mask is 1 on each answer to learn, and on its end token.
@@ -405,7 +411,7 @@ def sample(texts, total_bytes):
 # ---------- Folders
 
 def load_from(path, sha256=None):
-    """The tokenizer of a tokenizer folder, of prepared data (nanoGPT's too), of a run or of a Hugging Face folder.
+    """The tokenizer of a tokenizer folder, of prepared data (nanoGPT's too), a run, a Hugging Face folder or a .gguf.
 
     sha256: the fingerprint that it must have.
     """
@@ -413,7 +419,10 @@ def load_from(path, sha256=None):
     folder = os.path.join(path, "tokenizer")
     if not os.path.isdir(folder):
         folder = path
-    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+    if is_gguf(path):
+        from text.gguf_file import from_gguf  # rarely needed
+        tokenizer = from_gguf(path)
+    elif os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
     elif is_nanogpt(path):
         meta = os.path.join(path, "meta.pkl")
@@ -467,8 +476,8 @@ def load_ours(folder):
 
 
 def get(name):
-    """The tokenizer of a folder, or one of tiktoken's encodings."""
-    if os.path.isdir(name):
+    """The tokenizer of a folder or a .gguf file, or one of tiktoken's encodings."""
+    if os.path.isdir(name) or is_gguf(name):
         return load_from(name)
     encodings = pretrained.tiktoken().list_encoding_names()
     if name in encodings:
@@ -517,7 +526,7 @@ def ends(tokenizer):
     """The ids after which a text, or an answer in a chat, is over."""
     # A Hugging Face tokenizer names its own end in its settings.
     names = END_OF_TEXT, END, tokenizer.settings.get("eos_token")
-    return {tokenizer.special[name] for name in names if name in tokenizer.special}
+    return {tokenizer.special[name] for name in names if name in tokenizer.special} | set(tokenizer.stops)
 
 
 # ---------- The command line

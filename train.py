@@ -36,7 +36,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-# (First, so that a Ctrl-C during the slow imports is no traceback.)
+# (First, so that an interrupted or failing import is no traceback.)
 from runtime.console import Progress, UserError, command_line, counted, duration, note, say, show, warn
 import torch
 from torch.nn import functional as F
@@ -53,6 +53,7 @@ from training.log import Log, progress_line
 from training.muon import Muon
 
 SAMPLE_SECONDS = 3  # for the text at the end of a run
+REFRESH_SECONDS = 2  # between two lines of the log, a line moves on a terminal
 LONG_SECONDS = 2 * 86400  # a run that takes longer is begun only after a question
 MAX_SKIPPED = 20  # at most this many steps in a row may be skipped because float16 overflowed
 
@@ -85,7 +86,7 @@ class TrainConfig(GPTConfig):
     min_lr: float = 6e-5  # final rate, often a tenth of the peak or 0; muon_lr falls in proportion
     warmup_iters: int = 100  # steps in which the rate rises from 0
     lr_decay_iters: Literal["auto"] | int = "auto"  # step at which the cosine ends; auto: max_iters
-    decay_lr: bool = True  # false: stay at learning_rate after the warm-up
+    decay_lr: bool = True  # false: stay at learning_rate from the first step, without a warm-up
     weight_decay: float = 0.1  # how strongly matrices are pulled towards 0
     beta1: float = 0.9  # AdamW: averages the gradient over about 1 / (1 - beta1) steps
     beta2: float = 0.95  # AdamW: the same for the squared gradient
@@ -114,6 +115,7 @@ def main(argv):
     settings, given, _ = load(TrainConfig, argv, presets=PRESETS, files=True)
     if not argv:
         note("the defaults are GPT-2's; for a run of minutes: python train.py config/train_small.py")
+    resume.note_defaults(settings, given)
     # 2) `data/notes` and `notes` are the same data; without an out_dir, the
     #    run is named after its data.
     settings.dataset = os.path.normpath(settings.dataset).removeprefix("data" + os.sep)
@@ -137,7 +139,6 @@ def main(argv):
 def train(settings, given, ranks, folder):
     """The whole run. Returns the exit code."""
     # 1) The machine.
-    out_dir = settings.out_dir
     device = machine.choose_device(settings.device, ranks)
     machine.set_up(device, ranks)
     versions = machine.versions(device, ranks.world)
@@ -148,6 +149,8 @@ def train(settings, given, ranks, folder):
     if settings.dataset == "stdlib" and ranks.rank == 0 and not os.path.exists(data_dir):
         prepare_stdlib()
     ranks.join(device, settings.backend, settings.dist_timeout)
+    # (A config file may put the time into it.)
+    out_dir = settings.out_dir = ranks.broadcast(settings.out_dir)
     data = datasets.Dataset.open(data_dir)
     tokenizer = data.load_tokenizer()
     if folder.writes:
@@ -167,7 +170,8 @@ def train(settings, given, ranks, folder):
         # A log without a checkpoint may only be replaced by the same run.
         resume.check_log(settings)
     step = resumed["step"] if resumed else None
-    ranks.check_same(dict(asdict(settings), data=data.sha256(), step=step, torch=versions["torch"]))
+    same = dict(data=data.sha256(), step=step, torch=versions["torch"])
+    ranks.check_same(resume.settings_of_result(settings) | same)
     model = make_model(settings, parent, resumed, tokenizer if data.chat else None)
     model = model.to(device).train()
     if folder.writes:
@@ -268,6 +272,7 @@ class Run:
     best_loss: float = math.inf  # of best.pt
     best_step: int = 0
     stuck: bool = False  # the patience has run out
+    shown: float = 0.0  # time.monotonic() when a line was shown last
     skipped: int = 0  # how many steps in a row have overflowed (float16)
     train_seconds: float = 0.0  # in steps alone
     wall_before: float = 0.0  # before the last resume
@@ -501,11 +506,11 @@ def accumulate_gradient(run):
 
 def learning_rate_factor(step, settings, max_iters):
     """The share of the peak learning rate: up in a line, down in half a cosine, then constant."""
+    if not settings.decay_lr:
+        return 1.0
     # 1) Up: the first gradients, of random weights, are large and erratic.
     if step < settings.warmup_iters:
         return (step + 1) / (settings.warmup_iters + 1)
-    if not settings.decay_lr:
-        return 1.0
     # 2) Down: smaller and smaller steps settle into a minimum (arXiv
     #    1608.03983).
     lowest = settings.min_lr / settings.learning_rate
@@ -589,6 +594,10 @@ def validate_and_log(run):
         run.peak = max(run.peak, row["tokens_per_second"] * flops)
         share = flops / run.peak
         say(progress_line(row, run.max_iters, share, run.seconds_left()))
+        run.shown = time.monotonic()
+    elif writes and sys.stderr.isatty() and time.monotonic() > run.shown + REFRESH_SECONDS:
+        say(f"step {run.step}, loss {row['loss']:.3f}", end="\r")
+        run.shown = time.monotonic()
     # 3) The end before max_iters.
     if run.stuck and not run.last():
         say(f"stopping early (patience={settings.patience}): lowest loss {run.best_loss:.4f}")

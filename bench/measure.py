@@ -86,7 +86,8 @@ def copy_peer(peer, folder):
         Path(folder, "model.py").write_text("from plain import *\n", encoding="utf-8")
         return
     files = list(Path(peer).glob("*.py"))
-    if Path(peer).resolve() == ROOT or "train.py" not in [file.name for file in files]:
+    names = {file.name for file in files}
+    if "train.py" not in names or "tokenizer.py" in names:  # a clone of this project has both
         raise UserError(f"--peer={peer!r} is not a nanoGPT folder",
                         "git clone https://github.com/karpathy/nanoGPT, and --peer=nanoGPT")
     for file in files:

@@ -13,8 +13,8 @@ which n_embd is best after thirty minutes, and how good it is. Then that run sta
 not repeated.
 
 Windows have 32 tokens: with more, a model learns at some moment to copy from its context (induction heads, Olsson
-2022, arXiv 2209.11895), a leap that no law predicts. The learning rate stays level after its warm-up, so that every
-moment of a run is the end of a shorter one.
+2022, arXiv 2209.11895), a leap that no law predicts. The learning rate stays level after its warm-up (min_lr is
+learning_rate), so that every moment of a run is the end of a shorter one.
 """
 import math
 import os
@@ -33,7 +33,7 @@ LONGER = 15  # times as long, the long run: 30 minutes
 SKIPPED = 60  # steps of each run that are not fitted: three times the warm-up
 E = 0.7  # bits per byte: fits what n_embd=256 reaches in 7 minutes on PyTorch's source
 
-RECIPE = [ROOT / "config/train_small.py", *"""--decay_lr=false --learning_rate=0.01 --muon_lr=0.0015 --compile=false
+RECIPE = [ROOT / "config/train_small.py", *"""--learning_rate=0.01 --min_lr=0.01 --muon_lr=0.0015 --compile=false
     --eval_iters=8 --save_interval=1000 --always_save_checkpoint=false --block_size=32 --batch_size=96""".split()]
 
 

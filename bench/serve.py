@@ -84,7 +84,7 @@ def load_model(path, device):
         return ckpt.load_run(path, device=device)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**PRESETS["openllm-small"])).to(device).eval()
-    tokenizer = SimpleNamespace(kind="none", vocab_size=model.config.vocab_size, special={}, settings={},
+    tokenizer = SimpleNamespace(kind="none", vocab_size=model.config.vocab_size, special={}, settings={}, stops=(),
                                 token_bytes=lambda i: b"x")
     return model, tokenizer, {}
 

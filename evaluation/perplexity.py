@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 import tokenizer as tokenizers
 from dataset import Dataset, is_data, to_batch, validation_sums
-from runtime.console import Progress, UserError, counted
+from runtime import machine
+from runtime.console import Progress, UserError, counted, note
 from runtime.processes import Processes
 from text.sources import documents
 
@@ -93,6 +94,16 @@ def cut(found, megabytes):
     return texts
 
 
+def longest_context(model):
+    """The context of a model, or what fits into half of the free memory."""
+    c = model.config
+    size = 4 * (8 * c.n_embd + 4 * c.n_inner)  # bytes of a token, within one layer
+    most = int(min(machine.free_memory(str(model.lm_head.weight.device)) / 2, 1e15) // size)
+    if most < c.block_size:
+        note(f"block_size={most:,} instead of {c.block_size:,}: half of the free memory holds no more")
+    return min(c.block_size, most)
+
+
 @torch.inference_mode()
 def total_loss(model, ids, block_size, stride, batch_size, processes):
     """The sum of -ln p over all tokens but the first, in nats. ids: (N,) int64.
@@ -112,7 +123,7 @@ def total_loss(model, ids, block_size, stride, batch_size, processes):
             part = ids[start:start + block_size + 1]
             new = (np.arange(len(part) - 1) >= block_size - stride) | (start == 0)
             parts.append((part, new))
-        return to_batch(parts, block_size)
+        return to_batch(parts, max(len(new) for _, new in parts))  # a short text costs no whole context
 
     def loss_of(idx, targets):
         """The mean in float64, by way of the logits, which 8-bit models have too."""
@@ -136,7 +147,7 @@ def measure_text(model, tokenizer, text, block_size=0, stride=0, batch_size=0, p
     Raises UserError where the text is too short, the context too long, or a character has no token.
     """
     counts, context = text.counts(), model.config.block_size
-    block_size = block_size or context
+    block_size = block_size or longest_context(model)
     stride = stride or block_size
     if not stride <= block_size <= context:
         raise UserError(f"stride={stride}, block_size={block_size}, context={context}: none may exceed the next",

@@ -33,6 +33,8 @@ def write(path, model, tokenizer, dtype="float32", chat=False):
     c = model.config
     if c.mlp == "gelu_exact":
         raise UserError("mlp=gelu_exact, but llama.cpp computes gelu by tanh", "--format=hf, onnx or pt2")
+    if c.rope_scaling != "none":  # transformers, which proves the file, would not read it
+        raise UserError(f"rope_scaling={c.rope_scaling} is not written to GGUF files", "--format=hf, onnx or pt2")
     arch = huggingface.their_config(c, "float32", {})["model_type"]
     writer = gguf.GGUFWriter(path, arch)
 
@@ -97,8 +99,8 @@ def their_tensors(model):
     for name, tensor in huggingface.their_weights(model).items():
         if c.pos == "learned" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T.contiguous()
-        # Its Llama rotates channels 2 i and 2 i + 1 together; ours, and Qwen3's, i and i + head_dim / 2.
-        if c.pos == "rope" and not c.qk_norm and (".q_proj." in name or ".k_proj." in name):
+        # Its Llama rotates channels 2 i and 2 i + 1 together; ours, and Qwen's, i and i + head_dim / 2.
+        if c.pos == "rope" and not (c.qk_norm or c.qkv_bias) and (".q_proj." in name or ".k_proj." in name):
             halves = tensor.view(-1, 2, c.head_dim // 2, *tensor.shape[1:])  # (heads, 2, head_dim / 2, ...)
             tensor = halves.transpose(1, 2).reshape(tensor.shape).contiguous()
         found[name] = tensor
@@ -133,7 +135,7 @@ def write_tokenizer(writer, tokenizer, context, chat):
         pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
         writer.add_token_merges(pairs)
     writer.add_token_types(kinds)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bool(tokenizer.start))
     end = tokenizer.special.get(tokenizer.settings.get("eos_token"), tokenizer.special.get(tokenizers.END_OF_TEXT))
     stop = tokenizer.special.get(tokenizers.END) if chat else None
     if end is not None:

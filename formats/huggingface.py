@@ -5,21 +5,21 @@ Hugging Face folders, both ways: the same models under other names.
     checkpoint, tokenizer = read("SmolLM2-135M")    # as a checkpoint of this project
     write("exports/small/hf", model, tokenizer)     # for AutoModelForCausalLM and AutoTokenizer
 
-GPT-2, Llama and Qwen3 are this project's GPT under other names. One table translates the settings both
-ways (KINDS), one function the tensors (their_views). What would not be the same is refused.
+GPT-2, Llama, Mistral, Qwen2 and Qwen3 are this project's GPT under other names. One table translates the
+settings both ways (KINDS), one function the tensors (their_views). What would not be the same is refused.
 """
 import glob
 import json
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 import tokenizer as tokenizers
-from model import GPTConfig, outline, resolve
-from runtime.console import UserError, needs
+from formats import safetensors
+from model import ROPE_SCALING, GPTConfig, outline, read_rope_scaling, resolve
+from runtime.console import UserError, note
 from runtime.files import check_like, read_json
 
 SOURCE = "download its files again; convert *.bin files with transformers' save_pretrained"
@@ -40,12 +40,14 @@ MODERN = dict(
 KINDS = {  # by model_type: the class, the names of its settings, and ours where it has none
     "gpt2": ("GPT2LMHeadModel", GPT2, dict(bias=True, n_inner="auto", tie_weights=True)),
     "llama": ("LlamaForCausalLM", LLAMA | dict(bias="attention_bias"), dict(MODERN, head_dim="auto")),
+    "mistral": ("MistralForCausalLM", LLAMA, dict(MODERN, head_dim="auto")),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA, dict(MODERN, head_dim="auto", qkv_bias=True)),
     "qwen3": ("Qwen3ForCausalLM", LLAMA, dict(MODERN, head_dim=128, qk_norm=True)),
 }
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}  # theirs: ours
 ONLY = dict(  # the one value that some of their settings may have
     quantization_config=None, is_causal=True, hidden_act="silu", use_sliding_window=False,
-    layer_type="full_attention", rope_type="default", type="default", partial_rotary_factor=1.0,
+    layer_type="full_attention", partial_rotary_factor=1.0,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
 
@@ -61,11 +63,11 @@ def our_config(theirs):
 
 
 def translate(theirs):
-    # 1. Their settings under our names. Only transformers 5 has rope_parameters.
+    # 1. Their settings under our names. transformers 5 has rope_parameters, and prefers the older rope_scaling.
     model_type = theirs.get("model_type")
     if model_type not in KINDS:
         raise ValueError(f"model_type={model_type} is not one of {', '.join(KINDS)}")
-    rope = theirs.get("rope_parameters") or {}
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     given = {name: value for name, value in {**theirs, **rope}.items() if value is not None}
     _, names, default = KINDS[model_type]
     for name in default.keys() & names.keys():
@@ -73,14 +75,43 @@ def translate(theirs):
     shape = default | {ours: given[name] for ours, name in names.items()}
     if model_type == "gpt2":
         shape["mlp"] = GELU[given["activation_function"]]
+    else:
+        shape["rope_scaling"] = our_rope_scaling(rope, given)
+    if model_type == "mistral":  # with all of the context in its window, a sliding one is none
+        shape["block_size"] = min(shape["block_size"], theirs.get("sliding_window", 4096) or shape["block_size"])
 
     # 2. What this model cannot do.
     only = dict(ONLY, attention_bias=shape["bias"], mlp_bias=shape["bias"])
     layers = [("layer_type", value) for value in given.get("layer_types", [])]
-    for name, value in (*given.items(), *given.get("rope_scaling", {}).items(), *layers):
+    for name, value in (*given.items(), *layers):
         if name in only and value != only[name]:
             raise ValueError(f"{name}={value}, but only {only[name]} is supported")
     return resolve(GPTConfig(**shape))
+
+
+def our_rope_scaling(rope, given):
+    """The rope_scaling of GPTConfig for theirs, a dict. What it may hold, `resolve` knows."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return "none"
+    numbers = {name: value for name, value in rope.items() if value is not None}
+    for name in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
+        numbers.pop(name, None)
+    old = "original_max_position_embeddings"  # some files have it outside of rope's own, or not at all
+    if old in ROPE_SCALING.get(kind, {}):
+        numbers[old] = given.get(old, given["max_position_embeddings"])
+    return ",".join([kind, *(f"{name}={value!r}" for name, value in sorted(numbers.items()))])
+
+
+def their_rope(config):
+    """rope_parameters, as a dict."""
+    kind, numbers = read_rope_scaling(config)
+    rope = dict(rope_type="default" if kind == "none" else kind, rope_theta=config.rope_theta)
+    rope.update({name: value for name, value in numbers.items() if value != ROPE_SCALING[kind][name]})
+    old = "original_max_position_embeddings"
+    if old in rope:
+        rope[old] = int(rope[old])
+    return rope
 
 
 def their_config(config, dtype, ends):
@@ -91,7 +122,9 @@ def their_config(config, dtype, ends):
     # 1. Our settings under their names.
     model_type = "gpt2"
     if config.pos == "rope":
-        model_type = "qwen3" if config.qk_norm else "llama"
+        model_type = "qwen2" if config.qkv_bias else "llama"
+        if config.qk_norm:
+            model_type = "qwen3"
     cls, names, _ = KINDS[model_type]
     theirs = dict(architectures=[cls], model_type=model_type, dtype=dtype, **ends)
     theirs.update({name: getattr(config, ours) for ours, name in names.items()})
@@ -100,18 +133,20 @@ def their_config(config, dtype, ends):
         theirs["activation_function"] = "gelu" if config.mlp == "gelu_exact" else "gelu_new"
         theirs.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout))
     else:
-        rope = dict(rope_type="default", rope_theta=config.rope_theta)
+        rope = their_rope(config)
         theirs.update(hidden_act="silu", rope_parameters=rope)
+        if rope["rope_type"] != "default":  # for transformers 4
+            theirs["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if model_type == "llama":
         theirs["mlp_bias"] = config.bias
 
     # 2. What would come back as another model is refused.
     back = asdict(our_config(theirs))
     if model_type == "gpt2":
-        back["bias"] = config.bias  # biases of zero will do
+        back.update(bias=config.bias, qkv_bias=config.qkv_bias)  # biases of zero will do
     if model_type == "llama":
         back["n_embd"] -= config.n_embd % config.n_head  # its class wants a multiple
-    for name in ("norm", "mlp", "qk_norm", "n_kv_head", "head_dim", "bias", "n_embd"):
+    for name in ("norm", "mlp", "qk_norm", "n_kv_head", "head_dim", "bias", "qkv_bias", "n_embd"):
         if getattr(config, name) != back[name]:
             raise UserError(f"{name}={getattr(config, name)}, but transformers' {cls} has {back[name]}",
                             "--format=onnx, pt2 or torchscript")
@@ -230,21 +265,27 @@ def read(folder):
 
     It also has `dtype` of the tensors in the files, and `generation`, their settings for sampling.
     """
-    config = our_config(read_dict(os.path.join(folder, "config.json")))
+    theirs = read_dict(os.path.join(folder, "config.json"))
+    config = our_config(theirs)
+    longest = theirs.get("max_position_embeddings", 0)
+    if config.block_size < longest:
+        note(f"the context is {config.block_size:,} tokens, the window that slides over {longest:,} in {folder}")
     tensors = read_tensors(folder)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     weights = our_weights(tensors, config, folder)
-    tokenizer = tokenizers.load_from(folder)
     generation = os.path.join(folder, "generation_config.json")
+    generation = read_dict(generation) if os.path.exists(generation) else {}
+    tokenizer = tokenizers.load_from(folder)
+    stops = generation.get("eos_token_id", theirs.get("eos_token_id"))  # one, or a list
+    tokenizer.stops = [i for i in (stops if isinstance(stops, list) else [stops]) if type(i) is int]
     return dict(format=1, step=0, settings=asdict(config), model=weights, source=[folder],
-                generation=read_dict(generation) if os.path.exists(generation) else {},
+                generation=generation, kind="a Hugging Face model",
                 dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
                 tokenizer_sha256=tokenizers.fingerprint(tokenizer)), tokenizer
 
 
 def read_tensors(folder):
     """All tensors {name: tensor} of model.safetensors, or of the files that its index names."""
-    safetensors = needs("safetensors", "Hugging Face folders")
     files = ["model.safetensors"]
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, *files)):
@@ -256,11 +297,7 @@ def read_tensors(folder):
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing", SOURCE)
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})
-        except Exception as error:  # one flipped bit can mean anything
-            raise UserError(f"{path} is damaged: {error}", SOURCE) from None
+        tensors.update(safetensors.read(path))
     return tensors
 
 
@@ -269,8 +306,6 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
 
     generation: settings for sampling, if there are some already. chat: does the model know a chat format?
     """
-    safetensors = needs("safetensors", "Hugging Face folders")
-    from safetensors.torch import save_file
     from formats.tokenizer_json import tokenizer_files  # not needed to read a folder
 
     # 1. What can be refused: the settings and the tokenizer.
@@ -294,10 +329,4 @@ def write(folder, model, tokenizer, dtype=torch.float32, generation=None, chat=F
         Path(folder, name).write_bytes(content)
     if tokenizer.kind != "hugging_face":  # to read the very same one back
         tokenizer.save(os.path.join(folder, "tokenizer"))
-    path = os.path.join(folder, "model.safetensors")
-    try:
-        save_file(their_weights(model, dtype), path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # of a full disk, too
-        raise OSError(str(error)) from None
-    # safetensors makes it readable for its owner alone.
-    shutil.copymode(os.path.join(folder, "config.json"), path)
+    safetensors.write(os.path.join(folder, "model.safetensors"), their_weights(model, dtype))

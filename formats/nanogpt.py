@@ -8,6 +8,7 @@ The weights have the same names. What the tokens mean is not in it: GPT-2's are 
 characters stand in the meta.pkl beside the data.
 """
 import os
+import re
 from dataclasses import asdict
 
 from torch.nn import functional as F
@@ -15,6 +16,28 @@ from torch.nn import functional as F
 import tokenizer as tokenizers
 from model import GPTConfig, resolve, round_up
 from runtime.console import UserError
+
+
+OTHERS = {  # whose a checkpoint is, by the name of a tensor or of something beside the tensors
+    "tok_embeddings.weight": "llama2.c or Meta's Llama", "transformer.h.0.attn.c_q.weight": "nanochat",
+    "transformer.h.0.attn.attn.weight": "LitGPT", "transformer.h.0.attn.qkv.weight": "LitGPT",
+    "language_model": "Megatron-LM", "embedding.word_embeddings.weight": "Megatron-LM",
+    "model.embed_tokens.weight": "transformers", "h.0.attn.c_attn.weight": "transformers",
+    "pytorch-lightning_version": "PyTorch Lightning", "code": "modded-nanogpt"}
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks, which older versions of PyTorch save
+
+
+def plain_name(name):
+    """The name of a tensor without what compiling and several processes put before it."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+
+
+def refuse_others(state, path):
+    """Raises UserError where a .pt file is known to be another project's."""
+    names = {plain_name(name) for part in (state, state.get("model", {})) for name in part}
+    for name in OTHERS.keys() & names:
+        raise UserError(f"{path} is a checkpoint of {OTHERS[name]}, which is not read here",
+                        "its Hugging Face folder; llama2.c's export.py --version -1 and LitGPT's convert write one")
 
 
 def convert(state, path):
@@ -25,8 +48,10 @@ def convert(state, path):
         tokenizer = find_tokenizer(os.path.dirname(path) or ".", data, args["vocab_size"])
         # nanoGPT rounds GPT-2's 50,257 up to 50,304; the tokens that do not exist are cut off.
         args["vocab_size"] = min(args["vocab_size"], tokenizer.vocab_size)
+        args.setdefault("bias", True)  # the oldest checkpoints do not say it
         config = resolve(GPTConfig(**args, mlp="gelu_exact"))
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in state["model"].items()}
+        weights = {plain_name(name): tensor for name, tensor in state["model"].items()}
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(BUFFERS)}
         rows = round_up(config.vocab_size, 64)  # of our matrices
         for name in ("transformer.wte.weight", "lm_head.weight"):
             matrix = weights[name][:rows]  # (vocab_size, C)

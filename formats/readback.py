@@ -35,11 +35,11 @@ def open_gguf(path):
     def number(name):
         return int(fields[f"{arch}.{name}"].parts[-1][0])
 
-    # transformers does not take these two from the file.
+    # transformers does not take these two from the file. (Qwen2's class has no head_dim.)
     more = {}
     if arch == "gpt2":
         more["n_positions"] = number("context_length")
-    else:
+    elif arch != "qwen2":
         more["head_dim"] = number("attention.key_length")
     path = Path(path)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **more).eval()

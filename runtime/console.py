@@ -177,15 +177,21 @@ def duration(seconds):
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds} s"
 
 
-def quiet_interrupt(kind, error, trace):
-    """For sys.excepthook: a Ctrl-C while a script still imports PyTorch is no bug."""
+REQUIRED = "torch", "numpy", "sentencepiece", "tiktoken", "requests"
+
+
+def import_failed(kind, error, trace):
+    """For sys.excepthook, while a script still imports: a Ctrl-C or a missing package is not a bug."""
     if issubclass(kind, KeyboardInterrupt):
         print_error("stopped")
+    elif issubclass(kind, ModuleNotFoundError) and error.name in REQUIRED:
+        print_error(f"error: the package {error.name} is not installed in {sys.prefix}\n"
+                    "fix: . .venv/bin/activate, or pip install -r requirements.txt")
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = quiet_interrupt
+sys.excepthook = import_failed
 
 
 def command_line(main):

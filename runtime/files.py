@@ -117,6 +117,10 @@ def foreign(folder, ours):
     return ""
 
 
+def is_gguf(path):
+    return str(path).lower().endswith(".gguf") and os.path.isfile(path)
+
+
 def file_sha256(path, most=sys.maxsize):
     """The sha256 of a file, or of as many of its bytes."""
     sha256 = hashlib.sha256()

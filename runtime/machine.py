@@ -200,7 +200,10 @@ def compile_model(model, required, loss):
     except Exception as error:  # no compiler, an old GPU, Windows
         if is_out_of_memory(error):
             raise
-        fact = f"torch.compile fails here: {repr(error)[:200]}"
+        first_line = str(error).strip().partition("\n")[0]
+        fact = f"torch.compile fails here: {first_line[:200]}"
+        if "C++ compiler" in first_line:
+            fact = "torch.compile needs a C++ compiler, such as g++"
         if required:
             raise UserError(fact, "--compile=false") from None
         note(f"{fact}; continuing without it")

@@ -24,12 +24,31 @@ from sample import MAX_STOPS, RANGES, STOP_LENGTH, Sampling, TextStream
 from serving.engine import Request
 from serving.web import Refuse
 
-MAX_PROMPTS, MAX_CHOICES, MAX_BIASES = 8, 4, 300
+MAX_PROMPTS, MAX_CHOICES, MAX_BIASES = 64, 4, 300
 MAX_LOGPROBS = 1 << 17  # of one answer, to bound its memory
 MAX_TOKENS = "max_tokens", "max_new_tokens", "max_length", "max_completion_tokens"  # names of one field
-ROLES = "system", "user", "assistant"
-UNSUPPORTED = {  # OpenAI's fields that would change the answer: {name: the value that changes nothing}
-    "tools": [], "functions": [], "suffix": "", "best_of": 1, "response_format": {"type": "text"}}
+UNSET = "seed", *MAX_TOKENS  # where other servers write -1 for no value
+ROLES = "system", "developer", "user", "assistant"  # developer: OpenAI's newer word for system
+# What OpenAI, vLLM, llama.cpp and text-generation-webui take, would change an answer, and is not supported:
+# {names: values that change nothing, as null does}
+UNSUPPORTED = {
+    "tools functions stop_sequences stop_token_ids bad_words allowed_token_ids samplers sampler_priority "
+    "documents": ([],),
+    "tool_choice function_call": ("none", "auto"),  # auto: of no tools
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "suffix grammar grammar_string guided_grammar guided_regex negative_prompt custom_token_bans": ("",),
+    "guided_json guided_choice structured_outputs json_schema chat_template chat_template_kwargs "
+    "logits_processors audio web_search_options": ("", [], {}),
+    "prompt_logprobs truncate_prompt_tokens": (),
+    "n_predict num_predict max_output_tokens top_n_sigma": (-1,),
+    "min_tokens min_new_tokens min_length no_repeat_ngram_size penalty_alpha top_a mirostat mirostat_mode "
+    "dynatemp_range smoothing_factor epsilon_cutoff eta_cutoff dry_multiplier xtc_probability n_probs": (0,),
+    "best_of num_beams typical_p tfs tfs_z length_penalty guidance_scale repeat_penalty "
+    "encoder_repetition_penalty": (1,),
+    "use_beam_search include_stop_str_in_output return_token_ids return_tokens_as_token_ids dynamic_temperature "
+    "temperature_last ban_eos_token": (False,),
+    "do_sample skip_special_tokens enable_thinking": (True,)}
 FAILURES = {  # finish_reason: the Refuse that stands for it
     "cancelled": (503, "the server is shutting down"), "error": (500, "the model failed on this request")}
 
@@ -94,14 +113,14 @@ def are_messages(value):
     def fits(message):
         return type(message) is dict and message.get("role") in ROLES and is_text(content_of(message))
 
-    return type(value) is list and value and all(map(fits, value)) and value[-1]["role"] != "assistant"
+    return type(value) is list and value and all(map(fits, value))
 
 
 FLAG = "true or false", lambda value: type(value) is bool
 TEXT = "a string of valid Unicode", is_text
 IDS = "a list of token ids", lambda value: type(value) is list
 PROMPT = "a text or a list of token ids", lambda value: type(value) is list or is_text(value)
-MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content, the last not the assistant's", are_messages
+MESSAGES = f"a list of messages with role ({', '.join(ROLES)}) and content", are_messages
 FIELDS = {
     **{name: number(type(default), *RANGES[name])
        for name, default in vars(Sampling()).items() if name in RANGES},
@@ -150,7 +169,7 @@ class Job:
     n, echo = 1, False
 
     def __init__(self, body, served, deadline):
-        self.body = body
+        self.body = {name: None if value == -1 and name in UNSET else value for name, value in body.items()}
         self.served = served
         self.tokenizer = served.tokenizer
         self.deadline = deadline
@@ -162,6 +181,8 @@ class Job:
         except UserError as error:  # such as a character that the vocabulary does not have
             raise Refuse(400, error.fact, self.prompt_field) from None
         del self.body  # to free its memory
+        n, most = len(self.requests), served.engine.capacity
+        need(n <= most, self.prompt_field, f"asks for {n} texts; at most {most} can run and wait here")
         logprobs = sum((request.max_tokens + len(request.ids) * self.echo) * (1 + request.logprobs)
                        for request in self.requests if request.logprobs is not None)
         fact = f"would be {logprobs:,} log-probabilities; at most {MAX_LOGPROBS:,}"
@@ -172,7 +193,7 @@ class Job:
         value = self.body.get(name)
         if value is None:
             return default
-        if name == "top_k" and value == "all":  # sample.py's word
+        if name == "top_k" and value in ("all", -1):  # sample.py's word, and vLLM's number
             return 0
         return check(value, name, self.fields[name])
 
@@ -183,7 +204,7 @@ class Job:
         ids = check(prompt, name, PROMPT)
         if type(prompt) is str:
             check_size(name, len(prompt.encode()), self.served.most_bytes)
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.prompt(prompt)
         need(ids, name, "is empty; to start from nothing, send the id of the end-of-text token")
         check_ids(ids, name, self.served.vocab_size)  # the model may have fewer than the tokenizer
 
@@ -295,9 +316,10 @@ class Completions(Job):
     failures = FAILURES | {"timeout": (503, "the request took too long", None, "timeout")}
     max_tokens, prefix = 16, "cmpl-"
     kinds = "text_completion", "text_completion"  # of an answer, and of a chunk
+    lists_end = True  # with the log-probability of the end-of-text token, which makes one for each token of usage
 
     def read(self):
-        self.read_common()
+        self.read_common(add_special_tokens=True)
         prompts = self.body.get("prompt")
         if type(prompts) is not list or not any(type(prompt) in (list, str) for prompt in prompts):
             prompts = [prompts]
@@ -308,12 +330,13 @@ class Completions(Job):
         self.streams = {request: TextStream(self.tokenizer) for request in self.requests}
         self.offsets = dict.fromkeys(self.requests, 0)
 
-    def read_common(self):
-        """The fields that OpenAI's two endpoints share."""
-        for name, harmless in UNSUPPORTED.items():
-            value = self.body.get(name)
-            changes = value is not None and (value != harmless or type(value) is not type(harmless))
-            need(not changes, name, "is not supported here", "unsupported")
+    def read_common(self, **harmless):
+        """The fields that OpenAI's two endpoints share. harmless: {name: value} that changes nothing here."""
+        unsupported = UNSUPPORTED | {name: (value,) for name, value in harmless.items()}
+        for names, values in unsupported.items():
+            for name in names.split():
+                value = self.body.get(name)
+                need(value is None or value in values, name, "is not supported here", "unsupported")
         options = self.body.get("stream_options")
         fits = options is None or self.stream and type(options) is dict
         need(fits, "stream_options", "must be an object, and needs stream=true")
@@ -340,7 +363,7 @@ class Completions(Job):
     def answer(self):
         choices = []
         for request in self.requests:
-            tokens = request.prompt_tokens + request.tokens
+            tokens = request.prompt_tokens + request.tokens + request.end * self.lists_end
             choices.append(self.choice(request, request.text, tokens, request.finish_reason))
         return self.frame(choices, self.usage())
 
@@ -348,7 +371,8 @@ class Completions(Job):
         return self.frame([self.choice(request, text, tokens)])
 
     def end(self, request):
-        return self.frame([self.choice(request, reason=request.finish_reason)])
+        tokens = request.end * self.lists_end
+        return self.frame([self.choice(request, "", tokens or None, request.finish_reason)])
 
     def last(self):
         return [self.frame([], self.usage())] if self.usage_wanted else []
@@ -377,17 +401,23 @@ class Chat(Completions):
 
     fields = Completions.fields | {"logprobs": FLAG, "top_logprobs": number(int, 0, 20)}
     max_tokens, prefix, prompt_field = None, "chatcmpl-", "messages"
-    kinds = "chat.completion", "chat.completion.chunk"
+    kinds, lists_end = ("chat.completion", "chat.completion.chunk"), False
 
     def read(self):
-        self.read_common()
+        # 1. The messages. An answer that comes last is begun, and goes on.
         messages = check(self.body.get("messages"), "messages", MESSAGES)
-        messages = [dict(role=message["role"], content=content_of(message)) for message in messages]
+        messages = [dict(role=message["role"].replace("developer", "system"), content=content_of(message))
+                    for message in messages]
+        begun = messages[-1]["role"] == "assistant"
+        # 2. The other fields.
+        self.read_common(echo=False, add_special_tokens=False, add_generation_prompt=not begun,
+                         continue_final_message=begun)
         size = sum(len(message["content"].encode()) for message in messages)
         check_size("messages", size, self.served.most_bytes)
         need(self.served.chat, "messages", "need a model with a chat format", "no_chat_format")
         top = self.get("top_logprobs", 0) if self.get("logprobs") else None
-        self.ask(self.tokenizer.chat(messages), top)
+        chat = self.tokenizer.continued if begun else self.tokenizer.chat
+        self.ask(chat(messages), top)
 
     def first(self):
         role = {"delta": {"role": "assistant", "content": ""}}

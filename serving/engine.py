@@ -76,6 +76,7 @@ class Request(Sampling):
     text: str = ""  # (what it begins with, such as an echo of the prompt, may be given)
     tokens: list[Token] = field(default_factory=list)
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
+    end: list[Token] = field(default_factory=list)  # the end-of-text token, if that ended the text
     n: int = 0  # tokens that were computed, with the end-of-text token
     finish_reason: str = ""
     submitted: float = 0.0  # time.monotonic()
@@ -191,8 +192,8 @@ class Engine:
         self.model = machine.use_linear(model, dtype)
         self.device = model.lm_head.weight.device
         self.tokenizer, self.ends = tokenizer, tokenizers.ends(tokenizer)
-        self.max_queue = max_queue
         self.fit_into_memory(rows, context)
+        self.capacity = self.rows + max_queue  # requests that may run and wait at once
         self.batch_sizes = batch_invariant_sizes(model, self.rows)
         self.memory = KVCache(model.config, self.rows + 1, self.context, self.device, model.dtype())
         self.slots = [Slot(self.memory.row(i)) for i in range(self.rows)]
@@ -233,7 +234,7 @@ class Engine:
                 raise ValueError(f"{n} + {new} tokens do not fit into {self.context}")
         with self.changed:
             asked = len(self.waiting) + len(self.running) + len(requests)
-            if asked > self.rows + self.max_queue or self.stopping:
+            if asked > self.capacity or self.stopping:
                 raise queue.Full
             for request in requests:
                 request.submitted = time.monotonic()
@@ -407,8 +408,9 @@ class Engine:
         ended = token in self.ends and not request.ignore_eos
         if not ended:
             request.text += slot.stream.push(token)
-            if request.logprobs is not None:
-                request.tokens += score(logits, [token], request.logprobs)
+        if request.logprobs is not None:
+            tokens = request.end if ended else request.tokens
+            tokens += score(logits, [token], request.logprobs)
         now = time.monotonic()
         request.first = request.first or now
         request.n += 1

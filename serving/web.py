@@ -37,7 +37,11 @@ MAX_VALUES = 200_000  # of the JSON in a body: a megabyte of "{}," would become 
 PARSERS = 4  # bodies that are parsed at once
 SPARE = 8  # connections beyond max_connections, for /health; other paths answer 503 there
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.A | re.I)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "0.0.0.0")  # what browsers call this machine
+LONGEST_LINE = 1 << 10  # bytes of a line between the chunks of a body
+CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[\t -~]*)?\r\n")  # a size, and extensions that nobody uses
+LINE_END = re.compile(rb"\r\n")
+TRAILER = re.compile(rb"(?:[!#-'*+.0-9A-Z^-z|~-]+:[\t -~\x80-\xff]*)?\r\n")  # a header behind them, or their end
 ERROR_TYPES = {401: "authentication_error", 500: "server_error", 503: "overloaded_error"}
 
 
@@ -62,6 +66,10 @@ def hang_up(connection):
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def without_port(host):
+    return re.sub(r":[0-9]{1,5}\Z", "", host).lower()
+
+
 class Web(ThreadingHTTPServer):
     """The listening socket, and the limits on connections.
 
@@ -78,6 +86,7 @@ class Web(ThreadingHTTPServer):
         self.key = key
         self.answered = answered
         self.local = settings.host in LOOPBACK
+        self.hosts = {without_port(name) for name in [*LOCAL_HOSTS, *settings.allowed_host]}
         self.origins = {origin.rstrip("/") for origin in settings.cors_origin}
         self.places = threading.BoundedSemaphore(settings.max_connections + SPARE)
         self.parsers = threading.BoundedSemaphore(PARSERS)
@@ -250,12 +259,13 @@ class Connection(BaseHTTPRequestHandler):
 
     def answer(self):
         """What the function of the path returns. Raises Refuse where a check fails."""
-        server, path = self.server, urllib.parse.unquote(self.path.partition("?")[0])
+        server = self.server
         self.check_host()
         if self.command == "OPTIONS" and "Origin" in self.headers:  # CORS: may a page of that origin ask us?
             if self.headers["Origin"] not in server.origins:
                 raise Refuse(403, "pages of this origin are not allowed; the option --cors_origin=ORIGIN allows them")
             return self.respond(204, b"")
+        path = self.clean_path()
         above = [route for route in server.routes if route != "/" and route.endswith("/") and path.startswith(route)]
         found = [path] if path in server.routes else above  # a route with a final slash holds what is below it
         if not found:
@@ -273,13 +283,17 @@ class Connection(BaseHTTPRequestHandler):
             self.check_key()
         return methods[method](self)
 
+    def clean_path(self):
+        """Without the second slash of a base address and a path that have been joined: /v1//models."""
+        return re.sub("/+", "/", urllib.parse.unquote(self.path.partition("?")[0]))
+
     def check_host(self):
         host = self.headers.get("Host")
         if host is None and self.request_version != "HTTP/1.0":
             raise Refuse(400, "the Host header is missing")
         # DNS rebinding: a site can point its name at 127.0.0.1, and reach us from its visitor's browser.
-        if self.server.local and host is not None and not LOCAL_HOST.fullmatch(host):
-            raise Refuse(403, "this server serves only localhost")
+        if self.server.local and host is not None and without_port(host) not in self.server.hosts:
+            raise Refuse(403, "this server serves only localhost; the option --allowed_host=NAME allows another name")
 
     def check_key(self):
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
@@ -290,18 +304,57 @@ class Connection(BaseHTTPRequestHandler):
             raise Refuse(401, "a valid key is needed", headers={"WWW-Authenticate": "Bearer"})
 
     def body_size(self):
-        lengths, most = self.headers.get_all("Content-Length", []), self.settings.max_body
-        if "Transfer-Encoding" in self.headers:
-            raise Refuse(501, "send a Content-Length, not a Transfer-Encoding")
-        if not lengths:
+        """The bytes of the body; None where it comes in chunks."""
+        lengths, size = self.headers.get_all("Content-Length", []), None
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        if codings:
+            # With a length beside it, a proxy and this server could disagree on where the next request begins.
+            if lengths or self.request_version == "HTTP/1.0":
+                raise Refuse(400, "a Transfer-Encoding needs HTTP/1.1, and no Content-Length")
+            if len(codings) > 1 or codings[0].strip(" \t").lower() != "chunked":
+                raise Refuse(501, "the only Transfer-Encoding here is chunked")
+        elif not lengths:
             raise Refuse(411, "Content-Length is missing")
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0"
+        elif len(lengths) > 1 or not re.fullmatch("[0-9]{1,10}", lengths[0]):  # int() would take "+5", "1_0"
             raise Refuse(400, "bad Content-Length")
-        if int(lengths[0]) > most:
-            raise Refuse(413, f"the body is larger than {most} bytes")
+        else:
+            size = int(lengths[0])
+            self.check_size(size)
         if self.headers.get_content_type() != JSON:  # which a form of another site cannot send
             raise Refuse(415, f"Content-Type must be {JSON}")
-        return int(lengths[0])
+        return size
+
+    def check_size(self, size):
+        if size > self.settings.max_body:
+            raise Refuse(413, f"the body is larger than {self.settings.max_body} bytes")
+
+    def read_exactly(self, size):
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise Refuse(400, "the body is shorter than announced")
+        return data
+
+    def read_chunks(self):
+        """A body in chunks: a line with the size of each in hexadecimal, its bytes, and an empty line; the
+        last has size 0, and headers may follow it."""
+        data, overhead = bytearray(), 0  # bytes between the chunks, which are limited like those inside
+
+        def read_line(pattern):
+            nonlocal overhead
+            line = self.rfile.readline(LONGEST_LINE)
+            overhead += len(line)
+            self.check_size(overhead)
+            if not (found := pattern.fullmatch(line)):
+                raise Refuse(400, "bad chunk")
+            return found
+
+        while size := int(read_line(CHUNK_LINE)[1], 16):
+            self.check_size(len(data) + size)
+            data += self.read_exactly(size)
+            read_line(LINE_END)
+        while read_line(TRAILER)[0] != b"\r\n":
+            pass
+        return bytes(data)
 
     def read_body(self, use):
         """use(the JSON object that was sent), for PARSERS requests at a time, which bounds the memory."""
@@ -314,11 +367,11 @@ class Connection(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.limit(self.settings.body_timeout)
         self.wait_for_client()
-        data = self.rfile.read(size)
-        self.begin_work()
+        try:
+            data = self.read_chunks() if size is None else self.read_exactly(size)
+        finally:
+            self.begin_work()
         self.server.deadlines.pop(self.connection, None)  # what follows is our own time
-        if len(data) < size:
-            raise Refuse(400, "the body is shorter than its Content-Length")
         self.body_read = True
         # 2. Parse it.
         try:
@@ -358,7 +411,11 @@ class Connection(BaseHTTPRequestHandler):
         if (origin := self.headers.get("Origin")) in self.server.origins:
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Allow-Methods"] = "GET, POST"
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Api-Key"
+            # OpenAI's client for JavaScript adds a dozen: x-stainless-os, x-stainless-retry-count, ...
+            asked = re.findall(r"[\w-]+", self.headers.get("Access-Control-Request-Headers", ""), re.A)
+            headers["Access-Control-Allow-Headers"] = ", ".join(["Authorization, Content-Type, X-Api-Key", *asked])
+            if "Access-Control-Request-Private-Network" in self.headers:  # from a page that is not of this machine
+                headers["Access-Control-Allow-Private-Network"] = "true"
         self.close_connection |= not self.body_read  # its rest would be taken for the next request
         if self.close_connection:
             headers["Connection"] = "close"

@@ -32,6 +32,7 @@ from runtime import console
 from serving import api, engine, web
 import model as model_file
 import serve
+from text.pretrained import Tokenizer
 from tokenizer import END_OF_TEXT
 
 END = 256  # the id of END_OF_TEXT
@@ -52,7 +53,7 @@ GOOD = {GENERATE: {"prompt": "x", "max_tokens": 2}, COMPLETE: {"prompt": "x", "m
 # Models
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One id per byte: every character outside ASCII is spread over several tokens. Then END_OF_TEXT, then `words`."""
 
     kind, special, settings = "bytes", {END_OF_TEXT: END}, {}
@@ -73,6 +74,9 @@ class ByteTokenizer:
     def chat(self, messages, answer=True):
         lines = ["{role}: {content}\n".format(**message) for message in messages]
         return self.encode("".join(lines) + "assistant: " * answer)
+
+    def continued(self, messages):
+        return self.chat(messages, answer=False)[:-1]  # without the end of the line
 
 
 class ScriptModel(model_file.GPT):

@@ -16,7 +16,8 @@ from formats import gguf, readback
 import tokenizer as tokenizers
 from text import pretrained
 
-NAMES = ["gpt2", "modern", "grouped", "llama"]
+SHAPES = {name: FAMILIES[name] for name in ("gpt2", "modern", "grouped", "llama")}
+SHAPES["qwen2"] = dict(FAMILIES["llama"], qkv_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,10 @@ def vocabulary():
 
 def model_of(family, vocabulary, **more):
     shape = dict(vocab_size=vocabulary.vocab_size, n_embd=64, block_size=48)
-    return random_model(**FAMILIES[family] | shape | more)
+    return random_model(**SHAPES[family] | shape | more)
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("dtype", list(gguf.DTYPES))
 def test_transformers_reads_the_same_model(here, vocabulary, family, dtype):
     model = model_of(family, vocabulary)
@@ -137,6 +138,9 @@ def test_a_gelu_that_llama_cpp_does_not_have(here, vocabulary):
     model = model_of("gpt2", vocabulary, mlp="gelu_exact")
     fact, _ = error(lambda _: gguf.write("a.gguf", model, vocabulary), "")
     assert fact == "mlp=gelu_exact, but llama.cpp computes gelu by tanh"
+    model = model_of("llama", vocabulary, rope_scaling="linear,factor=2.5")
+    fact, _ = error(lambda _: gguf.write("a.gguf", model, vocabulary), "")
+    assert fact == "rope_scaling=linear,factor=2.5 is not written to GGUF files"
 
 
 @pytest.mark.parametrize("kind", ["char", "unigram", "simple_bpe"])
@@ -193,7 +197,7 @@ def ask_llama_cpp(here, **questions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_llama_cpp_writes_the_same_text(here, vocabulary, family):
     model = model_of(family, vocabulary, block_size=256)
     gguf.write("a.gguf", model, vocabulary)

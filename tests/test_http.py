@@ -93,7 +93,7 @@ def test_f2_few_bodies_are_parsed_at_once(script, monkeypatch):
             now[0] += 1
             most[0] = max(most[0], now[0])
         if not all_there.is_set():
-            assert until(lambda: script.server.web.at_work() == 12), "the bodies of all have not been read"
+            assert until(lambda: all_there.is_set() or script.server.web.at_work() == 12), "not all have been read"
             all_there.set()
         with lock:
             now[0] -= 1
@@ -148,14 +148,16 @@ SMUGGLED = b"0\r\n\r\n" + HEALTH
 
 
 @pytest.mark.parametrize("lines, status", [
-    (["Transfer-Encoding: chunked"], 501), (["Transfer-Encoding: xchunked"], 501),
-    (["Transfer-Encoding: identity"], 501), (["Transfer-Encoding: "], 501), (["transfer-encoding: gzip, chunked"], 501),
-    # With a length beside it, RFC 9112 would have 400 as well: the sender means to smuggle a request.
-    (["Transfer-Encoding: chunked", "Content-Length: 5"], 501),
-    (["Content-Length: 5", "Transfer-Encoding: chunked"], 501),
-    (["Transfer-Encoding:\x0bchunked"], 501), (["Transfer-Encoding : chunked", "Content-Length: 5"], 400)], ids=str)
-def test_f8_chunks_are_not_taken(script, lines, status):
-    """A Transfer-Encoding is a 501, and nothing behind it is taken for a request."""
+    (["Transfer-Encoding: xchunked"], 501), (["Transfer-Encoding: identity"], 501), (["Transfer-Encoding: "], 501),
+    (["transfer-encoding: gzip, chunked"], 501), (["Transfer-Encoding:\x0bchunked"], 501),
+    (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 501),
+    # With a length beside it, the sender means to smuggle a request (RFC 9112).
+    (["Transfer-Encoding: chunked", "Content-Length: 5"], 400),
+    (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
+    (["Transfer-Encoding : chunked", "Content-Length: 5"], 400)], ids=str)
+def test_f8_only_chunks_are_taken(script, lines, status):
+    """Any Transfer-Encoding but chunked, or one beside a length, is refused, and nothing behind it is taken for a
+    request."""
     assert only_answer(script, with_lines(*lines, body=SMUGGLED)).status == status
 
 

@@ -143,15 +143,14 @@ def tensors(good, **change):
 
 
 UNSUPPORTED = [
-    (dict(model_type="bert"), "model_type=bert is not one of gpt2, llama, qwen3"),
+    (dict(model_type="bert"), "model_type=bert is not one of gpt2, llama, mistral, qwen2, qwen3"),
     (dict(model_type="qwen3", attention_bias=True), "attention_bias"),
     (dict(attention_bias=True), "mlp_bias=False, but only True is supported"),
-    (dict(rope_parameters=dict(rope_type="yarn")), "rope_type=yarn, but only default is supported"),
-    (dict(rope_scaling=dict(type="llama3")), "type=llama3"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "factor is missing, unknown"),
+    (dict(rope_scaling=dict(type="llama3")), "factor is missing, unknown"),
     (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
-    (dict(rope_parameters=dict(rope_type="linear"), rope_scaling=dict(rope_type="default")), "rope_type=linear"),
-    (dict(rope_parameters=dict(rope_type="linear", type="default")), "rope_type=linear"),
+    (dict(rope_parameters=dict(rope_type="linear", type="default")), "factor is missing, unknown"),
     (dict(is_causal=False), "is_causal=False"), (dict(hidden_act="gelu"), "hidden_act=gelu"),
     (dict(quantization_config=dict(bits=4)), "quantization_config={'bits': 4}, but"),
     (dict(hidden_size="DELETE"), "missing or unknown 'hidden_size'"),

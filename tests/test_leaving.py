@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, nasty, random_model, words
+from conftest import FAMILIES, error, nasty, random_model, words
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
@@ -120,3 +120,11 @@ def test_what_the_converter_of_llama_cpp_reads(here):
     assert json.load(open("a/tokenizer_config.json"))["add_prefix_space"] is False
     write("b", "unigram", "gpt2")  # its scores would be read as those of bpe
     assert not (here / "b/tokenizer.model").exists()
+
+
+def test_an_adapter_of_peft(here):
+    (here / "a").mkdir()
+    (here / "a/adapter_config.json").write_text("{}")
+    fact, fix = error(lambda _: ckpt.load_run("a"), "")
+    assert fact == "a is an adapter of peft, without the model that it corrects"
+    assert "merge_and_unload().save_pretrained" in fix

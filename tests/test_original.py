@@ -234,7 +234,7 @@ def test_files_of_the_original_are_refused(old, monkeypatch):
     assert (shown[0], *error(sample.main, shown[0])) == shown
     (old / "exports").mkdir()
     (old / "exports/config.json").write_text(json.dumps(dict(OLD_SHAPE, model_type="gpt", architectures=["GPTModel"])))
-    assert "model_type=gpt is not one of gpt2, llama, qwen3" in error(sample.main, "exports")[0]
+    assert "model_type=gpt is not one of gpt2, llama, mistral, qwen2, qwen3" in error(sample.main, "exports")[0]
     text = "data/clean/training_data.txt"
     assert "data/tokenizer holds no tokenizer" in error(prepare.main, text, "--tokenizer=data/tokenizer")[0]
 

@@ -346,6 +346,32 @@ def test_a_chat_model_opens_with_its_box_in_sight(torn_server, model, visit, win
     assert page.get("document.title") == f"{page.get('info.name')} \u00b7 OpenLLM"
 
 
+@pytest.mark.parametrize("width, height", [(1366, 625), (1280, 720), (390, 844)])
+@pytest.mark.parametrize("mode", ["text", "chat"])
+def test_the_bar_has_its_layout_in_both_modes(torn_server, model, visit, window, mode, width, height):
+    """The button keeps its width; beside it is the state, below that the result; the links are last."""
+    model.say("Hello", prompt=1 if mode == "text" else len(ByteTokenizer().chat([{"role": "user", "content": "h"}])))
+    window(width, height)
+    page = visit(torn_server.port, new=True)
+    page.says("Ready")
+    page.js("$('temperature').value = 0")
+    if mode == "text":
+        page.js("document.querySelector('[value=text]').click()")
+        page.type("text", "h")
+        page.js("$('go').click()")
+    else:
+        page.type("message", "h", Keys.ENTER)
+    page.says("Done")
+    box = page.js("""return Object.fromEntries(["go", "state", "result", "actions"].map(
+        (name) => [name, $(name).getBoundingClientRect().toJSON()]))""")
+    assert 90 < box["go"]["width"] < 140 and box["go"]["bottom"] <= height
+    assert box["state"]["left"] >= box["go"]["right"] and abs(box["state"]["top"] - box["go"]["top"]) < 4
+    assert box["actions"]["top"] >= box["state"]["bottom"]
+    if mode == "text":
+        assert box["result"]["left"] == box["state"]["left"] and box["result"]["top"] >= box["state"]["bottom"]
+        assert page.get("$('result').textContent")
+
+
 def test_a_reload_keeps_the_chat_and_the_draft(torn_server, model, visit, browser):
     messages = [{"role": "user", "content": "hi"}]
     model.say("Hello", prompt=len(ByteTokenizer().chat(messages)))

@@ -70,10 +70,10 @@ COMMANDS = [  # and the exit code, what is printed or the fact, and the fix
     (["sample", "out/notes", "--prompt=the", "--max_new_tokens=5"], 0, "the", ""),
     (["evaluate", "out/notes", "--tasks=completion", "--limit=2", "--samples=1"], 0, r"\| completion", ""),
     (["export", "out/notes"], 2,
-     "these exports need packages that are not installed: transformers, safetensors, onnx, onnxscript, onnxruntime",
-     "pip install transformers safetensors onnx onnxscript onnxruntime; or --format=pt2, which needs none"),
+     "these exports need packages that are not installed: transformers, onnx, onnxscript, onnxruntime",
+     "pip install transformers onnx onnxscript onnxruntime; or --format=pt2, which needs none"),
     (["export", "out/notes", "--format=pt2,int8"], 0, r"\| model.pt2 .*\n\| int8 ", ""),
-    (["sample", "theirs"], 2, "Hugging Face folders need the package safetensors", "pip install safetensors"),
+    (["sample", "theirs"], 2, "theirs/model.safetensors is damaged: 0 bytes", "download the file again"),
     (["prepare", "notes.txt", "--out=data/x", "--tokenizer=theirs"], 2,
      "Hugging Face tokenizers need the package tokenizers", "pip install tokenizers"),
 ]

@@ -320,7 +320,7 @@ def test_without_a_prompt_a_text_begins_as_a_document_does(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "write", lambda model, tokenizer, ids, settings, seed: asked.append(ids) or "")
     for special in {tokenizers.END_OF_TEXT: 7}, {}:
-        tokenizer = types.SimpleNamespace(special=special, encode=lambda text: [])
+        tokenizer = types.SimpleNamespace(special=special, prompt=lambda text: [])
         sample.Writer(random_model(), tokenizer, sample.SampleConfig(seed=1)).answer("")
     assert asked == [[7], [0]]
 
@@ -378,8 +378,8 @@ def test_what_people_get_wrong(tiny_run, monkeypatch, here):
     for bad in ("--top_k=-1", "--top_p=0", "--min_p=2", "--num_samples=0", "--max_new_tokens=0",
                 "--repetition_penalty=0", "--temperature=2.1", "--presence_penalty=-3.0"):
         assert bad.split("=")[0][2:] + "=" + bad.split("=")[1] in error(sample.main, bad)[0]
-    for stops in ["--stop="], ["--stop=" + "x" * 300], ["--stop=x"] * 5:
-        assert "--stop: at most 4 texts of 1 to 256 characters" in error(sample.main, *stops)[0]
+    for stops in ["--stop="], ["--stop=" + "x" * 300], ["--stop=x"] * 17:
+        assert "--stop: at most 16 texts of 1 to 256 characters" in error(sample.main, *stops)[0]
     fact, fix = error(sample.main, "--prompt=the cat?")
     assert "'?' (U+003F)" in fact and "bpe" in fix
     assert "missing.txt" in error(sample.main, "--prompt=FILE:missing.txt")[0]

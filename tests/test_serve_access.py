@@ -53,7 +53,7 @@ def test_g3_every_route_asks_for_the_key(keyed):
 # too: the server first looks whether there is such a path, 404, and whether it takes the method, 405.)
 NO_WAY_AROUND = {
     "/generate/": (404, 404), "/GENERATE": (404, 404), "/generate;x": (404, 404), "/generate?x": (405, 401),
-    "/v1/models/": (401, 405), "/V1/models": (404, 404), "/v1//models": (404, 404), "/./metrics": (404, 404),
+    "/v1/models/": (401, 405), "/V1/models": (404, 404), "/v1//models": (401, 405), "/./metrics": (404, 404),
     "/health/../metrics": (404, 404), "/metrics?x=/health": (401, 405), "/%6detrics": (401, 405),
     "/metrics%20": (404, 404),
     "/?/metrics": (200, 405), "/health?metrics": (200, 405)}  # which are / and /health: no secret there

@@ -35,10 +35,9 @@ def test_b_our_chat_format(script):
         assert answer["choices"][0]["message"] == dict(role="assistant", content="my dog")
         assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["prompt_tokens"] == len(prompt)
         assert chosen(client.events(path, messages=talk)) == "my dog"
-        for wrong in (dict(role="tool", content="x"), dict(role="developer", content="x"), dict(content="x"),
+        for wrong in (dict(role="tool", content="x"), dict(content="x"),
                       dict(role="user", content=None), dict(role="user|><|end", content="x"), talk[0] | dict(role=[])):
             client.refused("messages", path, messages=[wrong, *SAID])
-        client.refused("messages", path, messages=[*SAID, dict(role="assistant", content="x")])
     character = tokenizers.train("char", ["x" + "".join(map(chr, range(0x4e00, 0x4f00)))])
     with serving(ScriptModel(character.vocab_size), character) as client:
         assert "'?' (U+003F)" in client.refused("messages", path, messages=[dict(role="user", content="?")])

@@ -60,8 +60,8 @@ def cosine(*progress):
     (dict(lr_decay_iters=6), [0.333333, 0.666667, *cosine(0, 1 / 4, 2 / 4, 3 / 4), *[0.1] * 7]),
     (dict(lr_decay_iters=6, min_lr=0.0), [0.333333, 0.666667, 1.0, 0.853553, 0.5, 0.146447, *[0.0] * 7]),
     (dict(warmup_iters=0, lr_decay_iters=2), [*cosine(0, 1 / 2), *[0.1] * 11]),
-    (dict(decay_lr=False), [0.333333, 0.666667, *[1.0] * 11]),
-    (dict(decay_lr=False, lr_decay_iters=6), [0.333333, 0.666667, *[1.0] * 11])])
+    (dict(min_lr=1e-2), [0.333333, 0.666667, *[1.0] * 11]),
+    (dict(decay_lr=False), [1.0] * 13), (dict(decay_lr=False, lr_decay_iters=6), [1.0] * 13)])
 def test_the_rate_rises_falls_and_then_stays(settings, due):
     assert factors(13, **settings) == due
 

@@ -17,11 +17,11 @@ MAY_IMPORT = {
     "tokenizer": "runtime text.pretrained",
     "text": "runtime text",
     "dataset": "runtime tokenizer",
-    "formats": "runtime model tokenizer text.pretrained formats",
+    "formats": "runtime model tokenizer text.pretrained text.gguf_file formats",
     "training": "runtime model tokenizer dataset formats training",
     "evaluation": "runtime tokenizer dataset text evaluation",
     "sample": "runtime model tokenizer text.pretrained training.checkpoint",
-    "serving": "runtime model tokenizer text.pretrained training.checkpoint sample serving",
+    "serving": "runtime model tokenizer text.pretrained text.rows training.checkpoint sample serving",
     "train": "runtime model tokenizer dataset training",
     "prepare": "runtime tokenizer dataset text",
     "evaluate": "runtime model tokenizer dataset training.checkpoint formats sample serving.engine evaluation",
@@ -31,6 +31,7 @@ MAY_IMPORT = {
 }
 # And what it imports inside a function, because it is optional or rarely needed.
 LATE = {
+    "sample": "serving.batch",  # many prompts at once
     "tokenizer": "text",  # its command line reads texts to learn from
 }
 

@@ -2,6 +2,8 @@
 """What people type at a terminal in their first hour: it does what was meant, or the error has the line to type."""
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -93,6 +95,7 @@ def test_runs_that_are_none(here, tiny_run, monkeypatch):
     cases = {
         "out/wrods": ("there is no run out/wrods", "out/words"),
         "out": ("there is no trained model in out", "out/words"),
+        "data": ("there is no trained model in data", "out/words"),
         "data/words": ("data/words is prepared data, not a run",
                        "python train.py config/train_small.py --dataset=words --out_dir=out/words"),
         "HuggingFaceTB/SmolLM2-135M": ("there is no folder HuggingFaceTB/SmolLM2-135M",
@@ -101,6 +104,7 @@ def test_runs_that_are_none(here, tiny_run, monkeypatch):
     for run, expected in cases.items():
         for main in (sample.main, evaluate.main, export.main):
             assert error(main, run) == expected
+    assert error(serve.main, "out/wrods") == cases["out/wrods"]
     monkeypatch.chdir(here)
     assert error(sample.main, "nowhere") == ("there is no run nowhere", "python train.py config/train_small.py")
 
@@ -134,9 +138,30 @@ def test_ctrl_c_during_the_imports_is_one_line(here):
     code = "import runtime.console; raise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "stopped\n" and done.returncode != 0
-    for name in ("train.py", "sample.py", "evaluate.py", "export.py"):
-        source = (ROOT / name).read_text(encoding="utf-8")
-        assert source.index("from runtime.console import") < source.index("import torch\n"), name
+
+
+def test_a_missing_package_is_two_lines(here):
+    """As in a new terminal, without the virtual environment. The standard library is all that this Python has."""
+    for name in ("train.py", "sample.py", "evaluate.py", "export.py", "serve.py", "prepare.py", "tokenizer.py"):
+        done = subprocess.run([sys.executable, "-S", "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+                               f"import runpy; runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"],
+                              cwd=here, capture_output=True, text=True)
+        missing, fix = done.stderr.splitlines()
+        assert missing.startswith("error: the package ") and " is not installed in " in missing, done.stderr
+        assert fix == "fix: . .venv/bin/activate, or pip install -r requirements.txt" and done.returncode == 1
+
+
+def test_a_line_moves_between_two_lines_of_the_log(here, tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_run)
+    monkeypatch.setattr(train, "REFRESH_SECONDS", 0.0)
+    argv = ["--dataset=words", f"--out_dir={here}/moving", "--max_iters=4", "--log_interval=4", "--n_layer=1",
+            "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=2", "--compile=false", "--device=cpu"]
+    for terminal in (True, False):
+        shutil.rmtree(here / "moving", ignore_errors=True)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        assert train.main(argv) == 0
+        said = capsys.readouterr().err
+        assert re.findall(r"step (\d), loss \d+\.\d{3}\r", said) == ["1", "2", "3"] * terminal
 
 
 @pytest.mark.parametrize("seconds, said", [(0.4, "0 s"), (8, "8 s"), (123, "2m03s"), (3600, "1h00m"), (12_000, "3h20m"),

@@ -16,6 +16,7 @@ import base64
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")  # what a chat 
 # Noncharacters, which no ordinary text contains:
 BREAK = "\ufdd0\ufdd9\ufdd3"  # stands inside what only looks like a special token
 BEFORE = "\ufdd4"  # stands for any text before
+HERE = "\ufdd5"  # ends a message that is not over yet
 
 SOURCE_FIX = "download the tokenizer's files again, or prepare the data again"
 CHAT_FIX = "the folder of a chat model, with its tokenizer_config.json or chat_template.jinja"
@@ -49,13 +51,18 @@ class Tokenizer:
     special: {text: id} of the tokens that text never becomes. bytes: what each id stands for.
     files: {name: bytes} that `save` writes. missing: bytes that no token stands for.
     template, settings: a chat format, and the special tokens that it names.
-    prefix: is a space put before a text, which `decode` takes away?
+    prefix: is a space put before a text, which `decode` takes away? start: ids before a prompt.
+    stops: ids that end a text, besides the eos_token.
     """
 
-    missing, prefix, template, settings = b"", False, "", {}
+    missing, prefix, template, settings, start, stops = b"", False, "", {}, (), ()
 
     def encode(self, text):
         return self.encode_to_numpy(text).tolist()
+
+    def prompt(self, text):
+        """The ids of a text to continue; with many models, it begins with a token of its own."""
+        return [*self.start, *self.encode(text)]
 
     def token_bytes(self, i):
         return self.bytes[i] if i < self.vocab_size else b""
@@ -73,7 +80,7 @@ class Tokenizer:
     def chat(self, messages, answer=True):
         raise UserError(f"the tokenizer {self.name} has no chat template", f"--tokenizer=bpe, or {CHAT_FIX}")
 
-    conversation = chat
+    conversation = continued = chat
 
 
 def read(folder, name):
@@ -244,6 +251,12 @@ class HuggingFaceTokenizer(Tokenizer):
             self.missing = bytes(alphabet[visible] for visible in alphabet if visible not in vocabulary)
         letter = min((text for text in vocabulary if len(text) == 1 and text.isalnum()), default="a")
         self.prefix = self.decode(self.encode(letter)).startswith(" ")
+        # What transformers puts before a text stands in the post_processor, and nowhere else.
+        whole = self.library.encode(letter)
+        added = zip(whole.ids, whole.special_tokens_mask)
+        self.start = [i for i, _ in itertools.takewhile(lambda pair: pair[1], added)]
+        if any(i >= self.vocab_size for i in self.start):
+            raise ValueError("the post_processor has an id that does not exist")
         self.cut_names()
 
     def cut_names(self):
@@ -323,6 +336,16 @@ class HuggingFaceTokenizer(Tokenizer):
                             "in prepared data", "a model whose turns end with another token")
         return ids, mask
 
+    def continued(self, messages):
+        """The ids of a conversation whose last message is not over yet, as transformers has them."""
+        *before, last = self.guard(messages)
+        # A template that trims messages would remove the space.
+        text = self.fill([*before, last | {"content": f"{last['content']}{HERE} "}], answer=False)
+        text, found, rest = text.rpartition(HERE)
+        if not found:
+            raise UserError(f"the chat template of {self.name} leaves out the last message", TEMPLATE_FIX)
+        return self.encode_with_special(text if rest.startswith(" ") else text.rstrip())
+
     def stages(self, messages):
         """A conversation as it grows: (all text up to here, is the last of it an answer to learn?).
 
@@ -366,7 +389,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return broken([text | dict(role=str(text["role"])) for text in texts])
 
     def fill(self, messages, answer):
-        return render(self.template, messages=messages, add_generation_prompt=answer, **self.settings)
+        return render(self.template, messages=messages, add_generation_prompt=answer, tools=None, documents=None,
+                      **self.settings)
 
 
 def named_tokens(config):
@@ -481,8 +505,9 @@ def compiled(template):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, indent=None):  # Jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=False, indent=indent and min(indent, 8))
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent and min(indent, 8), separators=separators,
+                          sort_keys=sort_keys)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     for name in PADDING & sandbox.filters.keys():

@@ -26,7 +26,8 @@ import torch
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, outline
 from runtime.console import UserError, note, origin, warn
-from runtime.files import check_like, locked, replace_file
+from runtime.files import check_like, is_gguf, locked, replace_file
+from runtime.settings import or_else
 from training import lora
 
 # ---------- Writing
@@ -106,17 +107,21 @@ def remove_empty(folder):  # an error before the first step leaves no folder
 
 def load_file(path):
     """The dict in a stranger's .pt file: plain values, and weights that take no more memory than the file."""
+    from formats.nanogpt import refuse_others  # rarely needed
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}", "give a run folder or a .pt file of one")
     try:
         size = check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_others(state, path)
         weights = list(state.get("model", {}).values())
         if any(tensor.layout != torch.strided or tensor.device.type != "cpu" for tensor in weights):
             raise ValueError("a tensor is not of the plain kind")
         if sum(tensor.nbytes for tensor in weights) > 2 * size:  # tied weights have two names
             raise ValueError("its weights take more memory than the file")
         return state
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: opening it could run code",
                         "use another checkpoint") from None
@@ -261,9 +266,13 @@ def no_model(run):
     if os.path.exists(os.path.join(run, "train.bin")):
         return UserError(f"{run} is prepared data, not a run",
                          f"python train.py config/train_small.py --dataset={quote(name)} --out_dir=out/{quote(name)}")
+    if os.path.exists(os.path.join(run, "adapter_config.json")):
+        return UserError(f"{run} is an adapter of peft, without the model that it corrects",
+                         "in Python: model.merge_and_unload().save_pretrained(FOLDER), and the tokenizer's, too")
     if os.path.isdir(run):
         fix = f"python train.py config/train_small.py --out_dir={quote(run)}"
-        return UserError(f"there is no trained model in {run}", ", or ".join(runs_below(run)) or fix)
+        runs = runs_below(run) or runs_below("out")[:5]
+        return UserError(f"there is no trained model in {run}", ", or ".join(runs) or fix)
     # Not there at all. An address like HuggingFaceTB/SmolLM2-135M is one of the Hugging Face hub.
     hub = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", run)
     if hub and not os.path.isdir(os.path.dirname(run)):
@@ -287,17 +296,20 @@ def checkpoint_path(run, which="best"):
 
 
 def read_run(run, which="best", depth=0):
-    """(checkpoint, its tokenizer) of a RUN: a run or Hugging Face folder, or a .pt file, nanoGPT's too.
+    """(checkpoint, its tokenizer) of a RUN: a run or Hugging Face folder, a .gguf or .pt file, nanoGPT's too.
 
     The checkpoint also says its `path`, and in `chat` whether the model knows a chat format. LoRA's
     corrections are added to the weights. depth: how many LoRA runs correct this one.
     """
-    from formats import huggingface, nanogpt  # rarely needed
+    from formats import gguf_reader, huggingface, nanogpt  # rarely needed
 
     # 1) Read it, whatever it is.
     if huggingface.is_folder(run):
         path = run
         checkpoint, tokenizer = huggingface.read(run)
+    elif is_gguf(run):
+        path = run
+        checkpoint, tokenizer = gguf_reader.read(run)
     else:
         path = checkpoint_path(run, which)
         checkpoint = load_file(path)
@@ -321,13 +333,18 @@ def read_run(run, which="best", depth=0):
     return checkpoint | dict(path=path, chat=chat, source=source), tokenizer
 
 
-def load_run(run, which="best", device="cpu", int8=False):
-    """(model in eval mode, its tokenizer, the rest of the checkpoint) of a RUN. int8: quantize it."""
+def load_run(run, which="best", device="cpu", int8=False, block_size="auto"):
+    """(model in eval mode, its tokenizer, the rest of the checkpoint) of a RUN.
+
+    int8: quantize it. block_size: cut the context to this many tokens.
+    """
     from formats.quantized import quantize
     checkpoint, tokenizer = read_run(run, which)
     path, stored = checkpoint["path"], bool(checkpoint.get("int8"))  # an export may be in 8 bits
     try:
-        model = GPT(config_of(checkpoint["settings"]))
+        config = config_of(checkpoint["settings"])
+        config.block_size = min(config.block_size, or_else(block_size, config.block_size))
+        model = GPT(config)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"the model of {path} cannot be built here: {str(error).splitlines()[0]}",
                         "a machine with more memory") from None
@@ -363,6 +380,9 @@ def fitting(model, weights, path):
     if torch.is_tensor(found.get(positions)):
         found[positions] = found[positions][:model.config.block_size]  # of a longer context
     check_like(found, ours, path)
+    if unknown := sorted(map(str, weights.keys() - model.state_dict().keys())):
+        raise UserError(f"{path} has tensors unknown to its settings: {', '.join(unknown[:20])}",
+                        "the settings of its training: is bias=True missing, for example?")
     return found
 
 

@@ -47,6 +47,23 @@ def check_settings(settings):
                         "--init_from=RUN, or omit --lora_rank")
 
 
+# What nanoGPT's train.py takes where a config file says nothing, and this one does not
+NANOGPT = {"dataset": "openwebtext", "gradient_accumulation_steps": 40, "max_iters": 600_000,
+           "warmup_iters": 2000, "lr_decay_iters": 600_000}
+
+
+def note_defaults(settings, given):
+    """A config file from elsewhere that names no dataset may have been written for nanoGPT's defaults."""
+    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")
+    elsewhere = [path for path in given.values() if path.endswith(".py") and os.path.isfile(path)
+                 and os.path.dirname(os.path.abspath(path)) != ours]
+    if elsewhere and "dataset" not in given:
+        names = [name for name in NANOGPT if name not in given]
+        theirs = ", ".join(f"{name}={NANOGPT[name]}" for name in names)
+        here = ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+        note(f"{elsewhere[0]} names no dataset: with nanoGPT it would mean {theirs}; here it means {here}")
+
+
 def seconds_of(budget):
     """'90s', '5m', '1.5h' in seconds."""
     found = re.fullmatch(r"(\d+\.?\d*)([smh])", budget)
@@ -101,19 +118,26 @@ GOES_ON = "auto", "resume"  # values of init_from that continue a run, wherever 
 
 
 # The settings that may differ when a run is continued, and why. With any other it would be another run.
+NAMES = "preset dataset out_dir"
+SHOWN = "wandb_log wandb_project wandb_run_name"
 RATES = "learning_rate muon_lr min_lr"
 BATCH = "batch_size gradient_accumulation_steps"
 MAY_CHANGE = {
-    "preset dataset out_dir": "names; the data are compared by their checksums",
+    NAMES: "names; the data are compared by their checksums",
     "max_iters budget patience": "when the run ends",
     "eval_interval eval_iters eval_only log_interval": "what is measured",
     "save_interval always_save_checkpoint": "what is saved",
     "device backend dist_timeout": "where it runs",
-    "wandb_log wandb_project wandb_run_name": "where it is shown",
+    SHOWN: "where it is shown",
     RATES: "if given on the command line; a note says so",
     BATCH: "if their product stays the same: a step reads the same windows",
     "init_from": "if it is auto or resume, which continue a run, wherever it began",
 }
+
+
+def settings_of_result(settings):
+    """{name: value} of the settings in which the processes of a run must agree."""
+    return {name: value for name, value in asdict(settings).items() if name not in f"{NAMES} {SHOWN}".split()}
 
 
 def may_change(was, now, given):
