@@ -60,7 +60,7 @@ class Dataset:
     def open(cls, folder, hash_all=False):
         """Raises UserError where a file is not what meta.json says."""
         if tokenizers.is_nanogpt(folder):
-            return cls.of_nanogpt(folder)
+            return cls.of_nanogpt(folder, hash_all)
         meta, files = read_meta(folder), {}
         for split in SPLITS:
             about = meta[split]
@@ -75,32 +75,37 @@ class Dataset:
         return cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
 
     @classmethod
-    def of_nanogpt(cls, folder):
+    def of_nanogpt(cls, folder, check_all):
         """Data that nanoGPT's prepare.py wrote: the same .bin files, and what the ids mean in meta.pkl."""
-        tokenizer, dtype = tokenizers.load_from(folder), np.dtype("<u2")
-        meta = dict(format=1, dtype=dtype.name, vocab_size=tokenizer.vocab_size, special=tokenizer.special,
+        tokenizer, files = tokenizers.load_from(folder), {}
+        meta = dict(format=1, dtype="uint16", vocab_size=tokenizer.vocab_size, special=tokenizer.special,
                     tokenizer_sha256=tokenizers.fingerprint(tokenizer), source=[origin(os.path.basename(folder))],
                     report=[f"written by nanoGPT's prepare.py; tokenizer: {tokenizer.kind}"])
-        files = {split: open(os.path.join(folder, split + ".bin"), "rb") for split in SPLITS}
-        for split, file in files.items():
-            tokens = os.fstat(file.fileno()).st_size // dtype.itemsize
-            meta[split] = dict(tokens=tokens, sha256=identity(file.name))
+        for split in SPLITS:
+            files[split] = open(os.path.join(folder, split + ".bin"), "rb")
+            size = os.fstat(files[split].fileno()).st_size
+            about = f"{size} bytes, {file_sha256(files[split].name, HASHED_BYTES)}"
+            meta[split] = dict(tokens=size // 2, sha256=hashlib.sha256(about.encode()).hexdigest())
         data = cls(folder, meta, files, stamps=[stamp(file) for file in files.values()])
+        if check_all:
+            data.count_ids("train")
         # Bits per byte need the length of the validation text.
-        val, counts = meta["val"], np.zeros(tokenizer.vocab_size, np.int64)
+        counts = data.count_ids("val")
         try:
-            for start in range(0, val["tokens"], CHUNK):
-                ids = data.read_ids("val", start, min(CHUNK, val["tokens"] - start))
-                counts += np.bincount(ids, minlength=len(counts))
             lengths = [len(tokenizer.token_bytes(i)) for i in range(len(counts))]
-            val["bytes"] = int(counts @ lengths) or 1
-        except Changed as error:
-            raise UserError(f"{error.fact.replace('was changed', 'has other ids')}, {tokenizer.kind}",
-                            f"copy the meta.pkl that belongs to {folder}, or run prepare.py on its text") from None
+            meta["val"]["bytes"] = int(counts @ lengths) or 1
         except UserError as error:
             warn(f"{error.fact}; the ids in {folder} can be trained on, but bits per byte and texts need it")
-            val["bytes"] = math.nan
+            meta["val"]["bytes"] = math.nan
         return data
+
+    def count_ids(self, split):
+        """How often each id occurs in a split."""
+        tokens, counts = self.meta[split]["tokens"], np.zeros(self.meta["vocab_size"], np.int64)
+        for start in range(0, tokens, CHUNK):
+            ids = self.read_ids(split, start, min(CHUNK, tokens - start))
+            counts += np.bincount(ids, minlength=len(counts))
+        return counts
 
     def check_unchanged(self, ranks):
         """Raises Changed where a file was written to: in all ranks if one of them finds it.
@@ -120,7 +125,8 @@ class Dataset:
         alone: only this process has noticed, so it ends without waiting for
         the others.
         """
-        return Changed(f"{self.folder} {what}", f"prepare {self.folder} again", alone=alone)
+        fix = f"prepare {self.folder} again, or restore all of its files"
+        return Changed(f"{self.folder} {what}", fix, alone=alone)
 
     @property
     def chat(self):
@@ -173,8 +179,8 @@ class Dataset:
         # An id beyond the vocabulary would be an index out of range, on a GPU
         # without a useful message.
         if ids.max(initial=0) >= vocab_size:
-            what = f"{split}.bin has token {ids.max()} in a vocabulary of {vocab_size}"
-            raise self.changed_error(f"was changed: {what}", alone=True)
+            what = f"has token {ids.max()} in a vocabulary of {vocab_size} ({split}.bin)"
+            raise self.changed_error(what, alone=True)
         return ids.astype(np.int64)
 
     def read_mask(self, split, start, count):
@@ -453,17 +459,6 @@ def is_data(folder):
     return os.path.exists(os.path.join(folder, "meta.json")) or tokenizers.is_nanogpt(folder)
 
 
-def identity(path):
-    """The sha256 of a file; of a very large one, that of its size and its ends."""
-    size = os.path.getsize(path)
-    if size <= HASHED_BYTES:
-        return file_sha256(path)
-    with open(path, "rb") as file:
-        ends = file.read(CHUNK)
-        file.seek(size - CHUNK)
-        return hashlib.sha256(f"{size}\n".encode() + ends + file.read()).hexdigest()
-
-
 def stamp(file):
     """What changes when an open file is written to."""
     about = os.fstat(file.fileno())
@@ -506,7 +501,8 @@ def inspect(folder):
     data = Dataset.open(folder, hash_all=True)
     tokenizer = data.load_tokenizer()
     sources = ", ".join(data.meta["source"])
-    say(f"{folder}: {sources}; {data.meta['dtype']}, all checksums match")
+    checked = "all ids exist" if tokenizers.is_nanogpt(folder) else "all checksums match"
+    say(f"{folder}: {sources}; {data.meta['dtype']}, {checked}")
     for line in data.meta["report"]:
         say(line)
     show(example(data, tokenizer))
@@ -519,6 +515,8 @@ def example(data, tokenizer):
     # The first is empty; each other one begins with end-of-text.
     documents = np.split(ids, borders)
     # 1. A text: the end of one document and the beginning of the next.
+    if len(documents) == 1:
+        return tokenizer.decode(ids[:180].tolist())
     if not data.chat:
         middle = len(documents) // 2
         before = tokenizer.decode(documents[middle - 1][1:][-60:].tolist())

@@ -64,7 +64,7 @@ class PrepareConfig:
     follow_links: bool = False  # follow links inside folders; a link named on the command line is always followed
     text_field: str = "text"  # .jsonl, .csv, .parquet: the field or column that holds the text
     fields: str = ""  # chat: the fields of a question and its answer, such as question,response; text: as text_field
-    separator: str = tokenizers.END_OF_TEXT  # .txt: a line with only this separates documents; empty: none does
+    separator: str = "<|endoftext|>"  # .txt: a line with only this separates documents; empty: none does
     strict: bool = False  # stop at the first unreadable row instead of skipping it
     mirror: str = ""  # https://HOST to download from, instead of a source's usual host
     tokenizer: str = "bpe"  # bpe, unigram, char, simple_bpe: learned from this text; gpt2, ...; or a folder with one
@@ -100,11 +100,13 @@ class Plan:
     bytes: int  # the sum of these
     dropped: str  # how many documents are not kept, and why
 
-    def without(self, sizes):
-        """Take out conversations of these sizes, which cannot be encoded."""
+    def without(self, sizes, seen):
+        """Take out conversations of these sizes and characters, which cannot be encoded."""
         left = Counter(self.sizes.tolist()) - Counter(sizes)
         self.sizes = np.array(list(left.elements()))
         self.bytes -= sum(sizes)
+        seen.count()
+        self.counts -= seen.counts
 
 
 def read(sources, settings, skipped=None):
@@ -121,13 +123,11 @@ def make_plan(sources, settings):
     """Read everything once: find duplicates, choose the splits, count characters."""
     # 1) Per document: a key that equal documents share, its size, and what its source
     #    says of the split.
-    seen, progress, skipped = Characters(), Progress("reading"), Skipped(settings.strict)
+    seen, progress, skipped = Characters(settings.separator), Progress("reading"), Skipped(settings.strict)
     keys, sizes, lengths, splits = array("Q"), array("q"), array("q"), array("b")
-    inside = 0
     for document in read(sources, settings, skipped):
         try:
-            key, size, length, n_words, separators = measure(document, seen, settings, progress)
-            inside += separators
+            key, size, length, n_words = measure(document, seen, settings.min_words, progress)
         except UserError as error:
             # A file that is not UTF-8: later passes do not open it, since its split is
             # SKIP.
@@ -140,8 +140,8 @@ def make_plan(sources, settings):
         splits.append(split if size > 0 and n_words >= settings.min_words else SKIP)
     seen.count()
     say_skipped(skipped, sum(size != UNREADABLE for size in sizes))
-    if inside:
-        warn(f"{settings.separator} occurs {counted(inside, 'time')} inside a text and stays text: "
+    if seen.found:
+        warn(f"{settings.separator} occurs {counted(seen.found, 'time')} inside a text and stays text: "
              "only alone on a line of a .txt, it separates documents")
 
     # 2) Drop what is empty or short, and what has been there before.
@@ -164,20 +164,18 @@ def make_plan(sources, settings):
     return Plan(split_of, np.array(lengths), seen.counts, sizes, int(sizes.sum()), dropped)
 
 
-def measure(document, seen, settings, progress):
-    """(key, bytes, characters, words, separators) of a document. Equal ones have the same key; words count up
-    to min_words."""
+def measure(document, seen, min_words, progress):
+    """(key, bytes, characters, words) of a document. Equal ones have the same key; words count up to min_words."""
     # A long document comes in blocks, so that memory does not grow with it.
-    digest, separator = hashlib.sha256(), settings.separator
-    size = length = n_words = separators = 0
+    digest = hashlib.sha256()
+    size = length = n_words = 0
     for block in document.blocks():
         raw = block.encode()
         digest.update(raw)
         size += len(raw)
         length += len(block)
         seen.add(block)
-        separators += block.count(separator) if separator else 0
-        if n_words < settings.min_words:
+        if n_words < min_words:
             n_words += len(WORD.findall(block))
         progress.add(len(raw))
     # Eight bytes of the hash: among a billion documents, two are confused with a
@@ -188,7 +186,7 @@ def measure(document, seen, settings, progress):
     if document.messages:
         speakers = [(said["role"], len(said["content"] or ""), said.get("weight")) for said in document.messages]
         key ^= crc32(repr(speakers).encode())
-    return key, size, length, n_words, separators
+    return key, size, length, n_words
 
 
 def say_skipped(skipped, readable):
@@ -281,16 +279,17 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
     known = range(tokenizer.vocab_size) if chat else ()
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in known])
     progress = Progress("encoding", plan.bytes)
-    refused, sizes = Skipped(settings.strict), []
+    refused, sizes, seen = Skipped(settings.strict), [], Characters()
 
     def work(batch):
         return batch[0][0], *encode_batch(batch, tokenizer, chat)
 
     # 1) Encode: the threads work on batches, this one writes and counts.
     for split, batch, ids, mask, errors in in_threads(work, batches(texts), threads):
-        for error, size in errors:
+        for error, text in errors:
             refused.add(error)
-            sizes.append(size)
+            sizes.append(len(text.encode()))
+            seen.add(text)
         started = [document.name for _, document, starts, _ in batch if starts]
         size = sum(len(text.encode()) for *_, text in batch)
         append(os.path.join(folder, f"{split}.bin"), ids.astype(dtype))
@@ -306,7 +305,7 @@ def encode(texts, plan, tokenizer, dtype, folder, settings):
 
     if refused.count:
         say_skipped(refused, sum(n["documents"] for n in counts.values()))
-        plan.without(sizes)
+        plan.without(sizes, seen)
 
     # 2) Is it what was planned, and enough?
     if counts["train"]["bytes"] + counts["val"]["bytes"] != plan.bytes:
@@ -364,20 +363,19 @@ def in_threads(function, items, threads):
 
 
 def encode_batch(batch, tokenizer, chat):
-    """(what of a batch is encoded, ids, their mask, [(error, bytes)] of what a chat format refuses).
+    """(what of a batch is encoded, ids, their mask, [(error, text)] of what a chat format refuses).
 
     batch: a list of what split_texts yields.
     """
-    end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]])
-    encoded, ids, mask, errors = [], [np.array([], dtype=end.dtype)], [], []
+    end = np.array([tokenizer.special[tokenizers.END_OF_TEXT]], dtype=np.int32)
+    encoded, ids, mask, errors = [], [end[:0]], [], []
     for item in batch:
         _, document, starts, text = item
         if chat:
             try:
                 spoken, learned = tokenizer.conversation(document.messages)
             except UserError as error:
-                error = UserError(f"{document.name}: {error.fact}", error.fix)
-                errors.append((error, len(text.encode())))
+                errors.append((UserError(f"{document.name}: {error.fact}", error.fix), text))
                 continue
             mask += [0, *learned]
         else:
@@ -387,7 +385,7 @@ def encode_batch(batch, tokenizer, chat):
         # An end-of-text token before every document: the first one begins with it too.
         if starts:
             ids.append(end)
-        ids.append(np.array(spoken))
+        ids.append(np.array(spoken, dtype=np.int32))
         encoded.append(item)
     ids = np.concatenate(ids)
     # numpy would turn 70000 into 4464 in uint16 without a word.
@@ -403,6 +401,9 @@ def prepare(sources, settings):
     settings.separator = settings.separator.strip()
     if "\n" in settings.separator:
         raise UserError(f"--separator={settings.separator!r} has several lines", "--separator='ONE LINE'")
+    for source in sources:
+        if os.path.exists(os.path.join(source, "train.bin")):
+            raise UserError(f"{source} is prepared already", f"python train.py --dataset={shlex.quote(source)}")
     # 1) Where, and is there something else?
     out = folder_to_write(sources, settings)
     new, missing = contents(sources, settings.format == "chat"), not os.path.exists(out)

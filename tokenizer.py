@@ -425,7 +425,8 @@ def load_from(path, sha256=None):
     elif os.path.exists(os.path.join(folder, "tokenizer.json")):
         tokenizer = pretrained.from_hugging_face(folder)
     elif is_nanogpt(path):
-        tokenizer = nanogpt_tokenizer(path)
+        meta = os.path.join(path, "meta.pkl")
+        tokenizer = nanogpt_characters(meta) if os.path.exists(meta) else pretrained.GPT2()
     else:
         with careful(f"{folder} holds no tokenizer, or a damaged one"):
             tokenizer = load_ours(folder)
@@ -437,15 +438,9 @@ def load_from(path, sha256=None):
 
 
 def is_nanogpt(folder):
-    """Has nanoGPT's prepare.py written this folder? It knows no meta.json."""
+    """Has nanoGPT's prepare.py written this folder? It has no meta.json; without a meta.pkl, the ids are GPT-2's."""
     names = [name for name in ("train.bin", "val.bin", "meta.json") if os.path.exists(os.path.join(folder, name))]
     return names == ["train.bin", "val.bin"]
-
-
-def nanogpt_tokenizer(folder):
-    """What the ids mean that nanoGPT's prepare.py has written: without a meta.pkl, they are GPT-2's."""
-    path = os.path.join(folder, "meta.pkl")
-    return nanogpt_characters(path) if os.path.exists(path) else pretrained.GPT2()
 
 
 def nanogpt_characters(path, vocab_size=0):
@@ -544,6 +539,7 @@ class TokenizerConfig:
     compare: str = ""  # tokenizers to compare on --input: bpe,gpt2,out/small; bpe is learned from it
     # Options:
     input: list[str] = field(default_factory=list)  # files, folders, patterns or URLs of text
+    text_field: str = "text"  # --input: the field or column of a row that holds the text
     tokenizer: str = "bpe"  # --train: bpe, unigram, char or simple_bpe; --inspect: gpt2, ..., or a folder with one
     vocab_size: int = 4096  # bpe, unigram: number of tokens; 32,000 for a few GB of text
     character_coverage: float = 1.0  # bpe, unigram: share of characters with a token; 0.9995 suits Chinese
@@ -581,7 +577,8 @@ class Corpus:
 
     def __iter__(self):
         from text.sources import documents
-        return (block for document in documents(self.sources) for block in document.blocks())
+        found = documents(self.sources, self.settings.text_field)
+        return (block for document in found for block in document.blocks())
 
     def learn(self, kind):
         texts = sample(self, self.bytes) if kind != "char" else self
@@ -597,7 +594,8 @@ def learn(settings, corpus):
     with writing(out):
         tokenizer.save(out)
     say(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens from {corpus.bytes:,} bytes")
-    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={out}"]))
+    options = [f"--text_field={settings.text_field}"] if settings.text_field != "text" else []
+    say("next: " + shlex.join(["python", "prepare.py", *map(public, settings.input), f"--tokenizer={out}", *options]))
 
 
 def inspect(settings):

@@ -9,7 +9,7 @@ Grading: from a file of questions to prompts, and from answers to scores.
 The fields of a row tell which of three kinds of question it is:
 
 choice   {"prompt", "choices", "answer": 2}   The answer is the most probable choice. Nothing is written.
-         The layouts of PUBLISHED              MMLU, HellaSwag, ARC, asked as lm-evaluation-harness asks them.
+         The layouts of CHOICES                MMLU, HellaSwag, ARC, asked as lm-evaluation-harness asks them.
 words    {"context", "question", "answers"}   The first line that the model writes is compared with each right answer,
          {"prompt", "answers"}                exactly and by shared words (F1). SQuAD's kind.
 number   {"question", "answer": "... #### N"} The number after #### counts. GSM8K's kind.
@@ -99,14 +99,13 @@ def texts_of(row, name, where):
 
 
 def lettered(row, where):
-    """MMLU: the question shows the choices, and their letters are compared. MMLU-Pro calls them `options`."""
-    options = texts_of(row, "options" if "options" in row else "choices", where)
-    letters = list(string.ascii_uppercase[:len(options)])
-    prompt = "\n".join([text_of(row, "question", where).strip(), *map("{}. {}".format, letters, options), "Answer:"])
-    intro, subject = "", row.get("subject") or row.get("category")
-    if isinstance(subject, str):
+    """MMLU: the question shows the choices, and their letters are compared."""
+    choices, subject, intro = texts_of(row, "choices", where), row.get("subject"), ""
+    letters = list(string.ascii_uppercase[:len(choices)])
+    prompt = "\n".join([text_of(row, "question", where).strip(), *map("{}. {}".format, letters, choices), "Answer:"])
+    if subject and isinstance(subject, str):
         intro = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    return dict(prompt=prompt, choices=letters, answer="answer", labels=letters, intro=intro, twins=has_twins(options))
+    return dict(prompt=prompt, choices=letters, answer="answer", labels=letters, intro=intro, shown=choices)
 
 
 def endings(row, where):
@@ -115,61 +114,52 @@ def endings(row, where):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
 
-    context = text_of(row, "ctx", where)
-    if row.get("ctx_a") and "ctx_b" in row:
-        context = f"{text_of(row, 'ctx_a', where)} {field(row, 'ctx_b', str, where, FIX).capitalize()}"
-    if row.get("activity_label"):
-        context = f"{text_of(row, 'activity_label', where)}: {context}"
-    return dict(prompt=cleaned(context), choices=list(map(cleaned, texts_of(row, "endings", where))), answer="label")
+    activity, begun, going_on = (field(row, name, str, where, FIX) for name in ("activity_label", "ctx_a", "ctx_b"))
+    prompt = cleaned(f"{activity}: {begun} {going_on.capitalize()}")
+    return dict(prompt=prompt, choices=list(map(cleaned, texts_of(row, "endings", where))), answer="label")
 
 
 def labelled(row, where):
-    """ARC and OpenBookQA: each choice has a label, "A" or "1". In AI2's own files, the question holds them."""
-    inside = row["question"] if isinstance(row.get("question"), dict) else row
-    choices = inside.get("choices")
-    if isinstance(choices, list):
-        choices = {name: [field(one, name, str, where, FIX) for one in choices] for name in ("text", "label")}
-    stems = [name for name in ("stem", "question_stem") if name in inside]
-    stem = text_of(inside, *stems or ["question"], where).strip()
-    prompt = stem if stems == ["question_stem"] else f"Question: {stem}\nAnswer:"
+    """ARC: each choice has a label, "A" or "1". In AI2's own files, the question holds the choices."""
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        listed = field(question, "choices", list, where, FIX)
+        choices = {name: [field(one, name, str, where, FIX) for one in listed] for name in ("text", "label")}
+        row = question | dict(question=question.get("stem"))
+    prompt = f"Question: {text_of(row, 'question', where).strip()}\nAnswer:"
     return dict(prompt=prompt, choices=texts_of(choices, "text", where), answer="answerKey",
                 labels=texts_of(choices, "label", where))
 
 
+def own(row, where):
+    """Ours: the answer is the number of a choice, counted from 0."""
+    return dict(prompt=text_of(row, "prompt", where), choices=texts_of(row, "choices", where), answer="answer")
+
+
 # The fields that tell a set, and how its rows are asked.
-PUBLISHED = {"question choices answer": lettered, "question options answer": lettered, "ctx endings label": endings,
-             "question answerKey": labelled, "question_stem answerKey": labelled}
+CHOICES = {"question choices answer": lettered, "ctx_a endings label": endings, "question answerKey": labelled,
+           "choices": own}
 
 
-def has_twins(choices):
-    return len(set(choices)) < len(choices)
-
-
-def choice_item(row, where, prompt, choices, answer, labels=(), **more):
+def choice_item(row, where, prompt, choices, answer, labels=(), intro="", shown=()):
     """An Item whose right choice the field `answer` names: by its number from 0, or by its label."""
     numbers = {str(i): i for i in range(len(choices))} | {label: i for i, label in enumerate(labels)}
-    named = str(row[answer]).strip()
+    named = str(field(row, answer, object, where, FIX)).strip()
     if named not in numbers:
         raise UserError(f"{where}: `{answer}` is {named[:40]!r}, which names no choice: {', '.join(numbers)}", FIX)
     prompt, choices = prompt.rstrip(), [choice.strip() for choice in choices]  # a space is put before each choice
-    right = [choices[numbers[named]]]
-    return Item("choice", where, prompt, prompt, right, choices, **dict(twins=has_twins(choices)) | more)
+    twins = len(set(shown or choices)) < len(choices)
+    return Item("choice", where, prompt, prompt, [choices[numbers[named]]], choices, intro=intro, twins=twins)
 
 
 def item_of(row, where):
     """A row as an Item of the kind that its fields say."""
     fields = row if isinstance(row, dict) else {}
 
-    # 1. A choice: of a well-known set, or our own
-    for names, asked in PUBLISHED.items():
+    # 1. A choice
+    for names, asked in CHOICES.items():
         if fields.keys() >= set(names.split()):
             return choice_item(row, where, **asked(row, where))
-    if "choices" in fields:
-        prompt, choices = text_of(row, "prompt", where), texts_of(row, "choices", where)
-        answer = field(row, "answer", int, where, FIX)
-        if not 0 <= answer < len(choices):
-            raise UserError(f"{where}: `answer` is {answer}, not the index of a choice, counted from 0", FIX)
-        return choice_item(row, where, prompt, choices, "answer")
 
     # 2. Words
     if "answers" in fields:

@@ -7,21 +7,20 @@ Files: opened with care, written whole or not at all, by one process at a time.
     with locked("data/stdlib", wait=True):       # until another process has written it
         ...
 """
+import bz2
 import contextlib
 import errno
+import gzip
 import hashlib
-import importlib
 import json
 import os
 import pickle
 import sys
 import zlib
-from shlex import quote
 
 from runtime.console import UserError, note, say
 
-# What unpacks a file, by its ending. The last is in Python 3.14 or newer.
-PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "compression.zstd"}
+PACKED = {".gz": gzip.open, ".bz2": bz2.open}  # what unpacks a file, by its ending
 JSON_BYTES = 200 << 20  # a .json file that is one object is read whole: no more than this
 JSON_VALUES = 10_000_000  # and no more values: `[],` has three characters, but takes 64 bytes in memory
 
@@ -39,17 +38,11 @@ def open_file(path, most=sys.maxsize, mode="rb", **options):
 @contextlib.contextmanager
 def open_unpacked(path):
     """Open a stranger's file for reading, unpacked where its ending is in PACKED."""
-    library, ending = None, os.path.splitext(path.lower())[1]
-    if ending in PACKED:
-        try:
-            library = importlib.import_module(PACKED[ending])
-        except ImportError:
-            raise UserError(f"this Python cannot unpack {path}", f"zstd -d {quote(path)}") from None
-    damaged = getattr(library, "ZstdError", EOFError)
+    unpack = PACKED.get(os.path.splitext(path.lower())[1], contextlib.nullcontext)
     try:
-        with open_file(path) as raw, library.open(raw) if library else raw as file:
+        with open_file(path) as raw, unpack(raw) as file:
             yield file
-    except (OSError, EOFError, zlib.error, damaged) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
                         "check the file, or leave it out") from None
 
@@ -70,7 +63,7 @@ def read_json(path, fix, **options):
 
 def parse_json(text, where, fix, most=None, **options):
     """The value of a stranger's JSON text, of a limited number of values. where: the file, for the error."""
-    check_size(text, where, most or JSON_VALUES)
+    check_size(text, where, most)
     try:
         return json.loads(text, **options)
     except json.JSONDecodeError as error:
@@ -128,11 +121,13 @@ def is_gguf(path):
     return str(path).lower().endswith(".gguf") and os.path.isfile(path)
 
 
-def file_sha256(path):
+def file_sha256(path, most=sys.maxsize):
+    """The sha256 of a file, or of as many of its bytes."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 18):
+        while block := file.read(min(1 << 18, most)):
             sha256.update(block)
+            most -= len(block)
     return sha256.hexdigest()
 
 

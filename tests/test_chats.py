@@ -100,7 +100,7 @@ WRONG = [
     ("null", ": `the row` is not an object but null"),
     ("{}", ": no conversation fields; found none"),
     ('{"text": "a", "id": 1}', ": no conversation fields; found text, id"),
-    ('{"prompt": "a", "answer": "b"}', ": no conversation fields; found prompt, answer"),
+    ('{"prompt": "a", "chosen": "b"}', ": no conversation fields; found prompt, chosen"),
     ('{"completion": "b"}', ": no conversation fields; found completion"),
     ('{"instruction": "a", "input": "b"}', ": no conversation fields; found instruction, input"),
     ('{"messages": "a"}', ": `messages` is not a list but str"),
@@ -154,7 +154,7 @@ def test_wrong_sources(here):
         (here / name).write_text("text")
         fact, fix = wrong(name)
         assert fact == f"{name} is not a supported kind of file (.jsonl, .json, .csv, .tsv, .parquet, or .gz of these)"
-        assert "--format=chat" in fix
+        assert fix == ("rename plain text to .txt" if name == "README" else "leave out --format=chat")
     for name in ("nothing", "nothing.jsonl", "*.jsonl"):
         fact, fix = wrong(name)
         assert fact == f"{name} " + ("matches no .jsonl, .json file (or .gz of these)" if "*" in name else "does not exist")

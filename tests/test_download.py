@@ -313,8 +313,8 @@ def contents(server, monkeypatch):
              "dev-v1.1.json": squad(paragraphs[200:220], "1.1"),
              "train-v2.0.json": squad([f" {p} " for p in paragraphs[:200]] + paragraphs[220:230], "v2.0"),
              "dev-v2.0.json": squad(paragraphs[200:220] + paragraphs[230:], "v2.0"),
-             "TinyStories-train.txt": "\n<|endoftext|>\n".join(stories[:280]).encode(),
-             "TinyStories-valid.txt": "\n<|endoftext|>\n".join(stories[270:]).encode()}
+             "TinyStories-train.txt": "".join(story + "\n<|endoftext|>\n" for story in stories[:280]).encode(),
+             "TinyStories-valid.txt": "".join(story + "\n<|endoftext|>\n" for story in stories[270:]).encode()}
     for name, remotes in sources.NAMES.items():
         small = []
         for url, _, _ in remotes:
@@ -345,7 +345,7 @@ def test_tinystories_through_a_redirect(here, server, contents, capsys):
     server.mode = "elsewhere"
     prepare.main(["tinystories", f"--mirror={server.url}", "--vocab_size=400"])
     train, val = texts("data/tinystories")
-    assert train == [s.strip() for s in contents[1][:280]] and val == [s.strip() for s in contents[1][280:]]
+    assert train == [s + "\n" for s in contents[1][:280]] and val == [s + "\n" for s in contents[1][280:]]
     assert "10 exact duplicates" in capsys.readouterr().err  # what is on both sides stays on the training side
 
 

@@ -16,6 +16,7 @@ CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\u65e5\u6
 JAPANESE = ("\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002\u540d\u524d\u306f\u307e\u3060\u7121\u3044\u3002"
             "\u3069\u3053\u3067\u751f\u308c\u305f\u304b\u3068\u3093\u3068\u898b\u5f53\u304c\u3064\u304b\u306c\u3002\n" * 30)
 TRADITIONAL = "\u5929\u5730\u7384\u9ec3\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\u65e5\u6708\u76c8\u6603\u3002\n" * 30
+ENGLISH = "In English, most lines do not tell the encoding.\n" * 40_000
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -28,7 +29,8 @@ def test_a_byte_order_mark_says_how_to_read(here, encoding, text, monkeypatch):
 
 @pytest.mark.parametrize("text, encoding", [
     (GERMAN, "cp1252"), (GERMAN, "utf-16-le"), (GERMAN, "utf-16-be"), (CHINESE, "gb18030"), (CHINESE, "utf-16-le"),
-    (TRADITIONAL, "big5"), (JAPANESE, "shift_jis")])
+    (TRADITIONAL, "big5"), (JAPANESE, "shift_jis"), (JAPANESE, "euc_jp"), (GERMAN, "utf-32-le"), (CHINESE, "utf-32-be"),
+    (ENGLISH + GERMAN, "cp1252"), (ENGLISH + CHINESE, "gb18030")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_command_that_is_printed_converts(here, text, encoding, packed):
     name = "a b.txt.gz" if packed else "a b.txt"
@@ -42,6 +44,18 @@ def test_the_command_that_is_printed_converts(here, text, encoding, packed):
     assert (here / "utf8.txt").read_bytes() == text.encode()
 
 
+@pytest.mark.parametrize("damage, at", [(b"\xe9", "byte 0xe9 at offset"), ("\u00e9".encode()[:1], "byte 0xc3 at offset"),
+                                        (bytes(900), "900 of its first")])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv"])
+def test_damaged_utf_8_loses_what_is_damaged(here, damage, at, ending):
+    (here / f"a{ending}").write_bytes(GERMAN.encode() + damage)
+    fact, fix = error(lambda names: list(sources.decoded(*names)), f"a{ending}")
+    command, _, condition = fix.partition(" (it looks like ")
+    assert at in fact and condition == "UTF-8)"
+    subprocess.run(command, shell=True)
+    assert (here / f"utf8{ending}").read_bytes() == GERMAN.encode()
+
+
 def test_no_encoding_at_all(here):
     (here / "a.txt").write_bytes(bytes(range(1, 256)) * 40)
     assert "does not look like text" in error(prepare.main, "a.txt")[1]
@@ -49,12 +63,17 @@ def test_no_encoding_at_all(here):
 
 @pytest.mark.parametrize("name, tool", [
     ("ROWS of TEXT.pdf", "pdftotext 'ROWS of TEXT.pdf' 'ROWS of TEXT.txt'"), ("my book.pdf", "pdftotext 'my book.pdf' 'my book.txt'"), ("a.DOCX", "pandoc a.DOCX -t plain -o a.txt"),
-    ("a.tar.gz", "tar xf a.tar.gz"), ("a.xz", "unxz a.xz"), ("a.xlsx", "save it as .csv"),
+    ("a.tar.gz", "tar xf a.tar.gz"), ("a.xz", "unxz a.xz"), ("a b.jsonl.zst", "zstd -d 'a b.jsonl.zst'"), ("a.xlsx", "save it as .csv"),
     ("a.xyz", "rename plain text to .txt")])
 def test_other_kinds_of_files_name_the_tool(here, name, tool):
     (here / name).write_text("x")
     fact, fix = error(prepare.main, name)
     assert fact.startswith(f"{name} is not a supported kind of file") and tool in fix
+
+
+def test_a_text_is_no_conversation(here):
+    (here / "a.txt").write_text("x")
+    assert error(prepare.main, "a.txt", "--format=chat")[1] == "leave out --format=chat"
 
 
 def test_a_folder_says_what_it_left_out(here, capsys):

@@ -214,10 +214,10 @@ WRONG = [
     *((CHOICE, change, part) for change, part in [
         ({"answer": ...}, "no field `answer`; found prompt, choices"), ({"choices": ...}, "no field `question`; found prompt, answer"),
         ({"prompt": ...}, "no field `prompt`; found choices, answer"), ({"choices": "ab"}, "`choices` is not a list but str"),
-        ({"choices": []}, "`answer` is 1, not the"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
-        ({"answer": 2}, "`answer` is 2, not the index of a choice"), ({"answer": -1}, "`answer` is -1"),
-        ({"answer": 1.0}, "`answer` is not a number but float"), ({"answer": "1"}, "`answer` is not a number but str"),
-        ({"answer": None}, "`answer` is not a number but null"), ({"prompt": 5}, "`prompt` is not a text but int"),
+        ({"choices": []}, "`answer` is '1', which names no choice"), ({"choices": ["a", 1]}, "`choices[1]` is not a text but"),
+        ({"answer": 2}, "`answer` is '2', which names no choice: 0, 1"), ({"answer": -1}, "`answer` is '-1'"),
+        ({"answer": 1.0}, "`answer` is '1.0'"), ({"answer": True}, "`answer` is 'True'"),
+        ({"answer": None}, "`answer` is 'None'"), ({"prompt": 5}, "`prompt` is not a text but int"),
         ({"prompt": " \n"}, "`prompt` is empty"), ({"prompt": "\ud800"}, "`prompt` has half a character, '\\ud800'"),
         ({"choices": ["a", "\udc00b"]}, "`choices[1]` has half a character")]),
     *((READ, change, part) for change, part in [

@@ -168,8 +168,8 @@ def test_without_a_network_ids_train_and_texts_say_what_is_missing(here, monkeyp
 def test_what_can_be_wrong(here, vocabulary):
     write("data/other", [60000] * 99, [60000] * 99)
     fact, fix = error(train.main, "--dataset=other", *TINY)
-    assert fact == "data/other has other ids: val.bin has token 60000 in a vocabulary of 50257, gpt2"
-    assert "meta.pkl" in fix
+    assert fact == "data/other has token 60000 in a vocabulary of 50257 (val.bin)"
+    assert fix == "prepare data/other again, or restore all of its files"
     write("data/short", [1] * 9, [1] * 9)
     assert "data/short/train.bin has 9 tokens, but block_size=32 needs" in error(train.main, "--dataset=short", *TINY)[0]
     (here / "data/short/val.bin").write_bytes(b"")
@@ -197,14 +197,28 @@ def test_it_is_never_replaced_nor_taken_for_a_vocabulary_with_an_end(here):
     assert tokenizers.get("data/shakespeare_char").encode("O") == [sorted(set(TEXT)).index("O")]
 
 
-def test_a_very_large_file_is_known_by_its_ends(here, monkeypatch):
+def test_a_very_large_file_is_known_by_its_size_and_its_beginning(here, monkeypatch):
     monkeypatch.setattr(datasets, "HASHED_BYTES", 100)
-    monkeypatch.setattr(datasets, "CHUNK", 10)
     found = set()
-    for content in (b"a" * 200, b"b" + b"a" * 199, b"a" * 199 + b"b", b"a" * 201):
-        (here / "a.bin").write_bytes(content)
-        found.add(datasets.identity("a.bin"))
+    for i, content in enumerate(([1] * 90, [2] + [1] * 89, [1] * 45 + [2] + [1] * 44, [1] * 91)):
+        write(f"data/{i}", content, [1] * 9)
+        found.add(datasets.Dataset.open(f"data/{i}").meta["train"]["sha256"])
     assert len(found) == 4
+
+
+def test_what_is_shown_of_it(here, vocabulary, capsys):
+    """There are no checksums; the ids of both splits are read."""
+    characters_of()
+    prepare.main(["--inspect", "data/shakespeare_char"])
+    out, said = capsys.readouterr()
+    assert out.startswith(TEXT[:100]) and "<|endoftext|>" not in out
+    assert "all ids exist" in said and "checksum" not in said
+    write("data/other", [60000] * 99, [1] * 99)
+    fact, _ = error(prepare.main, "--inspect", "data/other")
+    assert fact == "data/other has token 60000 in a vocabulary of 50257 (train.bin)"
+    fact, fix = error(prepare.main, "data/shakespeare_char", "--overwrite")
+    assert fact == "data/shakespeare_char is prepared already"
+    assert fix == "python train.py --dataset=data/shakespeare_char"
 
 
 def test_a_model_does_not_care_who_wrote_its_batches(here):

@@ -243,8 +243,9 @@ def test_nothing_that_is_not_ours_is_deleted(here):
 
 
 def test_texts_that_hold_nothing_to_learn_a_vocabulary_from(here):
-    (here / "blank.txt").write_text("\n" * 5000)
-    assert "nothing to learn a vocabulary from" in error(prepare.main, "blank.txt", "--vocab_size=300")[0]
+    for name, fact in (("blank.md", "nothing to learn a vocabulary from"), ("blank.txt", "no text is left; dropped: 1 empty")):
+        (here / name).write_text("\n" * 5000)
+        assert fact in error(prepare.main, name, "--vocab_size=300")[0]
     (here / "a.txt").write_text(words(1000))
     assert "vocab_size=1000000000000000019884624838656" in error(prepare.main, "a.txt", "--vocab_size=1e30")[0]
     (here / "deep.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
@@ -321,7 +322,7 @@ def test_what_can_be_pasted_is_quoted(here):
 def test_another_field(here):
     (here / "a.jsonl").write_text(json.dumps({"question": words(600), "id": 3}) + "\n")
     fact, fix = error(prepare.main, "a.jsonl", "--tokenizer=char")
-    assert "no field `text`; found question, id" in fact and fix.startswith("--text_field=question or --format=chat")
+    assert "no field `text`; found question, id" in fact and fix.startswith("--text_field=question or prepare.py --format=chat")
     prepare.main(["a.jsonl", "--tokenizer=char", fix.split()[0]])
     assert "".join(read(here / "data/a", "train") + read(here / "data/a", "val")) == words(600)
 

@@ -39,6 +39,7 @@ def lines(path, rows):
      HELLO),
     (dict(instruction="a", context="c", response="b", category="qa"), turns("a\n\nc", "b")),  # Dolly
     (dict(instruction="a", context="", response="b"), turns("a", "b")),
+    (dict(instruction="a", input="c", response="b"), turns("a\n\nc", "b")),
     (dict(prompt=HELLO[:1], completion=HELLO[1:]), HELLO),  # trl
     (dict(system_prompt="s", question="a", response="b", id="7"), turns("a", "b", system="s")),  # OpenOrca
     (dict(system_prompt="", question="a", response="b"), turns("a", "b")),
@@ -166,6 +167,8 @@ def test_what_a_chat_format_refuses_is_skipped_and_counted(here, capsys, templat
     assert said.count("left out") == 1
     if template:  # (a vocabulary is learned from all rows)
         assert data_of("a-chat") == data_of("good-chat")
+    report = datasets.read_meta("data/a-chat")["report"]
+    assert report[:3] == datasets.read_meta("data/good-chat")["report"][:3]
     fact, _ = error(prepare.main, "a.jsonl", *options, "--strict", "--out=data/b")
     assert fact.startswith("a.jsonl, line 8: ") and why in fact and not (here / "data/b").exists()
     lines(here / "bad.jsonl", [row] * 2)

@@ -14,7 +14,7 @@ from text import sources
 
 MARK = "<|endoftext|>"
 BITS = [MARK, MARK, MARK + "\n", "\n", "\r\n", " ", "a", "bc d", MARK[:5], f"\n{MARK}\n", f"\n{MARK}\r\n", MARK + "  \n",
-        "x" * 30]
+        "x" * 130]
 
 
 def read(path, **options):
@@ -39,6 +39,7 @@ def test_documents_of_any_text_cut_anywhere(here, monkeypatch):
         text = "".join(rng.choice(BITS) for _ in range(rng.randrange(14)))
         (here / "a.txt").write_bytes(text.encode())
         monkeypatch.setattr(sources, "BLOCK_BYTES", rng.choice([1, 2, 3, 5, 8, 20, 1 << 20]))
+        monkeypatch.setattr(sources, "LONG_LINE", rng.choice([100, 1 << 20]))
         due = by_lines(text)
         assert [one for one in read("a.txt") if one.strip()] == due, (text, sources.BLOCK_BYTES)
         several += len(due) > 1
@@ -49,7 +50,8 @@ def test_documents_of_any_text_cut_anywhere(here, monkeypatch):
     (f"a\n{MARK}\nb\n", ["a\n", "b\n"]), (f"a\r\n{MARK}\r\nb\r\n", ["a\r\n", "b\r\n"]),
     (f"{MARK}\na\n{MARK}", ["a\n"]), (f"a\n{MARK}\n\n{MARK}\n \n{MARK}\nb", ["a\n", "b"]),
     (f"a {MARK}\n{MARK} b\n", [f"a {MARK}\n{MARK} b\n"]), (f"a\n{MARK}{MARK}\n", [f"a\n{MARK}{MARK}\n"]),
-    ("\ufeff" + f"{MARK}\na", ["a"]), ("", [""]), (" \n", [" \n"])])
+    ("\ufeff" + f"{MARK}\na", ["a"]), ("", [""]), (" \n", [""]),
+    (f"{MARK}\n{MARK}\n", [""])])
 def test_by_hand(here, text, due):
     (here / "a.txt").write_bytes(text.encode())
     assert read("a.txt") == due

@@ -16,6 +16,7 @@ from runtime.console import UserError
 from text import chats, rows, sources
 import dataset as datasets
 import prepare
+import tokenizer as tokenizers
 
 TEXTS = ["plain", "a, comma", 'a "quote"', "two\nlines", "CRLF\r\nin it", " spaces ", "\u4e2d\u6587\U0001f642", "semi; colon\t"]
 
@@ -62,6 +63,17 @@ def test_the_column_of_a_text_can_be_given_as_fields(here):
     write_csv("a.csv", ["id", "body"], [[i, f"this is text {i}"] for i in range(9)])
     (folder, meta) = prepare.prepare(["a.csv"], prepare.PrepareConfig(fields="body", tokenizer="char"))
     assert meta["train"]["documents"] == 9 and folder == "data/a"
+
+
+def test_a_vocabulary_from_a_column(here, capsys):
+    write_csv("a.csv", ["id", "body"], [[i, f"this is text {i}"] for i in range(9)])
+    options = ["--train", "--input=a.csv", "--tokenizer=char", "--out=data/mine"]
+    assert error(tokenizers.main, *options)[1].startswith("--text_field=body")
+    tokenizers.main([*options, "--text_field=body"])
+    assert "next: python prepare.py a.csv --tokenizer=data/mine --text_field=body" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    assert "--separator=<|endoftext|> " in capsys.readouterr().out
 
 
 def test_conversations_in_a_table(here):
@@ -149,6 +161,8 @@ def test_parquet(here):
     from pyarrow import parquet
     parquet.write_table(pyarrow.table(dict(text=TEXTS, id=range(len(TEXTS)))), "a.parquet")
     assert read("a.parquet") == TEXTS
+    (here / "a.parquet.gz").write_bytes(gzip.compress((here / "a.parquet").read_bytes()))
+    assert read("a.parquet.gz") == TEXTS
     talks = [turns("a", "b"), turns("c", "d")]
     parquet.write_table(pyarrow.table(dict(messages=talks)), "b.parquet")
     assert [document.messages for document in chats.conversations(["b.parquet"])] == talks
@@ -170,6 +184,7 @@ def test_a_folder_of_tables_is_told_the_pattern(here):
         write_csv(f"in/{i}.csv", ["text"], [[f"the text is number {i}, here it is"]])
     fact, fix = error(prepare.main, "in")
     assert fact.startswith("in holds no .txt") and fix == "'in/**/*.csv'"
+    assert error(prepare.main, "in/*")[1] == "'in/*.csv'" and error(prepare.main, "in/**/*")[1] == "'in/**/*.csv'"
     prepare.main(["in/**/*.csv", "--tokenizer=char"])
     assert datasets.read_meta("data/in")["train"]["documents"] == 3
 
@@ -184,18 +199,29 @@ def test_packed_files(here, ending, pack):
     assert f"cannot read d{ending}: " in error(prepare.main, f"d{ending}")[0]
 
 
-def test_zst(here, monkeypatch):
-    """Python 3.14 reads it; others are told the command."""
-    (here / "a b.jsonl.zst").write_bytes(b"(\xb5/\xfd")
-    if sys.version_info < (3, 14):
-        fact, fix = error(prepare.main, "a b.jsonl.zst")
-        assert fact == "this Python cannot unpack a b.jsonl.zst" and fix == "zstd -d 'a b.jsonl.zst'"
-        monkeypatch.setitem(sys.modules, "compression", gzip)
-        monkeypatch.setitem(sys.modules, "compression.zstd", gzip)  # of the same interface
-        (here / "a b.jsonl.zst").write_bytes(gzip.compress(b'{"text": "the row"}'))
-        assert read("a b.jsonl.zst") == ["the row"]
-    else:
-        assert "cannot read a b.jsonl.zst" in error(prepare.main, "a b.jsonl.zst")[0]
+def test_the_rest_of_a_file_is_not_lost_without_a_word(here):
+    (here / "a.json").write_text('[{"text": "one"}, {"text": ')
+    assert "a.json, number 2: not JSON" in error(prepare.main, "a.json")[0]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("bad.jsonl", b'{"text": "caf\xe9"}'), ("bad.csv", b"text\ncaf\xe9"), ("bad.json", b'[{"text": "a'), ("bad.json", b"\xe9"),
+    ("bad.json", b"{}"), ("bad.parquet", b"PAR1"), ("bad.jsonl.gz", b"\x1f\x8b")])
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_file_of_rows_that_cannot_be_read_is_left_out(here, capsys, name, content, form):
+    """As a bad text is: named and counted, unless --strict, or there is nothing else."""
+    if name == "bad.parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -r requirements-dev.txt")
+    (here / name).write_bytes(content)
+    rows_ = [dict(text=f"the text {i}", prompt=f"what {i}?", completion=f"that {i}") for i in range(20)]
+    (here / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    options = ["--tokenizer=char", f"--format={form}", "--out=data/a"]
+    for order in ([name, "a.jsonl"], ["a.jsonl", name]):
+        prepare.main([*order, *options, "--overwrite"])
+        said = capsys.readouterr().err
+        assert name in said and "1 unreadable, 20 read; --strict stops at the first" in said
+    assert name in error(prepare.main, "a.jsonl", name, *options, "--overwrite", "--strict")[0]
+    assert name in error(prepare.main, name, *options)[0]
 
 
 def test_the_rows_of_a_table_equal_those_of_lines(here):

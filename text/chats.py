@@ -12,7 +12,7 @@ A line of a .jsonl or an element of a .json has one of these layouts. `system` b
     prompt, completion             texts, or lists of messages
     instruction, input, output     Alpaca's; input may be missing or empty
     instruction, context, response    Dolly's; the same for the context
-    question, answer               GSM8K's; PAIRS has more
+    question, answer               GSM8K's; ASKED and ANSWERED have more
 
 A message of the assistant with `weight` 0 is not learned. What it calls (`tool_calls`) and what the tools answer
 (role `tool`) is written as the chat template of a Hugging Face model does it. A row that is wrong is left out,
@@ -35,10 +35,9 @@ FIX = ('expected {"messages": [{"role": "user", "content": "..."}, {"role": "ass
 KINDS = (".jsonl",)  # of a folder
 LISTS = "messages", "conversations", "conversation"
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant",
-             chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool", observation="tool")
-PAIRS = [("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"),
-         ("question", "answer"), ("question", "response"), ("query", "response"), ("problem", "solution"),
-         ("input", "output")]
+             chatgpt="assistant", bot="assistant", model="assistant", tool="tool", function="tool")
+ASKED = "prompt", "instruction", "question", "query", "problem", "input"
+ANSWERED = "completion", "output", "response", "solution", "answer"
 
 
 def conversations(sources, fields=(), skipped=STRICT):
@@ -50,7 +49,7 @@ def conversations(sources, fields=(), skipped=STRICT):
     for source in sources:
         for path in files(source, KINDS):
             chats = stdlib_chats() if path == "stdlib" else file_chats(path, fields, skipped)
-            for where, messages, held_out in chats:
+            for where, messages, held_out in skipped.file(chats):
                 text = "\n".join(said for message in messages for said in spoken(message))
                 yield in_memory(where, text, held_out, messages)
 
@@ -85,16 +84,14 @@ def read(row, where, fields=()):
     for name in LISTS:  # first, since some files repeat a part of the messages as `prompt`
         if name in row:
             return system + read_list(row, name, where)
-    for asked, answered in PAIRS:
-        if asked in row and answered in row:
-            if isinstance(row[asked], list):
-                return system + read_list(row, asked, where) + read_list(row, answered, where)
-            question = text(asked)
-            more = "context" if answered == "response" else "input"
-            if asked == "instruction" and row.get(more):
-                question += "\n\n" + text(more)
-            return system + dialogue([question, text(answered)])
-    raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
+    asked, answered = (next((name for name in names if name in row), "") for names in (ASKED, ANSWERED))
+    if not (asked and answered):
+        raise UserError(f"{where}: no conversation fields; found {', '.join(row) or 'none'}", FIX)
+    if isinstance(row[asked], list):
+        return system + read_list(row, asked, where) + read_list(row, answered, where)
+    more = [name for name in ("input", "context") if asked == "instruction" and row.get(name)]
+    question = "\n\n".join(map(text, [asked, *more]))
+    return system + dialogue([question, text(answered)])
 
 
 def read_list(row, name, where):
@@ -115,7 +112,7 @@ def read_list(row, name, where):
             said["content"] = content_of(message, content_field, here)
         # The name of a user is not learned; that of a tool stands in some templates.
         if said["role"] == "tool":
-            said |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+            said |= texts_of(message, "name", "tool_call_id")
         if message.get("weight") not in (None, 0, 1):
             raise UserError(f"{here}: `weight` is {str(message['weight'])[:40]}, not 0 or 1", FIX)
         if message.get("weight") == 0:
@@ -133,20 +130,22 @@ def content_of(message, name, here):
     return field(message, name, str, here, FIX)
 
 
+def texts_of(row, *names):
+    return {name: row[name] for name in names if isinstance(row.get(name), str)}
+
+
 def tool_calls(message, here):
     """What a message of the assistant calls, as chat templates want it: OpenAI's arguments are JSON in a text."""
-    calls = message.get("tool_calls") or []
+    calls, found = message.get("tool_calls") or [], []
     if message.get("function_call"):  # OpenAI's older layout
         calls = [message["function_call"]]
-    found = []
     for call in check(calls, "tool_calls", list, here, FIX):
         function = check(call, "a call", dict, here, FIX).get("function", call)
         arguments = check(function, "function", dict, here, FIX).get("arguments") or {}
         if isinstance(arguments, str):
             arguments = parse_json(arguments, f"{here}: arguments", FIX)
         function = dict(name=field(function, "name", str, here, FIX), arguments=arguments)
-        ids = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
-        found.append(dict(ids, type="function", function=function))
+        found.append(dict(type="function", function=function) | texts_of(call, "id"))
     return found
 
 

@@ -18,13 +18,15 @@ FACTOR = 0x9E3779B97F4A7C15  # odd, so that multiplication by it loses nothing m
 
 
 class Characters:
-    """How often each code point occurs: counts, (0x110000,) int64."""
+    """How often each code point occurs: counts, (0x110000,) int64; and a text, such as <|endoftext|>: found."""
 
-    def __init__(self):
+    def __init__(self, text=""):
+        self.text, self.found = text, 0
         self.counts = np.zeros(0x110000, dtype=np.int64)
         self.waiting, self.size = [], 0  # a call of numpy costs as much as 1,000 characters
 
     def add(self, text):
+        self.found += text.count(self.text) if self.text else 0
         self.waiting.append(text)
         self.size += len(text)
         if self.size > SLICE:

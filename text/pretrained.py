@@ -106,7 +106,7 @@ def careful(fact, fix=SOURCE_FIX):
         kind = type(error).__name__
         if not isinstance(error, Exception) and kind != "PanicException":  # Rust's, which is no Exception
             raise
-        raise UserError(f"{fact}: {kind}: {error}", fix) from None
+        raise UserError(f"{fact}: {kind}: {error}"[:400], fix) from None
 
 
 def check_ids(ids):
@@ -362,9 +362,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 yield self.fill(guarded[:i + 1], False), is_learned(message)
         whole = self.fill(guarded, False)
         for message in guarded:
-            answer = json.dumps(message["content"], ensure_ascii=False)[1:-1] if message["role"] == "tool" else ""
-            names = [call["function"]["name"] for call in message.get("tool_calls", [])]
-            if not all(name in whole for name in names) or not (answer in whole or message["content"].strip() in whole):
+            said = [call["function"]["name"] for call in message.get("tool_calls", [])]
+            if message["role"] == "tool":
+                said.append(message["content"].strip())
+            # Some templates write an answer as JSON.
+            if not all(text in whole or json.dumps(text, ensure_ascii=False)[1:-1] in whole for text in said):
                 raise UserError(f"the chat template of {self.name} has no form for tools", TOOLS_FIX)
         yield whole, False
 

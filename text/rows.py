@@ -14,9 +14,9 @@ import json
 import re
 
 from runtime.console import UserError, counted, needs
-from runtime.files import check_size, open_file, parse_json, read_json
+from runtime.files import check_size, open_unpacked, parse_json, read_json
 
-RECORD_CHARACTERS = 64 << 20  # of a line of JSON, or a story, which is held in memory
+RECORD_CHARACTERS = 64 << 20  # of a line or a row, which is held in memory
 KINDS = {str: "a text", int: "a number", list: "a list", dict: "an object"}
 SQUAD = ('expected {"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
          '[{"text": "..."}]}]}]}]}; other rows go into a .jsonl file, one per line')
@@ -36,6 +36,18 @@ class Skipped:
         self.count += 1
         if self.count <= self.SHOWN:
             self.shown.append(error)
+
+    def file(self, found):
+        """What is found in a file. It is skipped if it cannot be read; but not the rest of one that was begun."""
+        begun = False
+        try:
+            for one in found:
+                begun = True
+                yield one
+        except UserError as error:
+            if begun:
+                raise
+            self.add(error)
 
 
 STRICT = Skipped(strict=True)
@@ -68,7 +80,7 @@ def kind_of(value):
 
 def json_lines(path, blocks, fix, skipped=STRICT):
     """(where, row) for every line that is not empty. blocks: the text of a .jsonl file, cut anywhere."""
-    for number, line in enumerate(records(path, blocks, "\n"), 1):
+    for number, line in enumerate(lines(path, blocks), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -79,7 +91,7 @@ def json_lines(path, blocks, fix, skipped=STRICT):
             yield where, row
 
 
-COMMA = re.compile(r"\s*,\s*")
+START, COMMA = re.compile(r"\s*\[\s*(?=[^\]])"), re.compile(r"\s*,\s*")  # what stands before an element
 
 
 def json_list(path, blocks, fix, skipped=STRICT):
@@ -87,46 +99,39 @@ def json_list(path, blocks, fix, skipped=STRICT):
     decode, text, number, wanted = json.JSONDecoder().raw_decode, next(blocks, "").lstrip(), 0, 0
     if not text.startswith("["):
         raise UserError(f"{path} is not a list of rows", fix)
-    # Every element has a comma before it. After the last one, and in an empty list, comes the bracket.
-    text = text[1:].lstrip() if text[1:].lstrip().startswith("]") else "," + text[1:]
-    while True:
-        # 1. Read on, to twice the length: an element is decoded again until all of it is here.
-        ended = False
-        while len(text) < wanted and not ended:
-            block = next(blocks, None)
-            ended = block is None
-            text += block or ""
+    for block in itertools.chain([""], blocks, [None]):
+        # 1. An element is decoded again until all of it is here: each time from twice as much.
+        text, ended = text + (block or ""), block is None
+        if len(text) < wanted and not ended:
+            continue
+        at = 0
+        check_size(text, f"{path}, number {number + 1}")
         # 2. The elements that are here. A number at the end may go on.
-        where, at = f"{path}, number {number + 1}", 0
-        check_size(text, where)
         try:
-            while comma := COMMA.match(text, at):
-                row, end = decode(text, comma.end())
+            while before := (COMMA if number else START).match(text, at):
+                row, end = decode(text, before.end())
                 if end == len(text) and not ended:
                     break
                 number, at = number + 1, end
                 yield f"{path}, number {number}", row
         except (RecursionError, ValueError) as error:
-            if ended or not isinstance(error, json.JSONDecodeError):
-                raise UserError(f"{path}, number {number + 1}: not JSON: {getattr(error, 'msg', error)}", fix) from None
-            if len(text) - at > RECORD_CHARACTERS:
-                fact = f"not JSON, or more than {RECORD_CHARACTERS:,} characters"
-                raise UserError(f"{path}, number {number + 1}: {fact}", fix) from None
+            wrong = ended or not isinstance(error, json.JSONDecodeError)
+            if wrong or len(text) - at > RECORD_CHARACTERS:
+                fact = f"{path}, number {number + 1}: not JSON: {getattr(error, 'msg', error)}"
+                raise UserError(fact, fix) from None
         text = text[at:]
-        if ended:
-            if text.strip() != "]":
-                raise UserError(f"{path}: not JSON: the list does not end after number {number}", fix)
-            return
-        wanted = 2 * len(text) + 1
+        wanted = 2 * len(text)
+    if "".join(text.split()) != ("]" if number else "[]"):
+        raise UserError(f"{path}: not JSON: the list does not end after number {number}", fix)
 
 
 def csv_rows(path, blocks, fix, skipped=STRICT):
     """(where, row) for every row of a table. The first line names its columns."""
     csv.field_size_limit(RECORD_CHARACTERS)
-    lines = (line + "\n" for line in records(path, blocks, "\n"))
-    names = next(lines)
+    rest = (line + "\n" for line in lines(path, blocks))
+    names = next(rest)
     delimiter = max(",;\t|", key=names.count)  # a German Excel writes semicolons
-    reader = csv.reader(itertools.chain([names], lines), delimiter=delimiter)
+    reader = csv.reader(itertools.chain([names], rest), delimiter=delimiter)
     try:
         columns = next(reader)
         for row in filter(None, reader):
@@ -146,25 +151,25 @@ def parquet_rows(path, blocks, fix, skipped=STRICT):
     from pyarrow import parquet
     number = 0
     try:
-        with open_file(path) as file:
+        with open_unpacked(path) as file:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}", "check the file, or leave it out") from None
 
 
-def records(path, blocks, separator):
-    """The texts between the separators of a file."""
+def lines(path, blocks):
+    """The lines of a file, without their ends."""
     rest, number = "", 0
     for block in blocks:
-        *ended, rest = (rest + block).split(separator)
+        *ended, rest = (rest + block).split("\n")
         yield from ended
         number += len(ended)
         if len(rest) > RECORD_CHARACTERS:
-            fact = f"text {number + 1} between {separator!r} has more than {RECORD_CHARACTERS:,} characters"
-            raise UserError(f"{path}: {fact}", "split it, or give it as a .txt file")
+            raise UserError(f"{path}, line {number + 1} has more than {RECORD_CHARACTERS:,} characters",
+                            "split it, or give it as a .txt file")
     yield rest
 
 

@@ -15,6 +15,7 @@ Sources: where texts come from. Files, folders, well-known data sets, and addres
 """
 import codecs
 import collections
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -33,11 +34,12 @@ from urllib.parse import unquote, urlsplit
 from runtime.console import UserError, needs, note, origin, public
 from runtime.files import PACKED, file_sha256, open_unpacked
 from text.download import download
-from text.rows import STRICT, csv_rows, field, json_lines, json_list, parquet_rows, records, squad
+from text.rows import STRICT, csv_rows, field, json_lines, json_list, parquet_rows, squad
 
 KINDS = (".txt", ".md", ".py", ".jsonl")
 TABLES = (".json", ".csv", ".tsv", ".parquet")  # read where they are named; those in a folder may be anything
 BLOCK_BYTES = 1 << 20
+LONG_LINE = 1 << 20  # characters; a line is held in memory up to here
 DOWNLOADS = os.path.join("data", "downloads")
 
 
@@ -133,18 +135,20 @@ def documents(sources, text_field="text", skipped=STRICT, separator="<|endoftext
     """
     for source in sources:
         for path in files(source):
-            if path in INSTALLED:
-                yield from INSTALLED[path]()
-            elif os.path.basename(path).startswith("TinyStories"):
-                yield from story_documents(path)
-            elif layout(path) in ROWS:
-                yield from row_documents(path, text_field, skipped)
-            elif kind(path) == ".json":
-                yield from squad_documents(path)
-            elif kind(path) == ".txt" and separator:
-                yield from text_documents(path, separator, skipped)
-            else:
-                yield in_file(path, path)
+            yield from skipped.file(file_documents(path, text_field, skipped, separator))
+
+
+def file_documents(path, text_field, skipped, separator):
+    if path in INSTALLED:
+        yield from INSTALLED[path]()
+    elif layout(path) in ROWS:
+        yield from row_documents(path, text_field, skipped)
+    elif kind(path) == ".json":
+        yield from squad_documents(path)
+    elif kind(path) == ".txt" and separator:
+        yield from text_documents(path, separator)
+    else:
+        yield in_file(path, path)
 
 
 def pytorch_documents():
@@ -187,48 +191,45 @@ def kind(path):
 
 
 # What turns other kinds of files into one that can be read.
-PANDOC = "pandoc FILE -t plain -o TEXT"
-TOOLS = {".pdf": "pdftotext FILE TEXT", ".xz": "unxz FILE", ".zip": "unzip FILE",
-         ".tar": "tar xf FILE", ".tgz": "tar xf FILE", ".xlsx": "in the program that wrote it, save it as .csv",
-         **dict.fromkeys([".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".tex", ".rst"], PANDOC)}
+TOOLS = {".pdf": "pdftotext {file} {text}", ".xz": "unxz {file}", ".zst": "zstd -d {file}", ".zip": "unzip {file}",
+         ".tar": "tar xf {file}", ".tgz": "tar xf {file}", ".xlsx": "in the program that wrote it, save it as .csv",
+         **dict.fromkeys(".docx .odt .rtf .epub .html .htm .tex .rst".split(), "pandoc {file} -t plain -o {text}")}
 
 
 def check_kind(path, kinds):
     if kind(path) in (*kinds, *TABLES):
         return
-    stem = os.path.splitext(path)[0]
-    fix = TOOLS.get(kind(path), "rename plain text to .txt, and leave out --format=chat")
-    names = {"FILE": path, "TEXT": stem + ".txt"}
-    fix = re.sub("FILE|TEXT", lambda word: quote(names[word[0]]), fix)
+    fix = "leave out --format=chat" if kind(path) in KINDS else TOOLS.get(kind(path), "rename plain text to .txt")
+    fix = fix.format(file=quote(path), text=quote(os.path.splitext(path)[0] + ".txt"))
     raise UserError(f"{path} is not a supported kind of file ({', '.join((*kinds, *TABLES))}, or .gz of these)", fix)
 
 
 def files(source, kinds=KINDS, follow_links=False):
     """The paths of a source: a file, all files of these kinds below a folder, what matches a pattern, or "stdlib"."""
+    # 1. What is there?
     if source in INSTALLED and not os.path.exists(source):
         return [source]
     if os.path.isdir(source):
-        found, lacks = walk(source, follow_links), "holds no"
+        found, all_of, lacks = walk(source, follow_links), f"{source}/**/*", "holds no"
     elif os.path.exists(source):
         check_kind(source, kinds)
         return [source]
     else:
-        found, lacks = matches(source, follow_links), "matches no" if set("*?[") & set(source) else ""
+        lacks = "matches no" if set("*?[") & set(source) else ""
+        found, all_of = matches(source, follow_links), source.rstrip("*.") + "*"
         kinds = (*kinds, *(ending for ending in TABLES if ending in source))
+    # 2. What of it can be read?
     paths = sorted(path for path in found if kind(path) in kinds)
-    if paths and os.path.isdir(source):
-        unread = [path for path in found if kind(path) not in kinds]
-        others = collections.Counter(os.path.splitext(path)[1] or "without an extension" for path in unread)
-        if others:
-            counts = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(5))
-            note(f"{source}: left out {counts}")
+    others = collections.Counter(kind(path) for path in found if kind(path) not in kinds)
+    if paths and others:
+        counts = [f"{n:,} {ending or 'without an extension'}" for ending, n in others.most_common(5)]
+        note(f"{source}: left out {', '.join(counts)}")
     if not paths:
-        tables = {kind(path) for path in found} & {*TABLES} if os.path.isdir(source) else ()
+        tables = [quote(all_of + ending) for ending in TABLES if ending in others]
         names = ", ".join([*INSTALLED, *NAMES])
         fact = f"{lacks} {', '.join(kinds)} file (or .gz of these)" if lacks else "does not exist"
         raise UserError(f"{source} {fact}",
-                        " or ".join(quote(f"{source}/**/*{ending}") for ending in sorted(tables))
-                        or f"give a file, a folder, a pattern, a URL, or one of: {names}")
+                        " or ".join(tables) or f"give a file, a folder, a pattern, a URL, or one of: {names}")
     return paths
 
 
@@ -261,17 +262,9 @@ def walk(folder, follow_links):
     return found
 
 
-# Byte order marks; that of UTF-32 begins like that of UTF-16.
+# What a file's first bytes announce; the mark of UTF-32 begins like that of UTF-16.
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-         codecs.BOM_UTF16_BE: "utf-16"}
-
-
-def marked_encoding(raw):
-    """The encoding that a file's first bytes announce; without a mark, UTF-8."""
-    for mark, encoding in MARKS.items():
-        if raw.startswith(mark):
-            return encoding
-    return "utf-8-sig"
+         codecs.BOM_UTF16_BE: "utf-16", b"": "utf-8-sig"}
 
 
 def convert(path, raw):
@@ -279,27 +272,42 @@ def convert(path, raw):
     name = likely_encoding(raw)
     if not name:
         return "leave it out; it does not look like text"
-    unpack = {".gz": "zcat", ".bz2": "bzcat", ".zst": "zstdcat"}.get(os.path.splitext(path.lower())[1])
-    read = f"{unpack} {quote(path)} | iconv" if unpack else f"iconv {quote(path)}"
-    return f"{read} -f {name} -t utf-8 > utf8.txt (it looks like {name})"
+    show = {".gz": "zcat", ".bz2": "bzcat"}.get(os.path.splitext(path.lower())[1], "cat")
+    # Of damaged UTF-8, what is no text is dropped.
+    iconv = "tr -d '\\000' | iconv -c" if name == "UTF-8" else "iconv"
+    return f"{show} {quote(path)} | {iconv} -f {name} -t UTF-8 > utf8{kind(path)} (it looks like {name})"
 
 
 WESTERN = "äöüßÄÖÜáàâãåæçéèêëíìîïñóòôõøœúùûÿÁÀÉÈÇÑÓ„“”‚‘’–—…€§°«»¿¡"
+# Python's names of what iconv knows by the same names.
+OTHERS = ("gb18030 big5 cp932 euc_jp cp949 koi8_r cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp874 "
+          "utf_16le utf_16be").split()
 
 
 def likely_encoding(raw):
     """The name that iconv has for the encoding of these bytes, by their statistics; "" where none fits."""
-    # 1. UTF-16 without a mark: of Latin text, every other byte is 0.
+    # 1. UTF-32 and UTF-16 without a mark. Other bytes are hardly ever valid UTF-32; of UTF-16, every other byte is 0
+    #    in Latin text, and in line ends.
+    for name in ("UTF-32LE", "UTF-32BE"):
+        with contextlib.suppress(UnicodeDecodeError):
+            if raw[:len(raw) // 4 * 4].decode(name):
+                return name
     even, odd = raw[::2].count(0), raw[1::2].count(0)
-    if max(even, odd) > len(raw) // 8 and min(even, odd) < len(raw) // 100 + 1:
+    if max(even, odd) > min(8, len(raw) // 8) and min(even, odd) < max(even, odd) / 20:
         return "UTF-16BE" if even > odd else "UTF-16LE"
-    # 2. Western text from Windows, of which statistics see too little: a few letters and quotes.
-    letters = [letter for letter in raw[:1 << 16].decode("cp1252", errors="replace") if letter > "\x7f"]
-    if letters and sum(letter in WESTERN for letter in letters) > 0.95 * len(letters):
+    # 2. UTF-8 with some damage? English lines do not tell.
+    raw = b"\n".join(line for line in raw.split(b"\n") if not line.isascii())[:1 << 16]
+    text = raw.decode(errors="replace")
+    damaged = text.count("\ufffd")
+    if 10 * damaged <= sum(letter > "\x7f" for letter in text) - damaged:
+        return "UTF-8"
+    # 3. Western text from Windows, of which statistics see too little: a few letters and quotes.
+    letters = [letter for letter in raw.decode("cp1252", errors="replace") if letter > "\x7f"]
+    if sum(letter in WESTERN for letter in letters) > 0.95 * len(letters):
         return "WINDOWS-1252"
-    # 3. The others. (requests brings the package.)
+    # 4. The others. (requests brings the package.)
     library = needs("charset_normalizer", "other encodings than UTF-8")
-    best = library.from_bytes(raw[:1 << 16]).best()
+    best = library.from_bytes(raw, cp_isolation=OTHERS).best()
     return best.encoding.upper().replace("_", "-").replace("UTF-16-", "UTF-16") if best else ""
 
 
@@ -308,26 +316,26 @@ def decoded(path):
 
     It is UTF-8, or with a byte order mark UTF-16 or UTF-32.
     """
-    decoder, offset = None, 0
+    offset = 0
     try:
         with open_unpacked(path) as file:
-            while True:
-                raw = file.read(BLOCK_BYTES)
-                if decoder is None:
-                    encoding = marked_encoding(raw)
-                    decoder = codecs.getincrementaldecoder(encoding)()
-                    if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
-                        fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
-                        raise UserError(fact, convert(path, raw))
-                text = decoder.decode(raw, final=not raw)
+            more = raw = file.read(BLOCK_BYTES)
+            encoding = next(name for mark, name in MARKS.items() if raw.startswith(mark))
+            decoder = codecs.getincrementaldecoder(encoding)()
+            if encoding == "utf-8-sig" and raw.count(0) > len(raw) // 100:
+                fact = f"{path} is not UTF-8 text: {raw.count(0)} of its first {len(raw)} bytes are NUL"
+                raise UserError(fact, convert(path, raw))
+            while more:
+                raw = more
                 offset += len(raw)
-                if text:
+                if text := decoder.decode(raw):
                     yield text
-                if not raw:
-                    return
-    except UnicodeDecodeError as error:  # error.object: what was being decoded, the end of which is `raw`
-        at = offset + len(raw) - len(error.object) + error.start
-        raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at}",
+                more = file.read(BLOCK_BYTES)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:  # error.object: what was being decoded, up to the offset
+        at = offset - len(error.object) + error.start
+        name = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{path} is not {name}: byte 0x{error.object[error.start]:02x} at offset {at}",
                         convert(path, raw)) from None
 
 
@@ -364,63 +372,53 @@ def in_file(name, path, held_out=None):
     return Document(name, lambda: text_blocks(decoded(path)), held_out)
 
 
-LINE_END = re.compile(r"[ \t]*\r?(\n|\Z)")
-
-
 def separated(blocks, separator):
     """A text in parts, cut anywhere, and None for each line that holds the separator and nothing else."""
-    rest, at_start = "", True  # at_start: does a line begin here?
-    for block in itertools.chain(blocks, [None]):
-        text, rest = rest + (block or ""), ""
-        # 1. A line that is cut off, and may become the separator, waits for its end.
-        start = text.rfind("\n") + 1
-        line = text[start:].rstrip()
-        long = len(text) - start > len(separator) + 100
-        if block and line and (start or at_start) and separator.startswith(line) and not long:
-            text, rest = text[:start], text[start:]
-        # 2. Elsewhere in a line, it is text.
-        pieces = text.split(separator)
-        for i, piece in enumerate(pieces):
-            if i:
-                end = LINE_END.match(piece)
-                at_end = i == len(pieces) - 1 and block is None
-                if at_start and end and (end[1] or at_end):
-                    yield None
-                    piece = piece[end.end():]
-                else:
-                    piece = separator + piece
-            if piece:
-                at_start = piece.endswith("\n")
-                yield piece
+    at_end = re.compile(re.escape(separator) + r"[ \t]*\r?(\n|\Z)")  # of a line; of these, some are at its start
+    rest, line_starts = "", True
+    for block in itertools.chain(blocks, [""]):
+        # 1. A last line that may become a separator waits for its end.
+        rest += block
+        end = rest.rfind("\n") + 1
+        begins = separator.startswith(rest[end:end + len(separator)])
+        if not (block and begins) or len(rest) - end > LONG_LINE:
+            end = len(rest)
+        text, rest = rest[:end], rest[end:]
+        # 2. Their separators.
+        start = 0
+        for found in at_end.finditer(text):
+            at = found.start()
+            if text[at - 1] == "\n" if at else line_starts:
+                yield text[start:at]
+                yield None
+                start = found.end()
+        yield text[start:]
+        line_starts = text.endswith("\n") if text else line_starts
 
 
-def text_documents(path, separator, skipped):
-    """The documents of a text file: what stands between the separators, or all of it. Blank ones are none."""
-    parts, number, ended = separated(decoded(path), separator), 0, False
+def unless_blank(parts):
+    """The parts of a text, or None where all of it is white space."""
+    text = ""
+    for part in parts:
+        text += part
+        if text.strip() or len(text) > LONG_LINE:
+            return itertools.chain([text], parts)
 
-    def rest():
-        """The rest of a document."""
-        nonlocal ended
-        for part in parts:
-            if part is None:
-                return
-            yield part
-        ended = True
 
-    try:
-        while not ended:
-            # Is there anything but white space? A document may be longer than the memory: only its beginning is held.
-            text, more = "", rest()
-            while not text.strip() and len(text) < BLOCK_BYTES and (part := next(more, "")):
-                text += part
-            if text.strip() or len(text) >= BLOCK_BYTES or (ended and not number):
-                number += 1
-                name = path if number == 1 else f"{path}, document {number}"
-                blocks = text_blocks(itertools.chain([text], more))
-                yield Document(name, lambda blocks=blocks: blocks)
-            collections.deque(more, maxlen=0)  # what the caller did not read
-    except UserError as error:
-        skipped.add(error)
+def text_documents(path, separator):
+    """The documents of a text file: what stands between the separators. Blank ones are none."""
+    # TinyStories (Eldan and Li 2023, arXiv 2305.07759) has a file for each split.
+    name, number = os.path.basename(path), 0
+    held_out = "valid" in name if name.startswith("TinyStories") else None
+    # A document may be longer than the memory: it is read when it is asked for, but for its beginning.
+    for ends, parts in itertools.groupby(separated(decoded(path), separator), lambda part: part is None):
+        if not ends and (text := unless_blank(parts)):
+            number += 1
+            name = path if number == 1 else f"{path}, document {number}"
+            blocks = text_blocks(text)
+            yield Document(name, lambda blocks=blocks: blocks, held_out)
+    if not number:
+        yield in_memory(path, "")
 
 
 def in_memory(name, text, held_out=None, messages=None):
@@ -450,12 +448,12 @@ def file_rows(path, fix, skipped=STRICT):
 
 def row_documents(path, text_field, skipped):
     """One document per row; the text is in one field."""
-    fix = f'every line must be like {{"{text_field}": "..."}}; fix the line or delete it'
+    fix = f'every row must be like {{"{text_field}": "..."}}; fix the row or delete it'
     for where, row in file_rows(path, fix, skipped):
         if isinstance(row, dict) and text_field not in row:
             sizes = {name: len(value) for name, value in row.items() if isinstance(value, str)}
-            texts = [f"--text_field={quote(name)}" for name in sorted(sizes, key=sizes.get, reverse=True)]
-            fix = " or ".join([*texts[:1], "--format=chat, if these are conversations"])
+            longest = [f"--text_field={quote(max(sizes, key=sizes.get))}"] if sizes else []
+            fix = " or ".join([*longest, "prepare.py --format=chat, if these are conversations"])
         try:
             text = field(row, text_field, str, where, fix)
         except UserError as error:
@@ -468,9 +466,3 @@ def squad_documents(path):
     """The paragraphs of a file in SQuAD's layout."""
     for where, context, _ in squad(path, questions=False):
         yield in_memory(where, context)
-
-
-def story_documents(path):
-    """TinyStories (Eldan and Li 2023, arXiv 2305.07759): stories between <|endoftext|>; a file for each split."""
-    for number, story in enumerate(records(path, decoded(path), "<|endoftext|>"), 1):
-        yield in_memory(f"{path}, story {number}", story.strip(), "valid" in os.path.basename(path))
