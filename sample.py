@@ -27,7 +27,7 @@ from shlex import quote
 from typing import Literal
 
 # (First, so that an interrupted or failing import is no traceback.)
-from runtime.console import UserError, command_line, note, say, show
+from runtime.console import UserError, command_line, counted, note, say, show
 import torch
 
 import tokenizer as tokenizers
@@ -297,7 +297,7 @@ def write(model, tokenizer, ids, settings, seed):
         text += new
         show(new, end="")
     show("")
-    say(f"[{n} tokens, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
+    say(f"[{counted(n, 'token')}, {n / (time.perf_counter() - started):.0f} per second, --seed={seed}]")
     return text
 
 

@@ -16,7 +16,7 @@ from sample import Sampling, check_chat, continuation, prompt_ids, read_prompt
 from serving.engine import Engine, Request
 from text import sources
 from text.pretrained import check_messages
-from text.rows import Skipped, field, records
+from text.rows import Skipped, field, lines
 
 ROWS = 16  # texts at once
 FIX = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]} on each line'
@@ -28,8 +28,8 @@ def read_rows(path, skipped):
         return sources.file_rows(path, FIX, skipped)
     # (A pipe is /dev/stdin, or a shell's <(command).)
     blocks = [read_prompt(f"FILE:{path}")] if Path(path).is_fifo() else sources.decoded(path)
-    lines = enumerate(records(path, blocks, "\n"), start=1)
-    return ((f"{path}, line {n}", {"prompt": line.removesuffix("\r")}) for n, line in lines if line.strip())
+    numbered = enumerate(lines(path, blocks), start=1)
+    return ((f"{path}, line {n}", {"prompt": line.removesuffix("\r")}) for n, line in numbered if line.strip())
 
 
 def asked_in(row, where, chat):

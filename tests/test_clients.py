@@ -61,7 +61,7 @@ def test_openai_async(tiny):
 
 def test_langchain(lasting, due):
     """invoke, stream, batch and stop; structured output, which is not supported, is an error."""
-    library = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
+    library = pytest.importorskip("langchain_openai", reason="langchain-openai is not here; requirements-dev.txt is without it")
     url = f"http://127.0.0.1:{lasting.port}/v1"
     model = library.ChatOpenAI(base_url=url, api_key="none", **BODY)
     talk = [("system", "Be brief."), ("human", "x")]
@@ -80,7 +80,7 @@ def test_langchain(lasting, due):
 
 def test_litellm(lasting, due):
     """By the names of three servers that speak as this one does."""
-    litellm = pytest.importorskip("litellm", reason="pip install litellm")
+    litellm = pytest.importorskip("litellm", reason="litellm is not here; requirements-dev.txt is without it")
     more = {name: value for name, value in BODY.items() if name != "model"}
     more.update(api_base=f"http://127.0.0.1:{lasting.port}/v1", api_key="none")
     for model in "openai/any", "hosted_vllm/any", "lm_studio/any":

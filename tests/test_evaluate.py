@@ -420,7 +420,7 @@ CHOICES = [dict(prompt=f"the {c}", choices=["cat", "old"], answer=0) for c in "a
     (["--tasks=x.jsonl", "--shots=3"], "shots=3, but x.jsonl, line 1 has only 2 examples", "--shots=2"),
     (["--tasks=x.jsonl", "--shots=2", "--examples=one.jsonl"], "x.jsonl, line 1 has only 0 examples", "=0"),
     (["--tasks=x.jsonl", "--examples=gone.jsonl", "--shots=1"], "cannot read gone.jsonl: No such", "check the "),
-    (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is 2, not the index of a choice", 'expected {"prompt"'),
+    (["--tasks=bad.jsonl"], "bad.jsonl, line 2: `answer` is '2', which names no choice: 0, 1", 'expected {"prompt"'),
     (["--data=gone.txt"], "there is no text gone.txt", "prepare.py gone.txt"), (["--stride=-1"], "=-1 is out of", "=auto"),
     (["out/words", "words.txt"], "words.txt is damaged, or not a checkpoint", "another checkpoint"),
     (["--votes=0"], "votes=0 is out of range: 1 to 1000", "--votes=1"), (["--rows=0"], "rows=0 is out of range", "16"),

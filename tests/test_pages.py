@@ -77,7 +77,7 @@ def test_every_setting_that_is_named_exists():
     known = set().union(*(settings.__dataclass_fields__ for settings in scripts), *map(bench_settings, bench.BENCHES))
     ours = re.sub(r"torchrun .*?(train\.py|evaluate\.py|`)|--max-restarts", "", TEXT)  # it has settings of its own
     named = re.findall(r"--([a-z]\w+)", ours)
-    theirs = {"local", "model", "model_args", "apply_chat_template"}  # of `hf download` and lm_eval
+    theirs = {"local", "model", "model_args", "apply_chat_template", "merge"}  # of hf, lm_eval and llama.cpp
     assert set(named) <= known | theirs | {"help"}, set(named) - known
     assert len(named) >= 204, len(named)
 

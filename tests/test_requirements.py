@@ -73,7 +73,7 @@ COMMANDS = [  # and the exit code, what is printed or the fact, and the fix
      "these exports need packages that are not installed: transformers, onnx, onnxscript, onnxruntime",
      "pip install transformers onnx onnxscript onnxruntime; or --format=pt2, which needs none"),
     (["export", "out/notes", "--format=pt2,int8"], 0, r"\| model.pt2 .*\n\| int8 ", ""),
-    (["sample", "theirs"], 2, "theirs/model.safetensors is damaged: 0 bytes", "download the file again"),
+    (["sample", "theirs"], 2, "theirs/model.safetensors is damaged: ValueError: 0 bytes", "download the file again"),
     (["prepare", "notes.txt", "--out=data/x", "--tokenizer=theirs"], 2,
      "Hugging Face tokenizers need the package tokenizers", "pip install tokenizers"),
 ]

@@ -164,7 +164,7 @@ def find_items(report):
 @pytest.mark.parametrize("chat", [False, True])
 def test_b20_lm_evaluation_harness(folder, chat):
     """local-completions gives the numbers of its `hf` model, if it is installed."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm-eval[api]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not here; requirements-dev.txt is without it")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalCompletionsAPI
