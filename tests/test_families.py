@@ -197,7 +197,7 @@ def test_each_eos_token_id_of_the_list_ends_a_chat(here, capsys, end):
     answer_with(here / "a", tokenizer.special[end])
     sample.main(["a", "--chat", "--prompt=the", "--temperature=0", "--max_new_tokens=9"])
     found = capsys.readouterr()
-    assert found.out == "\n" and "[1 tokens" in found.err
+    assert found.out == "\n" and "[1 token," in found.err
     settings = serve.ServeConfig(device="cpu")
     served = serve.Served(settings, *sample.load_model(settings, ["a"]))
     assert tokenizer.special[end] in served.engine.ends

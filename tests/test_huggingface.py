@@ -287,7 +287,7 @@ def test_chat(here, capsys, monkeypatch):
     safetensors.save_file(tensors, "model/model.safetensors")
     assert sample.main(["model", "--chat", "--prompt=the", "--temperature=0"]) is None
     found = capsys.readouterr()
-    assert found.out == "\n" and "[1 tokens" in found.err
+    assert found.out == "\n" and "[1 token," in found.err
 
     seen, says = [], iter(["the", "one <|im_end|> two"])
     monkeypatch.setattr(sample, "write", lambda model, tokenizer, ids, *_: seen.append(ids) or "yes")
@@ -337,7 +337,7 @@ def test_our_chat_format_leaves_and_comes_back(here, kind, capsys):
     assert speaker.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)[0].tolist() == [*ids[0], end]
     sample.main(["chat", "--chat", "--prompt=a", "--temperature=0"])
     found = capsys.readouterr()
-    assert found.out == "\n" and "[1 tokens" in found.err
+    assert found.out == "\n" and "[1 token," in found.err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ SHOWN = {
 
 def shape(line):
     """A line without its numbers, and without the names and words that depend on them."""
-    line = re.sub(r"(not ASCII|most of all): .*", r"\1: ...", line)
+    line = re.sub(r"(not ASCII|highest): .*", r"\1: ...", line)
     line = re.sub(r"(<\|(?:user|assistant)\|>\u27e6?).+?(?=<\|end)", r"\1...", line)
     return re.sub(r"[+-]?\d[\d,.]*", "0", line)
 
