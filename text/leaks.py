@@ -43,7 +43,8 @@ class Characters:
 def characters(counts):
     """Lines for a reader: which languages there are, and what should make one look, the most frequent first.
 
-    A text that was decoded twice shows by Ã and © in place of é, a damaged one by U+FFFD and control characters.
+    UTF-8 that was once read as another encoding shows by Ã and © in place of é, a damaged text by U+FFFD and control
+    characters.
     """
     plain, hidden = [], []
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)].tolist()  # the most frequent first
